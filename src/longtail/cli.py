@@ -1,0 +1,300 @@
+"""The command line: parse, call, print. What it does is in the functions that it calls.
+
+Nothing here imports torch before a command needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from longtail.errors import LongtailError, nearest
+
+Parsed = TypeVar("Parsed")
+
+DESCRIPTION = """usage: longtail COMMAND [OPTIONS]
+
+Long-tailed recognition: train on images whose classes differ widely in number, and use what comes out.
+
+commands:
+  train [RECIPE]         train, evaluate and keep a recogniser; any field of the recipe is a flag
+  evaluate RUN           metrics of a run on its test set
+  predict RUN IMAGES…    classes and probabilities of image files, or of all images in folders
+  compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
+  recipes                what there is to train
+
+`longtail COMMAND --help` lists a command's options. First steps: longtail train digits-lt
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 when done, 2 on an input that cannot be used, 130 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "predict": _predict,
+        "compare": _compare,
+        "recipes": _recipes,
+    }
+    try:
+        if not given or given[0] in {"-h", "--help"}:
+            print(DESCRIPTION, end="")
+        elif given[0] == "--version":
+            import longtail
+
+            print(longtail.__version__)
+        elif given[0] not in commands:
+            raise LongtailError(f"'{given[0]}' is no command{nearest(given[0], commands)}")
+        else:
+            commands[given[0]](given[1:])
+        sys.stdout.flush()
+    except LongtailError as error:
+        print(f"longtail: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("longtail: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader of our output (head, for one) has left: not an error, and nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parse(kind: type[Parsed], command: str, arguments: list[str], default: Parsed | None = None) -> Parsed:
+    """Parse with tyro; its boxed messages become one line."""
+    import tyro
+
+    options: dict[str, Any] = {"prog": f"longtail {command}", "args": arguments, "use_underscores": True}
+    if default is not None:
+        options["default"] = default
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            parsed: Parsed = tyro.cli(kind, **options)
+    except SystemExit as stop:
+        if stop.code in {0, None}:
+            raise
+        raise LongtailError(_one_line(shown.getvalue(), command)) from None
+    return parsed
+
+
+def _one_line(box: str, command: str) -> str:
+    """Return what a box of tyro's says: its first paragraph, and the flags that it thinks were meant."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    message = " ".join(lines[: next((i for i, line in enumerate(lines) if not line), len(lines))])
+    message = message.split(" Got errors:")[0].rstrip(".")
+    meant = ""
+    if any(line.startswith("Perhaps you meant") for line in lines):
+        flags = dict.fromkeys(line.split()[0].rstrip(",") for line in lines if line.startswith("--"))
+        wrong = next((word.rstrip(",") for word in message.split() if word.startswith("--")), "")
+        close = difflib.get_close_matches(wrong, flags, n=3, cutoff=0.5) or list(flags)[:3]
+        meant = f"; perhaps you meant {' or '.join(close)}?"
+    return f"{message}{meant} (longtail {command} --help lists all)"
+
+
+def _split_recipe(arguments: list[str], default: str) -> tuple[str, list[str]]:
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    return default, arguments
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse at once a place where nothing can be written, rather than after the training."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise LongtailError(f"{path}: cannot be written: {place} is not a folder that you may write to; choose another")
+
+
+def _check_json(path: Path | None) -> None:
+    if path is not None:
+        if path.is_dir():
+            raise LongtailError(f"--json {path}: is a folder, expected a file")
+        _check_folder(path.parent)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for index, row in enumerate([header, *rows]):
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+        if index == 0:
+            print("  ".join("─" * width for width in widths))
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1f}"
+
+
+def _train(arguments: list[str]) -> None:
+    from longtail.config import checked, load_recipe
+    from longtail.options import Train
+
+    name, rest = _split_recipe(arguments, "digits-lt")
+    recipe = load_recipe(name)
+    given = _parse(Train, "train", rest, Train(config=recipe.config))
+    if given.resume and given.overwrite:
+        raise LongtailError("--resume and --overwrite contradict each other; give one")
+    config = checked(given.config)
+    out = given.out or Path("runs") / f"{recipe.name}-{config.method}-seed{config.seed}"
+    _check_folder(out)
+    _check_json(given.json)
+
+    from longtail.engine.fit import evaluate, fit, write_metrics
+    from longtail.report import run_report
+
+    run = fit(config, out, resume=given.resume, overwrite=given.overwrite, quiet=given.quiet)
+    page = run_report(out)
+    judged = evaluate(out)
+    if given.json:
+        write_metrics(given.json, judged)
+    _show_metrics(judged)
+    print(f"{run.student_passes:,} student passes in {run.seconds:.0f} s", end="")
+    print(f", the teacher took {run.teacher_seconds:.0f} s" if run.teacher_seconds else "")
+    print(f"recogniser: {out / 'recognizer'}\nreport:     {page}")
+
+
+def _show_metrics(judged: dict[str, Any]) -> None:
+    names = ("balanced_accuracy", "top1", "top5", "many", "medium", "few")
+    header = ["prior", *(name.replace("_", " ") for name in names)]
+    rows = [
+        ["training" if prior == "train" else prior, *(_percent(values[name]) for name in names)]
+        for prior, values in judged["priors"].items()
+    ]
+    _print_table(header, rows)
+
+
+def _evaluate(arguments: list[str]) -> None:
+    from longtail.options import Evaluate
+
+    given = _parse(Evaluate, "evaluate", arguments)
+    _check_json(given.json)
+    _check_run(given.run)
+    from longtail.engine.fit import evaluate, write_metrics
+
+    judged = evaluate(given.run, given.prior, None if given.root is None else str(given.root))
+    if given.json:
+        write_metrics(given.json, judged)
+    if not given.quiet:
+        _show_metrics(judged)
+
+
+def _check_run(folder: Path) -> None:
+    if not folder.is_dir():
+        raise LongtailError(f"{folder}: there is no such run folder")
+
+
+def _predict(arguments: list[str]) -> None:
+    from longtail.options import Predict
+
+    given = _parse(Predict, "predict", arguments)
+    _check_json(given.json)
+    _check_run(given.run)
+    if not given.images:
+        raise LongtailError("IMAGES: expected at least one image file or folder")
+    if given.top < 1:
+        raise LongtailError(f"--top {given.top}: expected at least 1")
+    from longtail.recognizer import Recognizer, find_images
+
+    recognizer = Recognizer.load(given.run)
+    files = find_images(given.images)
+    best = recognizer.predict(files, prior=given.prior).top(given.top)
+    if given.json:
+        from longtail.engine.files import write_json
+
+        write_json(
+            given.json,
+            [
+                {
+                    "path": str(file),
+                    "class": row[0][0],
+                    "probability": row[0][1],
+                    "top": [{"class": name, "probability": value} for name, value in row],
+                }
+                for file, row in zip(files, best, strict=True)
+            ],
+        )
+    if not given.quiet:
+        rows = [
+            [str(file), row[0][0], f"{row[0][1]:.3f}", ", ".join(f"{name} {value:.3f}" for name, value in row[1:])]
+            for file, row in zip(files, best, strict=True)
+        ]
+        _print_table(["path", "class", "probability", "next"], rows)
+
+
+def _compare(arguments: list[str]) -> None:
+    from longtail.config import checked, load_recipe
+    from longtail.options import Compare
+
+    name, rest = _split_recipe(arguments, "digits-lt")
+    recipe = load_recipe(name)
+    given = _parse(Compare, "compare", rest, Compare(config=recipe.config))
+    if given.seeds < 1:
+        raise LongtailError(f"--seeds {given.seeds}: expected at least 1")
+    config = checked(given.config)
+    out = given.out or Path("runs") / f"compare-{recipe.name}"
+    _check_folder(out)
+    _check_json(given.json)
+
+    from longtail.engine.compare import as_json, compare
+    from longtail.engine.fit import write_metrics
+    from longtail.evaluation.comparison import differences, table
+    from longtail.report import comparison_report, run_report
+
+    methods = [method.strip() for method in given.methods.split(",")]
+    seeds = range(config.seed, config.seed + given.seeds)
+
+    def say(line: str) -> None:
+        if not given.quiet:
+            print(line, file=sys.stderr)
+
+    records = compare(
+        config, methods, seeds, out, match=given.match, overwrite=given.overwrite, quiet=given.quiet, say=say
+    )
+    for record in records:
+        run_report(out / f"{record.method}-seed{record.seed}")
+    page = comparison_report(records, out, given.match)
+    if given.json:
+        write_metrics(given.json, as_json(records))
+    _print_table(*table(records))
+    print(f"accuracy in %, mean ± standard deviation over {given.seeds} seed{'s' * (given.seeds != 1)}; ", end="")
+    print("equal student passes" if given.match == "passes" else "equal epochs")
+    for difference in differences(records):
+        print(difference)
+    print(f"report: {page}")
+
+
+def _recipes(arguments: list[str]) -> None:
+    from longtail.config import load_recipe, recipe_names
+    from longtail.options import Recipes
+
+    given = _parse(Recipes, "recipes", arguments)
+    _check_json(given.json)
+    recipes = [load_recipe(name) for name in recipe_names()]
+    if given.json:
+        table = [
+            {
+                "recipe": recipe.name,
+                "summary": recipe.about.summary,
+                "paper": recipe.about.paper,
+                "command": recipe.about.command,
+                "expected": recipe.about.expected or None,
+            }
+            for recipe in recipes
+        ]
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not given.quiet:
+        rows = [[r.name, r.about.summary, r.about.expected or "–"] for r in recipes]
+        width = max(len(row[1]) for row in rows)
+        _print_table(["recipe", "what".ljust(width), "expected"], [[a, b.ljust(width), c] for a, b, c in rows])

@@ -1,0 +1,334 @@
+"""The settings of a run: typed, checked, and read without importing torch.
+
+A recipe is a YAML file over :class:`Config`; every field is also a flag (``--data.imbalance 50``).
+A field that nobody knows, or a value of the wrong type or range, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from longtail.errors import LongtailError, nearest
+from longtail.methods import METHODS
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+_STRICT = ConfigDict(extra="forbid")
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Images, and how their tail is made."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "digits-lt"
+    """Which set: digits-lt, cifar10-lt, cifar100-lt, or folder (one sub-folder a class, at data.root)."""
+    root: str | None = None
+    """Folder of the images, or of a local copy of a named set; a named set without it is downloaded."""
+    imbalance: Annotated[float, Field(ge=1)] = 100.0
+    """Imbalance factor of a named set: images of the largest class over images of the smallest."""
+    seed: int | None = None
+    """Seed of the split, the class order and the images that are kept; follows --seed if not given."""
+    shuffle_classes: bool = False
+    """Let the seed decide which class is head and which is tail (digits-lt)."""
+    test_per_class: Positive = 50
+    """Test images a class that digits-lt holds out."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of each class that a folder without a test folder holds out."""
+    min_images: Positive = 2
+    """Least training images a class of a folder."""
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels at which a folder's images are used; chosen from the images if not given."""
+    memory_gib: PositiveFloat = 4.0
+    """A folder whose decoded images need more is decoded batch by batch instead of once."""
+    augment: Literal["auto", "none", "digits", "cifar", "photo"] = "auto"
+    """Augmentation of every training view; auto takes the source's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """SGD."""
+
+    __pydantic_config__ = _STRICT
+
+    learning_rate: PositiveFloat = 0.1
+    """Learning rate at its highest."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum."""
+    weight_decay: Weight = 5e-4
+    """Weight decay; the temperature has none."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate over the training; its durations are shares of the whole, so they follow --epochs."""
+
+    __pydantic_config__ = _STRICT
+
+    name: Literal["constant", "multistep", "cosine", "one-cycle"] = "cosine"
+    """Shape of the schedule."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training in which the rate rises linearly to its highest value."""
+    milestones: tuple[Share, ...] = (0.8, 0.9)
+    """Shares of the training at which multistep multiplies the rate by gamma."""
+    gamma: PositiveFloat = 0.1
+    """Factor at each milestone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """The cosine classifier, which every method has."""
+
+    __pydantic_config__ = _STRICT
+
+    scale: PositiveFloat = 30.0
+    """Score of class c is scale · cos(feature, weight of c)."""
+    views: Positive = 1
+    """Student views a step for ce and la, each with its own loss (gml has its own layout)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gml:
+    """The Gaussian-mixture likelihood; the paper's symbols are in brackets."""
+
+    __pydantic_config__ = _STRICT
+
+    queue_size: Positive | None = None
+    """Slots of all class-wise queues together [K]; one a training image, at most 16384, if not given."""
+    queue_minimum: Positive = 2
+    """Least slots a class [k_m]."""
+    embedding_dim: Positive = 32
+    """Width of query and key embeddings."""
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = 0.1
+    """Temperature at the start [τ₀]."""
+    learn_temperature: bool = True
+    """Learn the temperature by leave-one-out maximum likelihood."""
+    mixture_weight: Weight = 1.0
+    """Weight of both GML terms [β]."""
+    classifier_weight: Weight = 1.0
+    """Weight of the logit-adjusted cross-entropy [γ]."""
+    distillation_weight: Weight = 0.0
+    """Weight of the distillation from the teacher's classifier [α]."""
+    distillation_temperature: PositiveFloat = 4.0
+    """Temperature of the distillation [T]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The frozen encoder whose features fill the queues (gml)."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "train"
+    """train (a first stage: logit-adjusted cross-entropy), the folder of a run, or timm:NAME (pretrained)."""
+    network: str = "auto"
+    """Network to train; auto: the student's own."""
+    epochs: Positive | None = None
+    """Epochs to train it; the student's own number if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shots:
+    """Shot groups, by training images a class."""
+
+    __pydantic_config__ = _STRICT
+
+    many_above: Positive = 100
+    """A class with more is in the group many."""
+    few_below: Positive = 20
+    """A class with fewer is in the group few; the rest are medium."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run."""
+
+    __pydantic_config__ = _STRICT
+
+    recipe: str = "digits-lt"
+    """The recipe that this run started from."""
+    method: str = "gml"
+    """Training method: ce (cross-entropy), la (logit adjustment), gml."""
+    network: str = "auto"
+    """Student: conv8, resnet20/32/44/56/110, or any timm model by name; auto chooses by image size."""
+    epochs: Positive = 100
+    """Passes over the training set."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images a step."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Initialisation, order and augmentation follow from it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Arithmetic."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Least seconds between two writings of last.ckpt."""
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    classifier: Classifier = field(default_factory=Classifier)
+    gml: Gml = field(default_factory=Gml)
+    teacher: Teacher = field(default_factory=Teacher)
+    shots: Shots = field(default_factory=Shots)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise LongtailError(f"method '{self.method}' is not known{nearest(self.method, METHODS)}")
+        if self.shots.few_below > self.shots.many_above + 1:
+            raise LongtailError(
+                f"shots.few_below {self.shots.few_below} and shots.many_above {self.shots.many_above} overlap: "
+                "a class cannot be both; lower few_below"
+            )
+
+    def replace(self, **changes: Any) -> Config:
+        """Return a copy with other values; a dict changes fields of a section."""
+        plain = {
+            k: dataclasses.replace(getattr(self, k), **v) if isinstance(v, dict) else v for k, v in changes.items()
+        }
+        return dataclasses.replace(self, **plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and values, as they stand in ``config.yaml``."""
+        plain: dict[str, Any] = TypeAdapter(Config).dump_python(self, mode="json")
+        return plain
+
+    def to_yaml(self) -> str:
+        """Return the text of ``config.yaml``; :func:`parse_config` of it gives an equal object."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """A recipe's header: where it comes from and what it is expected to reach."""
+
+    __pydantic_config__ = _STRICT
+
+    summary: str
+    """One line."""
+    paper: str = ""
+    """Source of the protocol."""
+    command: str = ""
+    """The exact command."""
+    expected: str = ""
+    """Expected score; «paper» marks one that was not run here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named configuration with its header."""
+
+    name: str
+    about: About
+    config: Config
+
+
+def field_names(kind: type = Config, prefix: str = "") -> list[str]:
+    """Return every field as it is written on the command line, ``data.imbalance`` for one."""
+    names = []
+    for f in dataclasses.fields(kind):
+        section = _SECTIONS.get(f.name) if kind is Config else None
+        names += field_names(section, f"{f.name}.") if section else [prefix + f.name]
+    return names
+
+
+_SECTIONS: dict[str, type] = {
+    "data": Data,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "classifier": Classifier,
+    "gml": Gml,
+    "teacher": Teacher,
+    "shots": Shots,
+}
+
+
+def parse_config(values: dict[str, Any], where: str = "config") -> Config:
+    """Check plain values and return a :class:`Config`; ``where`` opens the message of an error."""
+    return _checked(Config, values, where)
+
+
+def checked(config: Config) -> Config:
+    """Return a configuration that came from flags with every type and range checked."""
+    return parse_config(dataclasses.asdict(config), "flags")
+
+
+def _checked(kind: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise LongtailError(f"{where}: expected fields with values, got {type(values).__name__}")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise LongtailError(f"{where}: there is no field '{name}'{nearest(name, field_names())}") from None
+        if isinstance(first.get("ctx", {}).get("error"), LongtailError):
+            raise LongtailError(f"{where}: {first['ctx']['error']}") from None
+        raise LongtailError(f"{where}: {name}: {first['msg']}, got {first['input']!r}") from None
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe by name, or from a file that ends in ``.yaml``.
+
+    Raises:
+        LongtailError: there is no such recipe or file, or a field in it is wrong.
+    """
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml"}:
+        if name not in recipe_names():
+            raise LongtailError(f"recipe '{name}' is not known{nearest(name, recipe_names())}")
+        path = RECIPES / f"{name}.yaml"
+    values = _read_yaml(path)
+    about = _checked(About, values.pop("about", {"summary": f"recipe in {path.name}"}), f"{path.name}: about")
+    return Recipe(name=path.stem, about=about, config=parse_config({**values, "recipe": path.stem}, path.name))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe's values; ``base: NAME`` starts from another recipe's."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongtailError(f"recipe {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise LongtailError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise LongtailError(f"recipe {path}: expected fields with values, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if base not in recipe_names():
+        raise LongtailError(f"recipe {path}: base '{base}' is not known{nearest(str(base), recipe_names())}")
+    below = _read_yaml(RECIPES / f"{base}.yaml")
+    below.pop("about", None)
+    for key, value in values.items():
+        below[key] = {**below[key], **value} if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+    return below
+
+
+def read_config(path: Path) -> Config:
+    """Read the ``config.yaml`` of a run."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LongtailError(
+            f"{path}: cannot be read as a run's configuration: {' '.join(str(error).split())}"
+        ) from None
+    return parse_config(values, str(path))

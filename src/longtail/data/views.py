@@ -1,0 +1,129 @@
+"""Augmented views, a whole batch at a time, with parameters that every image draws for itself.
+
+Legend: B images, S side in pixels. A view maps (B, channels, R, R) uint8 to (B, channels, S, S) float32 in [0, 1];
+what it draws is a function of (seed, epoch, view, image id), see :mod:`longtail.randomness`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtail.data.autoaugment import CifarAutoAugment
+from longtail.randomness import uniform
+
+View = Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
+"""(images, ids, keys of the draw) to a view."""
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Return uint8 images as float32 in [0, 1], channels last in memory."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def center(images: Tensor, size: int) -> Tensor:
+    """Cut the central (size, size) out of larger images."""
+    top, left = (images.shape[2] - size) // 2, (images.shape[3] - size) // 2
+    return images[:, :, top : top + size, left : left + size]
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, padding: int = 4) -> Tensor:
+    """Shift by up to ``padding`` pixels each way over a black border, and mirror one image in two.
+
+    Args:
+        images: (B, channels, S, S) uint8.
+        draws: (B, 3) uniform: shift down, shift right, mirror.
+        padding: border in pixels.
+    """
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (padding, padding, padding, padding))
+    top = (draws[:, 0] * (2 * padding + 1)).long()
+    left = (draws[:, 1] * (2 * padding + 1)).long()
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    across = torch.arange(width, device=images.device)
+    columns = left[:, None] + torch.where(draws[:, 2:3] < 0.5, width - 1 - across, across)
+    index = torch.arange(batch, device=images.device)
+    return padded.permute(0, 2, 3, 1)[index[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cutout(images: Tensor, draws: Tensor, length: int = 16) -> Tensor:
+    """Black out a square whose centre lies anywhere in the image, clipped at the borders (DeVries & Taylor, 2017).
+
+    Args:
+        images: (B, channels, S, S).
+        draws: (B, 2) uniform: centre down, centre across.
+        length: side of the square in pixels.
+    """
+    height, width = images.shape[2:]
+    y, x = (draws[:, :1] * height).long(), (draws[:, 1:] * width).long()
+    down = torch.arange(height, device=images.device) - y
+    across = torch.arange(width, device=images.device) - x
+    half = length // 2
+    inside = ((down >= -half) & (down < half))[:, :, None] & ((across >= -half) & (across < half))[:, None, :]
+    return images.masked_fill(inside[:, None], 0)
+
+
+def affine(images: Tensor, matrices: Tensor, size: int | None = None) -> Tensor:
+    """Sample float images bilinearly through (B, 2, 3) matrices from output to input, both in [−1, 1]; black outside."""
+    side = (images.shape[2], images.shape[3]) if size is None else (size, size)
+    grid = F.affine_grid(matrices, [len(images), images.shape[1], *side], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _digits(images: Tensor, ids: Tensor, keys: tuple[int, ...]) -> Tensor:
+    """Rotate by up to 10°, scale by .9 to 1.1, shift by up to a pixel in eight."""
+    u = uniform(ids, 4, *keys) * 2 - 1
+    angle, scale, shift = u[:, 0] * math.radians(10), 1 + 0.1 * u[:, 1], u[:, 2:] * 0.25
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    matrices = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], dim=1).view(-1, 2, 3)
+    return affine(to_float(images), matrices)
+
+
+class _Cifar:
+    """Crop, mirror, AutoAugment's CIFAR policy, Cutout 16."""
+
+    def __init__(self) -> None:
+        self.policy = CifarAutoAugment()
+
+    def __call__(self, images: Tensor, ids: Tensor, keys: tuple[int, ...]) -> Tensor:
+        u = uniform(ids, 5 + self.policy.draws, *keys)
+        images = crop_and_flip(images, u[:, :3], padding=max(1, images.shape[2] // 8))
+        images = self.policy(images, u[:, 5:])
+        return to_float(cutout(images, u[:, 3:5], length=images.shape[2] // 2))
+
+
+class _Photo:
+    """RandomResizedCrop(.08–1), mirror, brightness, contrast and saturation by ±40 %."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, images: Tensor, ids: Tensor, keys: tuple[int, ...]) -> Tensor:
+        u = uniform(ids, 8, *keys)
+        area, ratio = 0.08 + 0.92 * u[:, 0], ((2 * u[:, 1] - 1) * math.log(4 / 3)).exp()
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        x, y = (2 * u[:, 2] - 1) * (1 - width), (2 * u[:, 3] - 1) * (1 - height)
+        zero = torch.zeros_like(x)
+        mirrored = torch.where(u[:, 4] < 0.5, -width, width)
+        matrices = torch.stack([mirrored, zero, x, zero, height, y], dim=1).view(-1, 2, 3)
+        pixels = affine(to_float(images), matrices, self.size)
+        brightness, contrast, saturation = (0.6 + 0.8 * u[:, 5:]).view(-1, 3, 1, 1, 1).unbind(1)
+        pixels = (pixels * brightness).clamp(0, 1)
+        weights = pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        mean = (pixels * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        pixels = (mean + contrast * (pixels - mean)).clamp(0, 1)
+        grey = (pixels * weights).sum(1, keepdim=True)
+        return (grey + saturation * (pixels - grey)).clamp(0, 1)
+
+
+def build_view(name: str, size: int) -> View:
+    """Return the augmentation ``name`` (none, digits, cifar, photo) for images used at ``size`` pixels."""
+    if name == "none":
+        return lambda images, _ids, _keys: to_float(center(images, size))
+    if name == "digits":
+        return _digits
+    return _Cifar() if name == "cifar" else _Photo(size)

@@ -1,0 +1,449 @@
+"""The training loop. It knows no method: it asks for loss terms, adds them up, and keeps the books."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from tqdm import tqdm
+
+import longtail
+from longtail.config import Config
+from longtail.data.images import Images
+from longtail.data.loaders import Batch, TrainLoader, evaluation_batches
+from longtail.data.sources import ImageSet, LongTailedData, load_data
+from longtail.data.views import build_view
+from longtail.engine.files import load_checkpoint, open_run, save_checkpoint, write_json, write_text
+from longtail.engine.schedule import rate
+from longtail.engine.teacher import given_teacher, trained_teacher
+from longtail.errors import LongtailError
+from longtail.evaluation.metrics import metrics
+from longtail.methods import method_class
+from longtail.methods.base import Method
+from longtail.nn import Encoder
+from longtail.randomness import mix
+from longtail.recognizer import Card, Recognizer
+
+_INITIAL, _STEP = mix(3), mix(4)  # streams of draws that never meet
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    config: Config
+    metrics: dict[str, Any]
+    """On the test set, under the prior that the method predicts under."""
+    student_passes: int
+    """Images that went through the student, forward and backward."""
+    seconds: float
+    """Training the student; evaluation and the teacher are not in it."""
+    teacher_seconds: float
+
+
+def resolve(config: Config, data: LongTailedData) -> Config:
+    """Return ``config`` with every choice that was left to the data made.
+
+    A network for the size of the images; the augmentation of their source.
+    """
+    size = data.image_size
+    network = (
+        ("conv8" if size <= 12 else "resnet32" if size <= 64 else "resnet18")
+        if config.network == "auto"
+        else config.network
+    )
+    augment = data.augment if config.data.augment == "auto" else config.data.augment
+    return config.replace(network=network, data={"augment": augment})
+
+
+def fit(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    teachers: Path | None = None,
+    data: LongTailedData | None = None,
+) -> Run:
+    """Train, evaluate and keep a recogniser.
+
+    Args:
+        config: what to train.
+        out: folder of the run: ``config.yaml``, ``metrics.jsonl``, ``last.ckpt``, ``recognizer/``.
+        resume: go on from ``last.ckpt`` where there is one; the result equals an uninterrupted run's.
+        overwrite: replace a run that is there.
+        quiet: show neither progress nor remarks.
+        teachers: folder that keeps trained teachers; ``teachers`` beside ``out`` if not given.
+        data: the set, where it has been loaded already.
+
+    Raises:
+        LongtailError: an input cannot be used; nothing was changed.
+    """
+    data = load_data(config.data, config.seed) if data is None else data
+    config = resolve(config, data)
+    say: Callable[[str], None] = (lambda _line: None) if quiet else (lambda line: tqdm.write(line, file=sys.stderr))
+    # a caller's own random numbers are not ours to move
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        trainer = _Trainer(config, data, out, quiet=quiet, say=say)
+        open_run(out, config, resume=resume, overwrite=overwrite)
+        teachers = out.parent / "teachers" if teachers is None else teachers
+
+        def train_teacher(settings: Config, folder: Path) -> object:
+            return fit(settings, folder, resume=True, quiet=quiet, teachers=teachers, data=data)
+
+        return trainer.run(resume, teachers, train_teacher)
+
+
+class _Trainer:
+    """One run from its settings to its recogniser."""
+
+    def __init__(
+        self, config: Config, data: LongTailedData, out: Path, *, quiet: bool, say: Callable[[str], None]
+    ) -> None:
+        self.config, self.data, self.out, self.quiet, self.say = config, data, out, quiet, say
+        try:
+            self.fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
+        except (RuntimeError, ValueError) as error:
+            raise LongtailError(f"device {config.device}: is not to be had: {' '.join(str(error).split())}") from None
+        # built before the run's folder is made: a network that does not exist leaves nothing behind
+        torch.manual_seed(mix(config.seed, _INITIAL))
+        self.encoder = Encoder(config.network, data.mean, data.std)
+        self.state = torch.get_rng_state()
+        self.kind = method_class(config.method)
+        self.kind.check(config, data.class_counts)
+        # a teacher that is given is looked at before the run's folder is made, too
+        given = self.kind.needs_teacher and config.teacher.source != "train"
+        self.teacher = given_teacher(config, data) if given else None
+
+    def run(self, resume: bool, teachers: Path, train_teacher: Callable[[Config, Path], object]) -> Run:
+        config, data = self.config, self.data
+        parts: tuple[Any, ...] = ()
+        teacher_seconds = 0.0
+        if self.kind.needs_teacher:
+            teacher = self.teacher or trained_teacher(config, data, teachers, train_teacher, self.say)
+            parts, teacher_seconds = (teacher.encoder, teacher.classifier), teacher.seconds
+        torch.set_rng_state(self.state)
+        method = self.kind(config, self.encoder, data.class_counts, *parts)
+        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        undecayed = method.undecayed()
+        decayed = [p for p in method.parameters() if p.requires_grad and all(p is not other for other in undecayed)]
+        settings = config.optimizer
+        groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
+        wrapped, optimizer = self.fabric.setup(method, optimizer)
+        loader = TrainLoader(
+            data.train, config.batch_size, build_view(config.data.augment, data.image_size), method.views, config.seed
+        )
+        books = _Books()
+        checkpoint = self.out / "last.ckpt"
+        if resume and checkpoint.is_file():
+            self._restore(load_checkpoint(checkpoint), method, optimizer, books)
+            self.say(f"resumed at step {books.step} of {loader.steps * config.epochs}")
+        else:
+            device = self.fabric.device
+
+            def draw(positions: Tensor, number: int) -> Batch:
+                # rounds are told from epochs by their sign
+                return loader.batch(positions, data.train.images.take(positions), -1 - number).to(device)
+
+            method.fill(draw, data.train.labels)
+        self._keep_metrics(books)
+        self._train(wrapped, method, optimizer, loader, books)
+        return self._finish(method, books, teacher_seconds)
+
+    def _train(self, wrapped: Any, method: Method, optimizer: Any, loader: TrainLoader, books: _Books) -> None:
+        config, total = self.config, loader.steps * self.config.epochs
+        first = books.step
+        saved = started = time.monotonic()
+        bar = tqdm(
+            total=total,
+            initial=first,
+            disable=self.quiet,
+            unit="step",
+            desc=f"{config.method}",
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            dynamic_ncols=True,
+        )
+        method.train()
+        with bar:
+            for epoch in range(first // loader.steps, config.epochs):
+                entered = time.monotonic()
+                images = 0
+                for batch in loader.epoch(epoch, books.step % loader.steps):
+                    factor = rate(config.schedule, books.step, total)
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.optimizer.learning_rate * factor
+                    # what draws at random inside a network (dropout, for one) follows the step as well
+                    _seed(mix(config.seed, _STEP, books.step))
+                    terms = wrapped(batch.to(self.fabric.device))
+                    loss = torch.stack(list(terms.values())).sum()
+                    optimizer.zero_grad(set_to_none=True)
+                    self.fabric.backward(loss)
+                    optimizer.step()
+                    images += len(batch.labels)
+                    books.add(terms, len(batch.labels), len(batch.labels) * method.student_views(config))
+                    bar.update()
+                    now = time.monotonic()
+                    if not self.quiet and now - bar.start_t > 0 and bar.n == bar.last_print_n:
+                        shown = {name: f"{value:.3f}" for name, value in books.means().items()}
+                        speed = f"{images / (now - entered):.0f}"
+                        bar.set_postfix(shown | {"lr": f"{optimizer.param_groups[0]['lr']:.4f}", "images/s": speed})
+                    if now - saved >= config.checkpoint_seconds and books.step % loader.steps:
+                        books.seconds += now - started
+                        self._save(method, optimizer, books)
+                        saved = started = time.monotonic()
+                now = time.monotonic()
+                books.seconds += now - started
+                started = now
+                self._end_epoch(method, books, epoch, optimizer.param_groups[0]["lr"], images / (now - entered))
+                if self.data.val is not None:
+                    self._judge(method, books, self.data.val)
+                    method.train()
+                if time.monotonic() - saved >= config.checkpoint_seconds or epoch + 1 == config.epochs:
+                    self._save(method, optimizer, books)
+                    saved = time.monotonic()
+                started = time.monotonic()
+
+    def _end_epoch(self, method: Method, books: _Books, epoch: int, lr: float, speed: float) -> None:
+        means = books.means()
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise LongtailError(
+                    f"{self.out}: the loss term '{name}' is {value} in epoch {epoch + 1}; "
+                    "lower optimizer.learning_rate (the last checkpoint is whole)"
+                )
+        watched = {name: value.item() for name, value in method.watched().items()}
+        self._log(
+            {
+                "kind": "epoch",
+                "epoch": epoch + 1,
+                "step": books.step,
+                "learning_rate": lr,
+                "loss": sum(means.values()),
+                **means,
+                **watched,
+                "images_per_second": round(speed, 1),
+                "student_passes": books.student_passes,
+                "seconds": round(books.seconds, 3),
+            }
+        )
+        books.clear()
+
+    def _judge(self, method: Method, books: _Books, images: ImageSet) -> None:
+        """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
+        result = self._evaluate(self._recognizer(method, {}, {}), images)
+        score = result["balanced_accuracy"]
+        self._log({"kind": "validation", "step": books.step, "balanced_accuracy": score, "top1": result["top1"]})
+        if books.best is None or score > books.best["score"]:
+            weights = {name: t.detach().cpu().clone() for name, t in _kept(method).items()}
+            books.best = {"score": score, "step": books.step, "weights": weights}
+
+    def _recognizer(self, method: Method, trained: dict[str, Any], judged: dict[str, Any]) -> Recognizer:
+        data = self.data
+        card = Card(
+            class_names=data.class_names,
+            class_counts=tuple(data.class_counts),
+            network=self.config.network,
+            scale=self.config.classifier.scale,
+            mean=data.mean,
+            std=data.std,
+            image_size=data.image_size,
+            stored_size=_stored_size(data.test.images, data.image_size),
+            predicts_under=method.predicts_under,
+            trained=trained,
+            metrics=judged,
+        )
+        return Recognizer(method.encoder, method.classifier, card)
+
+    def _evaluate(self, recognizer: Recognizer, images: ImageSet, prior: str | None = None) -> dict[str, Any]:
+        scores, labels = scores_of(recognizer, images)
+        bias = recognizer.log_prior(prior or recognizer.card.predicts_under)
+        return metrics(scores, labels, self.data.class_counts, self.config.shots, bias)
+
+    def _finish(self, method: Method, books: _Books, teacher_seconds: float) -> Run:
+        config = self.config
+        if books.best is not None:
+            method.load_state_dict(books.best["weights"], strict=False)
+        trained = {
+            "longtail": longtail.__version__,
+            "torch": torch.__version__,
+            "recipe": config.recipe,
+            "method": config.method,
+            "epochs": config.epochs,
+            "seed": config.seed,
+            "seconds": round(books.seconds, 3),
+            "teacher_seconds": round(teacher_seconds, 3),
+            "student_passes": books.student_passes,
+        }
+        if books.best is not None:
+            trained["best_step"] = books.best["step"]
+        recognizer = self._recognizer(method, trained, {})
+        judged = {prior: self._evaluate(recognizer, self.data.test, prior) for prior in ("uniform", "train")}
+        kept = self._recognizer(method, trained, judged["uniform"])
+        kept.save(self.out / "recognizer")
+        self._log({"kind": "test", "step": books.step, **judged})
+        return Run(
+            self.out, config, judged[method.predicts_under], books.student_passes, books.seconds, teacher_seconds
+        )
+
+    def _save(self, method: Method, optimizer: Any, books: _Books) -> None:
+        state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "books": books.state()}
+        save_checkpoint(self.out / "last.ckpt", {"config": self.config.to_dict(), **state})
+
+    def _restore(self, state: dict[str, Any], method: Method, optimizer: Any, books: _Books) -> None:
+        try:
+            method.load_state_dict(state["method"])
+            optimizer.load_state_dict(state["optimizer"])
+            books.restore(state["books"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            message = " ".join(str(error).split())[:200]
+            raise LongtailError(
+                f"{self.out / 'last.ckpt'}: is another recipe's checkpoint ({message}); start anew with --overwrite"
+            ) from None
+
+    def _keep_metrics(self, books: _Books) -> None:
+        """Drop the lines of ``metrics.jsonl`` that were written after the checkpoint."""
+        path = self.out / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in read_metrics(path) if line["kind"] != "test" and line["step"] <= books.step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _log(self, line: dict[str, Any]) -> None:
+        try:
+            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise LongtailError(f"{self.out / 'metrics.jsonl'}: cannot be written: {error.strerror}") from None
+
+
+class _Books:
+    """What a run counts. The sums stay on the device: reading one makes the host wait."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.student_passes = 0
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0
+
+    def add(self, terms: dict[str, Tensor], images: int, passes: int) -> None:
+        for name, value in terms.items():
+            weighted = value.detach() * images
+            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+        self.step, self.images, self.student_passes = self.step + 1, self.images + images, self.student_passes + passes
+
+    def means(self) -> dict[str, float]:
+        return {name: (value / self.images).item() for name, value in self.sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name in vars(self):
+            setattr(self, name, state[name])
+
+
+def _seed(seed: int) -> None:
+    # torch.manual_seed would, where CUDA is built in but not in use, queue a call with its stack trace every time
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+def _kept(method: Method) -> dict[str, Tensor]:
+    """Return the tensors that a recogniser keeps, by their names in the method."""
+    state = method.state_dict()
+    return {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "classifier."))}
+
+
+def _stored_size(images: Images, image_size: int) -> int:
+    return images.take(torch.zeros(1, dtype=torch.int64)).shape[-1] if len(images) else image_size
+
+
+def scores_of(recognizer: Recognizer, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Return (N, C) scores and (N,) labels of a split, every image once."""
+    device = recognizer.classifier.weight.device
+    recognizer.encoder.eval()
+    scores, labels = [], []
+    for views, truth in evaluation_batches(images, recognizer.card.image_size):
+        scores.append(recognizer.scores(views.to(device)).cpu())
+        labels.append(truth)
+    return torch.cat(scores), torch.cat(labels)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``metrics.jsonl``; a last line that a crash cut off is left out."""
+    lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    read = []
+    for line in lines:
+        try:
+            read.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return read
+
+
+def evaluate(run: Path, prior: str = "uniform", data_root: str | None = None) -> dict[str, Any]:
+    """Judge a finished run on its test set.
+
+    Args:
+        run: its folder.
+        prior: ``uniform`` or ``train``: assumed for the metrics at the top level.
+        data_root: where the images are now, if not where they were.
+
+    Returns:
+        The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under both.
+    """
+    from longtail.config import read_config
+
+    recognizer = Recognizer.load(run)
+    if not (run / "config.yaml").is_file():
+        raise LongtailError(f"{run}: has no config.yaml: expected the folder of a run, which names its test set")
+    config = read_config(run / "config.yaml")
+    if data_root is not None:
+        config = config.replace(data={"root": data_root})
+    data = load_data(config.data, config.seed)
+    if data.class_names != recognizer.card.class_names:
+        raise LongtailError(f"{run}: the classes of {config.data.root or config.data.source} are not those of the run")
+    scores, labels = scores_of(recognizer, data.test)
+    counts = recognizer.card.class_counts
+    judged = {
+        name: metrics(scores, labels, counts, config.shots, recognizer.log_prior(name)) for name in ("uniform", "train")
+    }
+    return {
+        **judged[prior],
+        "prior": prior,
+        "class_names": list(data.class_names),
+        "class_counts": list(counts),
+        "priors": judged,
+    }
+
+
+def write_metrics(path: Path, value: Any) -> None:
+    """Write what ``--json`` asks for, making its folder if need be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{path.parent}: cannot be made: {error.strerror}") from None
+    write_json(path, value)

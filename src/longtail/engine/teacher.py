@@ -1,0 +1,110 @@
+"""The teacher: trained as a first stage and found again, loaded from a run, or a pretrained timm model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from longtail.config import Config, Gml, Shots
+from longtail.config import Teacher as TeacherConfig
+from longtail.data.sources import LongTailedData
+from longtail.errors import LongtailError
+from longtail.nn.backbones import Encoder, pretrained_encoder
+from longtail.recognizer import Recognizer
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen encoder with, where it has one for these classes, its classifier."""
+
+    encoder: Encoder
+    classifier: nn.Module | None
+    seconds: float
+    """What training it cost, in this run or in an earlier one; 0 for one that was given."""
+
+
+def teacher_config(config: Config) -> Config:
+    """Return the settings of the first stage: the classifier term alone, logit-adjusted."""
+    return config.replace(
+        recipe="teacher",
+        method="la",
+        network=config.network if config.teacher.network == "auto" else config.teacher.network,
+        epochs=config.teacher.epochs or config.epochs,
+        classifier={"views": 1},
+        teacher=TeacherConfig(),
+        gml=Gml(),
+        shots=Shots(),
+    )
+
+
+def teacher_folder(config: Config, runs: Path) -> Path:
+    """Return where the teacher of such a run is kept: named by everything that it depends on."""
+    values = teacher_config(config).to_dict()
+    for incidental in ("device", "checkpoint_seconds", "recipe"):
+        del values[incidental]
+    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return runs / f"{values['data']['source']}-{values['network']}-{digest}"
+
+
+def given_teacher(config: Config, data: LongTailedData) -> Teacher:
+    """Return the teacher that ``teacher.source`` names: a run's folder, or ``timm:NAME``.
+
+    Raises:
+        LongtailError: the run or model does not exist, does not fit the images, or cannot be distilled from.
+    """
+    source = config.teacher.source
+    if source.startswith("timm:"):
+        teacher = Teacher(pretrained_encoder(source.removeprefix("timm:"), len(data.mean)), None, 0.0)
+    elif Path(source).is_dir():
+        teacher = _from_run(Path(source), data, given=True)
+    else:
+        raise LongtailError(
+            f"teacher.source '{source}': expected train, the folder of a run, or timm:NAME; there is no such folder"
+        )
+    if config.gml.distillation_weight > 0 and teacher.classifier is None:
+        raise LongtailError(
+            f"teacher.source '{source}': has no classifier for these classes to distil from; "
+            "set gml.distillation_weight to 0"
+        )
+    return teacher
+
+
+def trained_teacher(
+    config: Config,
+    data: LongTailedData,
+    runs: Path,
+    train: Callable[[Config, Path], object],
+    say: Callable[[str], None],
+) -> Teacher:
+    """Return the teacher of the first stage, trained now or found again.
+
+    Args:
+        config: the student's settings.
+        data: what it trains on.
+        runs: folder that keeps trained teachers.
+        train: trains a run into a folder.
+        say: tells the user what happens.
+    """
+    folder = teacher_folder(config, runs)
+    if (folder / "recognizer" / "config.json").is_file():
+        say(f"teacher: found in {folder}")
+    else:
+        say(f"teacher: training {teacher_config(config).network} first, kept in {folder}")
+        train(teacher_config(config), folder)
+    return _from_run(folder, data, given=False)
+
+
+def _from_run(folder: Path, data: LongTailedData, given: bool) -> Teacher:
+    recognizer = Recognizer.load(folder)
+    if recognizer.card.channels != len(data.mean):
+        raise LongtailError(
+            f"teacher {folder}: was trained on images of {recognizer.card.channels} channels, these have {len(data.mean)}"
+        )
+    same_classes = recognizer.card.class_names == data.class_names
+    seconds = 0.0 if given else float(recognizer.card.trained.get("seconds", 0.0))
+    return Teacher(recognizer.encoder, recognizer.classifier if same_classes else None, seconds)

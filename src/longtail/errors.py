@@ -1,0 +1,22 @@
+"""What a user is told when an input is not right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LongtailError(ValueError):
+    """An input that cannot be used; the message is one line: what, where, what was expected, what to do.
+
+    The command line prints it without a traceback and ends with exit code 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return «; perhaps you meant X?» for the names closest to ``name``, or the list of all when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if close:
+        return f"; perhaps you meant {' or '.join(close)}?"
+    return f"; there are: {', '.join(names)}" if len(names) <= 20 else ""

@@ -1,0 +1,1 @@
+"""Judging: metrics of one run, and comparison of many."""

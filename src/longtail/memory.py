@@ -1,0 +1,191 @@
+"""Class-wise first-in-first-out queues of teacher features.
+
+Legend: K slots in all, K_c of class c, D width, B samples of a push.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Slots(NamedTuple):
+    """Every slot, filled or not."""
+
+    features: Tensor
+    """(K, D); zeros where never filled."""
+    labels: Tensor
+    """(K,) int64; −1 where never filled."""
+    ids: Tensor
+    """(K,) int64 image ids; −1 where never filled."""
+
+
+def queue_sizes(class_counts: Sequence[int], size: int, minimum: int) -> list[int]:
+    """Share ``size`` slots out: K_c ≈ k_m + p(c) · (K − C · k_m), exactly ``size`` in all.
+
+    Args:
+        class_counts: (C,) training images a class.
+        size: K.
+        minimum: k_m, the least a class gets.
+
+    Raises:
+        ValueError: fewer than C · k_m slots, or no images at all.
+    """
+    classes, total = len(class_counts), sum(class_counts)
+    rest = size - classes * minimum
+    if minimum < 1 or rest < 0:
+        raise ValueError(f"size: expected at least {classes} classes × {max(minimum, 1)} slots, got {size}")
+    if total <= 0 or min(class_counts) < 0:
+        raise ValueError("class_counts: expected counts of at least 0, one of them positive")
+    boundaries, seen = [0], 0
+    for index, count in enumerate(class_counts, start=1):
+        seen += count
+        boundaries.append(minimum * index - (-rest * seen // total))  # the cumulative share, rounded up
+    return [above - below for below, above in zip(boundaries, boundaries[1:], strict=False)]
+
+
+class ClassQueues:
+    """A first-in-first-out queue a class, in one block of memory.
+
+    It is not a module, on purpose: DistributedDataParallel overwrites a module's buffers with rank 0's at every
+    forward, where every rank must keep the queue that it filled. Under several processes a push gathers the samples
+    of all ranks first, so that all hold the same queue, equal to one process with the whole batch.
+
+    Args:
+        class_counts: (C,) training images a class; decides how the slots are shared out.
+        size: K, slots in all.
+        minimum: k_m, slots that every class gets.
+        dim: D, width of the features.
+        device: where the queue lies.
+        dtype: type of the features.
+
+    Source: Suh & Seo, ICML 2023, arXiv 2305.01160, section 4.
+    """
+
+    def __init__(
+        self,
+        class_counts: Tensor | Sequence[int],
+        size: int = 4096,
+        minimum: int = 2,
+        dim: int = 64,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        counts = [int(count) for count in torch.as_tensor(class_counts).tolist()]
+        self.class_counts, self.size, self.minimum, self.dim = counts, size, minimum, dim
+        self.sizes = torch.tensor(queue_sizes(counts, size, minimum), device=device)
+        self.starts = self.sizes.cumsum(0) - self.sizes
+        self._pushed = torch.zeros(len(counts), dtype=torch.int64, device=device)
+        # one row more than there are slots: samples that a push itself makes too old are written there, since
+        # leaving them out would give the tensors a size that the host must wait for
+        self._features = torch.zeros(size + 1, dim, device=device, dtype=dtype)
+        self._labels = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
+        self._ids = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def push(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
+        """Append samples; within a class the oldest make room, and a later sample of a push is the newer one.
+
+        Args:
+            features: (B, dim).
+            labels: (B,) int64 in [0, C).
+            ids: (B,) int64 image ids.
+
+        Raises:
+            ValueError: a shape is not as above.
+        """
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features: expected shape (B, {self.dim}), got {tuple(features.shape)}")
+        for name, tensor in (("labels", labels), ("ids", ids)):
+            if tensor.shape != features.shape[:1]:
+                raise ValueError(f"{name}: expected shape ({len(features)},), got {tuple(tensor.shape)}")
+        features, labels, ids = (_gather(tensor) for tensor in (features, labels, ids))
+        new = torch.zeros_like(self._pushed).scatter_add_(0, labels, torch.ones_like(labels))
+        order = torch.argsort(labels, stable=True)
+        sorted_labels = labels[order]
+        first = (new.cumsum(0) - new)[sorted_labels]
+        rank = torch.arange(len(labels), device=labels.device) - first
+        slots = self.starts[sorted_labels] + (self._pushed[sorted_labels] + rank) % self.sizes[sorted_labels]
+        too_old = rank < (new - self.sizes)[sorted_labels]
+        slots = torch.where(too_old, self.size, slots)
+        self._features[slots] = features[order].to(self._features.dtype)
+        self._labels[slots] = sorted_labels
+        self._ids[slots] = ids[order]
+        self._pushed += new
+
+    def slots(self) -> Slots:
+        """Return every slot; label −1 marks those never filled. No copy, and no wait for an accelerator."""
+        return Slots(self._features[: self.size], self._labels[: self.size], self._ids[: self.size])
+
+    @property
+    def _filled(self) -> Tensor:
+        return self._labels[: self.size] >= 0
+
+    @property
+    def features(self) -> Tensor:
+        """(filled, dim) features of the filled slots."""
+        return self._features[: self.size][self._filled]
+
+    @property
+    def labels(self) -> Tensor:
+        """(filled,) their labels."""
+        return self._labels[: self.size][self._filled]
+
+    @property
+    def ids(self) -> Tensor:
+        """(filled,) their image ids."""
+        return self._ids[: self.size][self._filled]
+
+    def __len__(self) -> int:
+        """Return the number of filled slots."""
+        return int(self._filled.sum())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the contents; :meth:`load_state_dict` restores them exactly."""
+        return {
+            "features": self._features[: self.size].clone(),
+            "labels": self._labels[: self.size].clone(),
+            "ids": self._ids[: self.size].clone(),
+            "sizes": self.sizes.clone(),
+            "pushed": self._pushed.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the contents.
+
+        Raises:
+            ValueError: they come from queues of other sizes or another width.
+        """
+        if state["sizes"].tolist() != self.sizes.tolist() or state["features"].shape[1] != self.dim:
+            raise ValueError(
+                f"state: expected queues of {self.size} slots × {self.dim} shared out as here, "
+                f"got {tuple(state['features'].shape)}"
+            )
+        self._features[: self.size].copy_(state["features"])
+        self._labels[: self.size].copy_(state["labels"])
+        self._ids[: self.size].copy_(state["ids"])
+        self._pushed.copy_(state["pushed"])
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> ClassQueues:
+        """Replace every tensor by ``function`` of it, as ``nn.Module`` does when it moves."""
+        for name in ("sizes", "starts", "_pushed", "_features", "_labels", "_ids"):
+            setattr(self, name, function(getattr(self, name)))
+        return self
+
+    def to(self, device: torch.device | str) -> ClassQueues:
+        """Move to ``device``."""
+        return self.apply(lambda tensor: tensor.to(device))
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    """Return the samples of all ranks, in the order of the ranks."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensor
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return torch.cat(gathered)

@@ -1,0 +1,25 @@
+"""The methods by name. A new one is a file here and a line in the table.
+
+The table holds names, not classes, so that reading it imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longtail.methods.base import Method
+
+METHODS = {
+    "ce": ("longtail.methods.classifier", "CrossEntropy"),
+    "la": ("longtail.methods.classifier", "LogitAdjustment"),
+    "gml": ("longtail.methods.gml", "GML"),
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """Return the class of a method named in :data:`METHODS`."""
+    module, attribute = METHODS[name]
+    kind: type[Method] = getattr(importlib.import_module(module), attribute)
+    return kind

@@ -1,0 +1,77 @@
+"""What a method is: encoder, heads and memory, and the loss terms of a step. Legend: B samples, C classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from longtail.config import Config
+from longtail.data.loaders import Batch
+from longtail.nn import CosineClassifier, Encoder
+from longtail.objectives import ClassPrior
+
+Prior = Literal["uniform", "train"]
+
+
+class Method(nn.Module):
+    """An encoder with a cosine classifier, and the losses that train them.
+
+    Args:
+        config: the run's settings.
+        encoder: images to features.
+        class_counts: (C,) training images a class.
+
+    Attributes:
+        predicts_under: the prior under which the method's own predictions are made. Plain cross-entropy learns
+            p(y|x) with the training prior in it; the others learn scores that are free of it.
+    """
+
+    predicts_under: ClassVar[Prior] = "uniform"
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.classifier = CosineClassifier(encoder.num_features, len(class_counts), config.classifier.scale)
+        self.prior = ClassPrior(class_counts)
+
+    @classmethod
+    def check(cls, config: Config, class_counts: list[int]) -> None:
+        """Raise LongtailError where the settings do not fit the data; called before anything is made."""
+
+    @staticmethod
+    def student_views(config: Config) -> int:
+        """Return how many views of an image go through the student, forward and backward, a step."""
+        return config.classifier.views
+
+    @property
+    def views(self) -> int:
+        """Views a batch must have."""
+        return self.student_views(self.config)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return :meth:`training_step`'s terms; the engine calls this, so that wrappers around the module see it."""
+        return self.training_step(batch)
+
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss terms by name, weighted: their sum is what is minimised."""
+        raise TypeError(f"{type(self).__name__} has no training step")  # a method's own file gives it
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Return the parameters that weight decay must not touch."""
+        return []
+
+    def watched(self) -> dict[str, Tensor]:
+        """Return further scalars worth a line in the log."""
+        return {}
+
+    def fill(self, draw: Callable[[Tensor, int], Batch], labels: Tensor) -> None:
+        """Fill what must not start empty; called once, before the first step.
+
+        Args:
+            draw: gives a batch of the training images at some positions, in the views of a given round.
+            labels: (N,) labels of the training images.
+        """

@@ -1,0 +1,36 @@
+"""Cross-entropy and logit adjustment: the cosine classifier's likelihood with and without the prior."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longtail.data.loaders import Batch
+from longtail.methods.base import Method, Prior
+from longtail.objectives import posterior_cross_entropy
+
+
+class LogitAdjustment(Method):
+    """Cross-entropy of score + log prior, on every view (Menon et al., ICLR 2021; Balanced Softmax, Ren et al., 2020)."""
+
+    def log_prior(self) -> Tensor | None:
+        """Return what is added to the scores in training, (C,)."""
+        return self.prior.log
+
+    def training_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the mean cross-entropy over all views."""
+        scores = self.classifier(self.encoder(torch.cat(batch.views)))
+        labels = batch.labels.repeat(len(batch.views))
+        return {"classifier": posterior_cross_entropy(scores, labels, self.log_prior())}
+
+
+class CrossEntropy(LogitAdjustment):
+    """Plain cross-entropy: the scores take the training prior in."""
+
+    predicts_under: ClassVar[Prior] = "train"
+
+    def log_prior(self) -> None:
+        """Add nothing."""
+        return

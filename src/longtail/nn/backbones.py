@@ -1,0 +1,194 @@
+"""Encoders: the CIFAR ResNets, a small net for 8 × 8 images, and any timm model by name.
+
+An encoder maps images in [0, 1], shape (B, channels, H, W), to features (B, F); it normalises them itself, so that
+student and teacher may differ in it, and a saved model needs no note on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtail.errors import LongtailError, nearest
+
+
+class Normalize(nn.Module):
+    """Subtract a mean and divide by a deviation a channel; both live outside the state dict."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (B, channels, H, W) normalised images."""
+        return (images - self.mean) / self.std
+
+
+class _Block(nn.Module):
+    """Two 3 × 3 convolutions and a parameter-free shortcut (He et al., CVPR 2016, option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.padding = stride, (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        if self.padding:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(y + x, inplace=True)
+
+
+class CifarResNet(nn.Module):
+    """The ResNet of 6n + 2 layers for 32 × 32 images; 0.47 M parameters at 32 layers.
+
+    Source: He et al., CVPR 2016, arXiv 1512.03385, section 4.2.
+    """
+
+    num_features = 64
+
+    def __init__(self, depth: int, channels: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        blocks, inputs = [], 16
+        for outputs, first_stride in ((16, 1), (32, 2), (64, 2)):
+            for index in range((depth - 2) // 6):
+                blocks.append(_Block(inputs, outputs, first_stride if index == 0 else 1))
+                inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, 64) features."""
+        y = self.blocks(F.relu(self.bn(self.stem(x)), inplace=True))
+        return y.mean(dim=(2, 3))
+
+
+class SmallConv(nn.Module):
+    """Three stages of two 3 × 3 convolutions, halving between them, for images of 8 × 8."""
+
+    def __init__(self, width: int, channels: int = 1) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        inputs = channels
+        for stage in range(3):
+            for _ in range(2):
+                layers += [nn.Conv2d(inputs, width << stage, 3, 1, 1, bias=False), nn.BatchNorm2d(width << stage)]
+                layers += [nn.ReLU(inplace=True)]
+                inputs = width << stage
+            if stage < 2:
+                layers.append(nn.MaxPool2d(2))
+        self.layers = nn.Sequential(*layers)
+        self.num_features = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, 4 · width) features."""
+        features: Tensor = self.layers(x).mean(dim=(2, 3))
+        return features
+
+
+OURS = {f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)} | {
+    "conv8": functools.partial(SmallConv, 16),
+    "conv8-tiny": functools.partial(SmallConv, 3),
+}
+"""Networks that timm does not have."""
+
+
+def build_backbone(name: str, channels: int = 3, pretrained: bool = False) -> nn.Module:
+    """Return a network without its classifier, with its feature width as ``num_features``.
+
+    Args:
+        name: one of :data:`OURS`, or a timm model.
+        channels: channels of the images.
+        pretrained: load timm's weights (downloads them at first use).
+
+    Raises:
+        LongtailError: no such network, or its weights cannot be had.
+    """
+    if name in OURS:
+        return OURS[name](channels=channels)
+    import timm  # 2 s, and needed by few
+
+    if not timm.is_model(name.split(".")[0]):
+        raise LongtailError(f"network '{name}' is not known{nearest(name, [*OURS, *timm.list_models()])}")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels)
+    except (RuntimeError, OSError, ValueError) as error:
+        if not pretrained:
+            raise LongtailError(f"network '{name}': {' '.join(str(error).split())}") from None
+        raise LongtailError(
+            f"network '{name}': its pretrained weights could not be loaded ({type(error).__name__}); "
+            "check the network, or download them once where there is one"
+        ) from None
+    model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
+    return model
+
+
+def pretrained_encoder(name: str, channels: int) -> Encoder:
+    """Return a timm model with its weights, its own normalisation and its own input size.
+
+    Raises:
+        LongtailError: timm has no such model, or its weights cannot be had.
+    """
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise LongtailError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+    settings = timm.get_pretrained_cfg(name)
+    if settings is None or not settings.has_weights:
+        raise LongtailError(f"timm has no pretrained weights for '{name}'")
+    mean, std = list(settings.mean), list(settings.std)
+    if channels == 1:
+        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+    return Encoder(name, mean, std, pretrained=True, resize=settings.input_size[-1])
+
+
+class Encoder(nn.Module):
+    """Normalisation and a backbone.
+
+    Args:
+        name: the backbone's name, see :func:`build_backbone`.
+        mean: of the images, a channel.
+        std: of the images, a channel.
+        pretrained: see :func:`build_backbone`.
+        resize: side in pixels that images are brought to first; None leaves them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        pretrained: bool = False,
+        resize: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.resize = resize
+        self.normalize = Normalize(mean, std)
+        self.backbone = build_backbone(name, channels=len(mean), pretrained=pretrained)
+        width = self.backbone.num_features
+        assert isinstance(width, int)
+        self.num_features = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (B, num_features) features of (B, channels, H, W) images in [0, 1]."""
+        if self.resize is not None and images.shape[-1] != self.resize:
+            images = F.interpolate(images, size=self.resize, mode="bilinear", antialias=True)
+        features: Tensor = self.backbone(self.normalize(images))
+        return features

@@ -1,0 +1,95 @@
+"""What every command takes: one dataclass a command, from which tyro makes flags and help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from longtail.config import Config
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a recogniser: longtail train [RECIPE] [OPTIONS]. The defaults below are the recipe's."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder of the run (default: runs/RECIPE-METHOD-seedN)."""
+    resume: Flag = False
+    """Go on from the folder's last checkpoint; the result equals an uninterrupted run's."""
+    overwrite: Flag = False
+    """Replace the run that the folder holds."""
+    json: Path | None = None
+    """Write the test metrics to this file too."""
+    quiet: Flag = False
+    """Show no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Metrics of a run on its test set, in percent."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    prior: Literal["uniform", "train"] = "uniform"
+    """Class frequencies that --json's top level assumes; the table shows both."""
+    root: Path | None = None
+    """Where the images are now, if not where they were."""
+    json: Path | None = None
+    """Write the metrics, per class too, to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Classes and probabilities of images."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, or of a recogniser."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")]
+    """Image files, or folders of them."""
+    prior: Literal["uniform", "train"] = "uniform"
+    """How frequent the classes are where the images come from."""
+    top: int = 3
+    """Classes shown an image."""
+    json: Path | None = None
+    """Write the table to this file too."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Several methods × seeds under one recipe: longtail compare [RECIPE] [OPTIONS]."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    methods: str = "ce,la,gml"
+    """Methods, with commas between them."""
+    seeds: int = 3
+    """Number of seeds, counted up from --seed."""
+    match: Literal["passes", "epochs"] = "passes"
+    """What all methods get the same of: student passes (images through the student), or epochs."""
+    out: Path | None = None
+    """Folder of the runs (default: runs/compare-RECIPE); what is finished there is not trained again."""
+    overwrite: Flag = False
+    """Train everything anew."""
+    json: Path | None = None
+    """Write one record a run to this file."""
+    quiet: Flag = False
+    """Show no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """What there is to train, with its source and expected score («paper»: published, not run here)."""
+
+    json: Path | None = None
+    """Write the table to this file too."""
+    quiet: Flag = False
+    """Print nothing."""

@@ -1,0 +1,61 @@
+"""Random numbers as a function of what they are for, never of what was drawn before.
+
+A draw is named by integers (seed, epoch, image id, …) and hashed, so that a resumed run, another batch
+order or another number of processes gives every image the very same crop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def mix(*keys: int) -> int:
+    """Return a 63-bit integer that depends on every one of ``keys`` (splitmix64, chained)."""
+    state = 0
+    for key in keys:
+        state = (state + _GOLDEN + (key & _MASK)) & _MASK
+        state = ((state ^ (state >> 30)) * _MIX_1) & _MASK
+        state = ((state ^ (state >> 27)) * _MIX_2) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator(*keys: int) -> torch.Generator:
+    """Return a CPU generator seeded by ``keys``."""
+    return torch.Generator().manual_seed(mix(*keys))
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    # int64 shifts keep the sign; the mask makes the shift a logical one
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniform(ids: Tensor, draws: int, *keys: int) -> Tensor:
+    """Draw ``draws`` numbers for every image.
+
+    Args:
+        ids: (B,) int64, the images.
+        draws: numbers an image.
+        keys: what the draw is for: seed, epoch, view, ….
+
+    Returns:
+        (B, draws) float32 in [0, 1), on the device of ``ids``; row i depends on ``ids[i]`` and ``keys`` alone.
+    """
+    column = torch.arange(1, draws + 1, device=ids.device, dtype=torch.int64)
+    x = (ids[:, None] + 1) * _signed(_GOLDEN) + mix(*keys)
+    for salt in (column * _signed(_MIX_2), mix(*keys, 1)):
+        x = x + salt
+        x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+        x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+        x = x ^ _shift(x, 31)
+    return _shift(x, 40).to(torch.float32) / (1 << 24)

@@ -1,0 +1,294 @@
+"""The thing that a user keeps: encoder, classifier, class names, preprocessing and priors, in one folder.
+
+Legend: N images, C classes, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longtail.data.images import SUFFIXES, open_image, to_square
+from longtail.data.views import center, to_float
+from longtail.errors import LongtailError
+from longtail.nn import CosineClassifier, Encoder
+from longtail.objectives import log_prior, posterior
+
+ImageLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What ``config.json`` holds."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    """Training images a class."""
+    network: str
+    scale: float
+    """Of the cosine classifier."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    """S: what the network sees."""
+    stored_size: int
+    """Side that an image is resized to before its centre is cut out."""
+    predicts_under: Literal["uniform", "train"]
+    """The prior that is in the scores: the training set's after plain cross-entropy, else none."""
+    trained: dict[str, Any] = field(default_factory=dict)
+    """How: method, recipe, epochs, seed, versions, seconds."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """On the test set."""
+
+    @property
+    def channels(self) -> int:
+        """3 for colour, 1 for grey."""
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities with the names of what they are of."""
+
+    probabilities: Tensor
+    """(N, C)."""
+    class_names: tuple[str, ...]
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) most probable class of each image."""
+        return self.probabilities.argmax(dim=1)
+
+    @property
+    def names(self) -> list[str]:
+        """Its name."""
+        return [self.class_names[label] for label in self.labels.tolist()]
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return the k most probable classes of each image with their probabilities, best first."""
+        values, indices = self.probabilities.topk(min(k, len(self.class_names)), dim=1)
+        return [
+            [(self.class_names[index], value) for index, value in zip(row, probabilities, strict=True)]
+            for row, probabilities in zip(indices.tolist(), values.tolist(), strict=True)
+        ]
+
+
+class Recognizer:
+    """A trained long-tailed recogniser.
+
+    Args:
+        encoder: images in [0, 1] to features.
+        classifier: features to scores.
+        card: everything else.
+
+    Example:
+        >>> from longtail import Recognizer
+        >>> recognizer = Recognizer.load("runs/digits-lt")            # doctest: +SKIP
+        >>> recognizer.predict(["photo.png"], prior="uniform").names  # doctest: +SKIP
+    """
+
+    def __init__(self, encoder: Encoder, classifier: CosineClassifier, card: Card) -> None:
+        self.encoder, self.classifier, self.card = encoder.eval(), classifier.eval(), card
+
+    @torch.no_grad()
+    def scores(self, images: Tensor) -> Tensor:
+        """Return (N, C) log-likelihood scores, free of any prior, of (N, channels, S, S) images in [0, 1]."""
+        scores: Tensor = self.classifier(self.encoder(images.contiguous(memory_format=torch.channels_last))).float()
+        if self.card.predicts_under == "train":
+            return scores - log_prior(self.card.class_counts).to(scores)
+        return scores
+
+    def log_prior(self, prior: str | Sequence[float] | Tensor) -> Tensor | None:
+        """Return the logarithm of ``uniform``, ``train``, or C class frequencies."""
+        if isinstance(prior, str):
+            if prior not in {"uniform", "train"}:
+                raise LongtailError(f"prior '{prior}': expected uniform, train, or one frequency a class")
+            return log_prior(self.card.class_counts) if prior == "train" else None
+        given = torch.as_tensor(prior, dtype=torch.float64)
+        classes = len(self.card.class_names)
+        if given.shape != (classes,) or not bool((given > 0).all()):
+            raise LongtailError(f"prior: expected {classes} positive frequencies, got shape {tuple(given.shape)}")
+        return (given / given.sum()).log().float()
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        prior: str | Sequence[float] | Tensor = "uniform",
+        batch_size: int = 256,
+    ) -> Predictions:
+        """Return class probabilities.
+
+        Args:
+            images: files, Pillow images, arrays (H, W) or (H, W, channels) of uint8, or a tensor (N, channels, H, W)
+                of uint8, or of floats in [0, 1].
+            prior: how frequent the classes are where the images come from: ``uniform``, ``train`` (as in the training
+                set), or C frequencies.
+            batch_size: images at a time.
+
+        Raises:
+            LongtailError: a file cannot be read, or the prior does not fit.
+        """
+        bias = self.log_prior(prior)
+        probabilities = []
+        for batch in self._batches(images, batch_size):
+            scores = self.scores(batch)
+            probabilities.append(posterior(scores, None if bias is None else bias.to(scores)).exp().cpu())
+        none = torch.empty(0, len(self.card.class_names))
+        return Predictions(torch.cat(probabilities) if probabilities else none, self.card.class_names)
+
+    def _batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int) -> Iterable[Tensor]:
+        device = self.classifier.weight.device
+        if isinstance(images, Tensor) and images.ndim == 4:
+            for part in images.split(batch_size):
+                pixels = part if part.dtype == torch.uint8 else (part.clamp(0, 1) * 255).round().to(torch.uint8)
+                if pixels.shape[1:] == (self.card.channels, self.card.image_size, self.card.image_size):
+                    yield (to_float(pixels) if part.dtype == torch.uint8 else part).to(device)
+                else:
+                    yield self._prepared([_to_pillow(image) for image in pixels]).to(device)
+            return
+        if isinstance(images, str | Path | Image.Image | np.ndarray | Tensor):
+            images = [images]
+        batch: list[Image.Image] = []
+        for image in images:
+            batch.append(_to_pillow(image))
+            if len(batch) == batch_size:
+                yield self._prepared(batch).to(device)
+                batch = []
+        if batch:
+            yield self._prepared(batch).to(device)
+
+    def _prepared(self, images: list[Image.Image]) -> Tensor:
+        pixels = torch.stack([to_square(image, self.card.stored_size, self.card.channels) for image in images])
+        return to_float(center(pixels, self.card.image_size))
+
+    def to(self, device: torch.device | str) -> Recognizer:
+        """Move to ``device``."""
+        self.encoder.to(device)
+        self.classifier.to(device)
+        return self
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``model.safetensors``, ``config.json`` and ``README.md``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
+        tensors |= {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+        card = json.dumps(dataclasses.asdict(self.card), indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(card + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_readme(self.card), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Recognizer:
+        """Read a recogniser from its folder, or from the folder of its run.
+
+        Raises:
+            LongtailError: there is none, or its files do not fit together.
+        """
+        folder = Path(folder)
+        if (folder / "recognizer").is_dir():
+            folder = folder / "recognizer"
+        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+            unfinished = (folder / "config.yaml").is_file()
+            hint = "the run has not finished; --resume it" if unfinished else "expected the folder of a finished run"
+            raise LongtailError(f"{folder}: holds no recogniser: {hint}")
+        try:
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            card = TypeAdapter(Card).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise LongtailError(f"{folder / 'config.json'}: {where}: {first['msg']}") from None
+        except (OSError, ValueError) as error:
+            raise LongtailError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+        encoder = Encoder(card.network, card.mean, card.std)
+        classifier = CosineClassifier(encoder.num_features, len(card.class_names), card.scale)
+        try:
+            tensors = load_file(folder / "model.safetensors")
+            for name, module in (("encoder.", encoder), ("classifier.", classifier)):
+                module.load_state_dict({k.removeprefix(name): t for k, t in tensors.items() if k.startswith(name)})
+        except (SafetensorError, RuntimeError, OSError) as error:
+            message = " ".join(str(error).split())[:200]
+            raise LongtailError(f"{folder / 'model.safetensors'}: does not fit config.json: {message}") from None
+        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return cls(encoder, classifier, card)
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """Return the files named, and the images in the folders named, in order of name.
+
+    Raises:
+        LongtailError: a path does not exist, or a folder has no images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise LongtailError(f"{path}: holds no images")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise LongtailError(f"{path}: there is no such file or folder")
+    return found
+
+
+def _to_pillow(image: ImageLike) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return open_image(Path(image))
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8:
+            image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+        image = image.detach().cpu().permute(1, 2, 0).numpy() if image.ndim == 3 else image.detach().cpu().numpy()
+    if image.dtype != np.uint8 or image.ndim not in {2, 3}:
+        raise LongtailError(
+            f"image: expected an array of uint8, (H, W) or (H, W, channels), got {image.dtype} of shape {image.shape}"
+        )
+    return Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+
+
+def _readme(card: Card) -> str:
+    counts = card.class_counts
+    head, tail = card.class_names[int(np.argmax(counts))], card.class_names[int(np.argmin(counts))]
+    lines = [
+        "# A long-tailed recogniser",
+        "",
+        f"{len(counts)} classes, {sum(counts)} training images: from {max(counts)} (`{head}`) to {min(counts)} (`{tail}`).",
+        f"Trained by longtail {card.trained.get('longtail', '')}: method {card.trained.get('method', '?')}, network "
+        f"{card.network}, {card.trained.get('epochs', '?')} epochs, seed {card.trained.get('seed', '?')}.",
+        "",
+    ]
+    if card.metrics:
+        lines += ["| on the test set, uniform prior | % |", "| --- | --- |"]
+        for name in ("balanced_accuracy", "top1", "many", "medium", "few"):
+            value = card.metrics.get(name)
+            lines.append(f"| {name.replace('_', ' ')} | {'n/a' if value is None else f'{value:.1f}'} |")
+        lines.append("")
+    lines += [
+        "```python",
+        "from longtail import Recognizer",
+        "",
+        'recognizer = Recognizer.load("this folder")',
+        'recognizer.predict(["image.png"], prior="uniform").names',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

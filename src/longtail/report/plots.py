@@ -1,0 +1,130 @@
+"""Plots, as SVG text for a page or as PNG. Legend: C classes, in order of frequency from head to tail."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from longtail.evaluation.comparison import Record, methods_of, summarize
+
+GROUP_COLORS = {"many": "#4477aa", "medium": "#b8860b", "few": "#cc5566"}
+_INK = "#808890"  # legible on white and on near-black, since the page follows the reader's choice
+_LINES = ("#4477aa", "#cc5566", "#228833", "#b8860b", "#aa3377", "#66aacc")
+
+
+def _axes(width: float = 8.0, height: float = 2.8) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    _bare(axes)
+    return figure, axes
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.tick_params(colors=_INK, labelsize=8)
+    for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        label.set_color(_INK)
+        label.set_size(9)
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an ``<svg>`` element; text stays text."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longtail"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def class_histogram(counts: Sequence[int], groups: Sequence[str]) -> Figure:
+    """Draw the training images of every class, head first, coloured by shot group."""
+    figure, axes = _axes()
+    axes.bar(range(len(counts)), counts, color=[GROUP_COLORS[group] for group in groups], width=0.85)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.8)
+    axes.set_ylabel("training images")
+    axes.set_xlabel("classes, from head to tail")
+    _group_legend(axes, groups)
+    return figure
+
+
+def per_class_accuracy(accuracy: Sequence[float | None], groups: Sequence[str]) -> Figure:
+    """Draw the accuracy of every class, head first; a class without test images leaves a gap."""
+    figure, axes = _axes()
+    shown = [(i, value) for i, value in enumerate(accuracy) if value is not None]
+    axes.bar(
+        [i for i, _ in shown],
+        [value for _, value in shown],
+        color=[GROUP_COLORS[groups[i]] for i, _ in shown],
+        width=0.85,
+    )
+    axes.set_ylim(0, 100)
+    axes.set_xlim(-0.6, len(accuracy) - 0.4)
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlabel("classes, from head to tail")
+    _group_legend(axes, groups)
+    return figure
+
+
+def _group_legend(axes: Axes, groups: Sequence[str]) -> None:
+    for group, color in GROUP_COLORS.items():
+        if group in groups:
+            axes.bar([], [], color=color, label=group)
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+
+
+def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], label: str) -> Figure:
+    """Draw values over epochs."""
+    figure, axes = _axes()
+    for color, (name, values) in zip(_LINES * 3, lines.items(), strict=False):
+        axes.plot(epochs, values, color=color, label=name.replace("_", " "), linewidth=1.6)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=6, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def comparison(records: Sequence[Record]) -> Figure:
+    """Draw every run as a dot, seeds joined across methods, and the mean of each method as a bar."""
+    methods = methods_of(records)
+    names = [("balanced_accuracy", "balanced accuracy"), ("many", "many"), ("medium", "medium"), ("few", "few")]
+    names = [entry for entry in names if all(summarize(records, method, entry[0]) for method in methods)]
+    figure = Figure(figsize=(2.4 * len(names) + 0.6, 3.4), layout="constrained")
+    place = {method: position for position, method in enumerate(methods)}
+    for column, (name, title) in enumerate(names):
+        axes = figure.add_subplot(1, len(names), column + 1)
+        _bare(axes)
+        for seed in sorted({record.seed for record in records}):
+            line = [(place[r.method], getattr(r, name)) for r in records if r.seed == seed]
+            axes.plot(*zip(*sorted(line), strict=True), color=_INK, linewidth=0.7, alpha=0.6, marker="o", markersize=3)
+        for method in methods:
+            summary = summarize(records, method, name)
+            assert summary is not None
+            color = _LINES[place[method] % len(_LINES)]
+            axes.errorbar(
+                place[method],
+                summary.mean,
+                yerr=summary.deviation,
+                color=color,
+                fmt="_",
+                markersize=26,
+                capsize=5,
+                lw=2,
+            )
+        axes.set_xticks(range(len(methods)), methods)
+        axes.set_xlim(-0.6, len(methods) - 0.4)
+        axes.set_title(title)
+        if column == 0:
+            axes.set_ylabel("accuracy, %: mean and deviation over seeds")
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=140, facecolor="white")
