@@ -150,12 +150,12 @@ def _train(arguments: list[str]) -> None:
     _check_folder(out)
     _check_json(given.json)
 
-    from longtail.engine.fit import evaluate, fit, write_metrics
+    from longtail.engine.fit import described, fit, write_metrics
     from longtail.report import run_report
 
     run = fit(config, out, resume=given.resume, overwrite=given.overwrite, quiet=given.quiet)
     page = run_report(out)
-    judged = evaluate(out)
+    judged = described(run.judged, run.card)
     if given.json:
         write_metrics(given.json, judged)
     _show_metrics(judged)

@@ -257,7 +257,8 @@ _SECTIONS: dict[str, type] = {
 
 def parse_config(values: dict[str, Any], where: str = "config") -> Config:
     """Check plain values and return a :class:`Config`; ``where`` opens the message of an error."""
-    return _checked(Config, values, where)
+    config: Config = _checked(Config, values, where)
+    return config
 
 
 def checked(config: Config) -> Config:

@@ -5,6 +5,7 @@ Legend: K slots in all, K_c of class c, D width, B samples of a push.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ def queue_sizes(class_counts: Sequence[int], size: int, minimum: int) -> list[in
     for index, count in enumerate(class_counts, start=1):
         seen += count
         boundaries.append(minimum * index - (-rest * seen // total))  # the cumulative share, rounded up
-    return [above - below for below, above in zip(boundaries, boundaries[1:], strict=False)]
+    return [above - below for below, above in itertools.pairwise(boundaries)]
 
 
 class ClassQueues:

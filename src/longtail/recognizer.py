@@ -225,7 +225,7 @@ class Recognizer:
         except (SafetensorError, RuntimeError, OSError) as error:
             message = " ".join(str(error).split())[:200]
             raise LongtailError(f"{folder / 'model.safetensors'}: does not fit config.json: {message}") from None
-        encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encoder.to(memory_format=torch.channels_last)
         return cls(encoder, classifier, card)
 
 
@@ -271,7 +271,7 @@ def _readme(card: Card) -> str:
     lines = [
         "# A long-tailed recogniser",
         "",
-        f"{len(counts)} classes, {sum(counts)} training images: from {max(counts)} (`{head}`) to {min(counts)} (`{tail}`).",
+        f"{len(counts)} classes, {sum(counts)} images: {max(counts)} of `{head}` to {min(counts)} of `{tail}`.",
         f"Trained by longtail {card.trained.get('longtail', '')}: method {card.trained.get('method', '?')}, network "
         f"{card.network}, {card.trained.get('epochs', '?')} epochs, seed {card.trained.get('seed', '?')}.",
         "",

@@ -34,6 +34,7 @@ class CifarAutoAugment:
         self.levels = torch.tensor([[step[2] or 0 for step in policy] for policy in policies]) / 9
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Return the images after two steps of the sub-policy that each drew."""
         # which image meets which operation is decided on the host, where lists of indices cost no wait
         draws = draws.cpu()
         policy = (draws[:, 0] * len(self.operations)).long()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -87,11 +88,24 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         LongtailError: the file is missing, empty, broken, too large to be an honest image, or none at all.
     """
+    with _explained(path), Image.open(path) as image:
+        image.load()
+    return image
+
+
+def sides(path: Path) -> tuple[int, int]:
+    """Return an image file's width and height from its header; raises as :func:`open_image` does."""
+    with _explained(path), Image.open(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what Pillow and the system raise over a file into one line about it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
+            yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
     except UnidentifiedImageError:
@@ -101,7 +115,6 @@ def open_image(path: Path) -> Image.Image:
         raise LongtailError(f"{path}: is larger than Pillow takes for safe ({error}); shrink it") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise LongtailError(f"{path}: is damaged ({' '.join(str(error).split())}); remove or replace it") from None
-    return image
 
 
 def decode(path: Path, size: int, channels: int = 3) -> Tensor:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from longtail.config import Data
-from longtail.data.images import SUFFIXES, ArrayImages, FileImages, Images, decode_files, open_image, to_square
+from longtail.data.images import SUFFIXES, ArrayImages, FileImages, Images, decode_files, sides, to_square
 from longtail.data.imbalance import exponential_counts, permuted_by_class, subsample
 from longtail.errors import LongtailError, nearest
 
@@ -265,7 +265,7 @@ def _folder(config: Data, seed: int) -> LongTailedData:
         if len(files) < least:
             reason = "" if test is not None else ", one to train on and one to test on"
             raise LongtailError(
-                f"class '{name}' has {len(files)} image{'s' * (len(files) != 1)} ({files[0].name}) in {files[0].parent}: "
+                f"class '{name}' has {len(files)} image{'s' * (len(files) != 1)} in {files[0].parent}: "
                 f"at least {least} are expected{reason}; add images or remove the folder"
             )
         if test is None:
@@ -335,8 +335,8 @@ def _entries(folder: Path) -> Iterable[Path]:
 def _natural_size(files: Sequence[Path]) -> int:
     """Return 32 or 64 for small images and 224 for photographs, by the median short side of up to 64 files."""
     sample = files[:: max(1, len(files) // 64)]
-    sides = sorted(min(open_image(file).size) for file in sample)
-    median = sides[len(sides) // 2]
+    short = sorted(min(sides(file)) for file in sample)
+    median = short[len(short) // 2]
     return 32 if median < 48 else 64 if median < 128 else 224
 
 
@@ -349,15 +349,8 @@ def _file_set(files_of: dict[str, list[Path]], names: Sequence[str], root: Path,
         images = ArrayImages(decode_files(files, size))
     else:
         for file in files:  # found now, by name, rather than in the middle of an epoch
-            _check_header(file)
+            sides(file)
     return ImageSet(images, torch.tensor(labels, dtype=torch.int64), ids)
-
-
-def _check_header(file: Path) -> None:
-    try:
-        Image.open(file).close()
-    except OSError:
-        open_image(file)  # says what is wrong
 
 
 def _path_id(path: Path) -> int:

@@ -68,7 +68,7 @@ def cutout(images: Tensor, draws: Tensor, length: int = 16) -> Tensor:
 
 
 def affine(images: Tensor, matrices: Tensor, size: int | None = None) -> Tensor:
-    """Sample float images bilinearly through (B, 2, 3) matrices from output to input, both in [−1, 1]; black outside."""
+    """Sample float images bilinearly through (B, 2, 3) matrices, output to input in [−1, 1]; black outside."""
     side = (images.shape[2], images.shape[3]) if size is None else (size, size)
     grid = F.affine_grid(matrices, [len(images), images.shape[1], *side], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -118,7 +118,8 @@ def _finished(folder: Path, config: Config) -> Run | None:
     return Run(
         folder,
         config,
-        lines[-1][card.predicts_under],
+        card,
+        {prior: lines[-1][prior] for prior in ("uniform", "train")},
         card.trained["student_passes"],
         card.trained["seconds"],
         card.trained["teacher_seconds"],

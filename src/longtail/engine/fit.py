@@ -42,13 +42,19 @@ class Run:
 
     folder: Path
     config: Config
-    metrics: dict[str, Any]
-    """On the test set, under the prior that the method predicts under."""
+    card: Card
+    judged: dict[str, dict[str, Any]]
+    """Metrics on the test set, under the prior ``uniform`` and under ``train``."""
     student_passes: int
     """Images that went through the student, forward and backward."""
     seconds: float
     """Training the student; evaluation and the teacher are not in it."""
     teacher_seconds: float
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics under the prior that the method predicts under."""
+        return self.judged[self.card.predicts_under]
 
 
 def resolve(config: Config, data: LongTailedData) -> Config:
@@ -135,11 +141,11 @@ class _Trainer:
             parts, teacher_seconds = (teacher.encoder, teacher.classifier), teacher.seconds
         torch.set_rng_state(self.state)
         method = self.kind(config, self.encoder, data.class_counts, *parts)
-        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        method.to(memory_format=torch.channels_last)
         undecayed = method.undecayed()
         decayed = [p for p in method.parameters() if p.requires_grad and all(p is not other for other in undecayed)]
         settings = config.optimizer
-        groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
         optimizer = torch.optim.SGD(
             [group for group in groups if group["params"]],
             lr=settings.learning_rate,
@@ -172,13 +178,16 @@ class _Trainer:
         config, total = self.config, loader.steps * self.config.epochs
         first = books.step
         saved = started = time.monotonic()
+        every = 0.5 if sys.stderr.isatty() else 20.0  # seconds between two looks at the bar; a log file wants few
+        shown = started
         bar = tqdm(
             total=total,
             initial=first,
             disable=self.quiet,
             unit="step",
-            desc=f"{config.method}",
-            mininterval=0.5 if sys.stderr.isatty() else 20,
+            desc=config.method,
+            mininterval=every,
+            maxinterval=every,
             dynamic_ncols=True,
         )
         method.train()
@@ -199,12 +208,16 @@ class _Trainer:
                     optimizer.step()
                     images += len(batch.labels)
                     books.add(terms, len(batch.labels), len(batch.labels) * method.student_views(config))
-                    bar.update()
                     now = time.monotonic()
-                    if not self.quiet and now - bar.start_t > 0 and bar.n == bar.last_print_n:
-                        shown = {name: f"{value:.3f}" for name, value in books.means().items()}
-                        speed = f"{images / (now - entered):.0f}"
-                        bar.set_postfix(shown | {"lr": f"{optimizer.param_groups[0]['lr']:.4f}", "images/s": speed})
+                    if not self.quiet and now - shown >= every:
+                        shown = now
+                        means = {name: f"{value:.3f}" for name, value in books.means().items()}
+                        rates = {
+                            "lr": f"{optimizer.param_groups[0]['lr']:.4f}",
+                            "images/s": f"{images / (now - entered):.0f}",
+                        }
+                        bar.set_postfix({"epoch": f"{epoch + 1}/{config.epochs}"} | means | rates, refresh=False)
+                    bar.update()
                     if now - saved >= config.checkpoint_seconds and books.step % loader.steps:
                         books.seconds += now - started
                         self._save(method, optimizer, books)
@@ -248,7 +261,8 @@ class _Trainer:
 
     def _judge(self, method: Method, books: _Books, images: ImageSet) -> None:
         """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
-        result = self._evaluate(self._recognizer(method, {}, {}), images)
+        card = self._recognizer(method, {}, {})
+        result = judge(card, images, self.config)[method.predicts_under]
         score = result["balanced_accuracy"]
         self._log({"kind": "validation", "step": books.step, "balanced_accuracy": score, "top1": result["top1"]})
         if books.best is None or score > books.best["score"]:
@@ -272,11 +286,6 @@ class _Trainer:
         )
         return Recognizer(method.encoder, method.classifier, card)
 
-    def _evaluate(self, recognizer: Recognizer, images: ImageSet, prior: str | None = None) -> dict[str, Any]:
-        scores, labels = scores_of(recognizer, images)
-        bias = recognizer.log_prior(prior or recognizer.card.predicts_under)
-        return metrics(scores, labels, self.data.class_counts, self.config.shots, bias)
-
     def _finish(self, method: Method, books: _Books, teacher_seconds: float) -> Run:
         config = self.config
         if books.best is not None:
@@ -295,7 +304,7 @@ class _Trainer:
         if books.best is not None:
             trained["best_step"] = books.best["step"]
         recognizer = self._recognizer(method, trained, {})
-        judged = {prior: self._evaluate(recognizer, self.data.test, prior) for prior in ("uniform", "train")}
+        judged = judge(recognizer, self.data.test, config)
         kept = self._recognizer(method, trained, judged["uniform"])
         kept.save(self.out / "recognizer")
         self._log({"kind": "test", "step": books.step, **judged})
@@ -381,15 +390,17 @@ def _stored_size(images: Images, image_size: int) -> int:
     return images.take(torch.zeros(1, dtype=torch.int64)).shape[-1] if len(images) else image_size
 
 
-def scores_of(recognizer: Recognizer, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Return (N, C) scores and (N,) labels of a split, every image once."""
+def judge(recognizer: Recognizer, images: ImageSet, config: Config) -> dict[str, dict[str, Any]]:
+    """Return the metrics of a split under the uniform prior and under the training prior, every image seen once."""
     device = recognizer.classifier.weight.device
     recognizer.encoder.eval()
-    scores, labels = [], []
-    for views, truth in evaluation_batches(images, recognizer.card.image_size):
-        scores.append(recognizer.scores(views.to(device)).cpu())
-        labels.append(truth)
-    return torch.cat(scores), torch.cat(labels)
+    batches = list(evaluation_batches(images, recognizer.card.image_size))
+    scores = torch.cat([recognizer.scores(views.to(device)).cpu() for views, _ in batches])
+    labels = torch.cat([truth for _, truth in batches])
+    counts = recognizer.card.class_counts
+    return {
+        name: metrics(scores, labels, counts, config.shots, recognizer.log_prior(name)) for name in ("uniform", "train")
+    }
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -426,16 +437,17 @@ def evaluate(run: Path, prior: str = "uniform", data_root: str | None = None) ->
     data = load_data(config.data, config.seed)
     if data.class_names != recognizer.card.class_names:
         raise LongtailError(f"{run}: the classes of {config.data.root or config.data.source} are not those of the run")
-    scores, labels = scores_of(recognizer, data.test)
-    counts = recognizer.card.class_counts
-    judged = {
-        name: metrics(scores, labels, counts, config.shots, recognizer.log_prior(name)) for name in ("uniform", "train")
-    }
+    judged = judge(recognizer, data.test, config)
+    return described(judged, recognizer.card, prior)
+
+
+def described(judged: dict[str, dict[str, Any]], card: Card, prior: str = "uniform") -> dict[str, Any]:
+    """Return what ``evaluate --json`` holds: the metrics under one prior on top, and what they are of."""
     return {
         **judged[prior],
         "prior": prior,
-        "class_names": list(data.class_names),
-        "class_counts": list(counts),
+        "class_names": list(card.class_names),
+        "class_counts": list(card.class_counts),
         "priors": judged,
     }
 

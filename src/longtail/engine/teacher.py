@@ -103,7 +103,7 @@ def _from_run(folder: Path, data: LongTailedData, given: bool) -> Teacher:
     recognizer = Recognizer.load(folder)
     if recognizer.card.channels != len(data.mean):
         raise LongtailError(
-            f"teacher {folder}: was trained on images of {recognizer.card.channels} channels, these have {len(data.mean)}"
+            f"teacher {folder}: expects images of {recognizer.card.channels} channels, these have {len(data.mean)}"
         )
     same_classes = recognizer.card.class_names == data.class_names
     seconds = 0.0 if given else float(recognizer.card.trained.get("seconds", 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -15,7 +16,7 @@ from longtail.objectives import ClassPrior
 Prior = Literal["uniform", "train"]
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """An encoder with a cosine classifier, and the losses that train them.
 
     Args:
@@ -56,9 +57,9 @@ class Method(nn.Module):
         """Return :meth:`training_step`'s terms; the engine calls this, so that wrappers around the module see it."""
         return self.training_step(batch)
 
+    @abstractmethod
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss terms by name, weighted: their sum is what is minimised."""
-        raise TypeError(f"{type(self).__name__} has no training step")  # a method's own file gives it
 
     def undecayed(self) -> list[nn.Parameter]:
         """Return the parameters that weight decay must not touch."""

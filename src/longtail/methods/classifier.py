@@ -13,7 +13,10 @@ from longtail.objectives import posterior_cross_entropy
 
 
 class LogitAdjustment(Method):
-    """Cross-entropy of score + log prior, on every view (Menon et al., ICLR 2021; Balanced Softmax, Ren et al., 2020)."""
+    """Cross-entropy of score + log prior, on every view.
+
+    Source: Menon et al., ICLR 2021, arXiv 2007.07314; Ren et al., NeurIPS 2020 (Balanced Softmax).
+    """
 
     def log_prior(self) -> Tensor | None:
         """Return what is added to the scores in training, (C,)."""

@@ -76,7 +76,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, 64) features."""
         y = self.blocks(F.relu(self.bn(self.stem(x)), inplace=True))
-        return y.mean(dim=(2, 3))
+        features: Tensor = y.mean(dim=(2, 3))
+        return features
 
 
 class SmallConv(nn.Module):

@@ -30,7 +30,7 @@ def _bare(axes: Axes) -> None:
     axes.tick_params(colors=_INK, labelsize=8)
     for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
         label.set_color(_INK)
-        label.set_size(9)
+        label.set_fontsize(9)
 
 
 def svg(figure: Figure) -> str:

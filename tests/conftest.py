@@ -1,0 +1,77 @@
+"""What the tests share: real digits, a network of 2,000 parameters, and folders of images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longtail.cli import main
+from longtail.config import Config, load_recipe
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny() -> Config:
+    """digits-lt on a network of 2,000 parameters, for two epochs."""
+    config = load_recipe("digits-lt").config
+    return config.replace(network="conv8-tiny", epochs=2, checkpoint_seconds=0.0)
+
+
+TINY = ["--network", "conv8-tiny", "--epochs", "2", "--quiet"]
+
+
+@pytest.fixture
+def cifar_folder() -> Path:
+    folder = SHARED / "cifar100"
+    if not folder.is_dir():
+        pytest.skip("needs CIFAR-100 in ../shared/data/cifar100")
+    return folder
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run the command line in this process; returns its exit code, output and errors."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["longtail", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def save_image(path: Path, size: tuple[int, int] = (16, 16), seed: int = 0, mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of three classes with 12, 6 and 3 images."""
+    root = tmp_path / "photos"
+    for index, (name, count) in enumerate({"cat": 12, "dog": 6, "emu": 3}.items()):
+        for number in range(count):
+            save_image(root / name / f"{number}.png", seed=100 * index + number)
+    return root
