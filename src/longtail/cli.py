@@ -87,7 +87,11 @@ def _parse(kind: type[Parsed], command: str, arguments: list[str], default: Pars
 
 def _one_line(box: str, command: str) -> str:
     """Return what a box of tyro's says: its first paragraph, and the flags that it thinks were meant."""
+    # a terminal that knows no box-drawing characters gets rules of hyphens from tyro
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    lines = ["" if not line.strip("-") else line for line in lines]
+    while lines and not lines[0]:
+        lines.pop(0)
     message = " ".join(lines[: next((i for i, line in enumerate(lines) if not line), len(lines))])
     message = message.split(" Got errors:")[0].rstrip(".")
     meant = ""

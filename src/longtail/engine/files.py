@@ -68,10 +68,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         LongtailError: the file is truncated, foreign, or of a later version.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
         raise LongtailError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
         raise LongtailError(f"{path}: is truncated or no checkpoint of longtail; start anew with --overwrite") from None
     if not isinstance(state, dict) or "format" not in state:
         raise LongtailError(f"{path}: is no checkpoint of longtail; start anew with --overwrite")

@@ -290,7 +290,7 @@ class _Trainer:
         config = self.config
         if books.best is not None:
             method.load_state_dict(books.best["weights"], strict=False)
-        trained = {
+        trained: dict[str, Any] = {
             "longtail": longtail.__version__,
             "torch": torch.__version__,
             "recipe": config.recipe,
@@ -308,9 +308,7 @@ class _Trainer:
         kept = self._recognizer(method, trained, judged["uniform"])
         kept.save(self.out / "recognizer")
         self._log({"kind": "test", "step": books.step, **judged})
-        return Run(
-            self.out, config, judged[method.predicts_under], books.student_passes, books.seconds, teacher_seconds
-        )
+        return Run(self.out, config, kept.card, judged, books.student_passes, trained["seconds"], teacher_seconds)
 
     def _save(self, method: Method, optimizer: Any, books: _Books) -> None:
         state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "books": books.state()}
@@ -394,12 +392,14 @@ def judge(recognizer: Recognizer, images: ImageSet, config: Config) -> dict[str,
     """Return the metrics of a split under the uniform prior and under the training prior, every image seen once."""
     device = recognizer.classifier.weight.device
     recognizer.encoder.eval()
-    batches = list(evaluation_batches(images, recognizer.card.image_size))
-    scores = torch.cat([recognizer.scores(views.to(device)).cpu() for views, _ in batches])
-    labels = torch.cat([truth for _, truth in batches])
-    counts = recognizer.card.class_counts
+    scores, labels = [], []
+    for views, truth in evaluation_batches(images, recognizer.card.image_size):
+        scores.append(recognizer.scores(views.to(device)).cpu())
+        labels.append(truth)
+    counts, shots = recognizer.card.class_counts, config.shots
     return {
-        name: metrics(scores, labels, counts, config.shots, recognizer.log_prior(name)) for name in ("uniform", "train")
+        prior: metrics(torch.cat(scores), torch.cat(labels), counts, shots, recognizer.log_prior(prior))
+        for prior in ("uniform", "train")
     }
 
 

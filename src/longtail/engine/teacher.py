@@ -106,5 +106,5 @@ def _from_run(folder: Path, data: LongTailedData, given: bool) -> Teacher:
             f"teacher {folder}: expects images of {recognizer.card.channels} channels, these have {len(data.mean)}"
         )
     same_classes = recognizer.card.class_names == data.class_names
-    seconds = 0.0 if given else float(recognizer.card.trained.get("seconds", 0.0))
+    seconds = 0.0 if given else float(recognizer.card.trained["seconds"])
     return Teacher(recognizer.encoder, recognizer.classifier if same_classes else None, seconds)

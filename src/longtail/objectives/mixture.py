@@ -113,7 +113,8 @@ def _losses(
     correction = (count.clamp(min=1) / left.clamp(min=1)).log().to(scores.dtype)
     counts = left > 0
     margin = torch.logsumexp(of_class, dim=1) + correction - torch.logsumexp(of_other, dim=1)
-    return torch.where(counts, F.softplus(-margin), 0.0), counts
+    # not softplus, which gives up the last digits beyond 20
+    return torch.where(counts, -F.logsigmoid(margin), 0.0), counts
 
 
 class GMLLoss(nn.Module):

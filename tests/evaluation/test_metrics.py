@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+from longtail.config import Shots
+from longtail.evaluation.metrics import metrics, shot_groups
+from longtail.objectives import log_prior
+
+
+def test_against_scikit_learn() -> None:
+    g = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(500, 8, generator=g), torch.randint(0, 8, (500,), generator=g)
+    scores[torch.arange(500), labels] += 1
+    result = metrics(scores, labels, [200, 150, 100, 60, 20, 19, 5, 2], Shots())
+    predicted = scores.argmax(1)
+    assert result["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(labels, predicted))
+    assert result["top1"] == pytest.approx(100 * (predicted == labels).float().mean().item())
+    assert result["top5"] == pytest.approx(100 * top_k_accuracy_score(labels, scores, k=5))
+    per_class = result["per_class"]
+    assert result["many"] == pytest.approx(sum(per_class[:2]) / 2)
+    assert result["medium"] == pytest.approx(sum(per_class[2:5]) / 3)
+    assert result["few"] == pytest.approx(sum(per_class[5:]) / 3)
+
+
+def test_thresholds() -> None:
+    assert shot_groups([101, 100, 20, 19], Shots()) == ["many", "medium", "medium", "few"]
+    assert shot_groups([101, 100, 20, 19], Shots(many_above=99, few_below=5)) == ["many", "many", "medium", "medium"]
+
+
+def test_what_is_absent_is_not_zero() -> None:
+    result = metrics(torch.eye(3)[[0, 1]], torch.tensor([0, 1]), [50, 40, 30], Shots())
+    assert result["per_class"] == [100, 100, None]
+    assert result["balanced_accuracy"] == 100
+    assert result["many"] is None
+    assert result["few"] is None
+
+
+def test_a_prior_moves_predictions_to_the_head() -> None:
+    scores, labels, counts = torch.tensor([[0.0, 1.0], [0.0, 5.0]]), torch.tensor([1, 1]), [90, 10]
+    assert metrics(scores, labels, counts, Shots())["top1"] == 100
+    assert metrics(scores, labels, counts, Shots(), log_prior(counts))["top1"] == 50

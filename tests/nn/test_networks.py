@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longtail.errors import LongtailError
+from longtail.nn import CosineClassifier, Encoder, ProjectionMLP, build_backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85), ("resnet110", 1.7)],
+)
+def test_parameters_are_the_published_ones(name: str, millions: float) -> None:
+    count = sum(p.numel() for p in build_backbone(name).parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.03)
+
+
+def test_a_test_networks_size() -> None:
+    assert sum(p.numel() for p in build_backbone("conv8-tiny", channels=1).parameters()) < 3000
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"), [("conv8", 1, 8), ("resnet20", 3, 32), ("resnet20", 3, 48), ("resnet10t", 3, 64)]
+)
+def test_features_have_the_width_they_say(name: str, channels: int, size: int) -> None:
+    encoder = Encoder(name, [0.5] * channels, [0.2] * channels)
+    assert encoder(torch.rand(2, channels, size, size)).shape == (2, encoder.num_features)
+
+
+def test_normalisation_is_inside() -> None:
+    encoder = Encoder("resnet20", [0.1, 0.2, 0.3], [0.5, 0.25, 0.2])
+    image = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert encoder.normalize(image).abs().max() < 1e-6
+    assert not any("normalize" in name for name in encoder.state_dict())
+
+
+def test_images_are_brought_to_the_size_a_pretrained_net_knows() -> None:
+    encoder = Encoder("resnet20", [0.5] * 3, [0.2] * 3, resize=48).eval()
+    small = torch.rand(1, 3, 32, 32)
+    large = torch.nn.functional.interpolate(small, size=48, mode="bilinear", antialias=True)
+    assert torch.allclose(encoder(small), encoder(large))
+
+
+def test_an_unknown_network_is_named() -> None:
+    with pytest.raises(LongtailError, match=r"network 'resnet23' is not known; perhaps you meant .*resnet"):
+        build_backbone("resnet23")
+
+
+def test_scores_are_scaled_cosines() -> None:
+    classifier = CosineClassifier(4, 3, scale=10.0)
+    features = torch.randn(5, 4)
+    expected = 10 * torch.cosine_similarity(features[:, None], classifier.weight[None], dim=2)
+    assert torch.allclose(classifier(features), expected, atol=1e-5)
+    assert torch.allclose(classifier(features * 7), expected, atol=1e-5)
+
+
+def test_embeddings_have_norm_one() -> None:
+    assert ProjectionMLP(6, 3)(torch.randn(5, 6)).norm(dim=1).tolist() == pytest.approx([1] * 5)
