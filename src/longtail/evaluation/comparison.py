@@ -54,11 +54,15 @@ class Difference:
     seeds: int
 
     def __str__(self) -> str:
-        text = f"{self.method} − {self.baseline}: {self.mean:+.1f} points"
+        text = f"{self.method} − {self.baseline}: {_signed(self.mean)} points"
         if self.low is None or self.high is None:
             return f"{text} (one seed says nothing about its spread)"
         verdict = "no difference shown" if self.low <= 0 <= self.high else "a difference"
-        return f"{text}, 95 % interval {self.low:+.1f} to {self.high:+.1f} over {self.seeds} seeds: {verdict}"
+        return f"{text}, 95 % interval {_signed(self.low)} to {_signed(self.high)} over {self.seeds} seeds: {verdict}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
 
 
 def methods_of(records: Sequence[Record]) -> list[str]:
@@ -104,7 +108,7 @@ COLUMNS = (
 
 def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the comparison: mean ± standard deviation over seeds."""
-    header = ["method", *(title for _, title in COLUMNS), "epochs", "student passes", "seconds", "teacher seconds"]
+    header = ["method", *(title for _, title in COLUMNS), "epochs", "student passes", "seconds", "teacher s"]
     rows = []
     for method in methods_of(records):
         cells = [str(summarize(records, method, name) or "n/a") for name, _ in COLUMNS]

@@ -37,11 +37,15 @@ def run_report(folder: Path) -> Path:
     epochs = [line for line in lines if line["kind"] == "epoch"]
     names = [name for name in ("classifier", "mixture", "temperature_likelihood", "distillation") if name in epochs[-1]]
     numbers = [line["epoch"] for line in epochs]
+    names_in_order = [card.class_names[index] for index in order]
     head_first = [groups[index] for index in order]
     accuracy = test[card.predicts_under]["per_class"]
     figures = [
-        ("The tail", plots.class_histogram([card.class_counts[index] for index in order], head_first)),
-        ("Accuracy by class", plots.per_class_accuracy([accuracy[index] for index in order], head_first)),
+        ("The tail", plots.class_histogram(names_in_order, [card.class_counts[index] for index in order], head_first)),
+        (
+            "Accuracy by class",
+            plots.per_class_accuracy(names_in_order, [accuracy[index] for index in order], head_first),
+        ),
         ("Loss terms", plots.curves({name: [line[name] for line in epochs] for name in names}, numbers, "loss")),
     ]
     if "temperature" in epochs[-1]:

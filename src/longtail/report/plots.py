@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from longtail.evaluation.comparison import Record, methods_of, summarize
 
@@ -36,25 +39,28 @@ def _bare(axes: Axes) -> None:
 def svg(figure: Figure) -> str:
     """Return a figure as an ``<svg>`` element; text stays text."""
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longtail"}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longtail"}), warnings.catch_warnings():
+        # the reader's browser draws the text, so what matplotlib's own font lacks does not matter
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def class_histogram(counts: Sequence[int], groups: Sequence[str]) -> Figure:
+def class_histogram(names: Sequence[str], counts: Sequence[int], groups: Sequence[str]) -> Figure:
     """Draw the training images of every class, head first, coloured by shot group."""
     figure, axes = _axes()
     axes.bar(range(len(counts)), counts, color=[GROUP_COLORS[group] for group in groups], width=0.85)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.8)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylabel("training images")
-    axes.set_xlabel("classes, from head to tail")
+    _name_classes(axes, names)
     _group_legend(axes, groups)
     return figure
 
 
-def per_class_accuracy(accuracy: Sequence[float | None], groups: Sequence[str]) -> Figure:
+def per_class_accuracy(names: Sequence[str], accuracy: Sequence[float | None], groups: Sequence[str]) -> Figure:
     """Draw the accuracy of every class, head first; a class without test images leaves a gap."""
     figure, axes = _axes()
     shown = [(i, value) for i, value in enumerate(accuracy) if value is not None]
@@ -65,25 +71,36 @@ def per_class_accuracy(accuracy: Sequence[float | None], groups: Sequence[str]) 
         width=0.85,
     )
     axes.set_ylim(0, 100)
-    axes.set_xlim(-0.6, len(accuracy) - 0.4)
     axes.set_ylabel("accuracy, %")
-    axes.set_xlabel("classes, from head to tail")
+    _name_classes(axes, names)
     _group_legend(axes, groups)
     return figure
 
 
+def _name_classes(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_xlabel("classes, from head to tail")
+    if len(names) <= 20:
+        # a dollar sign would start a formula
+        shown = [(name if len(name) <= 12 else f"{name[:11]}…").replace("$", r"\$") for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=0 if len(names) <= 10 else 45)
+
+
 def _group_legend(axes: Axes, groups: Sequence[str]) -> None:
-    for group, color in GROUP_COLORS.items():
-        if group in groups:
-            axes.bar([], [], color=color, label=group)
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    patches = [Patch(color=color, label=group) for group, color in GROUP_COLORS.items() if group in groups]
+    axes.legend(
+        handles=patches, frameon=False, fontsize=8, labelcolor=_INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
+    )
 
 
 def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], label: str) -> Figure:
     """Draw values over epochs."""
     figure, axes = _axes()
-    for color, (name, values) in zip(_LINES * 3, lines.items(), strict=False):
-        axes.plot(epochs, values, color=color, label=name.replace("_", " "), linewidth=1.6)
+    for index, (name, values) in enumerate(lines.items()):
+        # dots and dashes let a line show that lies under another, as the two halves of a GML loss do
+        color, style = _LINES[index % len(_LINES)], ("-", "--", ":", "-.")[index % 4]
+        axes.plot(epochs, values, style, color=color, label=name.replace("_", " "), linewidth=1.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)
     axes.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=6, loc="lower right", bbox_to_anchor=(1, 1))
@@ -119,6 +136,7 @@ def comparison(records: Sequence[Record]) -> Figure:
             )
         axes.set_xticks(range(len(methods)), methods)
         axes.set_xlim(-0.6, len(methods) - 0.4)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
         axes.set_title(title)
         if column == 0:
             axes.set_ylabel("accuracy, %: mean and deviation over seeds")

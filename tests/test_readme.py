@@ -1,0 +1,86 @@
+"""What the README says is what happens."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from longtail import ClassQueues, GMLLoss, Recognizer
+from longtail.evaluation.comparison import Record, differences, table
+from longtail.nn import ProjectionMLP
+from tests.conftest import TINY, Command
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_table_is_the_one_that_was_printed() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "digits-lt.json").read_text())
+    assert results["command"] == "longtail compare digits-lt --methods ce,la,gml --seeds 5"
+    records = [Record(**record) for record in results["records"]]
+    assert len(records) == 15
+    header, rows = table(records)
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    lines += ["", *(f"- {difference}" for difference in differences(records))]
+    shown = re.search(r"<!-- table: \S+ -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert shown is not None
+    assert shown.group(1).strip() == "\n".join(lines)
+
+
+def test_the_loop_runs_and_learns() -> None:
+    torch.manual_seed(0)
+    counts = [40, 8, 4]
+    centres = torch.randn(3, 12)
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    images = centres[labels] + 0.3 * torch.randn(52, 12)
+    ids = torch.arange(52)
+    student, teacher = nn.Linear(12, 16), nn.Linear(12, 64).requires_grad_(False)
+    space = {
+        "GMLLoss": GMLLoss,
+        "ClassQueues": ClassQueues,
+        "class_counts": counts,
+        "student": student,
+        "teacher": teacher,
+        "query_mlp": ProjectionMLP(16, 8),
+        "key_mlp": ProjectionMLP(64, 8),
+    }
+    space["optimizer"] = torch.optim.SGD(
+        [p for part in ("student", "query_mlp", "key_mlp") for p in space[part].parameters()],  # type: ignore[attr-defined]
+        lr=0.1,
+    )
+    losses = []
+    space["loader"] = [(images[p], labels[p], ids[p]) for p in torch.randperm(52).split(26)] * 20
+    code = compile(SNIPPETS[0] + "    losses.append(loss.item())\n", "README.md", "exec")
+    exec(code, space | {"losses": losses})
+    assert len(losses) == 40
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_recognizer_snippet(
+    command: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("train", "folder", "--data.root", photos, *TINY)[0] == 0
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "1.jpg").write_bytes((photos / "cat" / "1.png").read_bytes())
+    space: dict[str, object] = {}
+    exec(compile(SNIPPETS[1], "README.md", "exec"), space)
+    assert isinstance(space["recognizer"], Recognizer)
+
+
+def test_every_command_that_is_named_exists(command: Command) -> None:
+    named = set(re.findall(r"longtail (\w+)", README)) & {"train", "evaluate", "predict", "compare", "recipes"}
+    assert named == {"train", "evaluate", "predict", "compare", "recipes"}
+    for name in sorted(named):
+        assert command(name, "--help")[0] == 0
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        if target in {"demo", "test"}:
+            assert f"\n{target}:" in makefile
+    assert "longtail compare digits-lt --methods ce,la,gml --seeds 5" in makefile
