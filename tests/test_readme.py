@@ -54,7 +54,7 @@ def test_the_loop_runs_and_learns() -> None:
         [p for part in ("student", "query_mlp", "key_mlp") for p in space[part].parameters()],  # type: ignore[attr-defined]
         lr=0.1,
     )
-    losses = []
+    losses: list[float] = []
     space["loader"] = [(images[p], labels[p], ids[p]) for p in torch.randperm(52).split(26)] * 20
     code = compile(SNIPPETS[0] + "    losses.append(loss.item())\n", "README.md", "exec")
     exec(code, space | {"losses": losses})
