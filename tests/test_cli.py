@@ -31,7 +31,7 @@ def test_help_shows_every_field_with_the_recipes_values(command: Command) -> Non
 
     code, out, _ = command("train", "cifar100-lt", "--help")
     assert code == 0
-    for name in field_names():
+    for name in set(field_names()) - {"recipe"}:
         assert f"--{name} " in out or f"--{name}, --" in out
     assert "resnet56" in out
 

@@ -74,6 +74,14 @@ def test_the_recognizer_snippet(
     assert isinstance(space["recognizer"], Recognizer)
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_examples_of_the_docs_run(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    assert "assert" in code
+    exec(compile(code, page, "exec"), {})
+
+
 def test_every_command_that_is_named_exists(command: Command) -> None:
     named = set(re.findall(r"longtail (\w+)", README)) & {"train", "evaluate", "predict", "compare", "recipes"}
     assert named == {"train", "evaluate", "predict", "compare", "recipes"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -158,8 +159,8 @@ class Config:
 
     __pydantic_config__ = _STRICT
 
-    recipe: str = "digits-lt"
-    """The recipe that this run started from."""
+    recipe: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]] = "digits-lt"
+    """The recipe that this run started from; not a flag."""
     method: str = "gml"
     """Training method: ce (cross-entropy), la (logit adjustment), gml."""
     network: str = "auto"
@@ -236,7 +237,7 @@ class Recipe:
 
 
 def field_names(kind: type = Config, prefix: str = "") -> list[str]:
-    """Return every field as it is written on the command line, ``data.imbalance`` for one."""
+    """Return every field as it is written in a recipe and on the command line, ``data.imbalance`` for one."""
     names = []
     for f in dataclasses.fields(kind):
         section = _SECTIONS.get(f.name) if kind is Config else None

@@ -126,9 +126,14 @@ def test_the_teacher_is_kept_and_found(tiny: Config, tmp_path: Path, capsys: pyt
     other = tiny.replace(gml={"embedding_dim": 8, "queue_minimum": 1})
     fit(other, tmp_path / "second")
     assert "teacher: found in" in capsys.readouterr().err
-    assert teacher_folder(tiny, tmp_path) == teacher_folder(other, tmp_path)
+    data = load_data(tiny.data, tiny.seed)
+    here = teacher_folder(tiny, data, tmp_path)
+    assert teacher_folder(other, data, tmp_path) == here
+    assert teacher_folder(tiny.replace(data={"root": "/elsewhere"}), data, tmp_path) == here
     for changed in (tiny.replace(seed=1), tiny.replace(epochs=3), tiny.replace(data={"imbalance": 10.0})):
-        assert teacher_folder(changed, tmp_path) != teacher_folder(tiny, tmp_path)
+        assert teacher_folder(changed, data, tmp_path) != here
+    # the same settings over other images: another teacher
+    assert teacher_folder(tiny, load_data(tiny.data, 1), tmp_path) != here
 
 
 def test_a_run_can_be_the_teacher(tiny: Config, tmp_path: Path) -> None:
@@ -211,7 +216,10 @@ def test_broken_and_foreign_checkpoints(tiny: Config, tmp_path: Path) -> None:
     assert "is no checkpoint of longtail" in message()
     torch.save({"format": 99}, path)
     assert "has format 99" in message()
-    save_checkpoint(path, {"method": {"a": torch.ones(1)}, "optimizer": {}, "books": {}})
+    save_checkpoint(path, {"images": "others"})
+    assert "was trained on other images" in message()
+    here = load_data(config.data, config.seed).fingerprint
+    save_checkpoint(path, {"images": here, "method": {"a": torch.ones(1)}, "optimizer": {}, "books": {}})
     assert "is another recipe's checkpoint" in message()
 
 

@@ -5,6 +5,7 @@ One function adds a set: write it, and put it into :data:`SOURCES`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -59,6 +60,14 @@ class LongTailedData:
     """Side in pixels of what a network sees."""
     augment: str
     """The augmentation that suits these images."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A name of the training set: which images, under which labels and class names."""
+        digest = hashlib.blake2b("\0".join(self.class_names).encode("utf-8", "surrogateescape"), digest_size=8)
+        for tensor in (self.train.ids, self.train.labels):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def class_counts(self) -> list[int]:
@@ -355,8 +364,6 @@ def _file_set(files_of: dict[str, list[Path]], names: Sequence[str], root: Path,
 
 def _path_id(path: Path) -> int:
     """Name an image by its path below the root: an order of files, which a new file would shift, is no name."""
-    import hashlib
-
     digest = hashlib.blake2b(path.as_posix().encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -108,14 +108,14 @@ def open_run(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> 
     write_text(folder / "config.yaml", config.to_yaml())
 
 
-# where a run is computed, and how often it is saved, does not make it another run
-_INCIDENTAL = frozenset({"device", "checkpoint_seconds"})
+INCIDENTAL = frozenset({"device", "checkpoint_seconds", "data.root", "data.memory_gib"})
+"""Settings that do not make it another run: where it is computed, how often it is saved, where its images lie."""
 
 
 def _same_run(there: Config, here: Config, folder: Path) -> None:
     old, new = flatten(there.to_dict()), flatten(here.to_dict())
     for name in new:
-        if name not in _INCIDENTAL and old[name] != new[name]:
+        if name not in INCIDENTAL and old[name] != new[name]:
             raise LongtailError(
                 f"{folder}: was started with {name} {old[name]}, not {new[name]}; "
                 "resume with the same settings, or use --overwrite or another --out"

@@ -176,65 +176,32 @@ class _Trainer:
 
     def _train(self, wrapped: Any, method: Method, optimizer: Any, loader: TrainLoader, books: _Books) -> None:
         config, total = self.config, loader.steps * self.config.epochs
-        first = books.step
-        saved = started = time.monotonic()
-        every = 0.5 if sys.stderr.isatty() else 20.0  # seconds between two looks at the bar; a log file wants few
-        shown = started
-        bar = tqdm(
-            total=total,
-            initial=first,
-            disable=self.quiet,
-            unit="step",
-            desc=config.method,
-            mininterval=every,
-            maxinterval=every,
-            dynamic_ncols=True,
-        )
         method.train()
-        with bar:
-            for epoch in range(first // loader.steps, config.epochs):
-                entered = time.monotonic()
-                images = 0
+        saved = tick = time.monotonic()
+        with _Progress(config.method, books.step, total, self.quiet) as progress:
+            for epoch in range(books.step // loader.steps, config.epochs):
                 for batch in loader.epoch(epoch, books.step % loader.steps):
-                    factor = rate(config.schedule, books.step, total)
+                    learning_rate = config.optimizer.learning_rate * rate(config.schedule, books.step, total)
                     for group in optimizer.param_groups:
-                        group["lr"] = config.optimizer.learning_rate * factor
+                        group["lr"] = learning_rate
                     # what draws at random inside a network (dropout, for one) follows the step as well
                     _seed(mix(config.seed, _STEP, books.step))
                     terms = wrapped(batch.to(self.fabric.device))
-                    loss = torch.stack(list(terms.values())).sum()
                     optimizer.zero_grad(set_to_none=True)
-                    self.fabric.backward(loss)
+                    self.fabric.backward(torch.stack(list(terms.values())).sum())
                     optimizer.step()
-                    images += len(batch.labels)
                     books.add(terms, len(batch.labels), len(batch.labels) * method.student_views(config))
-                    now = time.monotonic()
-                    if not self.quiet and now - shown >= every:
-                        shown = now
-                        means = {name: f"{value:.3f}" for name, value in books.means().items()}
-                        rates = {
-                            "lr": f"{optimizer.param_groups[0]['lr']:.4f}",
-                            "images/s": f"{images / (now - entered):.0f}",
-                        }
-                        bar.set_postfix({"epoch": f"{epoch + 1}/{config.epochs}"} | means | rates, refresh=False)
-                    bar.update()
-                    if now - saved >= config.checkpoint_seconds and books.step % loader.steps:
-                        books.seconds += now - started
+                    books.seconds += time.monotonic() - tick
+                    progress.step(epoch, config.epochs, learning_rate, books)
+                    if books.step % loader.steps == 0:
+                        self._end_epoch(method, books, epoch, learning_rate)
+                    if time.monotonic() - saved >= config.checkpoint_seconds or books.step == total:
                         self._save(method, optimizer, books)
-                        saved = started = time.monotonic()
-                now = time.monotonic()
-                books.seconds += now - started
-                started = now
-                self._end_epoch(method, books, epoch, optimizer.param_groups[0]["lr"], images / (now - entered))
-                if self.data.val is not None:
-                    self._judge(method, books, self.data.val)
-                    method.train()
-                if time.monotonic() - saved >= config.checkpoint_seconds or epoch + 1 == config.epochs:
-                    self._save(method, optimizer, books)
-                    saved = time.monotonic()
-                started = time.monotonic()
+                        saved = time.monotonic()
+                    # what follows a step is not training, and is not counted as such
+                    tick = time.monotonic()
 
-    def _end_epoch(self, method: Method, books: _Books, epoch: int, lr: float, speed: float) -> None:
+    def _end_epoch(self, method: Method, books: _Books, epoch: int, learning_rate: float) -> None:
         means = books.means()
         for name, value in means.items():
             if not math.isfinite(value):
@@ -248,16 +215,19 @@ class _Trainer:
                 "kind": "epoch",
                 "epoch": epoch + 1,
                 "step": books.step,
-                "learning_rate": lr,
+                "learning_rate": learning_rate,
                 "loss": sum(means.values()),
                 **means,
                 **watched,
-                "images_per_second": round(speed, 1),
+                "images_per_second": round(books.speed(), 1),
                 "student_passes": books.student_passes,
                 "seconds": round(books.seconds, 3),
             }
         )
         books.clear()
+        if self.data.val is not None:
+            self._judge(method, books, self.data.val)
+            method.train()
 
     def _judge(self, method: Method, books: _Books, images: ImageSet) -> None:
         """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
@@ -312,9 +282,14 @@ class _Trainer:
 
     def _save(self, method: Method, optimizer: Any, books: _Books) -> None:
         state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "books": books.state()}
-        save_checkpoint(self.out / "last.ckpt", {"config": self.config.to_dict(), **state})
+        save_checkpoint(self.out / "last.ckpt", {"images": self.data.fingerprint, **state})
 
     def _restore(self, state: dict[str, Any], method: Method, optimizer: Any, books: _Books) -> None:
+        if state.get("images") != self.data.fingerprint:
+            raise LongtailError(
+                f"{self.out / 'last.ckpt'}: was trained on other images than there are now; "
+                "restore them, or start anew with --overwrite"
+            )
         try:
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
@@ -340,6 +315,43 @@ class _Trainer:
             raise LongtailError(f"{self.out / 'metrics.jsonl'}: cannot be written: {error.strerror}") from None
 
 
+class _Progress:
+    """The bar: epoch, loss terms, learning rate, images a second, and the time left."""
+
+    def __init__(self, name: str, done: int, total: int, quiet: bool) -> None:
+        # a log file wants a line now and then, not one a step
+        self.every = 0.5 if sys.stderr.isatty() else 20.0
+        self.shown = time.monotonic()
+        self.bar = tqdm(
+            desc=name,
+            initial=done,
+            total=total,
+            disable=quiet,
+            unit="step",
+            mininterval=self.every,
+            maxinterval=self.every,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, epoch: int, epochs: int, learning_rate: float, books: _Books) -> None:
+        now = time.monotonic()
+        if not self.bar.disable and now - self.shown >= self.every:
+            self.shown = now
+            shown = {
+                "epoch": f"{epoch + 1}/{epochs}",
+                **{name: f"{value:.3f}" for name, value in books.means().items()},
+            }
+            shown |= {"lr": f"{learning_rate:.4f}", "images/s": f"{books.speed():.0f}"}
+            self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+
 class _Books:
     """What a run counts. The sums stay on the device: reading one makes the host wait."""
 
@@ -351,14 +363,20 @@ class _Books:
         self.clear()
 
     def clear(self) -> None:
+        """Begin an epoch."""
         self.sums: dict[str, Tensor] = {}
         self.images = 0
+        self.entered = self.seconds
 
     def add(self, terms: dict[str, Tensor], images: int, passes: int) -> None:
         for name, value in terms.items():
             weighted = value.detach() * images
             self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
         self.step, self.images, self.student_passes = self.step + 1, self.images + images, self.student_passes + passes
+
+    def speed(self) -> float:
+        """Return the epoch's images a second so far."""
+        return self.images / max(self.seconds - self.entered, 1e-9)
 
     def means(self) -> dict[str, float]:
         return {name: (value / self.images).item() for name, value in self.sums.items()}

@@ -13,6 +13,7 @@ from torch import nn
 from longtail.config import Config, Gml, Shots
 from longtail.config import Teacher as TeacherConfig
 from longtail.data.sources import LongTailedData
+from longtail.engine.files import INCIDENTAL, flatten
 from longtail.errors import LongtailError
 from longtail.nn.backbones import Encoder, pretrained_encoder
 from longtail.recognizer import Recognizer
@@ -42,13 +43,13 @@ def teacher_config(config: Config) -> Config:
     )
 
 
-def teacher_folder(config: Config, runs: Path) -> Path:
-    """Return where the teacher of such a run is kept: named by everything that it depends on."""
-    values = teacher_config(config).to_dict()
-    for incidental in ("device", "checkpoint_seconds", "recipe"):
-        del values[incidental]
-    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=6).hexdigest()
-    return runs / f"{values['data']['source']}-{values['network']}-{digest}"
+def teacher_folder(config: Config, data: LongTailedData, runs: Path) -> Path:
+    """Return where the teacher of such a run is kept: named by everything that it depends on, the images too."""
+    settings = teacher_config(config)
+    values = {name: value for name, value in flatten(settings.to_dict()).items() if name not in INCIDENTAL}
+    told = json.dumps([values, data.fingerprint], sort_keys=True)
+    digest = hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
+    return runs / f"{settings.data.source}-{settings.network}-{digest}"
 
 
 def given_teacher(config: Config, data: LongTailedData) -> Teacher:
@@ -90,7 +91,7 @@ def trained_teacher(
         train: trains a run into a folder.
         say: tells the user what happens.
     """
-    folder = teacher_folder(config, runs)
+    folder = teacher_folder(config, data, runs)
     if (folder / "recognizer" / "config.json").is_file():
         say(f"teacher: found in {folder}")
     else:
