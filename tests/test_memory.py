@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import multiprocessing
 
 from longtail.memory import ClassQueues, queue_sizes
 
@@ -29,28 +31,92 @@ def test_impossible_sizes_are_refused() -> None:
         queue_sizes([0, 0], 10, 2)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_thousand_pushes_equal_plain_queues(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     counts = torch.randint(1, 50, (5,), generator=g).tolist()
     queues = ClassQueues(counts, size=31, minimum=2, dim=3)
-    plain = [deque(maxlen=size) for size in queues.sizes.tolist()]  # type: ignore[var-annotated]
+    plain: list[deque[int]] = [deque(maxlen=size) for size in queues.sizes.tolist()]
     serial = 0
-    for _ in range(40):
+    for _ in range(1000):
         batch = int(torch.randint(0, 40, (1,), generator=g))
-        labels = torch.randint(0, 5, (batch,), generator=g)
+        labels = torch.randint(-1, 5, (batch,), generator=g)
         ids = torch.arange(serial, serial + batch)
         features = ids[:, None].float().expand(-1, 3)
         queues.push(features, labels, ids)
         for label, number in zip(labels.tolist(), ids.tolist(), strict=True):
-            plain[label].append(number)
+            if label >= 0:
+                plain[label].append(number)
         serial += batch
-        assert len(queues) == sum(map(len, plain))
-        for label, expected in enumerate(plain):
-            mine = queues.labels == label
-            assert sorted(queues.ids[mine].tolist()) == sorted(expected)
+        held = {label: sorted(queues.ids[queues.labels == label].tolist()) for label in range(5)}
+        assert held == {label: sorted(expected) for label, expected in enumerate(plain)}
         assert torch.equal(queues.features[:, 0].long(), queues.ids)
+        assert len(queues) == sum(map(len, plain))
+
+
+def test_one_push_of_more_than_fits_keeps_the_newest() -> None:
+    queues = ClassQueues([3, 1], size=4, minimum=1, dim=1)
+    for start in (0, 100):
+        ids = torch.arange(start, start + 10)
+        queues.push(ids[:, None].float(), torch.zeros(10, dtype=torch.int64), ids)
+        kept = int(queues.sizes[0])
+        assert sorted(queues.ids.tolist()) == list(range(start + 10 - kept, start + 10))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000))
+def test_rebuilt_queues_keep_the_newest_that_fit(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, 50, (4,), generator=g).tolist()
+    queues = ClassQueues(counts, size=30, minimum=1, dim=1)
+    pushed: list[list[int]] = [[] for _ in counts]
+    for serial in range(int(torch.randint(0, 80, (1,), generator=g))):
+        label = int(torch.randint(0, 4, (1,), generator=g))
+        queues.push(torch.full((1, 1), float(serial)), torch.tensor([label]), torch.tensor([serial]))
+        pushed[label].append(serial)
+    classes = int(torch.randint(2, 7, (1,), generator=g))
+    other_counts = torch.randint(1, 50, (classes,), generator=g).tolist()
+    other = queues.rebuilt(other_counts, size=int(torch.randint(classes, 60, (1,), generator=g)))
+    for label in range(classes):
+        there = pushed[label] if label < 4 else []
+        kept = there[-min(int(queues.sizes[label]) if label < 4 else 0, int(other.sizes[label])) or len(there) :]
+        assert sorted(other.ids[other.labels == label].tolist()) == kept
+    assert torch.equal(other.features[:, 0].long(), other.ids)
+    # and they go on as queues: the next sample takes the oldest one's place
+    label = int(torch.randint(0, min(4, classes), (1,), generator=g))
+    before = sorted(other.ids[other.labels == label].tolist())
+    other.push(torch.full((1, 1), 999.0), torch.tensor([label]), torch.tensor([999]))
+    assert sorted(other.ids[other.labels == label].tolist()) == [*before, 999][-int(other.sizes[label]) :]
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    queues = ClassQueues([5, 3, 1], size=12, minimum=2, dim=2)
+    for features, labels, ids in _pushes():
+        mine = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
+        queues.push(features[mine], labels[mine], ids[mine])
+    torch.save(queues.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _pushes() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(8, 2, generator=g), torch.randint(0, 3, (8,), generator=g), torch.arange(8 * n, 8 * n + 8))
+        for n in range(5)
+    ]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_hold_the_queue_of_one(tmp_path: Path, world: int) -> None:
+    multiprocessing.spawn(_rank, (world, str(tmp_path)), nprocs=world)  # type: ignore[attr-defined, no-untyped-call]
+    alone = ClassQueues([5, 3, 1], size=12, minimum=2, dim=2)
+    for push in _pushes():
+        alone.push(*push)
+    for rank in range(world):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in alone.state_dict().items())
 
 
 def test_unfilled_slots_are_marked() -> None:
@@ -81,3 +147,5 @@ def test_wrong_shapes_are_named() -> None:
         queues.push(torch.ones(1, 3), torch.tensor([1]), torch.tensor([9]))
     with pytest.raises(ValueError, match="ids: expected shape"):
         queues.push(torch.ones(1, 2), torch.tensor([1]), torch.tensor([9, 8]))
+    with pytest.raises(ValueError, match=r"labels: expected shape \(1,\) of int64, got \(1,\) of torch.float32"):
+        queues.push(torch.ones(1, 2), torch.tensor([1.0]), torch.tensor([9]))

@@ -74,6 +74,9 @@ def test_the_recognizer_snippet(
     assert isinstance(space["recognizer"], Recognizer)
 
 
+# what Lightning says about its own use of torch, and about a loader for a few images
+@pytest.mark.filterwarnings("ignore:::pytorch_lightning", "ignore:.*num_workers", "ignore:.*LeafSpec")
+@pytest.mark.filterwarnings("ignore:.*number of training batches")
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
 def test_the_examples_of_the_docs_run(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")

@@ -113,8 +113,8 @@ class Gml:
     """Least slots a class [k_m]."""
     embedding_dim: Positive = 32
     """Width of query and key embeddings."""
-    temperature: Annotated[float, Field(ge=0.01, le=2)] = 0.1
-    """Temperature at the start [τ₀]."""
+    temperature: Annotated[float, Field(gt=0.02, lt=1)] = 0.1
+    """Temperature at the start [τ₀]; it stays between 0.02 and 1."""
     learn_temperature: bool = True
     """Learn the temperature by leave-one-out maximum likelihood."""
     mixture_weight: Weight = 1.0

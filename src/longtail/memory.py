@@ -92,32 +92,67 @@ class ClassQueues:
     def push(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
         """Append samples; within a class the oldest make room, and a later sample of a push is the newer one.
 
+        Under several processes all ranks must push equally many samples; label −1 fills up a batch that is short.
+
         Args:
             features: (B, dim).
-            labels: (B,) int64 in [0, C).
+            labels: (B,) int64 in [0, C); a sample of label −1 is left out.
             ids: (B,) int64 image ids.
 
         Raises:
-            ValueError: a shape is not as above.
+            ValueError: a shape or type is not as above.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features: expected shape (B, {self.dim}), got {tuple(features.shape)}")
         for name, tensor in (("labels", labels), ("ids", ids)):
-            if tensor.shape != features.shape[:1]:
-                raise ValueError(f"{name}: expected shape ({len(features)},), got {tuple(tensor.shape)}")
-        features, labels, ids = (_gather(tensor) for tensor in (features, labels, ids))
-        new = torch.zeros_like(self._pushed).scatter_add_(0, labels, torch.ones_like(labels))
-        order = torch.argsort(labels, stable=True)
-        sorted_labels = labels[order]
-        first = (new.cumsum(0) - new)[sorted_labels]
-        rank = torch.arange(len(labels), device=labels.device) - first
-        slots = self.starts[sorted_labels] + (self._pushed[sorted_labels] + rank) % self.sizes[sorted_labels]
-        too_old = rank < (new - self.sizes)[sorted_labels]
-        slots = torch.where(too_old, self.size, slots)
+            if tensor.shape != features.shape[:1] or tensor.dtype != torch.int64:
+                raise ValueError(
+                    f"{name}: expected shape ({len(features)},) of int64, got {tuple(tensor.shape)} of {tensor.dtype}"
+                )
+        self._append(*(_gather(tensor) for tensor in (features, labels, ids)))
+
+    def _append(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
+        classes = len(self.class_counts)
+        # one class more than there are takes the samples that are left out, last in order
+        order = torch.argsort(torch.where(labels < 0, classes, labels), stable=True)
+        labels = labels[order]
+        index = torch.where(labels < 0, classes, labels)
+        new = self._pushed.new_zeros(classes + 1).scatter_add_(0, index, torch.ones_like(index))
+        rank = torch.arange(len(labels), device=labels.device) - (new.cumsum(0) - new)[index]
+        label = labels.clamp(min=0)
+        slots = self.starts[label] + (self._pushed[label] + rank) % self.sizes[label]
+        too_old = rank < new[index] - self.sizes[label]
+        slots = torch.where(too_old | (labels < 0), self.size, slots)
         self._features[slots] = features[order].to(self._features.dtype)
-        self._labels[slots] = sorted_labels
+        self._labels[slots] = labels
         self._ids[slots] = ids[order]
-        self._pushed += new
+        self._pushed += new[:classes]
+
+    def rebuilt(
+        self, class_counts: Tensor | Sequence[int] | None = None, size: int | None = None, minimum: int | None = None
+    ) -> ClassQueues:
+        """Return queues for other counts, more or fewer classes, or another size; what is not given stays.
+
+        Every class keeps the newest of its samples that its new share of the slots has room for.
+        """
+        other = ClassQueues(
+            self.class_counts if class_counts is None else class_counts,
+            self.size if size is None else size,
+            self.minimum if minimum is None else minimum,
+            self.dim,
+            device=self._features.device,
+            dtype=self._features.dtype,
+        )
+        features, labels, ids = self.slots()
+        classes = torch.repeat_interleave(torch.arange(len(self.sizes), device=self.sizes.device), self.sizes)
+        # a queue's oldest sample lies where the next one will go
+        age = (torch.arange(self.size, device=self.sizes.device) - self.starts[classes] - self._pushed[classes]) % (
+            self.sizes[classes]
+        )
+        order = torch.argsort(age, stable=True)
+        kept = torch.where(labels < len(other.class_counts), labels, -1)
+        other._append(features[order], kept[order], ids[order])
+        return other
 
     def slots(self) -> Slots:
         """Return every slot; label −1 marks those never filled. No copy, and no wait for an accelerator."""

@@ -5,30 +5,35 @@ all of unit norm; N_c the keys of class c; τ the temperature.
 
     log p(z|c) = log[ (1/N_c) Σ_{j: c_j = c} exp(z·k_j / τ) ]                       a likelihood,
     b_j        = log p(c_j) − log N_{c_j}                                            a prior,
-    L_i        = logsumexp_j(z_i·k_j/τ + b_j) − logsumexp_{j: c_j = y_i}(z_i·k_j/τ + b_j)   a posterior.
+    L_i        = log Σ_j exp(s_ij) − log Σ_{j: c_j = y_i} exp(s_ij)                 a posterior,
 
-Keys of one class share one bias, so two log-sum-exps over one B × K similarity are all there is: the cost
-does not grow with C.
+with s_ij = z_i·k_j/τ + b_j. Keys of one class share one bias, so two sums over one B × K similarity are all there is:
+the cost does not grow with C.
+
+The biases keep the sums tame: Σ_j exp(b_j) ≤ 1, so with |z·k| ≤ 1 every sum lies between p(y)·exp(−1/τ) and exp(1/τ).
+Above :data:`LEAST_TEMPERATURE` that is inside float32's range, and no maximum has to be found first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtail.objectives.checks import LEAST_TEMPERATURE, check_mixture
 from longtail.objectives.posterior import ClassPrior
 
-TEMPERATURE_BOUNDS = (0.005, 4.0)
+TEMPERATURE_BOUNDS = (LEAST_TEMPERATURE, 1.0)
 """The learned temperature stays inside these bounds."""
 
-# Finite, so that a row without any key has finite values and zero gradients instead of NaN; far below any score,
-# which is at most 1/τ = 200 plus a log prior.
-_NOTHING = -1e9
+_CPU_BLOCK, _BLOCK = 2**19, 2**24  # entries of B × K at a time: a core's cache, and what an accelerator does not notice
+_KEPT = 2**22  # entries of B × K that are kept for backward; of more, backward computes them again
 
 
 class GMLTerms(NamedTuple):
@@ -55,13 +60,16 @@ def gml_loss(
 ) -> Tensor:
     """Return −log p(y|z) under the mixture of each class's keys.
 
+    Gradients reach queries, keys and a temperature that is a tensor. Half precision is welcome: products and sums
+    are made in float32 whatever the inputs, under autocast too.
+
     Args:
         queries: (B, D), unit norm.
         labels: (B,) int64 in [0, C).
         keys: (K, D), unit norm.
         key_labels: (K,) int64 in [0, C); −1 marks a slot that was never filled and does not count.
         log_prior: (C,) log class frequencies.
-        temperature: τ > 0.
+        temperature: τ, at least :data:`LEAST_TEMPERATURE`.
         ids: (B,) int64 image ids; with ``key_ids``, a query's own image is left out of its class's keys.
         key_ids: (K,) int64 image ids of the keys.
         reduction: mean (over the queries that count), sum, or none.
@@ -75,46 +83,339 @@ def gml_loss(
         ValueError: an argument's shape, type or values are not as above.
     """
     if validate:
-        _validate(queries, labels, keys, key_labels, log_prior, ids, key_ids)
+        check_mixture(queries, labels, keys, key_labels, log_prior, temperature, ids, key_ids)
     if reduction not in {"mean", "sum", "none"}:
         raise ValueError(f"reduction: expected mean, sum or none, got '{reduction}'")
-    similarity = _similarity(queries, keys)
-    own = None if ids is None or key_ids is None else ids[:, None] == key_ids[None]
-    losses, counts = _losses(similarity / temperature, labels, key_labels, log_prior, own)
+    losses, _, counts, _ = _mixture(
+        queries, labels, keys, key_labels, log_prior, temperature, ids, key_ids, split=False
+    )
     if reduction == "none":
         return losses
-    return losses.sum() / counts.sum().clamp(min=1) if reduction == "mean" else losses.sum()
+    return _mean(losses, counts) if reduction == "mean" else losses.sum()
 
 
-def _similarity(queries: Tensor, keys: Tensor) -> Tensor:
-    # half-precision products are welcome, half-precision log-sum-exps are not
-    return torch.mm(queries, keys.t()).to(torch.promote_types(queries.dtype, torch.float32))
+def class_log_likelihood(
+    queries: Tensor, keys: Tensor, key_labels: Tensor, num_classes: int, temperature: Tensor | float
+) -> Tensor:
+    """Return log p(z|c) of every class under the mixture of its keys, up to a constant a row.
+
+    For prediction and analysis: :func:`~longtail.objectives.posterior` of it is the mixture's own posterior, and of
+    its sum with a classifier's scores the product of both. It is B × C and B × K large; training needs neither.
+
+    Args:
+        queries: (B, D), unit norm.
+        keys: (K, D), unit norm.
+        key_labels: (K,) int64 in [0, C); −1 marks a slot that was never filled.
+        num_classes: C.
+        temperature: τ, at least :data:`LEAST_TEMPERATURE`.
+
+    Returns:
+        (B, C) float32 (float64 for float64); −inf for a class without keys, whose posterior is then 0.
+    """
+    kind = torch.promote_types(queries.dtype, torch.float32)
+    with _full_precision(queries.device.type):
+        exponentials = (queries.to(kind) @ keys.to(kind).t() / temperature).exp()
+    # a column more than there are classes takes what was never filled
+    column = torch.where(key_labels < 0, num_classes, key_labels)
+    sums = exponentials.new_zeros(len(queries), num_classes + 1).index_add(1, column, exponentials)
+    counts = exponentials.new_zeros(num_classes + 1).index_add(0, column, torch.ones_like(column, dtype=kind))
+    return sums[:, :num_classes].log() - counts[:num_classes].clamp(min=1).log()
 
 
-def _losses(
-    scores: Tensor, labels: Tensor, key_labels: Tensor, log_prior: Tensor, own: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return each query's loss and whether it counts, both (B,), from scores z·k/τ (B, K)."""
-    filled = key_labels >= 0
-    key_class = key_labels.clamp(min=0)
+def _mean(losses: Tensor, counts: Tensor) -> Tensor:
+    return losses.sum() / counts.sum().clamp(min=1)
+
+
+def _mixture(
+    queries: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    log_prior: Tensor,
+    temperature: Tensor | float,
+    ids: Tensor | None,
+    key_ids: Tensor | None,
+    *,
+    split: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return each query's loss, its loss without its own image, and whether it counts in either, all (B,).
+
+    With ``split`` the first loss keeps a query's own image and trains the embeddings alone, the second leaves it out
+    and trains τ alone. Without, both are the one that leaves it out, and the first trains all.
+    """
+    kind = torch.promote_types(queries.dtype, torch.float32)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, dtype=kind, device=queries.device)
+    # a class of prior 0 takes no part, as one without keys does not
+    key_labels = torch.where(log_prior[key_labels.clamp(min=0)] > -math.inf, key_labels, -1)
+    filled, key_class = key_labels >= 0, key_labels.clamp(min=0)
     keys_of_class = torch.zeros_like(log_prior).scatter_add_(0, key_class, filled.to(log_prior.dtype))
-    bias = (log_prior - keys_of_class.clamp(min=1).log())[key_class].to(scores.dtype)
-    scores = torch.where(filled, scores + bias, _NOTHING)
-    same = labels[:, None] == key_labels[None]
-    of_other = scores.masked_fill(same, _NOTHING)
-    count = keys_of_class[labels]
-    if own is None:
-        of_class, left = scores.masked_fill(~same, _NOTHING), count
-    else:
-        own = own & same
-        left = count - own.sum(dim=1)
-        of_class = scores.masked_fill(~same | own, _NOTHING)
-    # N_c is what is left of the query's class: the bias was made with all of its keys
-    correction = (count.clamp(min=1) / left.clamp(min=1)).log().to(scores.dtype)
+    # exp(b_j): the prior's share of every key
+    key_weights = (log_prior - keys_of_class.clamp(min=1).log()).exp()[key_class].to(kind) * filled
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _Mixture.apply(
+        queries, keys, temperature, labels, key_labels, key_weights, keys_of_class[labels].to(kind), ids, key_ids, split
+    )
+    return outputs
+
+
+class _Same(Protocol):
+    """The entries of a block (some keys, B) whose key and query share their class: a list or a full block of values."""
+
+    def take(self, block: Tensor) -> Tensor:
+        """Return the block's values at these entries."""
+        ...
+
+    def put(self, block: Tensor, values: Tensor) -> Tensor:
+        """Return the block with these values at these entries; it may be the same tensor."""
+        ...
+
+    def of_queries(self, values: Tensor) -> Tensor:
+        """Return, for every entry, the value of its query."""
+        ...
+
+    def of_keys(self, values: Tensor) -> Tensor:
+        """Return, for every entry, the value of its key."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return (B,) sums over the entries of a query."""
+        ...
+
+
+class _Pairs:
+    """The entries by their indices: little work where they are few, but the host must know their number."""
+
+    def __init__(self, counts: Tensor, keys: Tensor) -> None:
+        self.counts, self.keys = counts, keys
+        self.queries = torch.repeat_interleave(counts, output_size=len(keys))
+        self.flat = keys * len(counts) + self.queries
+
+    def take(self, block: Tensor) -> Tensor:
+        return block.view(-1).index_select(0, self.flat)
+
+    def put(self, block: Tensor, values: Tensor) -> Tensor:
+        block.view(-1).scatter_(0, self.flat, values)
+        return block
+
+    def of_queries(self, values: Tensor) -> Tensor:
+        return values.index_select(0, self.queries)
+
+    def of_keys(self, values: Tensor) -> Tensor:
+        return values.index_select(0, self.keys)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return torch.segment_reduce(values, "sum", lengths=self.counts, unsafe=True, initial=0)
+
+
+class _Mask:
+    """The entries by a mask: fixed shapes, so that no host waits and a compiler can trace it."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def take(self, block: Tensor) -> Tensor:
+        return block
+
+    def put(self, block: Tensor, values: Tensor) -> Tensor:
+        return torch.where(self.mask, values, block)
+
+    def of_queries(self, values: Tensor) -> Tensor:
+        return values[None]
+
+    def of_keys(self, values: Tensor) -> Tensor:
+        return values[:, None]
+
+    def sum(self, values: Tensor) -> Tensor:
+        return torch.where(self.mask, values, 0.0).sum(dim=0)
+
+
+def _same(labels: Tensor, key_labels: Tensor) -> _Same:
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or type(labels) is not Tensor:
+        return _Mask(key_labels[:, None] == labels[None])
+    # in the order of their labels, the keys of a query's class are a run
+    ordered, order = torch.sort(key_labels, stable=True)
+    first = torch.searchsorted(ordered, labels)
+    counts = torch.searchsorted(ordered, labels, right=True) - first
+    pairs = int(counts.sum())
+    if 8 * pairs > len(labels) * len(key_labels):
+        return _Mask(key_labels[:, None] == labels[None])
+    run = torch.arange(pairs) + torch.repeat_interleave(first - counts.cumsum(0) + counts, counts, output_size=pairs)
+    return _Pairs(counts, order.index_select(0, run))
+
+
+class _Side(NamedTuple):
+    """What a loss knows of its query's class: sums over its keys, those that count in this loss. All (B,)."""
+
+    inverse: Tensor
+    """1 / Σ exp(s); 0 where there is nothing to sum."""
+    cosine: Tensor
+    """Mean of z·k, each key with its share of the sum."""
+    weight: Tensor
+    """1 − p(y|z): the derivative of the loss by every score is ± this times a share; 0 where it does not count."""
+
+
+class _Mixture(torch.autograd.Function):
+    """Both losses and all gradients from one product of queries and keys, a block of keys at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: Tensor,
+        labels: Tensor,
+        key_labels: Tensor,
+        key_weights: Tensor,
+        key_counts: Tensor,
+        ids: Tensor | None,
+        key_ids: Tensor | None,
+        split: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        given = (queries, keys, temperature, labels, key_labels, key_weights)
+        own_ids = None if ids is None or key_ids is None else (ids, key_ids)
+        problem = _Problem(*given, own_ids)
+        batch = len(queries)
+        keep = any(ctx.needs_input_grad[:3]) and batch * len(keys) <= _KEPT
+        other = key_weights.new_zeros(batch)
+        # Σ e and Σ e z·k over the class's keys, the same without the query's own image, and how many are its own
+        sums = key_weights.new_zeros(5, batch)
+        kept: list[tuple[Tensor, _Same, Tensor]] = []
+        with _full_precision(queries.device.type):
+            for part in problem.parts():
+                exponentials, same, cosine, inside, own = problem.block(part)
+                others = inside if own is None else inside.masked_fill(own, 0.0)
+                sums[0] += same.sum(inside)
+                sums[1] += same.sum(inside * cosine)
+                if own is not None:
+                    sums[2] += same.sum(others)
+                    sums[3] += same.sum(others * cosine)
+                    sums[4] += same.sum(own.to(sums.dtype))
+                other += exponentials.sum(dim=0)
+                if keep:
+                    kept.append((exponentials, same, inside if split else others))
+        if own_ids is None:
+            sums[2:4] = sums[:2]
+        left = key_counts - sums[4]
+        log_other = other.log()
+        whole, whole_losses, whole_counts = _side(sums[0], sums[1], log_other, key_counts, key_counts)
+        held, held_losses, held_counts = _side(sums[2], sums[3], log_other, key_counts, left)
+        side, losses, counts = (whole, whole_losses, whole_counts) if split else (held, held_losses, held_counts)
+        inverse_other = _inverse(other)
+        weights = [_weights(block, same, values, inverse_other, side.inverse) for block, same, values in kept]
+        ctx.save_for_backward(*given, ids, key_ids, inverse_other, *side, *held, *weights)
+        ctx.split = split
+        ctx.mark_non_differentiable(counts, held_counts)
+        return losses, held_losses if split else losses.clone(), counts, held_counts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, held_gradient: Tensor, *_counts: Tensor) -> tuple[Tensor | None, ...]:
+        given: tuple[Tensor, ...] = ctx.saved_tensors[:6]
+        ids, key_ids, inverse_other, *rest = ctx.saved_tensors[6:]
+        side, held, weights = _Side(*rest[:3]), _Side(*rest[3:6]), rest[6:]
+        split = ctx.split
+        queries, keys, temperature, labels, key_labels, key_weights = given
+        own_ids = None if split or ids is None or key_ids is None else (ids, key_ids)
+        problem = _Problem(queries, keys, temperature, labels, key_labels, key_weights, own_ids)
+        kind = key_weights.dtype
+        by_query = torch.zeros_like(queries, dtype=kind)
+        by_key = torch.empty_like(keys) if ctx.needs_input_grad[1] else None
+        slope = gradient * side.weight / temperature
+        with _full_precision(queries.device.type):
+            sloped = problem.queries * slope[:, None]
+            for index, part in enumerate(problem.parts()):
+                if weights:
+                    weight = weights[index]
+                else:
+                    exponentials, same, _, inside, own = problem.block(part)
+                    inside = inside if own is None else inside.masked_fill(own, 0.0)
+                    weight = _weights(exponentials, same, inside, inverse_other, side.inverse)
+                by_query.addmm_(weight.t(), keys[part].to(kind))
+                if by_key is not None:
+                    by_key[part] = weight @ sloped
+            by_temperature = None
+            if ctx.needs_input_grad[2]:
+                # Σ over other classes of share × z·k, from the product that the queries' gradient needs anyway
+                other_cosine = (problem.queries * by_query).sum(dim=1) + side.cosine
+                slope_held = (held_gradient if split else gradient) * held.weight
+                by_temperature = -(slope_held * (other_cosine - held.cosine)).sum() / temperature**2
+                by_temperature = by_temperature.to(temperature.dtype)
+        by_query = (by_query * slope[:, None]).to(queries.dtype)
+        return by_query, by_key, by_temperature, None, None, None, None, None, None, None
+
+
+class _Problem:
+    """Queries and keys with what their scores depend on, taken a block of keys at a time."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: Tensor,
+        labels: Tensor,
+        key_labels: Tensor,
+        key_weights: Tensor,
+        own: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        self.queries = queries.to(key_weights.dtype)
+        self.keys, self.temperature, self.labels, self.key_labels = keys, temperature, labels, key_labels
+        self.key_weights, self.own = key_weights, own
+
+    def parts(self) -> Iterator[slice]:
+        entries = _CPU_BLOCK if self.queries.device.type == "cpu" else _BLOCK
+        step = max(64, entries // max(1, len(self.queries)))
+        for start in range(0, len(self.keys), step):
+            yield slice(start, start + step)
+
+    def block(self, part: slice) -> tuple[Tensor, _Same, Tensor, Tensor, Tensor | None]:
+        """Return a block's exponentials.
+
+        Those of other classes' keys, (part, B), with 0 at the entries of the query's class; which these are; and of
+        these z·k, exp(s), and where they are the query's own image.
+        """
+        # keys down and queries across: on a CPU all three products are faster that way
+        scores = self.keys[part].to(self.queries.dtype) @ (self.queries / self.temperature).t()
+        weights = self.key_weights[part]
+        same = _same(self.labels, self.key_labels[part])
+        inside = same.take(scores)
+        cosine = inside * self.temperature
+        inside = inside.exp() * same.of_keys(weights)
+        own = None
+        if self.own is not None:
+            ids, key_ids = self.own
+            own = same.of_queries(ids) == same.of_keys(key_ids[part])
+        # after the entries were taken: from here on the scores' memory is the exponentials'
+        exponentials = same.put(scores.exp_().mul_(weights[:, None]), torch.zeros_like(inside))
+        return exponentials, same, cosine, inside, own
+
+
+def _side(
+    total: Tensor, cosines: Tensor, log_other: Tensor, key_counts: Tensor, left: Tensor
+) -> tuple[_Side, Tensor, Tensor]:
+    """Return a loss's side, its values and where it counts, from sums over the ``left`` of a class's keys."""
     counts = left > 0
-    margin = torch.logsumexp(of_class, dim=1) + correction - torch.logsumexp(of_other, dim=1)
+    # N_c is what is left of the query's class: the bias was made with all of its keys
+    margin = torch.where(counts, total, 1.0).log() + (key_counts.clamp(min=1) / left.clamp(min=1)).log() - log_other
+    inverse = _inverse(total)
     # not softplus, which gives up the last digits beyond 20
-    return torch.where(counts, -F.logsigmoid(margin), 0.0), counts
+    losses = torch.where(counts, -F.logsigmoid(margin), 0.0)
+    return _Side(inverse, cosines * inverse, torch.where(counts, torch.sigmoid(-margin), 0.0)), losses, counts
+
+
+def _inverse(total: Tensor) -> Tensor:
+    return torch.where(total > 0, 1 / torch.where(total > 0, total, 1.0), 0.0)
+
+
+def _weights(block: Tensor, same: _Same, inside: Tensor, inverse_other: Tensor, inverse: Tensor) -> Tensor:
+    """Return the shares of other classes' keys in their sum, and less the shares of the class's own keys in theirs."""
+    return same.put(block.mul_(inverse_other), -inside * same.of_queries(inverse))
+
+
+def _full_precision(device: str) -> AbstractContextManager[object]:
+    """Return a context without autocast: half-precision inputs are welcome, half-precision log-sum-exps are not."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 class GMLLoss(nn.Module):
@@ -184,58 +485,22 @@ class GMLLoss(nn.Module):
     ) -> GMLTerms:
         """Return both terms apart; the temperature's is 0 where τ is not learned."""
         if self.validate:
-            _validate(queries, labels, keys, key_labels, self.prior.log, ids, key_ids)
-        similarity = _similarity(queries, keys)
-        temperature = self.temperature
-        losses, counts = _losses(similarity / temperature.detach(), labels, key_labels, self.prior.log, None)
-        mixture = losses.sum() / counts.sum().clamp(min=1)
-        if not self.temperature_logit.requires_grad:
-            return GMLTerms(mixture, torch.zeros_like(mixture))
-        own = None if ids is None or key_ids is None else ids[:, None] == key_ids[None]
-        losses, counts = _losses(similarity.detach() / temperature, labels, key_labels, self.prior.log, own)
-        return GMLTerms(mixture, losses.sum() / counts.sum().clamp(min=1))
+            check_mixture(queries, labels, keys, key_labels, self.prior.log, None, ids, key_ids)
+        learned = self.temperature_logit.requires_grad
+        losses, held, counts, held_counts = _mixture(
+            queries,
+            labels,
+            keys,
+            key_labels,
+            self.prior.log,
+            self.temperature,
+            ids if learned else None,
+            key_ids if learned else None,
+            split=learned,
+        )
+        mixture = _mean(losses, counts)
+        return GMLTerms(mixture, _mean(held, held_counts) if learned else torch.zeros_like(mixture))
 
-
-def _validate(
-    queries: Tensor,
-    labels: Tensor,
-    keys: Tensor,
-    key_labels: Tensor,
-    log_prior: Tensor,
-    ids: Tensor | None,
-    key_ids: Tensor | None,
-) -> None:
-    if queries.ndim != 2:
-        raise ValueError(f"queries: expected shape (B, D), got {tuple(queries.shape)}")
-    if keys.ndim != 2 or keys.shape[1] != queries.shape[1]:
-        raise ValueError(f"keys: expected shape (K, {queries.shape[1]}), got {tuple(keys.shape)}")
-    if log_prior.ndim != 1:
-        raise ValueError(f"log_prior: expected shape (C,), got {tuple(log_prior.shape)}")
-    rows = {"labels": (labels, len(queries)), "key_labels": (key_labels, len(keys))}
-    if (ids is None) != (key_ids is None):
-        raise ValueError("ids and key_ids: expected both or neither")
-    if ids is not None and key_ids is not None:
-        rows |= {"ids": (ids, len(queries)), "key_ids": (key_ids, len(keys))}
-    for name, (tensor, length) in rows.items():
-        if tensor.shape != (length,) or tensor.dtype != torch.int64:
-            raise ValueError(
-                f"{name}: expected shape ({length},) of int64, got {tuple(tensor.shape)} of {tensor.dtype}"
-            )
-    for name, tensor in {"keys": keys, "labels": labels, "key_labels": key_labels, "log_prior": log_prior}.items():
-        if tensor.device != queries.device:
-            raise ValueError(f"{name}: expected device {queries.device}, as queries have, got {tensor.device}")
-    for name, tensor, least in (("labels", labels, 0), ("key_labels", key_labels, -1)):
-        if tensor.numel() and (int(tensor.min()) < least or int(tensor.max()) >= len(log_prior)):
-            raise ValueError(
-                f"{name}: expected values in [{least}, {len(log_prior)}), "
-                f"got {int(tensor.min())} to {int(tensor.max())}"
-            )
-    filled = keys[key_labels >= 0] if bool((key_labels < 0).any()) else keys
-    for name, tensor in (("queries", queries), ("keys", filled)):
-        tolerance = 1e-3 if tensor.dtype in {torch.float32, torch.float64} else 2e-2
-        norms = tensor.detach().to(torch.float32).norm(dim=1)
-        if norms.numel() and not bool(((norms - 1).abs() < tolerance).all()):
-            raise ValueError(
-                f"{name}: expected rows of norm 1, got norms from {float(norms.min()):.3g} to "
-                f"{float(norms.max()):.3g}; use torch.nn.functional.normalize"
-            )
+    def log_likelihood(self, queries: Tensor, keys: Tensor, key_labels: Tensor) -> Tensor:
+        """Return (B, C) log p(z|c) at the learned temperature: see :func:`class_log_likelihood`."""
+        return class_log_likelihood(queries, keys, key_labels, len(self.prior.log), self.temperature)
