@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from longtail.config import load_recipe
+from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, ImageSet
 from longtail.data.images import ArrayImages
-from longtail.data.imbalance import exponential_counts
+from longtail.data.imbalance import profile_counts
 from longtail.data.loaders import TrainLoader
-from longtail.data.sources import CIFAR_MEAN, CIFAR_STD, ImageSet
 from longtail.data.views import build_view
 from longtail.methods.gml import GML
 from longtail.nn import CosineClassifier, Encoder
@@ -41,25 +41,25 @@ def main() -> None:
     torch.manual_seed(0)
 
     config = load_recipe("cifar100-lt").config
-    counts = exponential_counts(500, 100, 100)
+    counts = profile_counts("exponential", 500, 100, 100)
     labels = torch.repeat_interleave(torch.arange(100), torch.tensor(counts))
     # noise costs what photographs cost: no operation here looks at the content
     pixels = torch.randint(0, 256, (len(labels), 3, 32, 32), dtype=torch.uint8)
     images = ImageSet(ArrayImages(pixels), labels, torch.arange(len(labels)))
-    loader = TrainLoader(images, 128, build_view("cifar", 32), 3, seed=0)
+    loader = TrainLoader(images, 128, [build_view("cifar", 32)] * 3, seed=0)
 
     student, teacher = Encoder("resnet32", CIFAR_MEAN, CIFAR_STD), Encoder("resnet56", CIFAR_MEAN, CIFAR_STD)
     method = GML(config, student, counts, teacher, CosineClassifier(64, 100))
     method.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    method.fill(lambda positions, number: loader.batch(positions, images.images.take(positions), -number), labels)
+    method.fill(lambda splits, number: loader.batches(splits, -1 - number, [2]), labels)
     method.train()
     positions = torch.randperm(len(labels))[:128]
 
     def draw() -> None:
-        loader.batch(positions, images.images.take(positions), 0)
+        next(loader.batches([positions], 0))
 
-    batch = loader.batch(positions, images.images.take(positions), 0)
+    batch = next(loader.batches([positions], 0))
 
     def student_view() -> None:
         student(batch.views[0]).sum().backward()

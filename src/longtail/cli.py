@@ -6,6 +6,7 @@ Nothing here imports torch before a command needs it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import json
@@ -13,9 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from longtail.errors import LongtailError, nearest
+
+if TYPE_CHECKING:
+    from longtail.config import Data, Recipe
 
 Parsed = TypeVar("Parsed")
 
@@ -24,6 +28,8 @@ DESCRIPTION = """usage: longtail COMMAND [OPTIONS]
 Long-tailed recognition: train on images whose classes differ widely in number, and use what comes out.
 
 commands:
+  inspect SOURCE         what a set's tail looks like, and what is wrong with the set
+  split SOURCE           share a set without splits out over train, val and test
   train [RECIPE]         train, evaluate and keep a recogniser; any field of the recipe is a flag
   evaluate RUN           metrics of a run on its test set
   predict RUN IMAGES…    classes and probabilities of image files, or of all images in folders
@@ -31,13 +37,19 @@ commands:
   recipes                what there is to train
 
 `longtail COMMAND --help` lists a command's options. First steps: longtail train digits-lt
+Your own images (a folder with one sub-folder a class, a list, a table): longtail train --data photos/
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 when done, 2 on an input that cannot be used, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     commands: dict[str, Callable[[list[str]], None]] = {
+        "inspect": _inspect,
+        "split": _split,
         "train": _train,
         "evaluate": _evaluate,
         "predict": _predict,
@@ -109,6 +121,25 @@ def _split_recipe(arguments: list[str], default: str) -> tuple[str, list[str]]:
     return default, arguments
 
 
+def _with_data(recipe: Recipe, arguments: list[str], named: bool) -> tuple[Recipe, list[str]]:
+    """Take ``--data SOURCE`` out of the arguments: a set in the place of the recipe's, or the recipe for one's own."""
+    for place, argument in enumerate(arguments):
+        if argument != "--data" and not argument.startswith("--data="):
+            continue
+        from longtail.config import load_recipe
+        from longtail.data.naming import source_of
+
+        width = 1 if "=" in argument else 2
+        text = argument.partition("=")[2] if width == 1 else next(iter(arguments[place + 1 : place + 2]), "")
+        if not text or text.startswith("--"):
+            raise LongtailError("--data: expected a named set, a folder, a list, a table or hub:NAME")
+        changes = source_of(text)
+        recipe = recipe if named else load_recipe("folder")
+        rest = arguments[:place] + arguments[place + width :]
+        return dataclasses.replace(recipe, config=recipe.config.replace(data=changes)), rest
+    return recipe, arguments
+
+
 def _check_folder(path: Path) -> None:
     """Refuse at once a place where nothing can be written, rather than after the training."""
     place = path
@@ -125,11 +156,12 @@ def _check_json(path: Path | None) -> None:
         _check_folder(path.parent)
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> None:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for index, row in enumerate([header, *rows]):
         cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i == 0 or left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
         if index == 0:
@@ -145,7 +177,7 @@ def _train(arguments: list[str]) -> None:
     from longtail.options import Train
 
     name, rest = _split_recipe(arguments, "digits-lt")
-    recipe = load_recipe(name)
+    recipe, rest = _with_data(load_recipe(name), rest, named=rest != arguments)
     given = _parse(Train, "train", rest, Train(config=recipe.config))
     if given.resume and given.overwrite:
         raise LongtailError("--resume and --overwrite contradict each other; give one")
@@ -154,18 +186,138 @@ def _train(arguments: list[str]) -> None:
     _check_folder(out)
     _check_json(given.json)
 
-    from longtail.engine.fit import described, fit, write_metrics
+    from longtail.engine.fit import described, fit
+    from longtail.files import write_made
     from longtail.report import run_report
 
     run = fit(config, out, resume=given.resume, overwrite=given.overwrite, quiet=given.quiet)
     page = run_report(out)
     judged = described(run.judged, run.card)
     if given.json:
-        write_metrics(given.json, judged)
+        write_made(given.json, judged)
     _show_metrics(judged)
     print(f"{run.student_passes:,} student passes in {run.seconds:.0f} s", end="")
     print(f", the teacher took {run.teacher_seconds:.0f} s" if run.teacher_seconds else "")
     print(f"recogniser: {out / 'recognizer'}\nreport:     {page}")
+
+
+def _source(command: str, arguments: list[str]) -> tuple[Data, list[str]]:
+    """Return what SOURCE stands for, and the other arguments."""
+    from longtail.config import Data, load_recipe, recipe_names
+    from longtail.data.naming import source_of
+
+    if arguments and arguments[0] in recipe_names() and arguments[0] != "folder":
+        return load_recipe(arguments[0]).config.data, arguments[1:]  # the tail that training on it would have
+    if {"-h", "--help"} & set(arguments):
+        return Data(), arguments
+    if not arguments or arguments[0].startswith("-"):
+        raise LongtailError(
+            f"SOURCE: expected a named set, a folder, a list, a table or hub:NAME (longtail {command} --help)"
+        )
+    return Data(**source_of(arguments[0])), arguments[1:]
+
+
+def _inspect(arguments: list[str]) -> None:
+    from longtail.options import Inspect
+
+    data, rest = _source("inspect", arguments)
+    given = _parse(Inspect, "inspect SOURCE", rest, Inspect(data=data))
+    for path in (given.json, given.plot):
+        _check_json(path)
+    from longtail.config import checked_section
+    from longtail.data.inspection import histogram, inspect
+    from longtail.files import write_made
+
+    settings = checked_section(given.data, "data")
+    with _Counter(given.quiet) as counter:
+        found = inspect(settings, given.seed, given.shots, counter.add)
+    if given.json:
+        write_made(given.json, found.to_dict())
+    if given.plot:
+        from longtail.report import plots
+
+        order = sorted(range(len(found.class_names)), key=lambda index: -found.class_counts[index])
+        figure = plots.class_histogram(
+            [found.class_names[index] for index in order],
+            [found.class_counts[index] for index in order],
+            [found.groups[index] for index in order],
+        )
+        given.plot.parent.mkdir(parents=True, exist_ok=True)
+        plots.save_png(figure, given.plot)
+    if given.quiet:
+        return
+    values = found.to_dict()
+    factor = "∞ (a class has none)" if found.imbalance_factor is None else f"{found.imbalance_factor:.1f}"
+    sizes = values["group_sizes"]
+    rows = [
+        ["images", ", ".join(f"{split} {count:,}" for split, count in found.splits.items())],
+        ["classes", f"{len(found.class_names):,}"],
+        ["imbalance factor", factor],
+        ["Gini", f"{found.gini:.3f}"],
+        ["shot groups", ", ".join(f"{group} {sizes[group]}" for group in sizes)],
+        ["smallest classes", ", ".join(f"{name} {count}" for name, count in found.least)],
+    ]
+    rows += [[f"{side} in pixels", f"{v[0]} to {v[2]}, median {v[1]}"] for side, v in found.sides.items()]
+    _print_table([found.source, "found"], [[a, b] for a, b in rows], left=True)
+    print()
+    print("\n".join(histogram(found.class_counts)))
+    problems = [
+        *(("error", text) for text in found.errors),
+        *(("unreadable", f"{entry['path']}: {entry['reason']}") for entry in found.unreadable),
+        *(("in two splits", " = ".join(group)) for group in found.leaks),
+        *(("same content", " = ".join(group)) for group in found.duplicates),
+        *(("remark", text) for text in found.remarks),
+    ]
+    kinds = list(dict.fromkeys(kind for kind, _ in problems))
+    print("\nno problems found" if not problems else "")
+    for kind in kinds:
+        texts = [text for other, text in problems if other == kind]
+        for text in texts[:10]:
+            print(f"{kind}: {text}")
+        if len(texts) > 10:
+            print(f"{kind}: and {len(texts) - 10:,} more; --json FILE lists all")
+
+
+class _Counter:
+    """Tells how far a long look has come."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def __enter__(self) -> _Counter:
+        from tqdm import tqdm
+
+        self.bar = tqdm(unit="image", disable=self.quiet or not sys.stderr.isatty(), leave=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add(self, count: int) -> None:
+        self.bar.update(count)
+
+
+def _split(arguments: list[str]) -> None:
+    from longtail.options import Split
+
+    data, rest = _source("split", arguments)
+    given = _parse(Split, "split SOURCE", rest, Split(data=data, out=Path("split.csv")))
+    if given.out.suffix.lower() != ".csv":
+        raise LongtailError(f"--out {given.out}: expected a name that ends in .csv")
+    for path in (given.json, given.out):
+        _check_json(path)
+    from longtail.config import checked_section
+    from longtail.data.splits import write_split
+    from longtail.files import write_made
+
+    made = write_split(checked_section(given.data, "data"), given.out, given.val, given.test, given.seed)
+    if given.json:
+        write_made(given.json, made)
+    if not given.quiet:
+        _print_table(["split", "images"], [[split, f"{count:,}"] for split, count in made["images"].items()])
+        if made["short"]:
+            print(f"too few images for every split: {', '.join(made['short'])}")
+        print(f"split: {given.out}; longtail train --data {given.out} --data.root {made['root']}")
 
 
 def _show_metrics(judged: dict[str, Any]) -> None:
@@ -184,11 +336,12 @@ def _evaluate(arguments: list[str]) -> None:
     given = _parse(Evaluate, "evaluate", arguments)
     _check_json(given.json)
     _check_run(given.run)
-    from longtail.engine.fit import evaluate, write_metrics
+    from longtail.engine.fit import evaluate
+    from longtail.files import write_made
 
     judged = evaluate(given.run, given.prior, None if given.root is None else str(given.root))
     if given.json:
-        write_metrics(given.json, judged)
+        write_made(given.json, judged)
     if not given.quiet:
         _show_metrics(judged)
 
@@ -214,9 +367,9 @@ def _predict(arguments: list[str]) -> None:
     files = find_images(given.images)
     best = recognizer.predict(files, prior=given.prior).top(given.top)
     if given.json:
-        from longtail.engine.files import write_json
+        from longtail.files import write_made
 
-        write_json(
+        write_made(
             given.json,
             [
                 {
@@ -241,7 +394,7 @@ def _compare(arguments: list[str]) -> None:
     from longtail.options import Compare
 
     name, rest = _split_recipe(arguments, "digits-lt")
-    recipe = load_recipe(name)
+    recipe, rest = _with_data(load_recipe(name), rest, named=rest != arguments)
     given = _parse(Compare, "compare", rest, Compare(config=recipe.config))
     if given.seeds < 1:
         raise LongtailError(f"--seeds {given.seeds}: expected at least 1")
@@ -251,8 +404,8 @@ def _compare(arguments: list[str]) -> None:
     _check_json(given.json)
 
     from longtail.engine.compare import as_json, compare
-    from longtail.engine.fit import write_metrics
     from longtail.evaluation.comparison import differences, table
+    from longtail.files import write_made
     from longtail.report import comparison_report, run_report
 
     methods = [method.strip() for method in given.methods.split(",")]
@@ -269,7 +422,7 @@ def _compare(arguments: list[str]) -> None:
         run_report(out / f"{record.method}-seed{record.seed}")
     page = comparison_report(records, out, given.match)
     if given.json:
-        write_metrics(given.json, as_json(records))
+        write_made(given.json, as_json(records))
     _print_table(*table(records))
     print(f"accuracy in %, mean ± standard deviation over {given.seeds} seed{'s' * (given.seeds != 1)}; ", end="")
     print("equal student passes" if given.match == "passes" else "equal epochs")

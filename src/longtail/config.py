@@ -7,9 +7,10 @@ A field that nobody knows, or a value of the wrong type or range, is an error th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -23,6 +24,8 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+Augment = Literal["auto", "none", "digits", "cifar", "cifar-rand", "photo", "imagenet", "imagenet-contrast"]
+
 _STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -34,27 +37,57 @@ class Data:
     __pydantic_config__ = _STRICT
 
     source: str = "digits-lt"
-    """Which set: digits-lt, cifar10-lt, cifar100-lt, or folder (one sub-folder a class, at data.root)."""
+    """Which set: digits-lt, cifar10-lt, cifar100-lt, imagenet-lt, places-lt, inat2018, folder (one sub-folder a class),
+    list (lists, tables or annotations of one's own), or hub (the library datasets)."""
     root: str | None = None
     """Folder of the images, or of a local copy of a named set; a named set without it is downloaded."""
+    name: str | None = None
+    """Name of a set on the Hugging Face Hub."""
+    train: str | None = None
+    """List (path label a line), table (.csv, .tsv, .parquet) or annotations (.json) of the training images."""
+    val: str | None = None
+    """The same for validation images."""
+    test: str | None = None
+    """The same for test images."""
+    image_column: str | None = None
+    """Column of a table that holds the paths, or the images; looked for under its usual names if not given."""
+    label_column: str | None = None
+    """Column that holds labels or class names."""
+    split_column: str | None = None
+    """Column that says train, val or test."""
+    profile: Literal["auto", "natural", "exponential", "step", "pareto"] = "auto"
+    """How the training images are thinned out; auto: exponential for the balanced named sets, else natural (not)."""
     imbalance: Annotated[float, Field(ge=1)] = 100.0
-    """Imbalance factor of a named set: images of the largest class over images of the smallest."""
+    """Imbalance factor of a profile: images of the largest class over images of the smallest."""
+    class_order: Literal["index", "name", "random"] = "index"
+    """Which class a profile makes head and which tail; random follows the seed."""
     seed: int | None = None
     """Seed of the split, the class order and the images that are kept; follows --seed if not given."""
-    shuffle_classes: bool = False
-    """Let the seed decide which class is head and which is tail (digits-lt)."""
     test_per_class: Positive = 50
     """Test images a class that digits-lt holds out."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each class that a set without splits holds out to pick the epoch with."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of each class that a folder without a test folder holds out."""
-    min_images: Positive = 2
-    """Least training images a class of a folder."""
+    """Share of each class that a set without a test split holds out."""
+    min_images: Positive = 1
+    """Least training images a class of one's own set."""
     image_size: Annotated[int, Field(ge=8)] | None = None
-    """Side in pixels at which a folder's images are used; chosen from the images if not given."""
+    """Side in pixels at which images of files are used; chosen from the images if not given."""
     memory_gib: PositiveFloat = 4.0
-    """A folder whose decoded images need more is decoded batch by batch instead of once."""
-    augment: Literal["auto", "none", "digits", "cifar", "photo"] = "auto"
-    """Augmentation of every training view; auto takes the source's own."""
+    """A set whose decoded images need more is decoded batch by batch instead of once."""
+    broken_share: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the training images that may turn out unreadable while training; they are replaced and named."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that decode and augment images of files; one a core, at most 8, if not given."""
+    sampler: Literal["instance", "class", "sqrt", "progressive", "deferred"] = "instance"
+    """Which images an epoch shows: each once, classes equally often, by the root of their size, from the first to the
+    second along the training, or the second late."""
+    deferred_from: Share = 0.8
+    """Share of the training after which the deferred sampler shows classes equally often."""
+    augment: Augment = "auto"
+    """Augmentation of the classification view; auto takes the source's own."""
+    contrast_augment: Augment = "auto"
+    """Augmentation of the query and key views; auto is the classification view's, with grey and blur for imagenet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +185,13 @@ class Shots:
     few_below: Positive = 20
     """A class with fewer is in the group few; the rest are medium."""
 
+    def groups(self, class_counts: Sequence[int]) -> list[str]:
+        """Return many, medium or few for every class, by its training images."""
+        return [
+            "many" if count > self.many_above else "few" if count < self.few_below else "medium"
+            for count in class_counts
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -165,8 +205,8 @@ class Config:
     """Training method: ce (cross-entropy), la (logit adjustment), gml."""
     network: str = "auto"
     """Student: conv8, resnet20/32/44/56/110, or any timm model by name; auto chooses by image size."""
-    epochs: Positive = 100
-    """Passes over the training set."""
+    epochs: Positive | Literal["auto"] = 100
+    """Passes over the training set; auto: as many as make 20,000 steps, from 30 to 200."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images a step."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -267,6 +307,15 @@ def checked(config: Config) -> Config:
     return parse_config(dataclasses.asdict(config), "flags")
 
 
+Section = TypeVar("Section")
+
+
+def checked_section(section: Section, where: str) -> Section:
+    """Return a section that came from flags with every type and range checked."""
+    found: Section = _checked(type(section), dataclasses.asdict(section), where)  # type: ignore[call-overload]
+    return found
+
+
 def _checked(kind: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise LongtailError(f"{where}: expected fields with values, got {type(values).__name__}")
@@ -274,7 +323,8 @@ def _checked(kind: Any, values: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        # of a union's error the parts that are no names tell the branch
+        name = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
         if first["type"] == "unexpected_keyword_argument":
             raise LongtailError(f"{where}: there is no field '{name}'{nearest(name, field_names())}") from None
         if isinstance(first.get("ctx", {}).get("error"), LongtailError):

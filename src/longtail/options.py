@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from longtail.config import Config
+from longtail.config import Config, Data, Shots
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -83,6 +83,48 @@ class Compare:
     """Write one record a run to this file."""
     quiet: Flag = False
     """Show no progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What a set's tail looks like, and what is wrong with the set: longtail inspect SOURCE [OPTIONS].
+
+    SOURCE is a named set, a folder with one sub-folder a class, a list (.txt), a table (.csv, .tsv, .parquet),
+    annotations (.json) or hub:NAME.
+    """
+
+    data: Data
+    shots: Shots = field(default_factory=Shots)
+    seed: int = 0
+    """Seed of a named set's tail, as in training."""
+    plot: Path | None = None
+    """Write the histogram of the classes to this PNG."""
+    json: Path | None = None
+    """Write what was found to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Share a set without splits out, every class by itself: longtail split SOURCE --out FILE.csv [OPTIONS].
+
+    The file is a table (path, label, split) to train on: longtail train --data FILE.csv --data.root FOLDER.
+    """
+
+    data: Data
+    out: Path
+    """The table."""
+    val: float = 0.1
+    """Share of each class for validation; 0 for none."""
+    test: float = 0.2
+    """Share of each class for the test; 0 for none."""
+    seed: int = 0
+    """Decides which images."""
+    json: Path | None = None
+    """Write the counts to this file too."""
+    quiet: Flag = False
+    """Print nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import torch
 
+from longtail.data.dataset import ImageSet
 from longtail.data.images import ArrayImages
 from longtail.data.loaders import TrainLoader, evaluation_batches
-from longtail.data.sources import ImageSet
 from longtail.data.views import build_view
 
 
@@ -14,7 +14,7 @@ def made(count: int) -> ImageSet:
 
 
 def test_every_image_once_in_even_batches() -> None:
-    loader = TrainLoader(made(101), 32, build_view("none", 8), 1, seed=0)
+    loader = TrainLoader(made(101), 32, [build_view("none", 8)], seed=0)
     batches = list(loader.epoch(0))
     assert [len(batch.labels) for batch in batches] == [26, 25, 25, 25]
     assert sorted(torch.cat([batch.ids for batch in batches]).tolist()) == [7 * n for n in range(101)]
@@ -24,7 +24,7 @@ def test_every_image_once_in_even_batches() -> None:
 
 
 def test_an_epoch_can_be_entered_anywhere() -> None:
-    loader = TrainLoader(made(50), 8, build_view("digits", 8), 2, seed=3)
+    loader = TrainLoader(made(50), 8, [build_view("digits", 8)] * 2, seed=3)
     whole, rest = list(loader.epoch(4)), list(loader.epoch(4, start=5))
     assert len(rest) == len(whole) - 5
     for a, b in zip(whole[5:], rest, strict=True):

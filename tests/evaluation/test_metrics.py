@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from longtail.config import Shots
-from longtail.evaluation.metrics import metrics, shot_groups
+from longtail.evaluation.metrics import metrics
 from longtail.objectives import log_prior
 
 
@@ -25,8 +25,8 @@ def test_against_scikit_learn() -> None:
 
 
 def test_thresholds() -> None:
-    assert shot_groups([101, 100, 20, 19], Shots()) == ["many", "medium", "medium", "few"]
-    assert shot_groups([101, 100, 20, 19], Shots(many_above=99, few_below=5)) == ["many", "many", "medium", "medium"]
+    assert Shots().groups([101, 100, 20, 19]) == ["many", "medium", "medium", "few"]
+    assert Shots(many_above=99, few_below=5).groups([101, 100, 20, 19]) == ["many", "many", "medium", "medium"]
 
 
 def test_what_is_absent_is_not_zero() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from longtail.config import Config
+from longtail.data.dataset import LongTailedData
 from longtail.data.loaders import Batch, TrainLoader
-from longtail.data.sources import LongTailedData, load_data
+from longtail.data.sources import load_data
 from longtail.data.views import build_view
 from longtail.errors import LongtailError
 from longtail.methods import METHODS, method_class
@@ -31,7 +32,7 @@ def gml(config: Config, data: LongTailedData) -> GML:
 
 
 def loader(data: LongTailedData, views: int) -> TrainLoader:
-    return TrainLoader(data.train, 64, build_view("digits", 8), views, seed=0)
+    return TrainLoader(data.train, 64, [build_view("digits", 8)] * views, seed=0)
 
 
 def test_every_method_in_the_table_is_there() -> None:
@@ -43,7 +44,7 @@ def test_every_method_in_the_table_is_there() -> None:
 def test_classifiers_average_over_views(tiny: Config, data: LongTailedData, name: str) -> None:
     config = tiny.replace(classifier={"views": 2})
     method = method_class(name)(config, encoder(), data.class_counts).eval()
-    assert method.views == method.student_views(config) == 2
+    assert method.views(config) == ("classification",) * method.student_views(config) == ("classification",) * 2
     batch = next(loader(data, 2).epoch(0))
     both = method(batch)["classifier"].item()
     each = [method(Batch((view,), batch.labels, batch.ids))["classifier"].item() for view in batch.views]
@@ -66,7 +67,7 @@ def test_logit_adjustment_is_the_priors_difference(tiny: Config, data: LongTaile
 def test_gml_trains_all_but_the_teacher(tiny: Config, data: LongTailedData) -> None:
     method = gml(tiny.replace(gml={"distillation_weight": 1.0}), data)
     source = loader(data, 3)
-    method.fill(lambda p, r: source.batch(p, data.train.images.take(p), -r - 1), data.train.labels)
+    method.fill(lambda splits, r: source.batches(splits, -r - 1), data.train.labels)
     assert len(method.queues) == method.queues.size == len(data.train)
     terms = method.train()(next(source.epoch(0)))
     assert terms.keys() == {"classifier", "mixture", "temperature_likelihood", "distillation"}
@@ -105,7 +106,7 @@ def test_the_queues_are_full_before_the_first_step_even_when_larger_than_the_set
 ) -> None:
     method = gml(tiny.replace(gml={"queue_size": 900}), data)
     source = loader(data, 3)
-    method.fill(lambda p, r: source.batch(p, data.train.images.take(p), -r - 1), data.train.labels)
+    method.fill(lambda splits, r: source.batches(splits, -r - 1), data.train.labels)
     assert len(method.queues) == 900
     # an image in several slots is there in several views
     slots = method.queues.slots()

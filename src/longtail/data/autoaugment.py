@@ -1,4 +1,4 @@
-"""AutoAugment's CIFAR policy for a whole batch, every image with its own sub-policy (Cubuk et al., CVPR 2019).
+"""AutoAugment's CIFAR policy (Cubuk et al., CVPR 2019) and RandAugment for a whole batch, every image drawing its own.
 
 The table of sub-policies and the strength of each step are torchvision's; the pixel operations work on all images
 that drew the same operation at once. Legend: B images, S side in pixels.
@@ -7,7 +7,7 @@ that drew the same operation at once. Legend: B images, S side in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +41,62 @@ class CifarAutoAugment:
         images = images.contiguous()
         for step in range(2):
             happens = draws[:, 1 + 2 * step] < self.probabilities[policy, step]
-            sign = torch.where(draws[:, 2 + 2 * step] < 0.5, -1.0, 1.0)
-            operation, level = self.operations[policy, step], self.levels[policy, step]
-            for index, name in enumerate(self.names):
-                chosen = torch.nonzero(happens & (operation == index)).flatten()
-                if len(chosen) == 0:
-                    continue
-                strength = (level * sign if name in _SIGNED else level)[chosen].to(images.device)
-                chosen = chosen.to(images.device)
-                images[chosen] = apply_operation(name, images[chosen], strength)
+            operation = torch.where(happens, self.operations[policy, step], -1)
+            images = _apply(images, self.names, operation, self.levels[policy, step], draws[:, 2 + 2 * step])
         return images
+
+
+class RandAugment:
+    """Two operations, each any of fourteen with equal odds, at one strength (Cubuk et al., NeurIPS 2020).
+
+    Operations and ranges are those of torchvision's RandAugment; call as :class:`CifarAutoAugment`.
+
+    Args:
+        magnitude: strength, of 30.
+    """
+
+    draws = 4
+    """Numbers an image needs: for each of two steps its operation and its sign."""
+
+    names = (
+        "Identity",
+        *_GEOMETRIC,
+        "Brightness",
+        "Color",
+        "Contrast",
+        "Sharpness",
+        "Posterize",
+        "Solarize",
+        "AutoContrast",
+        "Equalize",
+    )
+
+    def __init__(self, magnitude: int = 9) -> None:
+        self.level = magnitude / 30
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Return the images after two steps."""
+        draws = draws.cpu()
+        images = images.contiguous()
+        for step in range(2):
+            operation = (draws[:, 2 * step] * len(self.names)).long()
+            images = _apply(
+                images, self.names, operation, torch.full((len(images),), self.level), draws[:, 2 * step + 1]
+            )
+        return images
+
+
+def _apply(images: Tensor, names: Sequence[str], operation: Tensor, level: Tensor, sign: Tensor) -> Tensor:
+    """Apply to every image the operation that it drew (−1: none), at its level, in the direction of its sign."""
+    sign = torch.where(sign < 0.5, -1.0, 1.0)
+    for index, name in enumerate(names):
+        chosen = torch.nonzero(operation == index).flatten()
+        if len(chosen) == 0 or name == "Identity":
+            continue
+        strength = (level * sign if name in _SIGNED else level)[chosen].to(images.device)
+        chosen = chosen.to(images.device)
+        images[chosen] = apply_operation(name, images[chosen], strength)
+    return images
 
 
 def apply_operation(name: str, images: Tensor, strength: Tensor) -> Tensor:

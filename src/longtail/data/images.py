@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ class Images(Protocol):
 
     lazy: bool
     """Whether taking images costs time that is worth spending ahead."""
+    broken: dict[int, str]
+    """Images that could not be read, with the reason."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -33,6 +37,14 @@ class Images(Protocol):
 
     def take(self, indices: Tensor) -> Tensor:
         """Return (B, channels, S, S) uint8 for (B,) int64 indices."""
+        ...
+
+    def open_or_another(self, index: int) -> Image.Image:
+        """Return one image as it is stored, or where it cannot be read another of its class."""
+        ...
+
+    def note(self, broken: dict[int, str]) -> None:
+        """Remember images that cannot be read."""
         ...
 
 
@@ -45,6 +57,7 @@ class ArrayImages:
         assert pixels.dtype == torch.uint8
         assert pixels.ndim == 4
         self.pixels = pixels
+        self.broken: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -53,33 +66,157 @@ class ArrayImages:
         """Return the images at ``indices``."""
         return self.pixels[indices]
 
+    def open_or_another(self, index: int) -> Image.Image:
+        """Return one image."""
+        pixels = self.pixels[index].permute(1, 2, 0).numpy()
+        return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
-class FileImages:
-    """Image files, decoded when they are taken, by a few threads (Pillow decodes outside the interpreter's lock)."""
+    def note(self, broken: dict[int, str]) -> None:
+        """Nothing in memory is broken."""
+        assert not broken
+
+
+class LazyImages(ABC):
+    """Images that are decoded when they are taken, by a few threads (Pillow decodes outside the interpreter's lock).
+
+    Args:
+        size: S.
+        channels: 3 or 1.
+        labels: (N,) classes, from which a replacement for an image that cannot be read is taken.
+        broken_share: largest share of the images that may turn out unreadable and be replaced.
+    """
 
     lazy = True
 
-    def __init__(self, paths: Sequence[Path], size: int, channels: int = 3) -> None:
-        self.paths, self.size, self.channels = list(paths), size, channels
+    def __init__(self, size: int, channels: int = 3, labels: Tensor | None = None, broken_share: float = 0.0) -> None:
+        self.size, self.channels, self.labels, self.broken_share = size, channels, labels, broken_share
+        self.broken: dict[int, str] = {}
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """Return one image as it is stored.
+
+        Raises:
+            LongtailError: it cannot be read; it is named.
+        """
 
     def take(self, indices: Tensor) -> Tensor:
         """Return the images at ``indices``."""
-        wanted = [self.paths[index] for index in indices.tolist()]
-        return decode_files(wanted, self.size, self.channels)
+        return _decoded(
+            lambda index: to_square(self.open_or_another(index), self.size, self.channels), indices.tolist()
+        )
+
+    def open_or_another(self, index: int) -> Image.Image:
+        """Return an image, or where it cannot be read the next of its class that can.
+
+        Raises:
+            LongtailError: more images than ``broken_share`` cannot be read, or none of the class can.
+        """
+        try:
+            return self.open(index)
+        except LongtailError as error:
+            self.note({index: str(error)})
+        assert self.labels is not None
+        others = torch.nonzero(self.labels == self.labels[index]).flatten().tolist()
+        place = others.index(index)
+        for other in others[place + 1 :] + others[:place]:
+            if other not in self.broken:
+                try:
+                    return self.open(other)
+                except LongtailError as error:
+                    self.note({other: str(error)})
+        raise LongtailError(f"{self.broken[index]}; and no other image of its class can be read")
+
+    def note(self, broken: dict[int, str]) -> None:
+        """Remember images that cannot be read; raise LongtailError when there are too many."""
+        self.broken |= broken
+        if len(self.broken) > self.broken_share * len(self):
+            first = next(iter(self.broken.values()))
+            if self.broken_share == 0:
+                raise LongtailError(first)
+            raise LongtailError(
+                f"{len(self.broken)} of {len(self)} images cannot be read, more than data.broken_share "
+                f"{self.broken_share:g}; the first: {first}"
+            )
 
 
-def decode_files(paths: Sequence[Path], size: int, channels: int = 3) -> Tensor:
-    """Return (B, channels, size, size) uint8.
+class FileImages(LazyImages):
+    """Image files below a folder.
 
-    Raises:
-        LongtailError: a file cannot be read as an image; it is named.
+    Args:
+        root: the folder.
+        names: N paths below it; as text, for a Path takes ten times the memory.
+        size: see :class:`LazyImages`.
+        channels: see :class:`LazyImages`.
+        labels: see :class:`LazyImages`.
+        broken_share: see :class:`LazyImages`.
     """
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        size: int,
+        channels: int = 3,
+        labels: Tensor | None = None,
+        broken_share: float = 0.0,
+    ) -> None:
+        super().__init__(size, channels, labels, broken_share)
+        self.root, self.names = root, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def open(self, index: int) -> Image.Image:
+        """Return the image at ``index``."""
+        return open_image(self.root / self.names[index])
+
+
+class EncodedImages(LazyImages):
+    """Encoded images in the rows of a table (parquet, the Hub's sets).
+
+    Args:
+        cells: gives the bytes of a row.
+        count: N.
+        name: of the table, for messages.
+        size: see :class:`LazyImages`.
+        channels: see :class:`LazyImages`.
+        labels: see :class:`LazyImages`.
+        broken_share: see :class:`LazyImages`.
+    """
+
+    def __init__(
+        self,
+        cells: Callable[[int], bytes],
+        count: int,
+        name: str,
+        size: int,
+        channels: int = 3,
+        labels: Tensor | None = None,
+        broken_share: float = 0.0,
+    ) -> None:
+        super().__init__(size, channels, labels, broken_share)
+        self.cells, self.count, self.name = cells, count, name
+
+    def __len__(self) -> int:
+        return self.count
+
+    def open(self, index: int) -> Image.Image:
+        """Return the image of row ``index``."""
+        with _explained(f"{self.name}, row {index}"), Image.open(io.BytesIO(self.cells(index))) as image:
+            image.load()
+        return image
+
+
+Item = TypeVar("Item")
+
+
+def _decoded(function: Callable[[Item], Tensor], items: Sequence[Item]) -> Tensor:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        decoded = list(pool.map(lambda path: decode(path, size, channels), paths))
-    return torch.stack(decoded)
+        return torch.stack(list(pool.map(function, items)))
 
 
 def open_image(path: Path) -> Image.Image:
@@ -100,7 +237,7 @@ def sides(path: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Path | str) -> Iterator[None]:
     """Turn what Pillow and the system raise over a file into one line about it."""
     try:
         with warnings.catch_warnings():
@@ -109,7 +246,8 @@ def _explained(path: Path) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
     except UnidentifiedImageError:
-        what = "is empty" if path.stat().st_size == 0 else "is not an image that Pillow can read"
+        empty = isinstance(path, Path) and path.stat().st_size == 0
+        what = "is empty" if empty else "is not an image that Pillow can read"
         raise LongtailError(f"{path}: {what}; remove or replace it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise LongtailError(f"{path}: is larger than Pillow takes for safe ({error}); shrink it") from None

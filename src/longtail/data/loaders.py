@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from longtail.data.sources import ImageSet
+from longtail.data.dataset import ImageSet
+from longtail.data.per_image import PerImageView
+from longtail.data.samplers import epoch_order
 from longtail.data.views import View, center, to_float
-from longtail.randomness import generator, mix
+from longtail.errors import LongtailError
+from longtail.randomness import mix
 
-_ORDER, _VIEW = mix(1), mix(2)  # streams of draws that never meet
+_VIEW = mix(2)  # a stream of draws of its own
 
 
 @dataclass(frozen=True)
@@ -39,44 +45,121 @@ class Batch:
 
 
 class TrainLoader:
-    """Every image once an epoch, in batches whose sizes differ by at most one.
+    """An epoch of images in batches whose sizes differ by at most one.
 
     No image is dropped, and no batch is so small that BatchNorm fails. The order is a function of (seed, epoch), so
-    that an epoch can be entered at any step.
+    that an epoch can be entered at any step; a view is one of (seed, epoch, view, image), whoever draws it.
 
     Args:
         images: the training set.
         batch_size: most images a batch.
-        view: the augmentation.
-        views: V.
+        views: V augmentations, all batched or all an image at a time.
         seed: of order and augmentation.
+        epochs: of the training, for samplers that change along it.
+        sampler: see :mod:`longtail.data.samplers`.
+        deferred_from: see :mod:`longtail.data.samplers`.
+        workers: processes that decode and augment an image at a time; 0 does it in this one.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, view: View, views: int, seed: int) -> None:
-        self.images, self.view, self.views, self.seed = images, view, views, seed
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        views: Sequence[View | PerImageView],
+        seed: int,
+        *,
+        epochs: int = 1,
+        sampler: str = "instance",
+        deferred_from: float = 0.8,
+        workers: int | None = None,
+    ) -> None:
+        self.images, self.views, self.seed, self.epochs = images, tuple(views), seed, epochs
+        self.sampler, self.deferred_from = sampler, deferred_from
         self.steps = -(-len(images) // batch_size)
+        self.per_image = any(isinstance(view, PerImageView) for view in self.views)
+        assert not self.per_image or all(isinstance(view, PerImageView) for view in self.views)
+        self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from step ``start`` on."""
-        order = torch.randperm(len(self.images), generator=generator(self.seed, _ORDER, epoch))
-        for indices, pixels in _ahead(self.images, list(order.tensor_split(self.steps))[start:]):
-            yield self.batch(indices, pixels, epoch)
+        order = epoch_order(self.images.labels, self.sampler, self.seed, epoch, self.epochs, self.deferred_from)
+        return self.batches(list(order.tensor_split(self.steps))[start:], epoch)
 
-    def batch(self, indices: Tensor, pixels: Tensor, epoch: int) -> Batch:
-        """Return the views of ``epoch`` of given images."""
-        ids = self.images.ids[indices]
-        views = tuple(self.view(pixels, ids, (self.seed, _VIEW, epoch, view)) for view in range(self.views))
-        return Batch(views, self.images.labels[indices], ids)
+    def batches(self, splits: Sequence[Tensor], epoch: int, only: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Yield the views of ``epoch`` of given images.
+
+        Args:
+            splits: the images of each batch, by position.
+            epoch: names the draw; a negative one is no epoch of a training.
+            only: numbers of the views that are wanted; all if not given.
+        """
+        numbers = range(len(self.views)) if only is None else only
+        images = self.images
+        for indices, views in (self._one_by_one if self.per_image else self._batched)(splits, epoch, numbers):
+            yield Batch(views, images.labels[indices], images.ids[indices])
+
+    def _batched(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
+        for indices, pixels in _ahead(self.images, splits):
+            ids = self.images.ids[indices]
+            yield (
+                indices,
+                tuple(self._view(number)(pixels, ids, (self.seed, _VIEW, epoch, number)) for number in numbers),
+            )
+
+    def _view(self, number: int) -> View:
+        view = self.views[number]
+        assert not isinstance(view, PerImageView)
+        return view
+
+    def _one_by_one(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
+        images = self.images.images
+        workers = min(self.workers, len(splits))
+        for made in DataLoader(_Splits(self, splits, epoch, numbers), batch_size=None, num_workers=workers):
+            if isinstance(made, str):  # an error in another process would come with its traceback
+                raise LongtailError(made)
+            views, indices, broken = made
+            images.note(broken)
+            yield indices, tuple(to_float(view) for view in views)
+
+
+_Views = tuple[Tensor, tuple[Tensor, ...]]
+"""Positions of a batch's images, and their views."""
+
+
+class _Splits(Dataset[Any]):
+    """Batches as a dataset, so that other processes can make them."""
+
+    def __init__(self, loader: TrainLoader, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> None:
+        self.loader, self.splits, self.epoch, self.numbers = loader, splits, epoch, numbers
+
+    def __len__(self) -> int:
+        return len(self.splits)
+
+    def __getitem__(self, step: int) -> tuple[tuple[Tensor, ...], Tensor, dict[int, str]] | str:
+        """Return uint8 views, positions, and the images that could not be read; or what is wrong."""
+        loader, indices = self.loader, self.splits[step]
+        images = loader.images.images
+        views: list[list[Tensor]] = [[] for _ in self.numbers]
+        try:
+            for index in indices.tolist():
+                image, image_id = images.open_or_another(index), int(loader.images.ids[index])
+                for made, number in zip(views, self.numbers, strict=True):
+                    view = loader.views[number]
+                    assert isinstance(view, PerImageView)
+                    made.append(view(image, image_id, (loader.seed, _VIEW, self.epoch, number)))
+        except LongtailError as error:
+            return str(error)
+        return tuple(torch.stack(view) for view in views), indices, images.broken
 
 
 def evaluation_batches(images: ImageSet, size: int, batch_size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (B, channels, size, size) centre views and (B,) labels, every image once, in order."""
     splits = torch.arange(len(images)).split(batch_size)
-    for indices, pixels in _ahead(images, list(splits)):
+    for indices, pixels in _ahead(images, splits):
         yield to_float(center(pixels, size)), images.labels[indices]
 
 
-def _ahead(images: ImageSet, splits: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _ahead(images: ImageSet, splits: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield indices and pixels; files are decoded one batch ahead of their use."""
     if not images.images.lazy:
         for indices in splits:

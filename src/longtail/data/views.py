@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtail.data.autoaugment import CifarAutoAugment
+from longtail.data.autoaugment import CifarAutoAugment, RandAugment
 from longtail.randomness import uniform
 
 View = Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
@@ -84,10 +84,10 @@ def _digits(images: Tensor, ids: Tensor, keys: tuple[int, ...]) -> Tensor:
 
 
 class _Cifar:
-    """Crop, mirror, AutoAugment's CIFAR policy, Cutout 16."""
+    """Crop, mirror, AutoAugment's CIFAR policy or RandAugment, Cutout 16."""
 
-    def __init__(self) -> None:
-        self.policy = CifarAutoAugment()
+    def __init__(self, policy: CifarAutoAugment | RandAugment) -> None:
+        self.policy = policy
 
     def __call__(self, images: Tensor, ids: Tensor, keys: tuple[int, ...]) -> Tensor:
         u = uniform(ids, 5 + self.policy.draws, *keys)
@@ -121,9 +121,11 @@ class _Photo:
 
 
 def build_view(name: str, size: int) -> View:
-    """Return the augmentation ``name`` (none, digits, cifar, photo) for images used at ``size`` pixels."""
+    """Return the batched augmentation ``name`` (none, digits, cifar, cifar-rand, photo) for images used at ``size``."""
     if name == "none":
         return lambda images, _ids, _keys: to_float(center(images, size))
     if name == "digits":
         return _digits
-    return _Cifar() if name == "cifar" else _Photo(size)
+    if name in {"cifar", "cifar-rand"}:
+        return _Cifar(CifarAutoAugment() if name == "cifar" else RandAugment())
+    return _Photo(size)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from longtail.config import Config, read_config
-from longtail.data.sources import LongTailedData, load_data
-from longtail.engine.files import FORMAT, write_json
+from longtail.data.dataset import LongTailedData
+from longtail.data.sources import load_data
+from longtail.engine.files import FORMAT
 from longtail.engine.fit import Run, fit, read_metrics, resolve
 from longtail.errors import LongtailError, nearest
 from longtail.evaluation.comparison import Record
+from longtail.files import write_json
 from longtail.methods import METHODS, method_class
 from longtail.recognizer import Recognizer
 
@@ -38,6 +40,7 @@ def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], match: Ma
             raise LongtailError(f"--methods: '{name}' is not known{nearest(name, METHODS)}")
     if len(set(methods)) < len(methods) or not methods:
         raise LongtailError(f"--methods: expected different names, got {','.join(methods)}")
+    assert isinstance(config.epochs, int)
     views = {name: method_class(name).student_views(config) for name in methods}
     most = max(views.values())
     epochs = {
@@ -78,6 +81,10 @@ def compare(
     Raises:
         LongtailError: an input cannot be used, or ``out`` holds runs with other settings.
     """
+    data: LongTailedData | None = None
+    if config.epochs == "auto":
+        data = load_data(config.data, seeds[0])
+        config = config.replace(epochs=resolve(config, data).epochs)
     runs = plan(config, methods, seeds, match)
     if overwrite and out.exists():
         if any(out.iterdir()) and not (out / "comparison.json").is_file():
@@ -86,18 +93,18 @@ def compare(
     if out.exists() and any(out.iterdir()) and not (out / "comparison.json").is_file():
         raise LongtailError(f"{out}: is not empty and no comparison of longtail; choose another --out")
     records: list[Record] = []
-    data: LongTailedData | None = None
-    for position, run in enumerate(runs):
-        folder = out / f"{run.method}-seed{run.seed}"
-        if data is None or run.seed != runs[position - 1].seed:
-            data = load_data(run.data, run.seed)
+    for position, planned in enumerate(runs):
+        folder = out / f"{planned.method}-seed{planned.seed}"
+        if data is None or (position > 0 and planned.seed != runs[position - 1].seed):
+            data = load_data(planned.data, planned.seed)
         if position == 0:
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
             write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
-        done = _finished(folder, resolve(run, data)) or fit(
+        run = resolve(planned, data)
+        done = _finished(folder, run) or fit(
             run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data
         )
         records.append(record(done))
@@ -132,7 +139,7 @@ def record(run: Run) -> Record:
     return Record(
         method=run.config.method,
         seed=run.config.seed,
-        epochs=run.config.epochs,
+        epochs=run.card.trained["epochs"],
         predicts_under=method_class(run.config.method).predicts_under,
         student_passes=run.student_passes,
         seconds=run.seconds,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +12,10 @@ import torch
 
 from longtail.config import Config, read_config
 from longtail.errors import LongtailError
+from longtail.files import write_text, write_whole
 
 FORMAT = 1
 """Version of ``last.ckpt``."""
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, bring it to the disk, and put it in ``path``'s place in one move.
-
-    Raises:
-        LongtailError: the file cannot be written; what was at ``path`` before is untouched.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
-        partial.unlink(missing_ok=True)
-        raise LongtailError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-
-    def write(partial: Path) -> None:
-        partial.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,21 @@ from tqdm import tqdm
 
 import longtail
 from longtail.config import Config
+from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.images import Images
 from longtail.data.loaders import Batch, TrainLoader, evaluation_batches
-from longtail.data.sources import ImageSet, LongTailedData, load_data
-from longtail.data.views import build_view
-from longtail.engine.files import load_checkpoint, open_run, save_checkpoint, write_json, write_text
+from longtail.data.per_image import PerImageView
+from longtail.data.sources import load_data
+from longtail.data.views import View, build_view
+from longtail.engine.files import load_checkpoint, open_run, save_checkpoint
 from longtail.engine.schedule import rate
 from longtail.engine.teacher import given_teacher, trained_teacher
 from longtail.errors import LongtailError
 from longtail.evaluation.metrics import metrics
+from longtail.files import write_text
 from longtail.methods import method_class
 from longtail.methods.base import Method
+from longtail.methods.gml import queue_size
 from longtail.nn import Encoder
 from longtail.randomness import mix
 from longtail.recognizer import Card, Recognizer
@@ -62,14 +66,51 @@ def resolve(config: Config, data: LongTailedData) -> Config:
 
     A network for the size of the images; the augmentation of their source.
     """
-    size = data.image_size
-    network = (
-        ("conv8" if size <= 12 else "resnet32" if size <= 64 else "resnet18")
-        if config.network == "auto"
-        else config.network
-    )
+    return explained(config, data)[0]
+
+
+def explained(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
+    """Return :func:`resolve`'s configuration with the reason of every choice."""
+    size, images, reasons = data.image_size, len(data.train), []
+    if config.network == "auto":
+        network = "conv8" if size <= 12 else "resnet32" if size <= 64 else "resnet18"
+        config = config.replace(network=network)
+        reasons.append(f"network {network}: images of {size} × {size} pixels")
+    if config.epochs == "auto":
+        steps = -(-images // config.batch_size)
+        config = config.replace(epochs=max(30, min(200, round(20_000 / steps))))
+        reasons.append(
+            f"epochs {config.epochs}: {steps} steps an epoch with {images:,} images; 20,000 steps, 30 to 200 epochs"
+        )
+    if config.method == "gml" and config.gml.queue_size is None:
+        slots = queue_size(config, data.class_counts)
+        config = config.replace(gml={"queue_size": slots})
+        reasons.append(f"gml.queue_size {slots}: a slot for every training image, at most 16,384")
     augment = data.augment if config.data.augment == "auto" else config.data.augment
-    return config.replace(network=network, data={"augment": augment})
+    contrast: str = config.data.contrast_augment
+    if contrast == "auto":
+        contrast = "imagenet-contrast" if augment == "imagenet" else augment
+    return config.replace(data={"augment": augment, "contrast_augment": contrast}), reasons
+
+
+def build_views(config: Config, data: LongTailedData, wanted: Sequence[str]) -> list[View | PerImageView]:
+    """Return the augmentation of every view, by what it is for.
+
+    Raises:
+        LongtailError: some are batched and some are not, or they do not suit the images.
+    """
+    names = {"classification": config.data.augment, "contrast": config.data.contrast_augment}
+    chosen = [names[use] for use in wanted]
+    one_by_one = [name.startswith("imagenet") for name in chosen]
+    if any(one_by_one) != all(one_by_one):
+        raise LongtailError(
+            f"data.augment {names['classification']} and data.contrast_augment {names['contrast']} do not go together: "
+            "the imagenet recipes are drawn an image at a time, the others a batch at a time"
+        )
+    if len(data.mean) == 1 and any(name not in {"none", "digits"} for name in chosen):
+        raise LongtailError(f"data.augment {chosen[0]}: needs images in colour, these are grey; use digits or none")
+    size = data.image_size
+    return [PerImageView(name, size) if name.startswith("imagenet") else build_view(name, size) for name in chosen]
 
 
 def fit(
@@ -97,12 +138,14 @@ def fit(
         LongtailError: an input cannot be used; nothing was changed.
     """
     data = load_data(config.data, config.seed) if data is None else data
-    config = resolve(config, data)
     say: Callable[[str], None] = (lambda _line: None) if quiet else (lambda line: tqdm.write(line, file=sys.stderr))
+    config, reasons = explained(config, data)
     # a caller's own random numbers are not ours to move
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         trainer = _Trainer(config, data, out, quiet=quiet, say=say)
         open_run(out, config, resume=resume, overwrite=overwrite)
+        for line in (*data.remarks, *reasons):
+            say(line)
         teachers = out.parent / "teachers" if teachers is None else teachers
 
         def train_teacher(settings: Config, folder: Path) -> object:
@@ -118,6 +161,7 @@ class _Trainer:
         self, config: Config, data: LongTailedData, out: Path, *, quiet: bool, say: Callable[[str], None]
     ) -> None:
         self.config, self.data, self.out, self.quiet, self.say = config, data, out, quiet, say
+        self.broken = 0
         try:
             self.fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
         except (RuntimeError, ValueError) as error:
@@ -128,6 +172,9 @@ class _Trainer:
         self.state = torch.get_rng_state()
         self.kind = method_class(config.method)
         self.kind.check(config, data.class_counts)
+        self.views = build_views(config, data, self.kind.views(config))
+        assert isinstance(config.epochs, int)
+        self.epochs = config.epochs
         # a teacher that is given is looked at before the run's folder is made, too
         given = self.kind.needs_teacher and config.teacher.source != "train"
         self.teacher = given_teacher(config, data) if given else None
@@ -155,19 +202,27 @@ class _Trainer:
         )
         wrapped, optimizer = self.fabric.setup(method, optimizer)
         loader = TrainLoader(
-            data.train, config.batch_size, build_view(config.data.augment, data.image_size), method.views, config.seed
+            data.train,
+            config.batch_size,
+            self.views,
+            config.seed,
+            epochs=self.epochs,
+            sampler=config.data.sampler,
+            deferred_from=config.data.deferred_from,
+            workers=config.data.workers,
         )
         books = _Books()
         checkpoint = self.out / "last.ckpt"
         if resume and checkpoint.is_file():
             self._restore(load_checkpoint(checkpoint), method, optimizer, books)
-            self.say(f"resumed at step {books.step} of {loader.steps * config.epochs}")
+            self.say(f"resumed at step {books.step} of {loader.steps * self.epochs}")
         else:
             device = self.fabric.device
 
-            def draw(positions: Tensor, number: int) -> Batch:
+            def draw(splits: Sequence[Tensor], number: int) -> Iterator[Batch]:
                 # rounds are told from epochs by their sign
-                return loader.batch(positions, data.train.images.take(positions), -1 - number).to(device)
+                for batch in loader.batches(splits, -1 - number, only=[len(self.views) - 1]):
+                    yield batch.to(device)
 
             method.fill(draw, data.train.labels)
         self._keep_metrics(books)
@@ -175,11 +230,11 @@ class _Trainer:
         return self._finish(method, books, teacher_seconds)
 
     def _train(self, wrapped: Any, method: Method, optimizer: Any, loader: TrainLoader, books: _Books) -> None:
-        config, total = self.config, loader.steps * self.config.epochs
+        config, total = self.config, loader.steps * self.epochs
         method.train()
         saved = tick = time.monotonic()
         with _Progress(config.method, books.step, total, self.quiet) as progress:
-            for epoch in range(books.step // loader.steps, config.epochs):
+            for epoch in range(books.step // loader.steps, self.epochs):
                 for batch in loader.epoch(epoch, books.step % loader.steps):
                     learning_rate = config.optimizer.learning_rate * rate(config.schedule, books.step, total)
                     for group in optimizer.param_groups:
@@ -192,7 +247,7 @@ class _Trainer:
                     optimizer.step()
                     books.add(terms, len(batch.labels), len(batch.labels) * method.student_views(config))
                     books.seconds += time.monotonic() - tick
-                    progress.step(epoch, config.epochs, learning_rate, books)
+                    progress.step(epoch, self.epochs, learning_rate, books)
                     if books.step % loader.steps == 0:
                         self._end_epoch(method, books, epoch, learning_rate)
                     if time.monotonic() - saved >= config.checkpoint_seconds or books.step == total:
@@ -219,11 +274,19 @@ class _Trainer:
                 "loss": sum(means.values()),
                 **means,
                 **watched,
+                **({"broken_images": len(self.data.train.images.broken)} if self.data.train.images.broken else {}),
                 "images_per_second": round(books.speed(), 1),
                 "student_passes": books.student_passes,
                 "seconds": round(books.seconds, 3),
             }
         )
+        broken = self.data.train.images.broken
+        if len(broken) > self.broken:
+            self.broken = len(broken)
+            first = next(iter(broken.values()))
+            self.say(
+                f"{len(broken)} training images cannot be read; others of their class stood in; the first: {first}"
+            )
         books.clear()
         if self.data.val is not None:
             self._judge(method, books, self.data.val)
@@ -468,12 +531,3 @@ def described(judged: dict[str, dict[str, Any]], card: Card, prior: str = "unifo
         "class_counts": list(card.class_counts),
         "priors": judged,
     }
-
-
-def write_metrics(path: Path, value: Any) -> None:
-    """Write what ``--json`` asks for, making its folder if need be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{path.parent}: cannot be made: {error.strerror}") from None
-    write_json(path, value)

@@ -12,7 +12,7 @@ from torch import nn
 
 from longtail.config import Config, Gml, Shots
 from longtail.config import Teacher as TeacherConfig
-from longtail.data.sources import LongTailedData
+from longtail.data.dataset import LongTailedData
 from longtail.engine.files import INCIDENTAL, flatten
 from longtail.errors import LongtailError
 from longtail.nn.backbones import Encoder, pretrained_encoder

@@ -15,13 +15,6 @@ from longtail.config import Shots
 from longtail.objectives import posterior
 
 
-def shot_groups(class_counts: Sequence[int], shots: Shots) -> list[str]:
-    """Return many, medium or few for every class, by its training images."""
-    return [
-        "many" if count > shots.many_above else "few" if count < shots.few_below else "medium" for count in class_counts
-    ]
-
-
 def metrics(
     scores: Tensor, labels: Tensor, class_counts: Sequence[int], shots: Shots, log_prior: Tensor | None = None
 ) -> dict[str, Any]:
@@ -44,7 +37,7 @@ def metrics(
     present = torch.bincount(labels, minlength=len(class_counts))
     hit = torch.bincount(labels[hits[:, 0]], minlength=len(class_counts))
     per_class = [100 * h / n if n else None for h, n in zip(hit.tolist(), present.tolist(), strict=True)]
-    groups = shot_groups(class_counts, shots)
+    groups = shots.groups(class_counts)
     result: dict[str, Any] = {
         "balanced_accuracy": _mean(per_class),
         "top1": 100 * hits[:, 0].float().mean().item(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from longtail.nn import CosineClassifier, Encoder
 from longtail.objectives import ClassPrior
 
 Prior = Literal["uniform", "train"]
+View = Literal["classification", "contrast"]
 
 
 class Method(nn.Module, ABC):
@@ -48,10 +49,11 @@ class Method(nn.Module, ABC):
         """Return how many views of an image go through the student, forward and backward, a step."""
         return config.classifier.views
 
-    @property
-    def views(self) -> int:
-        """Views a batch must have."""
-        return self.student_views(self.config)
+    @classmethod
+    def views(cls, config: Config) -> tuple[View, ...]:
+        """Return what each view of a batch is for, which decides how it is augmented."""
+        classification: View = "classification"
+        return (classification,) * cls.student_views(config)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return :meth:`training_step`'s terms; the engine calls this, so that wrappers around the module see it."""
@@ -69,10 +71,10 @@ class Method(nn.Module, ABC):
         """Return further scalars worth a line in the log."""
         return {}
 
-    def fill(self, draw: Callable[[Tensor, int], Batch], labels: Tensor) -> None:
+    def fill(self, draw: Callable[[Sequence[Tensor], int], Iterator[Batch]], labels: Tensor) -> None:
         """Fill what must not start empty; called once, before the first step.
 
         Args:
-            draw: gives a batch of the training images at some positions, in the views of a given round.
+            draw: gives batches of the training images at some positions, in the last view of a given round.
             labels: (N,) labels of the training images.
         """

@@ -5,7 +5,7 @@ Source: Suh & Seo, ICML 2023, arXiv 2305.01160. Legend: B samples, K slots, C cl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from longtail.config import Config
 from longtail.data.loaders import Batch
 from longtail.errors import LongtailError
 from longtail.memory import ClassQueues, queue_sizes
-from longtail.methods.base import Method
+from longtail.methods.base import Method, View
 from longtail.nn import Encoder, ProjectionMLP
 from longtail.objectives import GMLLoss, distillation, posterior_cross_entropy
 
@@ -45,7 +45,7 @@ class GML(Method):
     ) -> None:
         super().__init__(config, encoder, class_counts)
         settings = config.gml
-        size = _queue_size(config, class_counts)
+        size = queue_size(config, class_counts)
         # not sub-modules: the teacher never changes and stays on disk, and the queues' contents, which differ from
         # step to step, must not be overwritten by another process's (see ClassQueues)
         self._frozen = (teacher.eval().requires_grad_(False), teacher_classifier)
@@ -57,7 +57,7 @@ class GML(Method):
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
         """Raise LongtailError where the slots cannot be shared out."""
-        size = _queue_size(config, class_counts)
+        size = queue_size(config, class_counts)
         try:
             queue_sizes(class_counts, size, config.gml.queue_minimum)
         except ValueError as error:
@@ -70,10 +70,10 @@ class GML(Method):
         """Return 2: the classification view and the query view."""
         return 2
 
-    @property
-    def views(self) -> int:
+    @classmethod
+    def views(cls, _config: Config) -> tuple[View, ...]:
         """Classification, query, key."""
-        return 3
+        return ("classification", "contrast", "contrast")
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Return the classifier's term, both mixture terms and, where it is on, the distillation."""
@@ -123,7 +123,7 @@ class GML(Method):
         return {"temperature": self.mixture.temperature.detach()}
 
     @torch.no_grad()
-    def fill(self, draw: Callable[[Tensor, int], Batch], labels: Tensor) -> None:
+    def fill(self, draw: Callable[[Sequence[Tensor], int], Iterator[Batch]], labels: Tensor) -> None:
         """Fill every slot with a teacher's feature, K passes in all; an image fills a second slot with another view."""
         sizes = self.queues.sizes.tolist()
         rounds: dict[int, list[Tensor]] = {}
@@ -134,8 +134,7 @@ class GML(Method):
             for taken in range(0, size, len(positions)):
                 rounds.setdefault(taken // len(positions), []).append(positions[: size - taken])
         for number in sorted(rounds, reverse=True):
-            for positions in torch.cat(rounds[number]).split(256):
-                batch = draw(positions, number)
+            for batch in draw(torch.cat(rounds[number]).split(256), number):
                 self.queues.push(self._frozen[0](batch.views[-1]), batch.labels, batch.ids)
 
     def get_extra_state(self) -> dict[str, Tensor]:
@@ -156,6 +155,7 @@ class GML(Method):
         return self
 
 
-def _queue_size(config: Config, class_counts: list[int]) -> int:
+def queue_size(config: Config, class_counts: list[int]) -> int:
+    """Return K: as it was given, or a slot for every training image, at most 16,384."""
     settings = config.gml
     return settings.queue_size or max(min(16384, sum(class_counts)), settings.queue_minimum * len(class_counts))

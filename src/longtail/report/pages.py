@@ -10,11 +10,10 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from longtail.config import read_config
-from longtail.engine.files import write_text
 from longtail.engine.fit import read_metrics
 from longtail.errors import LongtailError
 from longtail.evaluation.comparison import Record, differences, table
-from longtail.evaluation.metrics import shot_groups
+from longtail.files import write_text
 from longtail.recognizer import Recognizer
 from longtail.report import plots
 
@@ -33,7 +32,7 @@ def run_report(folder: Path) -> Path:
     if test is None:
         raise LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; --resume the run")
     order = sorted(range(len(card.class_names)), key=lambda index: -card.class_counts[index])
-    groups = shot_groups(card.class_counts, config.shots)
+    groups = config.shots.groups(card.class_counts)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     names = [name for name in ("classifier", "mixture", "temperature_likelihood", "distillation") if name in epochs[-1]]
     numbers = [line["epoch"] for line in epochs]

@@ -1,0 +1,57 @@
+"""Files: written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longtail.errors import LongtailError
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a file beside ``path``, bring it to the disk, and put it in ``path``'s place in one move.
+
+    Raises:
+        LongtailError: the file cannot be written; what was at ``path`` before is untouched.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        partial.unlink(missing_ok=True)
+        raise LongtailError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+
+    def write(partial: Path) -> None:
+        # a name that is not UTF-8 is told by its escapes, which JSON and YAML read
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    write_whole(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_made(path: Path, value: Any) -> None:
+    """Write what ``--json`` asks for, making its folder if need be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{path.parent}: cannot be made: {error.strerror}") from None
+    write_json(path, value)
