@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from longtail.data.imbalance import permuted_by_class, profile_counts, subsample
+from longtail.data.imbalance import (
+    class_order,
+    gini,
+    imbalance_factor,
+    long_tailed,
+    permuted_by_class,
+    profile_counts,
+    stratified,
+    subsample,
+)
 
 
 @pytest.mark.parametrize(
@@ -39,3 +52,79 @@ def test_a_longer_tail_keeps_a_part_of_a_shorter_ones_images() -> None:
     assert long < short
     other = set(subsample(permuted_by_class(labels, 10, seed=5), profile_counts("exponential", 60, 10, 30)).tolist())
     assert other != long
+
+
+@pytest.mark.parametrize("profile", ["exponential", "step", "pareto"])
+@pytest.mark.parametrize("factor", [1, 10, 100])
+def test_profiles_fall_from_head_to_tail_by_the_factor(profile: str, factor: float) -> None:
+    counts = profile_counts(profile, 1000, 20, factor)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 1000
+    assert counts[-1] == 1000 / factor
+    if profile == "step" and factor > 1:
+        assert counts.count(1000) == 10
+
+
+def test_a_power_law_is_between_a_step_and_an_exponential_in_its_middle() -> None:
+    middle = {profile: profile_counts(profile, 1000, 21, 100)[10] for profile in ("exponential", "pareto")}
+    assert middle["exponential"] == 100
+    # (1 + ½(100^(1/6) − 1))^−6 · 1000
+    assert middle["pareto"] == int(1000 * (1 + 0.5 * (100 ** (1 / 6) - 1)) ** -6)
+
+
+@pytest.mark.parametrize("profile", ["exponential", "step", "pareto"])
+@pytest.mark.parametrize("ranks", ["index", "name", "random"])
+def test_long_tailed_sets_are_nested(profile: str, ranks: str) -> None:
+    labels = torch.arange(6).repeat_interleave(200)[torch.randperm(1200, generator=torch.Generator().manual_seed(1))]
+    names = ["f", "b", "d", "a", "e", "c"]
+    order = permuted_by_class(labels, 6, seed=2)
+    kept = [set(long_tailed(order, names, profile, factor, ranks, 2).tolist()) for factor in (100, 10, 1)]
+    assert kept[0] < kept[1] < kept[2]
+    counts = torch.bincount(labels[torch.tensor(sorted(kept[0]))], minlength=6).tolist()
+    head_first = class_order(ranks, names, 2)
+    assert [counts[index] for index in head_first] == profile_counts(profile, 200, 6, 100)
+    if ranks == "name":
+        assert [names[index] for index in head_first] == sorted(names)
+
+
+def test_a_class_with_fewer_images_than_the_profile_wants_keeps_all() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 3 + [2] * 50)
+    kept = long_tailed(permuted_by_class(labels, 3, 0), ["a", "b", "c"], "exponential", 4, "index", 0)
+    assert torch.bincount(labels[kept]).tolist() == [100, 3, 25]
+    natural = long_tailed(permuted_by_class(labels, 3, 0), ["a", "b", "c"], "natural", 4, "index", 0)
+    assert torch.equal(natural, torch.arange(153))
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=2, max_size=8),
+    st.sampled_from([0.0, 0.1, 0.3]),
+    st.sampled_from([0.1, 0.2, 0.5]),
+    st.integers(0, 100),
+)
+def test_splits_leave_every_class_of_three_an_image_in_each(
+    counts: list[int], val: float, test: float, seed: int
+) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    assignment, short = stratified(labels, len(counts), val, test, seed)
+    again, _ = stratified(labels, len(counts), val, test, seed)
+    assert torch.equal(assignment, again)
+    for index, count in enumerate(counts):
+        shares = torch.bincount(assignment[labels == index], minlength=3).tolist()
+        assert sum(shares) == count
+        assert shares[0] >= 1
+        if count >= 3:
+            assert shares[2] >= 1
+            assert (shares[1] >= 1) == (val > 0)
+            assert index not in short
+            for share, wanted in ((shares[1], val), (shares[2], test)):
+                assert share <= max(1, round(count * wanted))
+        else:
+            assert (index in short) == (count == 1 or val > 0)
+
+
+def test_gini_and_factor() -> None:
+    assert gini([5, 5, 5]) == 0
+    assert gini([0, 0, 0, 12]) == pytest.approx(0.75)
+    assert gini([1, 3]) == pytest.approx(0.25)
+    assert imbalance_factor([10, 2, 5]) == 5
+    assert imbalance_factor([10, 0]) == math.inf

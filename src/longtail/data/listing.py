@@ -11,7 +11,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,17 +210,24 @@ def numbered(labels: Sequence[int | str], names: list[str] | None = None) -> tup
     return torch.frombuffer(array.array("q", [int(label) for label in labels]), dtype=torch.int64).clone(), names or []
 
 
-def names_by_folder(splits: Iterable[Entries], classes: int) -> list[str]:
-    """Name every class by the folder that all of its images lie in, or by its number where they lie in several."""
+def names_by_folder(entries: Entries, classes: int) -> list[str]:
+    """Name every class by the folder that all of its images lie in, or all by their numbers where one has no such.
+
+    Folders of one name are told apart by what they lie in: ``gate/outdoor`` and ``market/outdoor``.
+    """
     folders: list[str | None] = [None] * classes
-    for entries in splits:
-        seen = set(zip((name.rpartition("/")[0] for name in entries.names), entries.labels.tolist(), strict=True))
-        for folder, label in seen:
-            if 0 <= label < classes:
-                name = folder.rpartition("/")[2]
-                folders[label] = name if folders[label] in {None, name} else ""
-    named = [folder for folder in folders if folder]
-    if len(set(named)) < classes:
+    for folder, label in set(
+        zip((name.rpartition("/")[0] for name in entries.names), entries.labels.tolist(), strict=True)
+    ):
+        if folders[label] not in {None, folder}:
+            return [str(index) for index in range(classes)]
+        folders[label] = folder
+    parts = [(folder or "").split("/") for folder in folders]
+    named = [path[-1] for path in parts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        twice = {name for name, count in collections.Counter(named).items() if count > 1}
+        named = ["/".join(path[-depth:]) if name in twice else name for path, name in zip(parts, named, strict=True)]
+    if "" in named or len(set(named)) < classes:
         return [str(index) for index in range(classes)]
     return named
 
@@ -453,7 +460,7 @@ def listed(
         splits_of[split] = Entries(files, numbers)
     if names is None:
         classes = int(splits_of["train"].labels.max()) + 1
-        names = names_by_folder(splits_of.values(), classes)
+        names = names_by_folder(splits_of["train"], classes)
     if set(splits_of) == {"train"}:
         splits_of = {"all": splits_of["train"]}
     return Listing(root, {split: splits_of[split] for split in ("all", *SPLITS) if split in splits_of}, names)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from longtail.data.dataset import ImageSet
-from longtail.data.per_image import PerImageView
+from longtail.data.per_image import PerImageView, undisturbed
 from longtail.data.samplers import epoch_order
 from longtail.data.views import View, center, to_float
 from longtail.errors import LongtailError
@@ -141,15 +141,18 @@ class _Splits(Dataset[Any]):
         images = loader.images.images
         views: list[list[Tensor]] = [[] for _ in self.numbers]
         try:
-            for index in indices.tolist():
-                image, image_id = images.open_or_another(index), int(loader.images.ids[index])
-                for made, number in zip(views, self.numbers, strict=True):
-                    view = loader.views[number]
-                    assert isinstance(view, PerImageView)
-                    made.append(view(image, image_id, (loader.seed, _VIEW, self.epoch, number)))
+            with undisturbed():
+                for index, image_id in zip(indices.tolist(), loader.images.ids[indices].tolist(), strict=True):
+                    image = images.open_or_another(index)
+                    for made, number in zip(views, self.numbers, strict=True):
+                        view = loader.views[number]
+                        assert isinstance(view, PerImageView)
+                        made.append(view(image, image_id, (loader.seed, _VIEW, self.epoch, number)))
         except LongtailError as error:
             return str(error)
-        return tuple(torch.stack(view) for view in views), indices, images.broken
+        # channels last in memory, as the images came and as the networks want them
+        stacked = [torch.stack([image.permute(1, 2, 0) for image in view]).permute(0, 3, 1, 2) for view in views]
+        return tuple(stacked), indices, images.broken
 
 
 def evaluation_batches(images: ImageSet, size: int, batch_size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:

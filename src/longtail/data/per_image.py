@@ -24,6 +24,8 @@ RECIPES = ("cifar", "imagenet", "imagenet-contrast")
 class PerImageView:
     """Call with a Pillow image, its id and the keys of the draw; returns (3, S, S) uint8.
 
+    It seeds the generators that the libraries draw from; :func:`undisturbed` keeps a caller's own.
+
     - cifar: crop with padding 4, mirror, AutoAugment's CIFAR policy, Cutout 16;
     - imagenet: RandomResizedCrop(.08–1), mirror, colour jitter .4 .4 .4 0, RandAugment n2 m10 mstd .5 (timm's);
     - imagenet-contrast: the same, and grey with odds .2 and blur with odds .5.
@@ -42,24 +44,27 @@ class PerImageView:
         """Return the view that (keys, image id) decide on."""
         if self._transform is None:  # made where it is used: timm takes seconds to import
             self._transform = _compose(self.name, self.size)
-        with _seeded(mix(*keys, image_id)):
-            view: Tensor = self._transform(image.convert("RGB"))
+        _seed(mix(*keys, image_id))
+        view: Tensor = self._transform(image if image.mode == "RGB" else image.convert("RGB"))
         return view
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed what the libraries draw from, and leave it as it was: nobody's random numbers are ours to move."""
+def undisturbed() -> Iterator[None]:
+    """Leave what the libraries draw from as it was: nobody's random numbers are ours to move."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _compose(name: str, size: int) -> Any:
@@ -70,7 +75,7 @@ def _compose(name: str, size: int) -> Any:
             v2.RandomCrop(size, padding=size // 8),
             v2.RandomHorizontalFlip(),
             v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
-            v2.PILToTensor(),
+            v2.Lambda(_to_tensor),
             v2.Lambda(_cutout),
         ]
         return v2.Compose(steps)
@@ -87,7 +92,12 @@ def _compose(name: str, size: int) -> Any:
     if name == "imagenet-contrast":
         blur = v2.GaussianBlur(kernel_size=2 * (size // 20) + 1, sigma=(0.1, 2.0))
         steps += [v2.RandomGrayscale(0.2), v2.RandomApply([blur], p=0.5)]
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return v2.Compose([*steps, v2.Lambda(_to_tensor)])
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """Return (3, S, S) without moving a pixel: they stay as Pillow has them, channels last."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _cutout(image: Tensor) -> Tensor:

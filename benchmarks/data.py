@@ -1,0 +1,193 @@
+"""How fast do images become views, and how long does it take to open a long list?
+
+- 32 × 32, one thread: crop, flip, AutoAugment, Cutout, normalise; an image at a time with torchvision's transforms on
+  Pillow images, as the released code has them, beside the batched path, where every image draws its own parameters.
+- 224 × 224 from JPEG files of 500 × 375, one core: decoding and the recipe of ImageNet-LT, beside torchvision's own
+  pipeline with the same transforms in the same order.
+- Waiting: the share of a CIFAR-LT training step (ResNet-32 student, ResNet-56 teacher) that goes into making its batch.
+- Opening: lists as long as ImageNet-LT's and iNaturalist 2018's, in a process of its own.
+
+Command: python benchmarks/data.py [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from step import Step
+from timm.data.auto_augment import rand_augment_transform
+from torch import Tensor
+from torchvision import transforms
+
+from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, ImageSet
+from longtail.data.images import FileImages
+from longtail.data.loaders import TrainLoader
+from longtail.data.per_image import PerImageView
+from longtail.data.views import build_view
+from longtail.nn.backbones import Normalize
+
+LISTS = {
+    "ImageNet-LT": (115_846, 1000, "train/n{0:08}/n{0:08}_{1}.JPEG"),
+    "iNat 2018": (437_513, 8142, "train_val2018/Aves/{0}/{1:032x}.jpg"),
+}
+OPEN = r"""
+import re, sys, time
+from pathlib import Path
+import torch
+from longtail.data.listing import listed
+
+def resident(field):
+    return int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+before, started = resident("VmRSS"), time.perf_counter()
+made = listed({"train": Path(sys.argv[1])}, Path("."))
+print(time.perf_counter() - started, (resident("VmHWM") - before) / 1024, len(made.splits["all"]))
+"""
+
+
+class Cutout:
+    """The released code's, as everybody's: a mask in NumPy."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        mask = np.ones((height, width), np.float32)
+        y, x = np.random.randint(height), np.random.randint(width)
+        mask[max(0, y - 8) : y + 8, max(0, x - 8) : x + 8] = 0.0
+        return image * torch.from_numpy(mask)
+
+
+def per_second(function: Callable[[], int], seconds: float = 1.0) -> float:
+    """Return what a function makes a second."""
+    function()
+    started, made = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        made += function()
+    return made / (time.perf_counter() - started)
+
+
+def small(rounds: int) -> None:
+    pixels = torch.randint(0, 256, (2048, 3, 32, 32), dtype=torch.uint8)
+    pillow = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+    released = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+            transforms.ToTensor(),
+            transforms.Normalize(CIFAR_MEAN, CIFAR_STD),
+            Cutout(),
+        ]
+    )
+    view, normalize, ids = build_view("cifar", 32), Normalize(CIFAR_MEAN, CIFAR_STD), torch.arange(2048)
+
+    def one_by_one() -> int:
+        torch.stack([released(image) for image in pillow[:256]])
+        return 256
+
+    def batched(size: int) -> Callable[[], int]:
+        def run() -> int:
+            normalize(view(pixels[:size], ids[:size], (0, int(time.perf_counter() * 1e6))))
+            return size
+
+        return run
+
+    rows: dict[str, Callable[[], int]] = {"32², an image at a time, Pillow": one_by_one}
+    rows |= {f"32², batched, {size} images": batched(size) for size in (128, 512, 2048)}
+    show(rows, rounds, "views/s")
+
+
+def photographs(rounds: int, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = []
+    for index in range(64):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), 3)
+        coarse.save(folder / f"{index}.jpg", quality=90)
+        names.append(f"{index}.jpg")
+    torchvisions = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224, scale=(0.08, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(0.4, 0.4, 0.4, 0.0),
+            rand_augment_transform("rand-n2-m10-mstd0.5", {"translate_const": 100, "img_mean": (124, 116, 104)}),
+            transforms.ToTensor(),
+        ]
+    )
+    labels = torch.zeros(64, dtype=torch.int64)
+    images = ImageSet(FileImages(folder, names, 256, labels=labels), labels, torch.arange(64))
+    loader = TrainLoader(images, 64, [PerImageView("imagenet", 224)], seed=0, workers=0)
+    epoch = iter(range(10**9))
+
+    def ours() -> int:
+        return sum(len(batch.labels) for batch in loader.epoch(next(epoch)))
+
+    def reference() -> int:
+        order = list(range(64))
+        random.shuffle(order)
+        torch.stack([torchvisions(Image.open(folder / names[index]).convert("RGB")) for index in order])
+        return 64
+
+    show({"224² from JPEG, torchvision's pipeline": reference, "224² from JPEG, ours": ours}, rounds, "images/s")
+
+
+def show(rows: dict[str, Callable[[], int]], rounds: int, unit: str) -> None:
+    """Measure turn by turn, so that a slow minute of the machine hits all rows alike."""
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(rounds):
+        for name, function in rows.items():
+            found[name].append(per_second(function))
+    first = statistics.median(next(iter(found.values())))
+    for name, values in found.items():
+        median = statistics.median(values)
+        print(f"{name:44}{median:12,.0f} {unit:9}{median / first:8.2f} ×", flush=True)
+
+
+def waiting(rounds: int) -> None:
+    torch.set_num_threads(2)
+    made = Step()
+    shares = []
+    for _ in range(3 * rounds):
+        started = time.perf_counter()
+        batch = made.draw()
+        drawn = time.perf_counter()
+        made.step(batch)
+        shares.append((drawn - started) / (time.perf_counter() - started))
+    print(f"{'waiting for data, share of a CIFAR-LT step':44}{100 * statistics.median(shares):12.1f} %")
+
+
+def opening(folder: Path) -> None:
+    for name, (lines, classes, style) in LISTS.items():
+        path = folder / f"{name}.txt"
+        path.write_text("".join(f"{style.format(i % classes, i)} {i % classes}\n" for i in range(lines)))
+        done = subprocess.run([sys.executable, "-c", OPEN, str(path)], capture_output=True, text=True, check=True)
+        seconds, mib, read = re.split(r"\s+", done.stdout.strip())
+        assert int(read) == lines
+        print(f"{f'opening {name}, {lines:,} lines':44}{float(seconds):12.2f} s{float(mib):10.0f} MiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each row, a second each; the median counts")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, one thread, median of {given.rounds} rounds")
+    small(given.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        photographs(given.rounds, Path(folder))
+        opening(Path(folder))
+    waiting(given.rounds)
+
+
+if __name__ == "__main__":
+    main()

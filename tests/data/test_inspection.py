@@ -1,0 +1,124 @@
+"""A set with planted faults, each found; and what a set without any shows."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+
+from longtail.config import Data, Shots
+from longtail.data.inspection import histogram, inspect
+from tests.conftest import Command, save_image
+
+
+def bomb(path: Path, side: int = 50_000) -> None:
+    """A PNG of a few kilobytes that would decode to gigabytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.fixture
+def faulty(photos: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "faulty"
+    for split in ("train", "test"):
+        root.mkdir(exist_ok=True)
+        (root / split).mkdir()
+        for entry in photos.iterdir():
+            for file in entry.iterdir():
+                target = root / split / entry.name / f"{split}-{file.name}"
+                save_image(target, (20, 24), seed=hash((split, entry.name, file.name)) % 2**31)
+    whole = (root / "train" / "cat" / "train-0.png").read_bytes()
+    (root / "train" / "cat" / "twin.png").write_bytes(whole)
+    (root / "test" / "dog" / "leak.png").write_bytes((root / "train" / "dog" / "train-1.png").read_bytes())
+    (root / "train" / "emu" / "half.png").write_bytes(whole[: len(whole) // 2])
+    (root / "train" / "emu" / "empty.jpg").write_bytes(b"")
+    (root / "train" / "emu" / "text.jpg").write_text("hello")
+    (root / "train" / "emu" / "notes.txt").write_text("hello")
+    bomb(root / "train" / "emu" / "bomb.png")
+    save_image(root / "test" / "fox" / "a.png", seed=77)
+    save_image(root / "train" / "Cat" / "a.png", seed=78)
+    return root
+
+
+def test_every_planted_fault_is_found(faulty: Path) -> None:
+    found = inspect(Data(source="folder", root=str(faulty)), 0, Shots())
+    reasons = {entry["path"].rpartition("/")[2]: entry["reason"] for entry in found.unreadable}
+    assert set(reasons) == {"half.png", "empty.jpg", "text.jpg", "bomb.png"}
+    assert "larger than Pillow takes for safe" in reasons["bomb.png"]
+    assert reasons["empty.jpg"] == "is empty"
+    assert [sorted(group) for group in found.duplicates] == [
+        ["train: train/cat/train-0.png", "train: train/cat/twin.png"]
+    ]
+    assert [sorted(group) for group in found.leaks] == [["test: test/dog/leak.png", "train: train/dog/train-1.png"]]
+    errors = "\n".join(found.errors)
+    for text in ("notes.txt: is not an image by its name", "class 'fox' is not among", "'Cat' and 'cat' differ only"):
+        assert text in errors
+    assert found.sides["width"] == [16, 20, 20]
+    assert found.class_counts[found.class_names.index("cat")] == 13
+    assert found.imbalance_factor == 13.0
+
+
+def test_the_command_tells_all(faulty: Path, command: Command, tmp_path: Path) -> None:
+    table, plot = tmp_path / "found.json", tmp_path / "deep" / "tail.png"
+    code, out, err = command("inspect", faulty, "--json", table, "--plot", plot)
+    assert code == 0, err
+    for text in ("imbalance factor", "13.0", "unreadable: train: train/emu/bomb.png", "in two splits", "same content"):
+        assert text in out
+    assert plot.stat().st_size > 5000
+    assert json.loads(table.read_text())["group_sizes"] == {"many": 0, "medium": 0, "few": 4}
+    # and training on it says the first and how many more there are
+    code, _, err = command("train", "--data", faulty, "--out", tmp_path / "run")
+    assert code == 2
+    assert "more problems: longtail inspect lists them" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_named_set_is_looked_at_with_its_recipes_tail(command: Command) -> None:
+    code, out, _ = command("inspect", "digits-lt")
+    assert code == 0
+    assert "train 357, test 500" in out
+    assert "no problems found" in out
+
+
+def test_the_histogram_falls_from_head_to_tail() -> None:
+    lines = histogram([1000, 100, 10, 1] * 50, width=40)
+    assert lines[0].strip().startswith("1,000 │")
+    widths = [len(line.partition("│")[2]) for line in lines[:6]]
+    assert widths == sorted(widths)
+    assert widths[-1] == 40
+    assert "200 classes" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect"], "SOURCE: expected a named set"),
+        (["inspect", "nowhere"], "there is no such folder or set"),
+        (["inspect", "digits"], "perhaps you meant digits-lt"),
+        (["inspect", "digits-lt", "--data.imblance", "3"], "perhaps you meant --data.imbalance"),
+        (["split", "digits-lt", "--out", "x.csv"], "has its own splits"),
+        (["split", "nowhere", "--out", "x.csv"], "there is no such folder"),
+        (["train", "--data"], "--data: expected a named set"),
+        (["train", "--data", "x.txt"], "x.txt: cannot be read"),
+        (["train", "--data", "hub:nobody/nothing"], "could not be had from the Hub"),
+    ],
+)
+def test_bad_input(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not out
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from longtail.data.samplers import SAMPLERS, class_shares, epoch_order
+
+COUNTS = torch.tensor([400, 90, 10])
+LABELS = torch.repeat_interleave(torch.arange(3), COUNTS)[
+    torch.randperm(500, generator=torch.Generator().manual_seed(9))
+]
+
+
+def shares(sampler: str, epoch: int) -> list[float]:
+    shown = torch.cat([LABELS[epoch_order(LABELS, sampler, seed, epoch, epochs=11)] for seed in range(40)])
+    return [float(value) for value in torch.bincount(shown, minlength=3) / len(shown)]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "epoch", "expected"),
+    [
+        ("instance", 5, [0.8, 0.18, 0.02]),
+        ("class", 5, [1 / 3, 1 / 3, 1 / 3]),
+        ("sqrt", 5, [20 / 32.649, 9.487 / 32.649, 3.162 / 32.649]),
+        ("progressive", 0, [0.8, 0.18, 0.02]),
+        ("progressive", 5, [0.5667, 0.2567, 0.1767]),
+        ("progressive", 10, [1 / 3, 1 / 3, 1 / 3]),
+        ("deferred", 8, [0.8, 0.18, 0.02]),
+        ("deferred", 9, [1 / 3, 1 / 3, 1 / 3]),
+    ],
+)
+def test_classes_are_shown_as_often_as_they_should(sampler: str, epoch: int, expected: list[float]) -> None:
+    # 20,000 draws: five standard deviations
+    for got, want in zip(shares(sampler, epoch), expected, strict=True):
+        assert abs(got - want) < 5 * math.sqrt(want * (1 - want) / 20_000) + 1e-9
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_epoch_is_a_function_of_seed_and_number(sampler: str) -> None:
+    once = epoch_order(LABELS, sampler, 3, 10, epochs=11)
+    assert torch.equal(once, epoch_order(LABELS, sampler, 3, 10, epochs=11))
+    assert len(once) == len(LABELS)
+    assert not torch.equal(once, epoch_order(LABELS, sampler, 3, 9, epochs=11))
+    assert not torch.equal(once, epoch_order(LABELS, sampler, 4, 10, epochs=11))
+
+
+def test_images_of_a_class_are_shown_alike() -> None:
+    shown = torch.cat([epoch_order(LABELS, "class", seed, 0) for seed in range(60)])
+    tail = torch.bincount(shown, minlength=500)[LABELS == 2].double()
+    assert abs(tail.mean().item() - 1000) < 60
+    assert tail.std().item() < 4 * math.sqrt(1000)
+
+
+def test_a_class_without_images_is_left_out() -> None:
+    given = class_shares(torch.tensor([5, 0, 5]), "class", 0, 1, 0.8)
+    assert given is not None
+    assert given.tolist() == [0.5, 0.0, 0.5]
