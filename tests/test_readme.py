@@ -17,6 +17,7 @@ from tests.conftest import TINY, Command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = {"inspect", "split", "train", "evaluate", "predict", "compare", "recipes"}
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -86,8 +87,8 @@ def test_the_examples_of_the_docs_run(page: str) -> None:
 
 
 def test_every_command_that_is_named_exists(command: Command) -> None:
-    named = set(re.findall(r"longtail (\w+)", README)) & {"train", "evaluate", "predict", "compare", "recipes"}
-    assert named == {"train", "evaluate", "predict", "compare", "recipes"}
+    named = set(re.findall(r"longtail (\w+)", README)) & COMMANDS
+    assert named == COMMANDS
     for name in sorted(named):
         assert command(name, "--help")[0] == 0
     makefile = (ROOT / "Makefile").read_text()

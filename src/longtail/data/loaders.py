@@ -113,6 +113,9 @@ class TrainLoader:
 
     def _one_by_one(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
         images = self.images.images
+        for view in self.views:
+            assert isinstance(view, PerImageView)
+            view.prepare()
         workers = min(self.workers, len(splits))
         for made in DataLoader(_Splits(self, splits, epoch, numbers), batch_size=None, num_workers=workers):
             if isinstance(made, str):  # an error in another process would come with its traceback

@@ -40,10 +40,14 @@ class PerImageView:
         self.name, self.size = name, size
         self._transform: Any = None
 
+    def prepare(self) -> None:
+        """Make the transforms; before processes are forked, so that each need not import what takes seconds."""
+        if self._transform is None:
+            self._transform = _compose(self.name, self.size)
+
     def __call__(self, image: Image.Image, image_id: int, keys: tuple[int, ...]) -> Tensor:
         """Return the view that (keys, image id) decide on."""
-        if self._transform is None:  # made where it is used: timm takes seconds to import
-            self._transform = _compose(self.name, self.size)
+        self.prepare()
         _seed(mix(*keys, image_id))
         view: Tensor = self._transform(image if image.mode == "RGB" else image.convert("RGB"))
         return view

@@ -144,8 +144,9 @@ def fit(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         trainer = _Trainer(config, data, out, quiet=quiet, say=say)
         open_run(out, config, resume=resume, overwrite=overwrite)
-        for line in (*data.remarks, *reasons):
-            say(line)
+        if config.recipe != "teacher":  # the student's run has said it
+            for line in (*data.remarks, *reasons):
+                say(line)
         teachers = out.parent / "teachers" if teachers is None else teachers
 
         def train_teacher(settings: Config, folder: Path) -> object:
