@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from longtail.errors import LongtailError, nearest
+from longtail.errors import LongtailError, StoppedError, nearest
 
 if TYPE_CHECKING:
     from longtail.config import Data, Recipe
@@ -42,7 +42,7 @@ Your own images (a folder with one sub-folder a class, a list, a table): longtai
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 when done, 2 on an input that cannot be used, 130 when interrupted."""
+    """Run the command line and exit: 0 when done, 2 on an input that cannot be used, 128 + n stopped by signal n."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -69,8 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands[given[0]](given[1:])
         sys.stdout.flush()
     except LongtailError as error:
-        print(f"longtail: error: {' '.join(str(error).split())}", file=sys.stderr)
+        process = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+        who = "" if process is None else f"process {process}: "
+        print(f"longtail: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError as stop:
+        print(f"longtail: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
     except KeyboardInterrupt:
         print("longtail: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -186,11 +191,15 @@ def _train(arguments: list[str]) -> None:
     _check_folder(out)
     _check_json(given.json)
 
-    from longtail.engine.fit import described, fit
+    from longtail.engine.fit import fit
+    from longtail.engine.judge import described
+    from longtail.engine.processes import rank
     from longtail.files import write_made
     from longtail.report import run_report
 
     run = fit(config, out, resume=given.resume, overwrite=given.overwrite, quiet=given.quiet)
+    if rank() > 0:
+        return
     page = run_report(out)
     judged = described(run.judged, run.card)
     if given.json:
@@ -336,7 +345,7 @@ def _evaluate(arguments: list[str]) -> None:
     given = _parse(Evaluate, "evaluate", arguments)
     _check_json(given.json)
     _check_run(given.run)
-    from longtail.engine.fit import evaluate
+    from longtail.engine.judge import evaluate
     from longtail.files import write_made
 
     judged = evaluate(given.run, given.prior, None if given.root is None else str(given.root))

@@ -104,6 +104,12 @@ class Optimizer:
     """Weight decay; the temperature has none."""
     nesterov: bool = False
     """Nesterov's momentum."""
+    clip: PositiveFloat | None = None
+    """Largest norm of the gradient; a longer one is shortened to it."""
+    accumulate: Positive = 1
+    """Parts that a batch is passed in, to save memory; the step is made once for all of them."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a slow average of the student's weights, which is then what is evaluated and kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +156,12 @@ class Gml:
     """Temperature at the start [τ₀]; it stays between 0.02 and 1."""
     learn_temperature: bool = True
     """Learn the temperature by leave-one-out maximum likelihood."""
+    share_query: bool = False
+    """Let the classification view be the query view too: one student pass an image instead of two."""
+    share_key: bool = False
+    """Let the classification view be the key view too: one teacher pass an image instead of two, with distillation."""
+    classify_all: bool = False
+    """Apply the classifier's term to every student view, not to the classification view alone."""
     mixture_weight: Weight = 1.0
     """Weight of both GML terms [β]."""
     classifier_weight: Weight = 1.0
@@ -172,6 +184,8 @@ class Teacher:
     """Network to train; auto: the student's own."""
     epochs: Positive | None = None
     """Epochs to train it; the student's own number if not given."""
+    cache: Annotated[int, Field(ge=0)] = 0
+    """Views of every image whose teacher features are computed once and kept on disk; 0 computes them at every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +229,12 @@ class Config:
     """Where to train."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Arithmetic."""
+    compile: bool = False
+    """Compile the networks (torch.compile; needs a C++ compiler on a CPU)."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Least seconds between two writings of last.ckpt."""
+    log: tuple[Literal["csv", "tensorboard", "wandb"], ...] = ()
+    """Where the metrics go besides metrics.jsonl: csv, tensorboard, wandb (the last two are extras)."""
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)

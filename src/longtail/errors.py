@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -11,6 +12,14 @@ class LongtailError(ValueError):
 
     The command line prints it without a traceback and ends with exit code 2.
     """
+
+
+class StoppedError(Exception):
+    """A training was told to stop by SIGTERM or SIGINT, and has saved."""
+
+    def __init__(self, name: str, step: int, steps: int) -> None:
+        super().__init__(f"stopped by {name} at step {step} of {steps}, all of it saved; --resume goes on from there")
+        self.code = 128 + signal.Signals[name]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -89,15 +89,14 @@ class ClassQueues:
         self._ids = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def push(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
+    def push(self, features: Tensor, labels: Tensor, ids: Tensor, room: int | None = None) -> None:
         """Append samples; within a class the oldest make room, and a later sample of a push is the newer one.
-
-        Under several processes all ranks must push equally many samples; label −1 fills up a batch that is short.
 
         Args:
             features: (B, dim).
             labels: (B,) int64 in [0, C); a sample of label −1 is left out.
             ids: (B,) int64 image ids.
+            room: under several processes, the most samples that any of them pushes now; B on all if not given.
 
         Raises:
             ValueError: a shape or type is not as above.
@@ -109,7 +108,7 @@ class ClassQueues:
                 raise ValueError(
                     f"{name}: expected shape ({len(features)},) of int64, got {tuple(tensor.shape)} of {tensor.dtype}"
                 )
-        self._append(*(_gather(tensor) for tensor in (features, labels, ids)))
+        self._append(*(_gather(*pair, room) for pair in ((features, 0), (labels, -1), (ids, -1))))
 
     def _append(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
         classes = len(self.class_counts)
@@ -177,6 +176,16 @@ class ClassQueues:
         """(filled,) their image ids."""
         return self._ids[: self.size][self._filled]
 
+    @property
+    def fill(self) -> Tensor:
+        """The share of the slots that is filled, a scalar."""
+        return self._filled.float().mean()
+
+    @property
+    def turnovers(self) -> Tensor:
+        """How often, on average over the classes, a whole queue was pushed since the start, a scalar."""
+        return (self._pushed / self.sizes).mean()
+
     def __len__(self) -> int:
         """Return the number of filled slots."""
         return int(self._filled.sum())
@@ -218,10 +227,12 @@ class ClassQueues:
         return self.apply(lambda tensor: tensor.to(device))
 
 
-def _gather(tensor: Tensor) -> Tensor:
-    """Return the samples of all ranks, in the order of the ranks."""
+def _gather(tensor: Tensor, filler: int, room: int | None) -> Tensor:
+    """Return the samples of all ranks, in the order of the ranks; a rank that is short fills up."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return tensor
+    if room is not None and room > len(tensor):
+        tensor = torch.cat([tensor, tensor.new_full((room - len(tensor), *tensor.shape[1:]), filler)])
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, tensor.contiguous())
     return torch.cat(gathered)

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from longtail.config import Config, read_config
 from longtail.data.sources import load_data
+from longtail.engine.books import read_metrics
 from longtail.engine.files import load_checkpoint, save_checkpoint
-from longtail.engine.fit import evaluate, fit, read_metrics
+from longtail.engine.fit import fit
+from longtail.engine.judge import evaluate
 from longtail.engine.teacher import teacher_folder
 from longtail.errors import LongtailError
 from longtail.recognizer import Recognizer
@@ -248,7 +250,7 @@ def test_a_loss_that_blows_up_is_named(tiny: Config, tmp_path: Path, monkeypatch
     monkeypatch.setattr(
         LogitAdjustment, "training_step", lambda self, batch: {"classifier": original(self, batch)["classifier"] / 0.0}
     )
-    with pytest.raises(LongtailError, match=r"the loss term 'classifier' is (inf|nan) in epoch 1"):
+    with pytest.raises(LongtailError, match=r"'classifier' is (inf|nan) at step 1; .*no checkpoint"):
         fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
 
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from longtail.config import Shots
-from longtail.evaluation.metrics import metrics
+from longtail.evaluation.metrics import metrics, tally
 from longtail.objectives import log_prior
 
 
@@ -13,7 +13,7 @@ def test_against_scikit_learn() -> None:
     g = torch.Generator().manual_seed(0)
     scores, labels = torch.randn(500, 8, generator=g), torch.randint(0, 8, (500,), generator=g)
     scores[torch.arange(500), labels] += 1
-    result = metrics(scores, labels, [200, 150, 100, 60, 20, 19, 5, 2], Shots())
+    result = metrics(tally(scores, labels), [200, 150, 100, 60, 20, 19, 5, 2], Shots())
     predicted = scores.argmax(1)
     assert result["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(labels, predicted))
     assert result["top1"] == pytest.approx(100 * (predicted == labels).float().mean().item())
@@ -30,7 +30,7 @@ def test_thresholds() -> None:
 
 
 def test_what_is_absent_is_not_zero() -> None:
-    result = metrics(torch.eye(3)[[0, 1]], torch.tensor([0, 1]), [50, 40, 30], Shots())
+    result = metrics(tally(torch.eye(3)[[0, 1]], torch.tensor([0, 1])), [50, 40, 30], Shots())
     assert result["per_class"] == [100, 100, None]
     assert result["balanced_accuracy"] == 100
     assert result["many"] is None
@@ -39,5 +39,5 @@ def test_what_is_absent_is_not_zero() -> None:
 
 def test_a_prior_moves_predictions_to_the_head() -> None:
     scores, labels, counts = torch.tensor([[0.0, 1.0], [0.0, 5.0]]), torch.tensor([1, 1]), [90, 10]
-    assert metrics(scores, labels, counts, Shots())["top1"] == 100
-    assert metrics(scores, labels, counts, Shots(), log_prior(counts))["top1"] == 50
+    assert metrics(tally(scores, labels), counts, Shots())["top1"] == 100
+    assert metrics(tally(scores, labels, log_prior(counts)), counts, Shots())["top1"] == 50

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,16 +33,58 @@ class Batch:
     """(B,) int64."""
     ids: Tensor
     """(B,) int64; they name the images, so that a query never meets itself among the keys."""
+    key_features: Tensor | None = None
+    """(B, F) what the teacher made of the key view, where it is known already."""
+    teacher_scores: Tensor | None = None
+    """(B, C) what its classifier made of the classification view, where it is known already."""
+    room: int | None = None
+    """The most images that any process has of this batch; B where there is one process."""
+    total: int | None = None
+    """The images that all processes have of it together."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _map(self, function: Callable[[Tensor], Tensor], room: int | None) -> Batch:
+        features, scores = (
+            tensor if tensor is None else function(tensor) for tensor in (self.key_features, self.teacher_scores)
+        )
+        views = tuple(map(function, self.views))
+        return Batch(views, function(self.labels), function(self.ids), features, scores, room)
 
     def to(self, device: torch.device) -> Batch:
         """Copy to ``device``, without waiting where the memory is pinned."""
         if device.type == "cpu":
             return self
-        moved = [
-            (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-            for tensor in (*self.views, self.labels, self.ids)
+        pinned = device.type == "cuda"
+        return self._map(lambda t: (t.pin_memory() if pinned else t).to(device, non_blocking=True), self.room)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return the batch in parts whose sizes differ by at most one, none of them empty."""
+        if parts == 1:
+            return [self]
+        edges = [len(self) * part // parts for part in range(parts + 1)]
+        room = None if self.room is None else -(-self.room // parts)
+        return [
+            self._map(lambda tensor, a=a, b=b: tensor[a:b], room)  # type: ignore[misc]
+            for a, b in itertools.pairwise(edges)
+            if b > a
         ]
-        return Batch(tuple(moved[:-2]), moved[-2], moved[-1])
+
+
+class KnownViews(Protocol):
+    """What the teacher made of fixed views of every image."""
+
+    fixes_classification: bool
+    """Whether the student's classification view must be the very view that the teacher saw."""
+
+    def keys(self, epoch: int) -> tuple[int, ...]:
+        """Return what names the draw of the view that an epoch shows."""
+        ...
+
+    def known(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Return the features of the images' key views and the scores of their classification views."""
+        ...
 
 
 class TrainLoader:
@@ -59,6 +102,9 @@ class TrainLoader:
         sampler: see :mod:`longtail.data.samplers`.
         deferred_from: see :mod:`longtail.data.samplers`.
         workers: processes that decode and augment an image at a time; 0 does it in this one.
+        rank: which of the training's processes this is.
+        world: how many there are; each has its part of every batch.
+        cache: what the teacher made of fixed views; a view that it stands for is not drawn anew.
     """
 
     def __init__(
@@ -72,7 +118,11 @@ class TrainLoader:
         sampler: str = "instance",
         deferred_from: float = 0.8,
         workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        cache: KnownViews | None = None,
     ) -> None:
+        self.rank, self.world, self.cache = rank, world, cache
         self.images, self.views, self.seed, self.epochs = images, tuple(views), seed, epochs
         self.sampler, self.deferred_from = sampler, deferred_from
         self.steps = -(-len(images) // batch_size)
@@ -95,15 +145,25 @@ class TrainLoader:
         """
         numbers = range(len(self.views)) if only is None else only
         images = self.images
-        for indices, views in (self._one_by_one if self.per_image else self._batched)(splits, epoch, numbers):
-            yield Batch(views, images.labels[indices], images.ids[indices])
+        rooms = [-(-len(split) // self.world) for split in splits]
+        mine = [split.tensor_split(self.world)[self.rank] for split in splits]
+        made = (self._one_by_one if self.per_image else self._batched)(mine, epoch, numbers)
+        for (indices, views), room, split in zip(made, rooms, splits, strict=True):
+            features, scores = (None, None) if self.cache is None or epoch < 0 else self.cache.known(indices, epoch)
+            yield Batch(views, images.labels[indices], images.ids[indices], features, scores, room, len(split))
+
+    def keys(self, number: int, epoch: int) -> tuple[int, ...]:
+        """Return what names the draw of a view."""
+        if self.cache is not None and number == 0 and epoch >= 0 and self.cache.fixes_classification:
+            return self.cache.keys(epoch)
+        return (self.seed, _VIEW, epoch, number)
 
     def _batched(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
         for indices, pixels in _ahead(self.images, splits):
             ids = self.images.ids[indices]
             yield (
                 indices,
-                tuple(self._view(number)(pixels, ids, (self.seed, _VIEW, epoch, number)) for number in numbers),
+                tuple(self._view(number)(pixels, ids, self.keys(number, epoch)) for number in numbers),
             )
 
     def _view(self, number: int) -> View:
@@ -150,7 +210,7 @@ class _Splits(Dataset[Any]):
                     for made, number in zip(views, self.numbers, strict=True):
                         view = loader.views[number]
                         assert isinstance(view, PerImageView)
-                        made.append(view(image, image_id, (loader.seed, _VIEW, self.epoch, number)))
+                        made.append(view(image, image_id, loader.keys(number, self.epoch)))
         except LongtailError as error:
             return str(error)
         # channels last in memory, as the images came and as the networks want them
@@ -158,9 +218,11 @@ class _Splits(Dataset[Any]):
         return tuple(stacked), indices, images.broken
 
 
-def evaluation_batches(images: ImageSet, size: int, batch_size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (B, channels, size, size) centre views and (B,) labels, every image once, in order."""
-    splits = torch.arange(len(images)).split(batch_size)
+def evaluation_batches(
+    images: ImageSet, size: int, batch_size: int = 512, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (B, channels, size, size) centre views and (B,) labels, every image once, in one of the processes."""
+    splits = torch.arange(rank, len(images), world).split(batch_size)
     for indices, pixels in _ahead(images, splits):
         yield to_float(center(pixels, size)), images.labels[indices]
 

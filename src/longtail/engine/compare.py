@@ -11,8 +11,10 @@ from typing import Literal
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import load_data
+from longtail.engine.books import read_metrics
+from longtail.engine.choices import resolve
 from longtail.engine.files import FORMAT
-from longtail.engine.fit import Run, fit, read_metrics, resolve
+from longtail.engine.fit import Run, fit
 from longtail.errors import LongtailError, nearest
 from longtail.evaluation.comparison import Record
 from longtail.files import write_json

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import math
+import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import longtail
 from longtail.config import Config
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.images import Images
-from longtail.data.loaders import Batch, TrainLoader, evaluation_batches
-from longtail.data.per_image import PerImageView
+from longtail.data.loaders import Batch, TrainLoader
 from longtail.data.sources import load_data
-from longtail.data.views import View, build_view
+from longtail.engine.books import Books, Log, Progress, Watch
+from longtail.engine.cache import TeacherCache, teacher_cache
+from longtail.engine.choices import build_views, explained
 from longtail.engine.files import load_checkpoint, open_run, save_checkpoint
+from longtail.engine.judge import judge
+from longtail.engine.processes import StopSignals, build_fabric, rank, wait_for_all, world_size
 from longtail.engine.schedule import rate
-from longtail.engine.teacher import given_teacher, trained_teacher
-from longtail.errors import LongtailError
-from longtail.evaluation.metrics import metrics
-from longtail.files import write_text
+from longtail.engine.teacher import Teacher, given_teacher, trained_teacher
+from longtail.errors import LongtailError, StoppedError
 from longtail.methods import method_class
 from longtail.methods.base import Method
-from longtail.methods.gml import queue_size
 from longtail.nn import Encoder
 from longtail.randomness import mix
 from longtail.recognizer import Card, Recognizer
 
 _INITIAL, _STEP = mix(3), mix(4)  # streams of draws that never meet
+_NORM_EVERY = 10  # steps between two looks at the gradient's norm, where it is not clipped
 
 
 @dataclass(frozen=True)
@@ -61,58 +62,6 @@ class Run:
         return self.judged[self.card.predicts_under]
 
 
-def resolve(config: Config, data: LongTailedData) -> Config:
-    """Return ``config`` with every choice that was left to the data made.
-
-    A network for the size of the images; the augmentation of their source.
-    """
-    return explained(config, data)[0]
-
-
-def explained(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
-    """Return :func:`resolve`'s configuration with the reason of every choice."""
-    size, images, reasons = data.image_size, len(data.train), []
-    if config.network == "auto":
-        network = "conv8" if size <= 12 else "resnet32" if size <= 64 else "resnet18"
-        config = config.replace(network=network)
-        reasons.append(f"network {network}: images of {size} × {size} pixels")
-    if config.epochs == "auto":
-        steps = -(-images // config.batch_size)
-        config = config.replace(epochs=max(30, min(200, round(20_000 / steps))))
-        reasons.append(
-            f"epochs {config.epochs}: {steps} steps an epoch with {images:,} images; 20,000 steps, 30 to 200 epochs"
-        )
-    if config.method == "gml" and config.gml.queue_size is None:
-        slots = queue_size(config, data.class_counts)
-        config = config.replace(gml={"queue_size": slots})
-        reasons.append(f"gml.queue_size {slots}: a slot for every training image, at most 16,384")
-    augment = data.augment if config.data.augment == "auto" else config.data.augment
-    contrast: str = config.data.contrast_augment
-    if contrast == "auto":
-        contrast = "imagenet-contrast" if augment == "imagenet" else augment
-    return config.replace(data={"augment": augment, "contrast_augment": contrast}), reasons
-
-
-def build_views(config: Config, data: LongTailedData, wanted: Sequence[str]) -> list[View | PerImageView]:
-    """Return the augmentation of every view, by what it is for.
-
-    Raises:
-        LongtailError: some are batched and some are not, or they do not suit the images.
-    """
-    names = {"classification": config.data.augment, "contrast": config.data.contrast_augment}
-    chosen = [names[use] for use in wanted]
-    one_by_one = [name.startswith("imagenet") for name in chosen]
-    if any(one_by_one) != all(one_by_one):
-        raise LongtailError(
-            f"data.augment {names['classification']} and data.contrast_augment {names['contrast']} do not go together: "
-            "the imagenet recipes are drawn an image at a time, the others a batch at a time"
-        )
-    if len(data.mean) == 1 and any(name not in {"none", "digits"} for name in chosen):
-        raise LongtailError(f"data.augment {chosen[0]}: needs images in colour, these are grey; use digits or none")
-    size = data.image_size
-    return [PerImageView(name, size) if name.startswith("imagenet") else build_view(name, size) for name in chosen]
-
-
 def fit(
     config: Config,
     out: Path,
@@ -125,6 +74,9 @@ def fit(
 ) -> Run:
     """Train, evaluate and keep a recogniser.
 
+    Started by torchrun or SLURM in several processes, each calls this; they share out every batch, one of them writes,
+    and all return the same.
+
     Args:
         config: what to train.
         out: folder of the run: ``config.yaml``, ``metrics.jsonl``, ``last.ckpt``, ``recognizer/``.
@@ -136,14 +88,21 @@ def fit(
 
     Raises:
         LongtailError: an input cannot be used; nothing was changed.
+        StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
     data = load_data(config.data, config.seed) if data is None else data
-    say: Callable[[str], None] = (lambda _line: None) if quiet else (lambda line: tqdm.write(line, file=sys.stderr))
     config, reasons = explained(config, data)
+
+    def say(line: str) -> None:
+        if not quiet and rank() == 0:
+            tqdm.write(line, file=sys.stderr)
+
     # a caller's own random numbers are not ours to move
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         trainer = _Trainer(config, data, out, quiet=quiet, say=say)
-        open_run(out, config, resume=resume, overwrite=overwrite)
+        if rank() == 0:
+            open_run(out, config, resume=resume, overwrite=overwrite)
+        wait_for_all()
         if config.recipe != "teacher":  # the student's run has said it
             for line in (*data.remarks, *reasons):
                 say(line)
@@ -152,7 +111,12 @@ def fit(
         def train_teacher(settings: Config, folder: Path) -> object:
             return fit(settings, folder, resume=True, quiet=quiet, teachers=teachers, data=data)
 
-        return trainer.run(resume, teachers, train_teacher)
+        try:
+            return trainer.run(resume, teachers, train_teacher)
+        except RuntimeError as error:
+            if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise LongtailError("lost another process; its own message says why") from None
+            raise
 
 
 class _Trainer:
@@ -163,10 +127,7 @@ class _Trainer:
     ) -> None:
         self.config, self.data, self.out, self.quiet, self.say = config, data, out, quiet, say
         self.broken = 0
-        try:
-            self.fabric = Fabric(accelerator=config.device, devices=1, precision=config.precision)
-        except (RuntimeError, ValueError) as error:
-            raise LongtailError(f"device {config.device}: is not to be had: {' '.join(str(error).split())}") from None
+        self.fabric = build_fabric(config)
         # built before the run's folder is made: a network that does not exist leaves nothing behind
         torch.manual_seed(mix(config.seed, _INITIAL))
         self.encoder = Encoder(config.network, data.mean, data.std)
@@ -183,39 +144,29 @@ class _Trainer:
     def run(self, resume: bool, teachers: Path, train_teacher: Callable[[Config, Path], object]) -> Run:
         config, data = self.config, self.data
         parts: tuple[Any, ...] = ()
-        teacher_seconds = 0.0
+        teacher_seconds, cache = 0.0, None
         if self.kind.needs_teacher:
             teacher = self.teacher or trained_teacher(config, data, teachers, train_teacher, self.say)
             parts, teacher_seconds = (teacher.encoder, teacher.classifier), teacher.seconds
+            if config.teacher.cache:
+                started = time.monotonic()
+                cache = self._cache(teacher, teachers)
+                teacher_seconds += time.monotonic() - started
         torch.set_rng_state(self.state)
         method = self.kind(config, self.encoder, data.class_counts, *parts)
+        if world_size() > 1 and self.fabric.device.type != "cpu":
+            nn.SyncBatchNorm.convert_sync_batchnorm(method)
         method.to(memory_format=torch.channels_last)
-        undecayed = method.undecayed()
-        decayed = [p for p in method.parameters() if p.requires_grad and all(p is not other for other in undecayed)]
-        settings = config.optimizer
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-        optimizer = torch.optim.SGD(
-            [group for group in groups if group["params"]],
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-        )
+        if config.compile:
+            method.encoder.backbone.compile()
+        optimizer = self._optimizer(method)
         wrapped, optimizer = self.fabric.setup(method, optimizer)
-        loader = TrainLoader(
-            data.train,
-            config.batch_size,
-            self.views,
-            config.seed,
-            epochs=self.epochs,
-            sampler=config.data.sampler,
-            deferred_from=config.data.deferred_from,
-            workers=config.data.workers,
-        )
-        books = _Books()
+        average = self._average(method)
+        loader = self._loader(self.views, cache, rank(), world_size())
+        books, log = Books(), Log(self.out, config.log, self.out.name)
         checkpoint = self.out / "last.ckpt"
         if resume and checkpoint.is_file():
-            self._restore(load_checkpoint(checkpoint), method, optimizer, books)
+            self._restore(load_checkpoint(checkpoint), method, optimizer, average, books)
             self.say(f"resumed at step {books.step} of {loader.steps * self.epochs}")
         else:
             device = self.fabric.device
@@ -226,47 +177,142 @@ class _Trainer:
                     yield batch.to(device)
 
             method.fill(draw, data.train.labels)
-        self._keep_metrics(books)
-        self._train(wrapped, method, optimizer, loader, books)
-        return self._finish(method, books, teacher_seconds)
+        log.keep_until(books.step)
+        try:
+            self._train(wrapped, method, optimizer, average, loader, books, log)
+            return self._finish(method, average, books, log, teacher_seconds)
+        finally:
+            log.close()
 
-    def _train(self, wrapped: Any, method: Method, optimizer: Any, loader: TrainLoader, books: _Books) -> None:
+    def _loader(
+        self, views: Sequence[Any], cache: Any, process: int = 0, processes: int = 1, sampler: str | None = None
+    ) -> TrainLoader:
+        settings = self.config.data
+        return TrainLoader(
+            self.data.train,
+            self.config.batch_size,
+            views,
+            self.config.seed,
+            epochs=self.epochs,
+            sampler=settings.sampler if sampler is None else sampler,
+            deferred_from=settings.deferred_from,
+            workers=settings.workers,
+            rank=process,
+            world=processes,
+            cache=cache,
+        )
+
+    def _cache(self, teacher: Teacher, teachers: Path) -> TeacherCache:
+        device = self.fabric.device
+
+        def opened(write: bool) -> TeacherCache:
+            return teacher_cache(
+                self.config,
+                self.data,
+                teacher.encoder.to(device).eval(),
+                None if teacher.classifier is None else teacher.classifier.to(device),
+                lambda draws: self._loader(self.views[:1], draws),
+                teachers / "cache",
+                device,
+                self.say,
+                write=write,
+            )
+
+        made = opened(True) if rank() == 0 else None
+        wait_for_all()
+        return made or opened(False)
+
+    def _optimizer(self, method: Method) -> torch.optim.Optimizer:
+        undecayed = method.undecayed()
+        decayed = [p for p in method.parameters() if p.requires_grad and all(p is not other for other in undecayed)]
+        settings = self.config.optimizer
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+        return torch.optim.SGD(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
+
+    def _average(self, method: Method) -> Any:
+        """Return a slow average of the student, where one is asked for."""
+        if self.config.optimizer.ema is None:
+            return None
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(_student(method), decay=self.config.optimizer.ema, use_warmup=True)
+
+    def _train(
+        self, wrapped: Any, method: Method, optimizer: Any, average: Any, loader: TrainLoader, books: Books, log: Log
+    ) -> None:
         config, total = self.config, loader.steps * self.epochs
         method.train()
+        watch = Watch(self.out)
         saved = tick = time.monotonic()
-        with _Progress(config.method, books.step, total, self.quiet) as progress:
+        with Progress(config.method, books.step, total, self.quiet) as progress, StopSignals(self.quiet) as signals:
             for epoch in range(books.step // loader.steps, self.epochs):
                 for batch in loader.epoch(epoch, books.step % loader.steps):
                     learning_rate = config.optimizer.learning_rate * rate(config.schedule, books.step, total)
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate
-                    # what draws at random inside a network (dropout, for one) follows the step as well
-                    _seed(mix(config.seed, _STEP, books.step))
-                    terms = wrapped(batch.to(self.fabric.device))
-                    optimizer.zero_grad(set_to_none=True)
-                    self.fabric.backward(torch.stack(list(terms.values())).sum())
-                    optimizer.step()
-                    books.add(terms, len(batch.labels), len(batch.labels) * method.student_views(config))
+                    terms = self._step(wrapped, method, optimizer, batch, books)
+                    if average is not None:
+                        average.update(_student(method), step=books.step)
+                    assert batch.total is not None
+                    books.add(terms, batch.total, batch.total * method.student_views(config))
+                    watch.add(books.step, terms)
                     books.seconds += time.monotonic() - tick
                     progress.step(epoch, self.epochs, learning_rate, books)
                     if books.step % loader.steps == 0:
-                        self._end_epoch(method, books, epoch, learning_rate)
-                    if time.monotonic() - saved >= config.checkpoint_seconds or books.step == total:
-                        self._save(method, optimizer, books)
+                        self._end_epoch(method, average, books, log, epoch, learning_rate)
+                    due = time.monotonic() - saved >= config.checkpoint_seconds
+                    name, due = signals.agreed(books.step, due, self.fabric.device)
+                    if due or name or books.step == total:
+                        watch.flush()
+                        self._save(method, optimizer, average, books)
                         saved = time.monotonic()
+                    if name and books.step < total:
+                        raise StoppedError(name, books.step, total)
                     # what follows a step is not training, and is not counted as such
                     tick = time.monotonic()
 
-    def _end_epoch(self, method: Method, books: _Books, epoch: int, learning_rate: float) -> None:
-        means = books.means()
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise LongtailError(
-                    f"{self.out}: the loss term '{name}' is {value} in epoch {epoch + 1}; "
-                    "lower optimizer.learning_rate (the last checkpoint is whole)"
-                )
+    def _step(self, wrapped: Any, method: Method, optimizer: Any, batch: Batch, books: Books) -> dict[str, Tensor]:
+        settings = self.config.optimizer
+        # what draws at random inside a network (dropout, for one) follows the step as well
+        _seed(mix(self.config.seed, _STEP, books.step, rank()))
+        optimizer.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+        parts = batch.split(settings.accumulate)
+        for number, part in enumerate(parts):
+            with self.fabric.no_backward_sync(wrapped, enabled=world_size() > 1 and number + 1 < len(parts)):
+                found = wrapped(part.to(self.fabric.device))
+                share = len(part) / len(batch)
+                self.fabric.backward(torch.stack(list(found.values())).sum() * share)
+            for name, value in found.items():
+                terms[name] = terms[name] + value.detach() * share if name in terms else value.detach() * share
+        if settings.clip is not None or books.step % _NORM_EVERY == 0:
+            longest = math.inf if settings.clip is None else settings.clip
+            norm = self.fabric.clip_gradients(method, optimizer, max_norm=longest, error_if_nonfinite=False)
+            assert norm is not None
+            books.add_norm(norm)
+        optimizer.step()
+        return terms
+
+    def _end_epoch(
+        self, method: Method, average: Any, books: Books, log: Log, epoch: int, learning_rate: float
+    ) -> None:
+        means = books.global_means()
+        information = _entropy(self.data.class_counts) - method.conditional_entropy(means)
         watched = {name: value.item() for name, value in method.watched().items()}
-        self._log(
+        broken = self.data.train.images.broken
+        if len(broken) > self.broken:
+            self.broken = len(broken)
+            first = next(iter(broken.values()))
+            self.say(
+                f"{len(broken)} training images cannot be read, others of their class stood in; the first: {first}"
+            )
+        log.add(
             {
                 "kind": "epoch",
                 "epoch": epoch + 1,
@@ -274,36 +320,32 @@ class _Trainer:
                 "learning_rate": learning_rate,
                 "loss": sum(means.values()),
                 **means,
+                "information_bits": information / math.log(2),
+                "gradient_norm": books.norm(),
                 **watched,
-                **({"broken_images": len(self.data.train.images.broken)} if self.data.train.images.broken else {}),
+                **({"broken_images": len(broken)} if broken else {}),
                 "images_per_second": round(books.speed(), 1),
+                "memory_mib": _memory_mib(self.fabric.device),
                 "student_passes": books.student_passes,
                 "seconds": round(books.seconds, 3),
             }
         )
-        broken = self.data.train.images.broken
-        if len(broken) > self.broken:
-            self.broken = len(broken)
-            first = next(iter(broken.values()))
-            self.say(
-                f"{len(broken)} training images cannot be read; others of their class stood in; the first: {first}"
-            )
         books.clear()
         if self.data.val is not None:
-            self._judge(method, books, self.data.val)
+            self._judge(method, average, books, log, self.data.val)
             method.train()
 
-    def _judge(self, method: Method, books: _Books, images: ImageSet) -> None:
+    def _judge(self, method: Method, average: Any, books: Books, log: Log, images: ImageSet) -> None:
         """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
-        card = self._recognizer(method, {}, {})
-        result = judge(card, images, self.config)[method.predicts_under]
+        student = _student(method) if average is None else average.module
+        result = judge(self._recognizer(student, {}, {}), images, self.config)[method.predicts_under]
         score = result["balanced_accuracy"]
-        self._log({"kind": "validation", "step": books.step, "balanced_accuracy": score, "top1": result["top1"]})
+        log.add({"kind": "validation", "step": books.step, "balanced_accuracy": score, "top1": result["top1"]})
         if books.best is None or score > books.best["score"]:
-            weights = {name: t.detach().cpu().clone() for name, t in _kept(method).items()}
+            weights = {name: t.detach().cpu().clone() for name, t in student.state_dict().items()}
             books.best = {"score": score, "step": books.step, "weights": weights}
 
-    def _recognizer(self, method: Method, trained: dict[str, Any], judged: dict[str, Any]) -> Recognizer:
+    def _recognizer(self, student: nn.ModuleDict, trained: dict[str, Any], judged: dict[str, Any]) -> Recognizer:
         data = self.data
         card = Card(
             class_names=data.class_names,
@@ -314,16 +356,17 @@ class _Trainer:
             std=data.std,
             image_size=data.image_size,
             stored_size=_stored_size(data.test.images, data.image_size),
-            predicts_under=method.predicts_under,
+            predicts_under=self.kind.predicts_under,
             trained=trained,
             metrics=judged,
         )
-        return Recognizer(method.encoder, method.classifier, card)
+        return Recognizer(student["encoder"], student["classifier"], card)  # type: ignore[arg-type]
 
-    def _finish(self, method: Method, books: _Books, teacher_seconds: float) -> Run:
+    def _finish(self, method: Method, average: Any, books: Books, log: Log, teacher_seconds: float) -> Run:
         config = self.config
+        student = _student(method) if average is None else average.module
         if books.best is not None:
-            method.load_state_dict(books.best["weights"], strict=False)
+            student.load_state_dict(books.best["weights"])
         trained: dict[str, Any] = {
             "longtail": longtail.__version__,
             "torch": torch.__version__,
@@ -337,18 +380,22 @@ class _Trainer:
         }
         if books.best is not None:
             trained["best_step"] = books.best["step"]
-        recognizer = self._recognizer(method, trained, {})
-        judged = judge(recognizer, self.data.test, config)
-        kept = self._recognizer(method, trained, judged["uniform"])
-        kept.save(self.out / "recognizer")
-        self._log({"kind": "test", "step": books.step, **judged})
+        judged = judge(self._recognizer(student, trained, {}), self.data.test, config)
+        kept = self._recognizer(student, trained, judged["uniform"])
+        if rank() == 0:
+            kept.save(self.out / "recognizer")
+        log.add({"kind": "test", "step": books.step, **judged})
+        wait_for_all()
         return Run(self.out, config, kept.card, judged, books.student_passes, trained["seconds"], teacher_seconds)
 
-    def _save(self, method: Method, optimizer: Any, books: _Books) -> None:
+    def _save(self, method: Method, optimizer: Any, average: Any, books: Books) -> None:
         state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "books": books.state()}
-        save_checkpoint(self.out / "last.ckpt", {"images": self.data.fingerprint, **state})
+        if average is not None:
+            state["average"] = average.module.state_dict()
+        if rank() == 0:
+            save_checkpoint(self.out / "last.ckpt", {"images": self.data.fingerprint, **state})
 
-    def _restore(self, state: dict[str, Any], method: Method, optimizer: Any, books: _Books) -> None:
+    def _restore(self, state: dict[str, Any], method: Method, optimizer: Any, average: Any, books: Books) -> None:
         if state.get("images") != self.data.fingerprint:
             raise LongtailError(
                 f"{self.out / 'last.ckpt'}: was trained on other images than there are now; "
@@ -357,100 +404,14 @@ class _Trainer:
         try:
             method.load_state_dict(state["method"])
             optimizer.load_state_dict(state["optimizer"])
-            books.restore(state["books"])
+            if average is not None:
+                average.module.load_state_dict(state["average"])
+            books.restore(state["books"], self.fabric.device)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             message = " ".join(str(error).split())[:200]
             raise LongtailError(
                 f"{self.out / 'last.ckpt'}: is another recipe's checkpoint ({message}); start anew with --overwrite"
             ) from None
-
-    def _keep_metrics(self, books: _Books) -> None:
-        """Drop the lines of ``metrics.jsonl`` that were written after the checkpoint."""
-        path = self.out / "metrics.jsonl"
-        if path.is_file():
-            kept = [line for line in read_metrics(path) if line["kind"] != "test" and line["step"] <= books.step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def _log(self, line: dict[str, Any]) -> None:
-        try:
-            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise LongtailError(f"{self.out / 'metrics.jsonl'}: cannot be written: {error.strerror}") from None
-
-
-class _Progress:
-    """The bar: epoch, loss terms, learning rate, images a second, and the time left."""
-
-    def __init__(self, name: str, done: int, total: int, quiet: bool) -> None:
-        # a log file wants a line now and then, not one a step
-        self.every = 0.5 if sys.stderr.isatty() else 20.0
-        self.shown = time.monotonic()
-        self.bar = tqdm(
-            desc=name,
-            initial=done,
-            total=total,
-            disable=quiet,
-            unit="step",
-            mininterval=self.every,
-            maxinterval=self.every,
-            dynamic_ncols=True,
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def step(self, epoch: int, epochs: int, learning_rate: float, books: _Books) -> None:
-        now = time.monotonic()
-        if not self.bar.disable and now - self.shown >= self.every:
-            self.shown = now
-            shown = {
-                "epoch": f"{epoch + 1}/{epochs}",
-                **{name: f"{value:.3f}" for name, value in books.means().items()},
-            }
-            shown |= {"lr": f"{learning_rate:.4f}", "images/s": f"{books.speed():.0f}"}
-            self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-
-
-class _Books:
-    """What a run counts. The sums stay on the device: reading one makes the host wait."""
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.student_passes = 0
-        self.seconds = 0.0
-        self.best: dict[str, Any] | None = None
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin an epoch."""
-        self.sums: dict[str, Tensor] = {}
-        self.images = 0
-        self.entered = self.seconds
-
-    def add(self, terms: dict[str, Tensor], images: int, passes: int) -> None:
-        for name, value in terms.items():
-            weighted = value.detach() * images
-            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
-        self.step, self.images, self.student_passes = self.step + 1, self.images + images, self.student_passes + passes
-
-    def speed(self) -> float:
-        """Return the epoch's images a second so far."""
-        return self.images / max(self.seconds - self.entered, 1e-9)
-
-    def means(self) -> dict[str, float]:
-        return {name: (value / self.images).item() for name, value in self.sums.items()}
-
-    def state(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def restore(self, state: dict[str, Any]) -> None:
-        for name in vars(self):
-            setattr(self, name, state[name])
 
 
 def _seed(seed: int) -> None:
@@ -460,75 +421,24 @@ def _seed(seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _kept(method: Method) -> dict[str, Tensor]:
-    """Return the tensors that a recogniser keeps, by their names in the method."""
-    state = method.state_dict()
-    return {name: tensor for name, tensor in state.items() if name.startswith(("encoder.", "classifier."))}
+def _student(method: Method) -> nn.ModuleDict:
+    """Return what a recogniser keeps of a method."""
+    return nn.ModuleDict({"encoder": method.encoder, "classifier": method.classifier})
+
+
+def _entropy(counts: Sequence[int]) -> float:
+    """Return the labels' entropy H(Y) in nats."""
+    total = sum(counts)
+    return -sum(count / total * math.log(count / total) for count in counts if count)
+
+
+def _memory_mib(device: torch.device) -> int:
+    """Return the most memory that was in use: the accelerator's, or this process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def _stored_size(images: Images, image_size: int) -> int:
     return images.take(torch.zeros(1, dtype=torch.int64)).shape[-1] if len(images) else image_size
-
-
-def judge(recognizer: Recognizer, images: ImageSet, config: Config) -> dict[str, dict[str, Any]]:
-    """Return the metrics of a split under the uniform prior and under the training prior, every image seen once."""
-    device = recognizer.classifier.weight.device
-    recognizer.encoder.eval()
-    scores, labels = [], []
-    for views, truth in evaluation_batches(images, recognizer.card.image_size):
-        scores.append(recognizer.scores(views.to(device)).cpu())
-        labels.append(truth)
-    counts, shots = recognizer.card.class_counts, config.shots
-    return {
-        prior: metrics(torch.cat(scores), torch.cat(labels), counts, shots, recognizer.log_prior(prior))
-        for prior in ("uniform", "train")
-    }
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl``; a last line that a crash cut off is left out."""
-    lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    read = []
-    for line in lines:
-        try:
-            read.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return read
-
-
-def evaluate(run: Path, prior: str = "uniform", data_root: str | None = None) -> dict[str, Any]:
-    """Judge a finished run on its test set.
-
-    Args:
-        run: its folder.
-        prior: ``uniform`` or ``train``: assumed for the metrics at the top level.
-        data_root: where the images are now, if not where they were.
-
-    Returns:
-        The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under both.
-    """
-    from longtail.config import read_config
-
-    recognizer = Recognizer.load(run)
-    if not (run / "config.yaml").is_file():
-        raise LongtailError(f"{run}: has no config.yaml: expected the folder of a run, which names its test set")
-    config = read_config(run / "config.yaml")
-    if data_root is not None:
-        config = config.replace(data={"root": data_root})
-    data = load_data(config.data, config.seed)
-    if data.class_names != recognizer.card.class_names:
-        raise LongtailError(f"{run}: the classes of {config.data.root or config.data.source} are not those of the run")
-    judged = judge(recognizer, data.test, config)
-    return described(judged, recognizer.card, prior)
-
-
-def described(judged: dict[str, dict[str, Any]], card: Card, prior: str = "uniform") -> dict[str, Any]:
-    """Return what ``evaluate --json`` holds: the metrics under one prior on top, and what they are of."""
-    return {
-        **judged[prior],
-        "prior": prior,
-        "class_names": list(card.class_names),
-        "class_counts": list(card.class_counts),
-        "priors": judged,
-    }

@@ -15,37 +15,46 @@ from longtail.config import Shots
 from longtail.objectives import posterior
 
 
-def metrics(
-    scores: Tensor, labels: Tensor, class_counts: Sequence[int], shots: Shots, log_prior: Tensor | None = None
-) -> dict[str, Any]:
-    """Judge predictions.
+def tally(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None) -> Tensor:
+    """Return (3, C) int64: images of each class, those where it is the most probable, those where it is in the top 5.
+
+    Tallies of parts of a test set add up to the tally of the whole.
 
     Args:
         scores: (N, C) log-likelihood scores.
         labels: (N,) truth.
+        log_prior: (C,) assumed at prediction; None is the uniform one.
+    """
+    classes = scores.shape[1]
+    hits = posterior(scores, log_prior).topk(min(5, classes), dim=1).indices == labels[:, None]
+    chosen = (labels, labels[hits[:, 0]], labels[hits.any(dim=1)])
+    return torch.stack([torch.bincount(part, minlength=classes) for part in chosen])
+
+
+def metrics(counted: Tensor, class_counts: Sequence[int], shots: Shots) -> dict[str, Any]:
+    """Judge predictions.
+
+    Args:
+        counted: (3, C), a :func:`tally` of a whole test set.
         class_counts: (C,) training images a class; they make the shot groups.
         shots: thresholds of the groups.
-        log_prior: (C,) assumed at prediction; None is the uniform one.
 
     Returns:
         ``balanced_accuracy`` (mean over the classes that are present), ``top1``, ``top5`` (over images), ``many``,
         ``medium``, ``few`` (mean over a group's present classes; None where it has none), ``per_class`` (C values,
         None where a class has no test image), ``images``.
     """
-    ranked = posterior(scores, log_prior).topk(min(5, scores.shape[1]), dim=1).indices
-    hits = ranked == labels[:, None]
-    present = torch.bincount(labels, minlength=len(class_counts))
-    hit = torch.bincount(labels[hits[:, 0]], minlength=len(class_counts))
-    per_class = [100 * h / n if n else None for h, n in zip(hit.tolist(), present.tolist(), strict=True)]
-    groups = shots.groups(class_counts)
+    present, first, five = counted.tolist()
+    per_class = [100 * h / n if n else None for h, n in zip(first, present, strict=True)]
+    groups, images = shots.groups(class_counts), sum(present)
     result: dict[str, Any] = {
         "balanced_accuracy": _mean(per_class),
-        "top1": 100 * hits[:, 0].float().mean().item(),
-        "top5": 100 * hits.any(dim=1).float().mean().item(),
+        "top1": 100 * sum(first) / max(images, 1),
+        "top5": 100 * sum(five) / max(images, 1),
     }
     for group in ("many", "medium", "few"):
         result[group] = _mean([value for value, name in zip(per_class, groups, strict=True) if name == group])
-    return {**result, "per_class": per_class, "images": len(labels)}
+    return {**result, "per_class": per_class, "images": images}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

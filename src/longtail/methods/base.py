@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -62,6 +62,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss terms by name, weighted: their sum is what is minimised."""
+
+    def conditional_entropy(self, means: Mapping[str, float]) -> float:
+        """Return the estimate of H(Y|Z) in nats that the mean terms hold: −log p(y|z) of the trained likelihood."""
+        return means["classifier"]
 
     def undecayed(self) -> list[nn.Parameter]:
         """Return the parameters that weight decay must not touch."""

@@ -5,7 +5,7 @@ Source: Suh & Seo, ICML 2023, arXiv 2305.01160. Legend: B samples, K slots, C cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -66,39 +66,33 @@ class GML(Method):
             ) from None
 
     @staticmethod
-    def student_views(_config: Config) -> int:
-        """Return 2: the classification view and the query view."""
-        return 2
+    def student_views(config: Config) -> int:
+        """Return 2, the classification view and the query view, or 1 where they are one."""
+        return 1 if config.gml.share_query else 2
 
     @classmethod
-    def views(cls, _config: Config) -> tuple[View, ...]:
-        """Classification, query, key."""
-        return ("classification", "contrast", "contrast")
+    def views(cls, config: Config) -> tuple[View, ...]:
+        """Classification, query and key, as far as they differ and the key's features are not known already."""
+        contrast: View = "contrast"
+        separate = cls.student_views(config) - 1 + (not config.gml.share_key and not config.teacher.cache)
+        return ("classification", *(contrast,) * separate)
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Return the classifier's term, both mixture terms and, where it is on, the distillation."""
         settings = self.config.gml
-        classification, query, key = batch.views
-        size = len(batch.labels)
-        teacher, teacher_classifier = self._frozen
+        size = len(batch)
         # the teacher first: what it allocates is free again before the student's activations are kept for backward,
         # which saves memory and, on a CPU, a sixth of the step
-        with torch.no_grad():
-            if settings.distillation_weight > 0 and teacher_classifier is not None:
-                teacher_features = teacher(torch.cat([classification, key]))
-                teacher_scores = teacher_classifier(teacher_features[:size])
-                key_features = teacher_features[size:]
-            else:
-                key_features, teacher_scores = teacher(key), None
-            self.queues.push(key_features, batch.labels, batch.ids)
-        features = self.encoder(torch.cat([classification, query]))
-        scores = self.classifier(features[:size])
-        terms = {
-            "classifier": settings.classifier_weight * posterior_cross_entropy(scores, batch.labels, self.prior.log)
-        }
+        key_features, teacher_scores = self._teach(batch)
+        self.queues.push(key_features, batch.labels, batch.ids, batch.room)
+        student = self.student_views(self.config)
+        features = self.encoder(batch.views[0] if student == 1 else torch.cat(batch.views[:2]))
+        scores = self.classifier(features if settings.classify_all else features[:size])
+        labels = batch.labels.repeat(len(scores) // size)
+        terms = {"classifier": settings.classifier_weight * posterior_cross_entropy(scores, labels, self.prior.log)}
         slots = self.queues.slots()
         mixture = self.mixture.terms(
-            self.query_mlp(features[size:]),
+            self.query_mlp(features[-size:]),
             batch.labels,
             self.key_mlp(slots.features),
             slots.labels,
@@ -110,17 +104,43 @@ class GML(Method):
             terms["temperature_likelihood"] = settings.mixture_weight * mixture.temperature
         if teacher_scores is not None:
             terms["distillation"] = settings.distillation_weight * distillation(
-                scores, teacher_scores, settings.distillation_temperature
+                scores[:size], teacher_scores, settings.distillation_temperature
             )
         return terms
+
+    @torch.no_grad()
+    def _teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the teacher's features of the key view and, to distil from, its scores of the classification view."""
+        if batch.key_features is not None:
+            return batch.key_features, batch.teacher_scores
+        teacher, classifier = self._frozen
+        classification, key = batch.views[0], batch.views[0 if self.config.gml.share_key else -1]
+        if self.config.gml.distillation_weight == 0 or classifier is None:
+            return teacher(key), None
+        if self.config.gml.share_key:
+            features = teacher(classification)
+            return features, classifier(features)
+        features = teacher(torch.cat([classification, key]))
+        return features[len(batch) :], classifier(features[: len(batch)])
+
+    def conditional_entropy(self, means: Mapping[str, float]) -> float:
+        """Return the mixture's −log p(y|z), or the classifier's where there is no mixture."""
+        settings = self.config.gml
+        if settings.mixture_weight > 0:
+            return means["mixture"] / settings.mixture_weight
+        return means["classifier"] / max(settings.classifier_weight, 1e-12)
 
     def undecayed(self) -> list[nn.Parameter]:
         """Return τ's parameter."""
         return [self.mixture.temperature_logit] if self.config.gml.learn_temperature else []
 
     def watched(self) -> dict[str, Tensor]:
-        """Return τ."""
-        return {"temperature": self.mixture.temperature.detach()}
+        """Return τ, the share of the queues that is filled, and how often their contents were replaced."""
+        return {
+            "temperature": self.mixture.temperature.detach(),
+            "queue_fill": self.queues.fill,
+            "queue_turnovers": self.queues.turnovers,
+        }
 
     @torch.no_grad()
     def fill(self, draw: Callable[[Sequence[Tensor], int], Iterator[Batch]], labels: Tensor) -> None:
@@ -135,7 +155,7 @@ class GML(Method):
                 rounds.setdefault(taken // len(positions), []).append(positions[: size - taken])
         for number in sorted(rounds, reverse=True):
             for batch in draw(torch.cat(rounds[number]).split(256), number):
-                self.queues.push(self._frozen[0](batch.views[-1]), batch.labels, batch.ids)
+                self.queues.push(self._frozen[0](batch.views[-1]), batch.labels, batch.ids, batch.room)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return the queues' contents: part of ``state_dict``, but no buffers."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from longtail.objectives.checks import LEAST_TEMPERATURE, check_mixture
 from longtail.objectives.posterior import ClassPrior
+from longtail.objectives.reduction import batch_mean
 
 TEMPERATURE_BOUNDS = (LEAST_TEMPERATURE, 1.0)
 """The learned temperature stays inside these bounds."""
@@ -91,7 +92,7 @@ def gml_loss(
     )
     if reduction == "none":
         return losses
-    return _mean(losses, counts) if reduction == "mean" else losses.sum()
+    return batch_mean(losses, counts) if reduction == "mean" else losses.sum()
 
 
 def class_log_likelihood(
@@ -120,10 +121,6 @@ def class_log_likelihood(
     sums = exponentials.new_zeros(len(queries), num_classes + 1).index_add(1, column, exponentials)
     counts = exponentials.new_zeros(num_classes + 1).index_add(0, column, torch.ones_like(column, dtype=kind))
     return sums[:, :num_classes].log() - counts[:num_classes].clamp(min=1).log()
-
-
-def _mean(losses: Tensor, counts: Tensor) -> Tensor:
-    return losses.sum() / counts.sum().clamp(min=1)
 
 
 def _mixture(
@@ -498,8 +495,8 @@ class GMLLoss(nn.Module):
             key_ids if learned else None,
             split=learned,
         )
-        mixture = _mean(losses, counts)
-        return GMLTerms(mixture, _mean(held, held_counts) if learned else torch.zeros_like(mixture))
+        mixture = batch_mean(losses, counts)
+        return GMLTerms(mixture, batch_mean(held, held_counts) if learned else torch.zeros_like(mixture))
 
     def log_likelihood(self, queries: Tensor, keys: Tensor, key_labels: Tensor) -> Tensor:
         """Return (B, C) log p(z|c) at the learned temperature: see :func:`class_log_likelihood`."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtail.objectives.reduction import batch_mean
+
 
 def log_prior(class_counts: Tensor | Sequence[int]) -> Tensor:
     """Return log p(c) = log(n_c / Σ n), shape (C,) float32; a class without images has −inf.
@@ -73,7 +75,8 @@ def posterior_cross_entropy(
         prior: (C,) log prior of the training set; None leaves plain cross-entropy.
         strength: factor of the log prior; 1 is Bayes' rule.
     """
-    return F.cross_entropy(log_likelihood if prior is None else log_likelihood + strength * prior, labels)
+    scores = log_likelihood if prior is None else log_likelihood + strength * prior
+    return batch_mean(F.cross_entropy(scores, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool))
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
@@ -86,4 +89,5 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> 
     """
     target = F.log_softmax(teacher.detach() / temperature, dim=1)
     log_probability = F.log_softmax(student / temperature, dim=1)
-    return F.kl_div(log_probability, target, reduction="batchmean", log_target=True) * temperature**2
+    divergences = F.kl_div(log_probability, target, reduction="none", log_target=True).sum(dim=1)
+    return batch_mean(divergences, torch.ones_like(divergences, dtype=torch.bool)) * temperature**2

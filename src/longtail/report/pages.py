@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from longtail.config import read_config
-from longtail.engine.fit import read_metrics
+from longtail.engine.books import read_metrics
 from longtail.errors import LongtailError
 from longtail.evaluation.comparison import Record, differences, table
 from longtail.files import write_text

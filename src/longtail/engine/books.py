@@ -1,0 +1,253 @@
+"""What a run counts and tells: sums on the device, the progress bar, metrics, and a watch for losses gone bad."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longtail.engine.processes import rank, summed, world_size
+from longtail.errors import LongtailError
+from longtail.files import write_text
+
+
+class Books:
+    """What a run counts. The sums stay on the device: reading one makes the host wait."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.student_passes = 0
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0
+        self.norms: list[Tensor] = []
+        self.entered = self.seconds
+
+    def add_norm(self, norm: Tensor) -> None:
+        """Count a step's gradient norm."""
+        self.norms.append(norm.detach())
+
+    def norm(self) -> float:
+        """Return the mean norm of the epoch's gradients that were looked at."""
+        return torch.stack(self.norms).mean().item() if self.norms else 0.0
+
+    def add(self, terms: Mapping[str, Tensor], images: int, passes: int) -> None:
+        """Count a step over ``images`` images, of all processes together."""
+        for name, value in terms.items():
+            weighted = value.detach() * images
+            self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
+        self.step, self.images, self.student_passes = self.step + 1, self.images + images, self.student_passes + passes
+
+    def speed(self) -> float:
+        """Return the epoch's images a second so far."""
+        return self.images / max(self.seconds - self.entered, 1e-9)
+
+    def means(self) -> dict[str, float]:
+        """Return each term's mean over the epoch so far, in this process."""
+        return {name: (value / self.images).item() for name, value in self.sums.items()}
+
+    def global_means(self) -> dict[str, float]:
+        """Return each term's mean over all processes."""
+        return {name: (summed(value) / world_size() / self.images).item() for name, value in self.sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return everything, as a checkpoint holds it."""
+        return {**vars(self), "sums": {name: summed(value) / world_size() for name, value in self.sums.items()}}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from a checkpoint."""
+        for name in vars(self):
+            setattr(self, name, state[name])
+        self.sums = {name: value.to(device) for name, value in self.sums.items()}
+        self.norms = [value.to(device) for value in self.norms]
+
+
+class Watch:
+    """Stops a run whose loss is no number any more, at once where reading it costs nothing.
+
+    On an accelerator the host would have to wait for each step. There the values are copied behind the step and read
+    when they have arrived, a few steps late; all of them are read before a checkpoint is written.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._pending: collections.deque[tuple[int, list[str], Tensor, Any]] = collections.deque()
+
+    def add(self, step: int, terms: Mapping[str, Tensor]) -> None:
+        """Look at a step's terms.
+
+        Raises:
+            LongtailError: one is not finite; the step and the term are named.
+        """
+        values = torch.stack([value.detach() for value in terms.values()])
+        event = None
+        if values.device.type == "cuda":
+            arrived = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            arrived.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            values = arrived
+        self._pending.append((step, list(terms), values, event))
+        while self._pending and (self._pending[0][3] is None or self._pending[0][3].query()):
+            self._read(*self._pending.popleft())
+
+    def flush(self) -> None:
+        """Read what has not been read yet."""
+        while self._pending:
+            if self._pending[0][3] is not None:
+                self._pending[0][3].synchronize()
+            self._read(*self._pending.popleft())
+
+    def _read(self, step: int, names: list[str], values: Tensor, _event: object) -> None:
+        finite = values.isfinite()
+        if not bool(finite.all()):
+            bad = finite.tolist().index(False)
+            saved = self.out / "last.ckpt"
+            kept = f"{saved} is from before" if saved.is_file() else "there is no checkpoint from before"
+            raise LongtailError(
+                f"{self.out}: the loss term '{names[bad]}' is {values[bad].item()} at step {step}; lower "
+                f"optimizer.learning_rate or set optimizer.clip ({kept})"
+            )
+
+
+class Progress:
+    """The bar: epoch, loss terms, learning rate, images a second, and the time left."""
+
+    def __init__(self, name: str, done: int, total: int, quiet: bool) -> None:
+        # a log file wants a line now and then, not one a step
+        self.every = 0.5 if sys.stderr.isatty() else 20.0
+        self.shown = time.monotonic()
+        self.bar = tqdm(
+            desc=name,
+            initial=done,
+            total=total,
+            disable=quiet or rank() > 0,
+            unit="step",
+            mininterval=self.every,
+            maxinterval=self.every,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, epoch: int, epochs: int, learning_rate: float, books: Books) -> None:
+        """Show a step."""
+        now = time.monotonic()
+        if not self.bar.disable and now - self.shown >= self.every:
+            self.shown = now
+            shown = {
+                "epoch": f"{epoch + 1}/{epochs}",
+                **{name: f"{value:.3f}" for name, value in books.means().items()},
+            }
+            shown |= {"lr": f"{learning_rate:.4f}", "images/s": f"{books.speed():.0f}"}
+            self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+
+class Log:
+    """``metrics.jsonl``, and the same names wherever else they are wanted; one process writes.
+
+    Args:
+        out: folder of the run.
+        also: csv (``metrics.csv``, epochs alone), tensorboard, wandb.
+        name: of the run, for wandb.
+
+    Raises:
+        LongtailError: a package is missing; the extra is named.
+    """
+
+    def __init__(self, out: Path, also: Sequence[str], name: str) -> None:
+        self.out, self.also = out, tuple(also)
+        self.path = out / "metrics.jsonl"
+        self._board: Any = None
+        self._wandb: Any = None
+        if rank() > 0:
+            return
+        if "tensorboard" in also:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise _missing("tensorboard") from None
+            self._board = SummaryWriter(str(out / "tensorboard"))
+        if "wandb" in also:
+            try:
+                import wandb
+            except ImportError:
+                raise _missing("wandb") from None
+            self._wandb = wandb.init(project="longtail", name=name, dir=str(out), resume="allow")
+
+    def keep_until(self, step: int) -> None:
+        """Drop the lines that were written after a checkpoint."""
+        if self.path.is_file() and rank() == 0:
+            kept = [line for line in read_metrics(self.path) if line["kind"] != "test" and line["step"] <= step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            if "csv" in self.also:
+                self._write_csv(kept)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a line."""
+        if rank() > 0:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise LongtailError(f"{self.path}: cannot be written: {error.strerror}") from None
+        if "csv" in self.also and line["kind"] == "epoch":
+            self._write_csv(read_metrics(self.path))
+        numbers = {f"{line['kind']}/{k}": v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, line["step"])
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=line["step"])
+
+    def _write_csv(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        epochs = [line for line in lines if line["kind"] == "epoch"]
+        names = list(dict.fromkeys(name for line in epochs for name in line if name != "kind"))
+        with (self.out / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(epochs)
+
+    def close(self) -> None:
+        """Say good-bye to whoever listens."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _missing(extra: str) -> LongtailError:
+    return LongtailError(f"log {extra}: the package is not installed: pip install 'longtail[{extra}]'")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``metrics.jsonl``; a last line that a crash cut off is left out."""
+    lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    read = []
+    for line in lines:
+        try:
+            read.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return read

@@ -1,0 +1,168 @@
+"""What a frozen teacher makes of fixed views of every image, computed once and kept on disk.
+
+Legend: N images, V views, F feature width, C classes. An epoch e shows view e mod V of every image, drawn from keys
+that the cache and the student's loader share, so that the student can be given the very view that the teacher saw; its
+key is another one of them, where there are several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longtail.config import Config
+from longtail.data.dataset import LongTailedData
+from longtail.data.loaders import TrainLoader
+from longtail.errors import LongtailError
+from longtail.files import write_whole
+from longtail.nn import Encoder
+from longtail.randomness import mix
+
+_CACHED = mix(5)  # a stream of draws of its own
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """Memory-mapped features (V, N, F) and, where there is a classifier to distil from, scores (V, N, C)."""
+
+    features: np.memmap
+    scores: np.memmap | None
+    seed: int
+    share_key: bool
+
+    @property
+    def views(self) -> int:
+        """V."""
+        return len(self.features)
+
+    @property
+    def fixes_classification(self) -> bool:
+        """Whether the student must be given the very view that the teacher saw."""
+        return self.scores is not None or self.share_key
+
+    def keys(self, epoch: int) -> tuple[int, ...]:
+        """Return what names the draw of the classification view of an epoch."""
+        return view_keys(self.seed, epoch % self.views)
+
+    def known(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Return (B, F) features of the key views and (B, C) scores of the classification views."""
+        positions, shown = indices.numpy(), epoch % self.views
+        key = shown if self.share_key else (epoch + (self.views + 1) // 2) % self.views
+        features = torch.from_numpy(self.features[key, positions])
+        return features, None if self.scores is None else torch.from_numpy(self.scores[shown, positions])
+
+
+def view_keys(seed: int, view: int) -> tuple[int, ...]:
+    """Return what names the draw of one of the fixed views."""
+    return (seed, _CACHED, view)
+
+
+class _OneView:
+    """Tells a loader to draw one of the fixed views."""
+
+    fixes_classification = True
+
+    def __init__(self, seed: int, view: int) -> None:
+        self.seed, self.view = seed, view
+
+    def keys(self, _epoch: int) -> tuple[int, ...]:
+        return view_keys(self.seed, self.view)
+
+    def known(self, indices: Tensor, _epoch: int) -> tuple[Tensor, None]:
+        return indices, None  # not the features, which are what is sought, but where they go
+
+
+def teacher_cache(
+    config: Config,
+    data: LongTailedData,
+    teacher: Encoder,
+    classifier: nn.Module | None,
+    make_loader: Callable[[object], TrainLoader],
+    folder: Path,
+    device: torch.device,
+    say: Callable[[str], None],
+    write: bool = True,
+) -> TeacherCache:
+    """Return the cache of a teacher over a training set, made now or found again.
+
+    Args:
+        config: the student's settings; ``teacher.cache`` is V.
+        data: the training set.
+        teacher: frozen.
+        classifier: the teacher's, to distil from.
+        make_loader: gives a loader of the classification view, whose draws the argument names.
+        folder: where caches are kept.
+        device: where the teacher is.
+        say: tells the user what happens.
+        write: whether this process is the one that writes.
+    """
+    views, wanted = config.teacher.cache, classifier is not None and config.gml.distillation_weight > 0
+    weights = hashlib.blake2b(digest_size=8)
+    for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    told = json.dumps([data.fingerprint, config.seed, views, wanted, config.data.augment, data.image_size])
+    name = hashlib.blake2b(told.encode() + weights.digest(), digest_size=8).hexdigest()
+    shapes: dict[str, tuple[int, int, int]] = {"features": (views, len(data.train), teacher.num_features)}
+    if wanted:
+        shapes["scores"] = (views, len(data.train), len(data.class_names))
+    paths = {kind: folder / f"{name}-{kind}.npy" for kind in shapes}
+    if write and not all(path.is_file() for path in paths.values()):
+        gib = sum(4 * int(np.prod(shape)) for shape in shapes.values()) / 2**30
+        say(f"teacher: {views} views of {len(data.train):,} images once, kept in {folder} ({gib:.2f} GiB)")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LongtailError(f"{folder}: cannot be made: {error.strerror}") from None
+        partial = {kind: path.with_suffix(".making") for kind, path in paths.items()}
+        arrays = {
+            kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
+            for kind, shape in shapes.items()
+        }
+        _fill(arrays, config, data, teacher, classifier, make_loader, device)
+        for kind, array in arrays.items():
+            array.flush()
+            _move(partial[kind], paths[kind])
+    opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _there(paths) else {}
+    if not opened:
+        raise LongtailError(f"{folder}: the teacher's cache is not there; do all processes see the same folder?")
+    return TeacherCache(opened["features"], opened.get("scores"), config.seed, config.gml.share_key)
+
+
+def _move(made: Path, path: Path) -> None:
+    def move(target: Path) -> None:
+        made.replace(target)
+
+    write_whole(path, move)  # which brings it to the disk first
+
+
+def _there(paths: dict[str, Path]) -> bool:
+    return all(path.is_file() for path in paths.values())
+
+
+@torch.no_grad()
+def _fill(
+    arrays: dict[str, np.memmap],
+    config: Config,
+    data: LongTailedData,
+    teacher: Encoder,
+    classifier: nn.Module | None,
+    make_loader: Callable[[object], TrainLoader],
+    device: torch.device,
+) -> None:
+    for view in range(config.teacher.cache):
+        loader = make_loader(_OneView(config.seed, view))
+        for batch in loader.batches(torch.arange(len(data.train)).split(512), 0, only=[0]):
+            assert batch.key_features is not None
+            positions = batch.key_features.numpy()
+            features = teacher(batch.views[0].to(device))
+            arrays["features"][view, positions] = features.float().cpu().numpy()
+            if "scores" in arrays:
+                assert classifier is not None
+                arrays["scores"][view, positions] = classifier(features).float().cpu().numpy()

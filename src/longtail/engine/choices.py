@@ -1,0 +1,64 @@
+"""What a recipe leaves to the data: network, epochs, queue, augmentation, each chosen with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longtail.config import Config
+from longtail.data.dataset import LongTailedData
+from longtail.data.per_image import PerImageView
+from longtail.data.views import View, build_view
+from longtail.errors import LongtailError
+from longtail.methods.gml import queue_size
+
+
+def resolve(config: Config, data: LongTailedData) -> Config:
+    """Return ``config`` with every choice that was left to the data made.
+
+    A network for the size of the images; the augmentation of their source.
+    """
+    return explained(config, data)[0]
+
+
+def explained(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
+    """Return :func:`resolve`'s configuration with the reason of every choice."""
+    size, images, reasons = data.image_size, len(data.train), []
+    if config.network == "auto":
+        network = "conv8" if size <= 12 else "resnet32" if size <= 64 else "resnet18"
+        config = config.replace(network=network)
+        reasons.append(f"network {network}: images of {size} × {size} pixels")
+    if config.epochs == "auto":
+        steps = -(-images // config.batch_size)
+        config = config.replace(epochs=max(30, min(200, round(20_000 / steps))))
+        reasons.append(
+            f"epochs {config.epochs}: {steps} steps an epoch with {images:,} images; 20,000 steps, 30 to 200 epochs"
+        )
+    if config.method == "gml" and config.gml.queue_size is None:
+        slots = queue_size(config, data.class_counts)
+        config = config.replace(gml={"queue_size": slots})
+        reasons.append(f"gml.queue_size {slots}: a slot for every training image, at most 16,384")
+    augment = data.augment if config.data.augment == "auto" else config.data.augment
+    contrast: str = config.data.contrast_augment
+    if contrast == "auto":
+        contrast = "imagenet-contrast" if augment == "imagenet" else augment
+    return config.replace(data={"augment": augment, "contrast_augment": contrast}), reasons
+
+
+def build_views(config: Config, data: LongTailedData, wanted: Sequence[str]) -> list[View | PerImageView]:
+    """Return the augmentation of every view, by what it is for.
+
+    Raises:
+        LongtailError: some are batched and some are not, or they do not suit the images.
+    """
+    names = {"classification": config.data.augment, "contrast": config.data.contrast_augment}
+    chosen = [names[use] for use in wanted]
+    one_by_one = [name.startswith("imagenet") for name in chosen]
+    if any(one_by_one) != all(one_by_one):
+        raise LongtailError(
+            f"data.augment {names['classification']} and data.contrast_augment {names['contrast']} do not go together: "
+            "the imagenet recipes are drawn an image at a time, the others a batch at a time"
+        )
+    if len(data.mean) == 1 and any(name not in {"none", "digits"} for name in chosen):
+        raise LongtailError(f"data.augment {chosen[0]}: needs images in colour, these are grey; use digits or none")
+    size = data.image_size
+    return [PerImageView(name, size) if name.startswith("imagenet") else build_view(name, size) for name in chosen]

@@ -1,0 +1,117 @@
+"""One process or many: who this is, what all of them have together, and a stop that all of them make.
+
+torchrun and SLURM say by environment variables how many there are; Fabric starts none of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor
+
+from longtail.config import Config
+from longtail.errors import LongtailError
+
+_AGREE_EVERY = 10  # steps between two looks, by several processes together, at whether to stop or to save
+
+
+def build_fabric(config: Config) -> Fabric:
+    """Return Fabric for as many processes as there are.
+
+    Raises:
+        LongtailError: the device is not to be had, or a batch has fewer than two images a process.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    options: dict[str, Any] = {"accelerator": config.device, "precision": config.precision}
+    if world > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+        if config.batch_size < 2 * world:
+            raise LongtailError(
+                f"batch_size {config.batch_size}: expected at least {2 * world}, two for each of {world} processes"
+            )
+        # statistics of BatchNorm are synchronised on accelerators; on a CPU every process keeps its own
+        options |= {"devices": local, "num_nodes": world // local, "strategy": DDPStrategy(broadcast_buffers=False)}
+    else:
+        options["devices"] = 1
+    try:
+        fabric = Fabric(**options)
+    except (RuntimeError, ValueError) as error:
+        raise LongtailError(f"device {config.device}: is not to be had: {' '.join(str(error).split())}") from None
+    if world > 1 and not dist.is_initialized():
+        fabric.launch()
+    return fabric
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return which of them this is; 0 is the one that writes and prints."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def wait_for_all() -> None:
+    """Go on when all are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return the sum over all processes."""
+    if world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask for a stop at the end of the step; the second one ends the process at once.
+
+    Several processes agree on the step, since each waits for the others in the middle of it.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.name = quiet, ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+        if not self.quiet and rank() == 0:
+            print(f"\nlongtail: {self.name}: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    def agreed(self, step: int, save: bool, device: torch.device) -> tuple[str, bool]:
+        """Return the signal's name and whether to save, once all processes know of it."""
+        if world_size() == 1:
+            return self.name, save
+        if step % _AGREE_EVERY:
+            return "", False
+        wanted = torch.tensor([int(signal.Signals[self.name]) if self.name else 0, int(save)], device=device)
+        dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        number, due = wanted.tolist()
+        return signal.Signals(number).name if number else "", bool(due)
