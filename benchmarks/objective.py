@@ -18,16 +18,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peak import elsewhere, peak_mib
 
 from longtail.objectives import GMLLoss, log_prior
 
@@ -125,30 +123,12 @@ def timed(function: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def peak_mib(shape: tuple[int, ...], name: str) -> float:
-    """Return the memory that one call takes at most, measured in a process of its own."""
-    code = f"from objective import measure; measure({shape!r}, {name!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    )
-    return float(done.stdout)
-
-
 def measure(shape: tuple[int, int, int, int], name: str) -> None:
-    """Print the peak of one call in MiB; Linux keeps the books, and starts them anew when asked."""
+    """Print the peak of one call in MiB."""
     torch.set_num_threads(2)
     Problem(8, 64, 4, shape[3]).run(name)  # threads and workspaces are not the call's
     problem = Problem(*shape)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    problem.run(name)
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1))
+    print(peak_mib(lambda: problem.run(name)))
 
 
 def main() -> None:
@@ -175,7 +155,10 @@ def main() -> None:
                     times[name].append(took)
         base = statistics.median(times["floor"])
         for name in names:
-            median, peak = statistics.median(times[name]), peak_mib(shape, name)
+            median, peak = (
+                statistics.median(times[name]),
+                elsewhere(f"from objective import measure; measure({shape!r}, {name!r})"),
+            )
             difference = f"{agree(problem):.1e}" if name == "ours" else ""
             print(
                 f"{' × '.join(map(str, shape)) if name == names[0] else '':28}{name:16}{1000 * median:10.2f}"

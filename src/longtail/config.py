@@ -218,7 +218,7 @@ class Config:
     method: str = "gml"
     """Training method: ce (cross-entropy), la (logit adjustment), gml."""
     network: str = "auto"
-    """Student: conv8, resnet20/32/44/56/110, or any timm model by name; auto chooses by image size."""
+    """Student: conv8, resnet8/14/20/32/44/56/110, or any timm model by name; auto chooses by image size."""
     epochs: Positive | Literal["auto"] = 100
     """Passes over the training set; auto: as many as make 20,000 steps, from 30 to 200."""
     batch_size: Annotated[int, Field(ge=2)] = 128

@@ -147,10 +147,13 @@ class TrainLoader:
         images = self.images
         rooms = [-(-len(split) // self.world) for split in splits]
         mine = [split.tensor_split(self.world)[self.rank] for split in splits]
-        made = (self._one_by_one if self.per_image else self._batched)(mine, epoch, numbers)
-        for (indices, views), room, split in zip(made, rooms, splits, strict=True):
+        # a process for which a small batch has no image brings one that does not count
+        shown = [part if len(part) else split[:1] for part, split in zip(mine, splits, strict=True)]
+        made = (self._one_by_one if self.per_image else self._batched)(shown, epoch, numbers)
+        for (indices, views), part, room, split in zip(made, mine, rooms, splits, strict=True):
             features, scores = (None, None) if self.cache is None or epoch < 0 else self.cache.known(indices, epoch)
-            yield Batch(views, images.labels[indices], images.ids[indices], features, scores, room, len(split))
+            labels = images.labels[indices] if len(part) else torch.full_like(indices, -1)
+            yield Batch(views, labels, images.ids[indices], features, scores, room, len(split))
 
     def keys(self, number: int, epoch: int) -> tuple[int, ...]:
         """Return what names the draw of a view."""

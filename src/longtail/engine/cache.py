@@ -22,7 +22,7 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.loaders import TrainLoader
 from longtail.errors import LongtailError
 from longtail.files import write_whole
-from longtail.nn import Encoder
+from longtail.nn import Encoder, FrozenEncoder
 from longtail.randomness import mix
 
 _CACHED = mix(5)  # a stream of draws of its own
@@ -125,7 +125,7 @@ def teacher_cache(
             kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
             for kind, shape in shapes.items()
         }
-        _fill(arrays, config, data, teacher, classifier, make_loader, device)
+        _fill(arrays, config, data, FrozenEncoder(teacher).to(device), classifier, make_loader, device)
         for kind, array in arrays.items():
             array.flush()
             _move(partial[kind], paths[kind])
@@ -151,7 +151,7 @@ def _fill(
     arrays: dict[str, np.memmap],
     config: Config,
     data: LongTailedData,
-    teacher: Encoder,
+    teacher: FrozenEncoder,
     classifier: nn.Module | None,
     make_loader: Callable[[object], TrainLoader],
     device: torch.device,

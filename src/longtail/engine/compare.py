@@ -106,9 +106,7 @@ def compare(
                 raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
             write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
         run = resolve(planned, data)
-        done = _finished(folder, run) or fit(
-            run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data
-        )
+        done = finished(folder, run) or fit(run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data)
         records.append(record(done))
         say(f"{position + 1}/{len(runs)} {run.method} seed {run.seed}: balanced accuracy {_percent(records[-1])}")
     return records
@@ -118,7 +116,7 @@ def _percent(record: Record) -> str:
     return f"{record.balanced_accuracy:.1f} %, {record.seconds:.0f} s"
 
 
-def _finished(folder: Path, config: Config) -> Run | None:
+def finished(folder: Path, config: Config) -> Run | None:
     """Return a run that ended with these very settings."""
     lines = read_metrics(folder / "metrics.jsonl")
     if not lines or lines[-1]["kind"] != "test" or read_config(folder / "config.yaml") != config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise LongtailError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign file: what it is, is told below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
         raise LongtailError(f"{path}: is truncated or no checkpoint of longtail; start anew with --overwrite") from None
     if not isinstance(state, dict) or "format" not in state:

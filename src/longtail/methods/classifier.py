@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from longtail.data.loaders import Batch
@@ -24,7 +23,7 @@ class LogitAdjustment(Method):
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Return the mean cross-entropy over all views."""
-        scores = self.classifier(self.encoder(torch.cat(batch.views)))
+        scores = self.classifier(self.encode(batch.views))
         labels = batch.labels.repeat(len(batch.views))
         return {"classifier": posterior_cross_entropy(scores, labels, self.log_prior())}
 

@@ -16,7 +16,7 @@ from longtail.data.loaders import Batch
 from longtail.errors import LongtailError
 from longtail.memory import ClassQueues, queue_sizes
 from longtail.methods.base import Method, View
-from longtail.nn import Encoder, ProjectionMLP
+from longtail.nn import Encoder, FrozenEncoder, ProjectionMLP
 from longtail.objectives import GMLLoss, distillation, posterior_cross_entropy
 
 _Self = TypeVar("_Self", bound="GML")
@@ -48,7 +48,7 @@ class GML(Method):
         size = queue_size(config, class_counts)
         # not sub-modules: the teacher never changes and stays on disk, and the queues' contents, which differ from
         # step to step, must not be overwritten by another process's (see ClassQueues)
-        self._frozen = (teacher.eval().requires_grad_(False), teacher_classifier)
+        self._frozen = (FrozenEncoder(teacher), teacher_classifier)
         self.queues = ClassQueues(class_counts, size, settings.queue_minimum, teacher.num_features)
         self.query_mlp = ProjectionMLP(encoder.num_features, settings.embedding_dim)
         self.key_mlp = ProjectionMLP(teacher.num_features, settings.embedding_dim)
@@ -85,8 +85,7 @@ class GML(Method):
         # which saves memory and, on a CPU, a sixth of the step
         key_features, teacher_scores = self._teach(batch)
         self.queues.push(key_features, batch.labels, batch.ids, batch.room)
-        student = self.student_views(self.config)
-        features = self.encoder(batch.views[0] if student == 1 else torch.cat(batch.views[:2]))
+        features = self.encode(batch.views[: self.student_views(self.config)])
         scores = self.classifier(features if settings.classify_all else features[:size])
         labels = batch.labels.repeat(len(scores) // size)
         terms = {"classifier": settings.classifier_weight * posterior_cross_entropy(scores, labels, self.prior.log)}

@@ -1,6 +1,6 @@
 """Networks: encoders and the heads on them."""
 
-from longtail.nn.backbones import Encoder, build_backbone
+from longtail.nn.backbones import Encoder, FrozenEncoder, build_backbone
 from longtail.nn.heads import CosineClassifier, ProjectionMLP
 
-__all__ = ["CosineClassifier", "Encoder", "ProjectionMLP", "build_backbone"]
+__all__ = ["CosineClassifier", "Encoder", "FrozenEncoder", "ProjectionMLP", "build_backbone"]

@@ -1,0 +1,89 @@
+"""What does each layout of GML's views do to accuracy, at equal student passes?
+
+Every layout sees as many images through the student, forward and backward, as the paper's: one with a single student
+view has twice the epochs. Seeds are paired, the teacher of a seed is the same for all layouts. What is done is not done
+again, so the study can be stopped at any time.
+
+Commands:
+    python benchmarks/studies/layouts.py digits --out runs/layouts-digits --json benchmarks/results/layouts-digits.json
+    python benchmarks/studies/layouts.py cifar --root DATA --out runs/layouts-cifar \
+        --json benchmarks/results/layouts-cifar.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtail.config import Config, load_recipe
+from longtail.data.sources import load_data
+from longtail.engine.choices import resolve
+from longtail.engine.compare import finished, record
+from longtail.engine.fit import fit
+from longtail.evaluation.comparison import differences, table
+from longtail.methods.gml import GML
+
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {},
+    "share key": {"gml": {"share_key": True}},
+    "share query": {"gml": {"share_query": True}},
+    "share both": {"gml": {"share_key": True, "share_query": True}},
+    "classify all": {"gml": {"classify_all": True}},
+    "cache 4": {"teacher": {"cache": 4}},
+    "cache 4, share query": {"teacher": {"cache": 4}, "gml": {"share_query": True}},
+}
+
+
+def base(name: str, root: str | None) -> Config:
+    """Return the study's recipe: digits-lt as it is, or CIFAR-100-LT on a budget for two cores."""
+    if name == "digits":
+        return load_recipe("digits-lt").config
+    config = load_recipe("cifar100-lt").config
+    config = config.replace(network="resnet8", epochs=10, data={"root": root}, schedule={"warmup": 0.05})
+    return config.replace(teacher={"network": "resnet14", "epochs": 10})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("study", choices=["digits", "cifar"])
+    parser.add_argument("--root", help="folder of CIFAR-100")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(2)
+    config = base(given.study, given.root)
+    assert isinstance(config.epochs, int)
+    config = config.replace(teacher={"epochs": config.teacher.epochs or config.epochs})
+    records = []
+    for seed in range(given.seeds):
+        data = load_data(config.data, seed)
+        for layout, changes in LAYOUTS.items():
+            run = config.replace(seed=seed, **changes)
+            assert isinstance(run.epochs, int)
+            run = resolve(run.replace(epochs=run.epochs * 2 // GML.student_views(run)), data)
+            folder = given.out / f"{layout.replace(' ', '-').replace(',', '')}-seed{seed}"
+            done = finished(folder, run) or fit(
+                run, folder, resume=True, quiet=True, teachers=given.out / "teachers", data=data
+            )
+            records.append(dataclasses.replace(record(done), method=layout))
+            print(f"{layout} seed {seed}: {records[-1].balanced_accuracy:.2f}", file=sys.stderr, flush=True)
+    header, rows = table(records)
+    for cells in [header, ["---"] * len(header), *rows]:
+        print("| " + " | ".join(cells) + " |")
+    found = [difference for difference in differences(records) if difference.baseline == "paper"]
+    print("\n" + "\n".join(f"- {difference}" for difference in found))
+    if given.json:
+        command = f"python benchmarks/studies/layouts.py {given.study} --seeds {given.seeds}"
+        made = {"command": command, "torch": torch.__version__, "records": [dataclasses.asdict(r) for r in records]}
+        given.json.write_text(json.dumps(made, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
