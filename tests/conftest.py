@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from PIL import Image
 
 from longtail.cli import main
 from longtail.config import Config, load_recipe
+
+# no test asks a network for anything; the library reads this once, when it is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -82,7 +82,7 @@ def test_the_recognizer_snippet(
 def test_the_examples_of_the_docs_run(page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    assert "assert" in code
+    assert not code or "assert" in code
     exec(compile(code, page, "exec"), {})
 
 

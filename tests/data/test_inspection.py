@@ -115,7 +115,6 @@ def test_bad_input(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, err = command(*arguments)
     assert code == 2
     assert message in err

@@ -23,9 +23,9 @@ from longtail.randomness import mix
 _VIEW = mix(2)  # a stream of draws of its own
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """What a method trains on."""
+    """What a method trains on."""  # not frozen: Fabric looks into what a module is given, and refuses to otherwise
 
     views: tuple[Tensor, ...]
     """V views, each (B, channels, S, S) float32 in [0, 1]."""
