@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"longtail: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except StoppedError as stop:
-        print(f"longtail: {stop}", file=sys.stderr)
+        goes_on = "--resume" if given[0] == "train" else "the same command"
+        print(f"longtail: {stop}; {goes_on} goes on from there", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
         print("longtail: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)

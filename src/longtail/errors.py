@@ -18,7 +18,7 @@ class StoppedError(Exception):
     """A training was told to stop by SIGTERM or SIGINT, and has saved."""
 
     def __init__(self, name: str, step: int, steps: int) -> None:
-        super().__init__(f"stopped by {name} at step {step} of {steps}, all of it saved; --resume goes on from there")
+        super().__init__(f"stopped by {name} at step {step} of {steps}, all of it saved")
         self.code = 128 + signal.Signals[name]
 
 

@@ -155,6 +155,28 @@ def test_one_process_in_trouble_ends_all_with_its_message(tmp_path: Path) -> Non
     assert time.monotonic() - started < 60
 
 
+def test_torchrun_that_is_told_to_stop_saves(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command = [*launcher, "-m", "longtail", *LONG, "--epochs", "400", "--checkpoint_seconds", "3600", "--out", str(out)]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=errors, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        deadline = time.monotonic() + 120
+        while len(read_metrics(out / "metrics.jsonl")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(timeout=60) != 0
+    assert "stopped by SIGTERM at step" in (tmp_path / "errors").read_text()
+    step = load_checkpoint(out / "last.ckpt")["books"]["step"]
+    assert step % 10 == 0  # where both looked
+    assert step >= 18
+
+
 def test_too_small_a_batch_for_the_processes(tmp_path: Path) -> None:
     done = torchrun(2, "train", "digits-lt", *TINY, "--batch_size", "3", "--out", tmp_path / "run")
     assert "batch_size 3: expected at least 4, two for each of 2 processes" in done.stderr
