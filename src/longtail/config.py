@@ -83,7 +83,7 @@ class Data:
     """Which images an epoch shows: each once, classes equally often, by the root of their size, from the first to the
     second along the training, or the second late."""
     deferred_from: Share = 0.8
-    """Share of the training after which the deferred sampler shows classes equally often."""
+    """Share of the training after which the deferred sampler shows classes equally often, and ldam weighs them."""
     augment: Augment = "auto"
     """Augmentation of the classification view; auto takes the source's own."""
     contrast_augment: Augment = "auto"
@@ -137,7 +137,13 @@ class Classifier:
     scale: PositiveFloat = 30.0
     """Score of class c is scale · cos(feature, weight of c)."""
     views: Positive = 1
-    """Student views a step for ce and la, each with its own loss (gml has its own layout)."""
+    """Student views a step for all methods but gml, each with its own loss (gml has its own layout)."""
+    focal_gamma: Weight = 2.0
+    """Exponent of the focal loss [γ] (focal)."""
+    effective_number_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Overlap of a class's samples [β] (cb, and ldam late in the training)."""
+    largest_margin: Annotated[float, Field(ge=0, lt=2)] = 0.5
+    """Margin of the smallest class, in cosines (ldam)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +222,7 @@ class Config:
     recipe: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]] = "digits-lt"
     """The recipe that this run started from; not a flag."""
     method: str = "gml"
-    """Training method: ce (cross-entropy), la (logit adjustment), gml."""
+    """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, gml."""
     network: str = "auto"
     """Student: conv8, resnet8/14/20/32/44/56/110, or any timm model by name; auto chooses by image size."""
     epochs: Positive | Literal["auto"] = 100

@@ -41,6 +41,8 @@ class Batch:
     """The most images that any process has of this batch; B where there is one process."""
     total: int | None = None
     """The images that all processes have of it together."""
+    done: float = 0.0
+    """The share of the training's epochs that came before."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,7 +52,7 @@ class Batch:
             tensor if tensor is None else function(tensor) for tensor in (self.key_features, self.teacher_scores)
         )
         views = tuple(map(function, self.views))
-        return Batch(views, function(self.labels), function(self.ids), features, scores, room)
+        return Batch(views, function(self.labels), function(self.ids), features, scores, room, self.total, self.done)
 
     def to(self, device: torch.device) -> Batch:
         """Copy to ``device``, without waiting where the memory is pinned."""
@@ -153,7 +155,9 @@ class TrainLoader:
         for (indices, views), part, room, split in zip(made, mine, rooms, splits, strict=True):
             features, scores = (None, None) if self.cache is None or epoch < 0 else self.cache.known(indices, epoch)
             labels = images.labels[indices] if len(part) else torch.full_like(indices, -1)
-            yield Batch(views, labels, images.ids[indices], features, scores, room, len(split))
+            yield Batch(
+                views, labels, images.ids[indices], features, scores, room, len(split), max(epoch, 0) / self.epochs
+            )
 
     def keys(self, number: int, epoch: int) -> tuple[int, ...]:
         """Return what names the draw of a view."""

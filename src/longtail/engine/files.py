@@ -73,7 +73,18 @@ def open_run(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> 
     write_text(folder / "config.yaml", config.to_yaml())
 
 
-INCIDENTAL = frozenset({"device", "checkpoint_seconds", "data.root", "data.memory_gib"})
+INCIDENTAL = frozenset(
+    {
+        "device",
+        "compile",
+        "checkpoint_seconds",
+        "log",
+        "data.root",
+        "data.memory_gib",
+        "data.workers",
+        "data.broken_share",
+    }
+)
 """Settings that do not make it another run: where it is computed, how often it is saved, where its images lie."""
 
 

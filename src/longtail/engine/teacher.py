@@ -37,6 +37,8 @@ def teacher_config(config: Config) -> Config:
         network=config.network if config.teacher.network == "auto" else config.teacher.network,
         epochs=config.teacher.epochs or config.epochs,
         classifier={"views": 1},
+        data={"contrast_augment": "auto"},
+        log=(),
         teacher=TeacherConfig(),
         gml=Gml(),
         shots=Shots(),

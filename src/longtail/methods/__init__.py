@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 METHODS = {
     "ce": ("longtail.methods.classifier", "CrossEntropy"),
     "la": ("longtail.methods.classifier", "LogitAdjustment"),
+    "focal": ("longtail.methods.reweighting", "Focal"),
+    "cb": ("longtail.methods.reweighting", "ClassBalanced"),
+    "ldam": ("longtail.methods.ldam", "LDAM"),
     "gml": ("longtail.methods.gml", "GML"),
 }
 

@@ -21,11 +21,14 @@ class LogitAdjustment(Method):
         """Return what is added to the scores in training, (C,)."""
         return self.prior.log
 
+    def loss(self, scores: Tensor, labels: Tensor, _batch: Batch) -> Tensor:
+        """Return the loss of (B, C) scores, a scalar."""
+        return posterior_cross_entropy(scores, labels, self.log_prior())
+
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean cross-entropy over all views."""
+        """Return the mean loss over all views."""
         scores = self.classifier(self.encode(batch.views))
-        labels = batch.labels.repeat(len(batch.views))
-        return {"classifier": posterior_cross_entropy(scores, labels, self.log_prior())}
+        return {"classifier": self.loss(scores, batch.labels.repeat(len(batch.views)), batch)}
 
 
 class CrossEntropy(LogitAdjustment):

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 
 from longtail.evaluation.comparison import Record, methods_of, summarize
 
@@ -53,7 +53,7 @@ def class_histogram(names: Sequence[str], counts: Sequence[int], groups: Sequenc
     axes.bar(range(len(counts)), counts, color=[GROUP_COLORS[group] for group in groups], width=0.85)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.8)
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
     axes.set_ylabel("training images")
     _name_classes(axes, names)
     _group_legend(axes, groups)

@@ -1,0 +1,39 @@
+"""Focal and class-balanced cross-entropy: samples weighed by how hard they are, or by how rare their class is."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from longtail.config import Config
+from longtail.data.loaders import Batch
+from longtail.methods.base import Prior
+from longtail.methods.classifier import LogitAdjustment
+from longtail.nn import Encoder
+from longtail.objectives.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
+
+
+class Focal(LogitAdjustment):
+    """Lin et al., ICCV 2017, arXiv 1708.02002."""
+
+    predicts_under: ClassVar[Prior] = "train"
+
+    def loss(self, scores: Tensor, labels: Tensor, _batch: Batch) -> Tensor:
+        """Return the focal loss."""
+        return focal_loss(scores, labels, self.config.classifier.focal_gamma)
+
+
+class ClassBalanced(LogitAdjustment):
+    """Cui et al., CVPR 2019, arXiv 1901.05555."""
+
+    weights: Tensor
+
+    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int]) -> None:
+        super().__init__(config, encoder, class_counts)
+        weights = effective_number_weights(self.prior.counts, config.classifier.effective_number_beta)
+        self.register_buffer("weights", weights, persistent=False)
+
+    def loss(self, scores: Tensor, labels: Tensor, _batch: Batch) -> Tensor:
+        """Return cross-entropy under the weights of the effective number of samples."""
+        return weighted_cross_entropy(scores, labels, self.weights)

@@ -1,0 +1,53 @@
+"""Cross-entropies that weigh samples, by how hard they are or how rare their class is. Legend: B samples, C classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtail.objectives.reduction import batch_mean
+
+
+def effective_number_weights(class_counts: Tensor, beta: float = 0.9999) -> Tensor:
+    """Return (1 − β) / (1 − β^n_c) of every class, scaled to a mean of 1; shape (C,), 0 for a class without images.
+
+    Source: Cui et al., *Class-Balanced Loss Based on Effective Number of Samples*, CVPR 2019, arXiv 1901.05555.
+
+    Args:
+        class_counts: (C,) training images a class.
+        beta: in [0, 1); 0 leaves all classes alike, towards 1 it is the inverse frequency.
+    """
+    counts = class_counts.double()
+    effective = 1 - torch.tensor(beta, dtype=torch.float64) ** counts
+    weights = torch.where(counts > 0, (1 - beta) / effective.clamp(min=1e-300), 0.0)
+    return (weights * len(counts) / weights.sum()).float()
+
+
+def weighted_cross_entropy(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean of w_y · −log softmax(scores)_y, a scalar.
+
+    Args:
+        scores: (B, C).
+        labels: (B,) int64 in [0, C).
+        weights: (C,).
+    """
+    losses = weights[labels] * F.cross_entropy(scores, labels, reduction="none")
+    return batch_mean(losses, torch.ones_like(labels, dtype=torch.bool))
+
+
+def focal_loss(scores: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
+    """Return the mean of −(1 − p_y)^γ log p_y with p = softmax(scores), a scalar.
+
+    Source: Lin et al., *Focal Loss for Dense Object Detection*, ICCV 2017, arXiv 1708.02002, for softmax scores.
+
+    Args:
+        scores: (B, C).
+        labels: (B,) int64 in [0, C).
+        gamma: at least 0; 0 is cross-entropy.
+    """
+    log_p = F.log_softmax(scores, dim=1).gather(1, labels[:, None])[:, 0]
+    # never 0, where a γ below 1 has no derivative
+    missing = (-torch.expm1(log_p)).clamp(min=1e-12)
+    losses = -(missing**gamma) * log_p
+    return batch_mean(losses, torch.ones_like(labels, dtype=torch.bool))
