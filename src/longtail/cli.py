@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -74,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"longtail: error: {who}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except StoppedError as stop:
-        goes_on = "--resume" if given[0] == "train" else "the same command"
+        goes_on = "--resume" if given[0] == "train" else "the same command without --overwrite"
         print(f"longtail: {stop}; {goes_on} goes on from there", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
@@ -234,6 +233,8 @@ def _inspect(arguments: list[str]) -> None:
     given = _parse(Inspect, "inspect SOURCE", rest, Inspect(data=data))
     for path in (given.json, given.plot):
         _check_json(path)
+    if given.plot is not None and given.plot.suffix.lower() != ".png":
+        raise LongtailError(f"--plot {given.plot}: expected a name that ends in .png")
     from longtail.config import checked_section
     from longtail.data.inspection import histogram, inspect
     from longtail.files import write_made
@@ -459,8 +460,9 @@ def _recipes(arguments: list[str]) -> None:
             }
             for recipe in recipes
         ]
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        from longtail.files import write_made
+
+        write_made(given.json, table)
     if not given.quiet:
         rows = [[r.name, r.about.summary, r.about.expected or "–"] for r in recipes]
         width = max(len(row[1]) for row in rows)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from longtail.errors import LongtailError
 
 
@@ -17,6 +19,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         LongtailError: the file cannot be written; what was at ``path`` before is untouched.
     """
+    if path.exists() and not path.is_file():  # /dev/stdout, for one: nothing to put anything in the place of
+        write(path)
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         write(partial)
@@ -28,17 +33,16 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+    except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk torch and safetensors say so their way
         partial.unlink(missing_ok=True)
         raise LongtailError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
+    """Write a text file whole; a name that is not UTF-8 is told by its escapes, which JSON and YAML read."""
 
     def write(partial: Path) -> None:
-        # a name that is not UTF-8 is told by its escapes, which JSON and YAML read
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_text(text, encoding="utf-8", errors=errors)
 
     write_whole(path, write)
 

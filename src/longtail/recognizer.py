@@ -23,6 +23,7 @@ from torch import Tensor
 from longtail.data.images import SUFFIXES, open_image, to_square
 from longtail.data.views import center, to_float
 from longtail.errors import LongtailError
+from longtail.files import write_json, write_text, write_whole
 from longtail.nn import CosineClassifier, Encoder
 from longtail.objectives import log_prior, posterior
 
@@ -188,10 +189,11 @@ class Recognizer:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
         tensors |= {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-        card = json.dumps(dataclasses.asdict(self.card), indent=2, ensure_ascii=False)
-        (folder / "config.json").write_text(card + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_readme(self.card), encoding="utf-8")
+        plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_whole(folder / "model.safetensors", lambda partial: save_file(plain, partial))
+        write_text(folder / "README.md", _readme(self.card))
+        # last: what has it is whole
+        write_json(folder / "config.json", dataclasses.asdict(self.card))
 
     @classmethod
     def load(cls, folder: Path | str) -> Recognizer:

@@ -56,6 +56,19 @@ def test_parquet(parquet: Path, memory: float) -> None:
         load_data(Data(source="hub", root=str(parquet), label_column="species"), seed=0)
 
 
+def test_a_hub_test_set_is_numbered_as_training_is(parquet: Path) -> None:
+    from pyarrow import Table
+    from pyarrow import parquet as pq
+
+    images = [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}]
+    pq.write_table(Table.from_pydict({"image": images, "label": ["emu", "cat"]}), parquet / "test-0.parquet")
+    data = load_data(Data(source="hub", root=str(parquet)), seed=0)
+    assert data.test.labels.tolist() == [2, 0]
+    pq.write_table(Table.from_pydict({"image": images, "label": ["emu", "yak"]}), parquet / "test-0.parquet")
+    with pytest.raises(LongtailError, match="split test: the class 'yak' is not among the training classes"):
+        load_data(Data(source="hub", root=str(parquet)), seed=0)
+
+
 def test_an_imagefolder(photos: Path) -> None:
     data = load_data(Data(source="hub", root=str(photos), val_fraction=0.2), seed=0)
     assert data.class_names == ("cat", "dog", "emu")

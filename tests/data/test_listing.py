@@ -17,6 +17,7 @@ from longtail.data.images import FileImages
 from longtail.data.listing import names_by_folder, numbered, read_list
 from longtail.data.naming import source_of
 from longtail.data.sources import load_data, read_listing
+from longtail.data.splits import write_split
 from longtail.errors import LongtailError
 from tests.conftest import save_image
 
@@ -157,6 +158,9 @@ def test_tables(tmp_path: Path) -> None:
         ("path,label\na.png,\n", {}, "row 1: column 'label' holds nothing"),
         ("path,label\na.png,0\nb.png,cat\n", {}, "mixes numbers and names"),
         ("path,label\na.png,0,1\n", {}, "line 2: expected 2 columns, got 3"),
+        ("path,label,label\na.png,0,1\n", {}, "two columns are called 'label'"),
+        ("path,label\na.png,²\nb.png,0\n", {}, "mixes numbers and names"),
+        ("path,label\na.png,-1\n", {}, "row 1: column 'label' holds '-1'"),
         ("path,label,split\na.png,0,dev\n", {}, "split 'dev' is not known: expected train, val or test"),
         ("path,label\na.png,Cat\nb.png,cat \n", {}, "'Cat' and 'cat' differ only in case or blanks"),
     ],
@@ -202,7 +206,56 @@ def test_what_is_tested_must_not_be_trained_on(tmp_path: Path) -> None:
     assert listing.errors == [
         "1 file is listed in train and again in test (train/n00/n00_0.JPEG): what is tested must not be trained on"
     ]
-    assert any("6 files are listed twice in val" in remark for remark in listing.remarks)
+    assert "val: 6 entries name a file that is listed already, and are left out" in listing.remarks
+    assert len(listing.splits["val"]) == 6
+
+
+def test_a_file_that_a_table_lists_twice_is_there_once(tmp_path: Path) -> None:
+    tree(tmp_path, {f"{c}/{i}.png": 10 * c + i for c in range(2) for i in range(5)})
+    rows = [f"{c}/{i}.png,{c}" for c in range(2) for i in range(5)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows, "./0/1.png,0", "1//2.png,1"]))
+    data = load_data(Data(**source_of(str(tmp_path / "t.csv"))), seed=0)
+    assert len(data.train) + len(data.test) == 10
+    assert not set(data.train.ids.tolist()) & set(data.test.ids.tolist())
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows, "0/1.png,1"]))
+    with pytest.raises(LongtailError, match=r"0/1\.png is listed under the labels 0 and 1"):
+        load_data(Data(**source_of(str(tmp_path / "t.csv"))), seed=0)
+
+
+def test_other_splits_are_numbered_as_training_is(tmp_path: Path) -> None:
+    def annotations(split: str, categories: dict[int, str]) -> str:
+        files = {c: f"{split}/{c}-{i}.png" for c in categories for i in range(1)}
+        tree(tmp_path, {file: hash(file) % 1000 for file in files.values()})
+        content = {
+            "images": [{"id": c, "file_name": file} for c, file in files.items()],
+            "annotations": [{"id": c, "image_id": c, "category_id": c} for c in files],
+            "categories": [{"id": c, "name": name} for c, name in categories.items()],
+        }
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+        return str(tmp_path / f"{split}.json")
+
+    train = annotations("train", {1: "cat", 2: "dog", 3: "emu"})
+    data = load_data(Data(source="list", train=train, test=annotations("test", {1: "cat", 3: "emu"})), seed=0)
+    assert data.test.labels.tolist() == [0, 2]
+    with pytest.raises(LongtailError, match="category 9 is not among the training classes"):
+        load_data(Data(source="list", train=train, test=annotations("test", {9: "yak"})), seed=0)
+    tree(tmp_path, {"a.png": 1, "b.png": 2, "c.png": 3})
+    (tmp_path / "named.csv").write_text("path,label\na.png,cat\nb.png,dog\n")
+    (tmp_path / "numbers.txt").write_text("c.png 1\n")
+    mixed = {"train": str(tmp_path / "named.csv"), "test": str(tmp_path / "numbers.txt")}
+    with pytest.raises(LongtailError, match="test: its labels are numbers, those of train are names"):
+        load_data(Data(source="list", **mixed), seed=0)  # type: ignore[arg-type]
+
+
+def test_a_split_that_was_written_down_is_read_again(tmp_path: Path) -> None:
+    tree(tmp_path / "images", {f"{name}/{i}.png": int(name) + i for name in ("3", "17", "25") for i in range(6)})
+    (tmp_path / "images" / "3").rename(tmp_path / "images" / "train")  # a class called train is no split
+    made = write_split(Data(source="folder", root=str(tmp_path / "images")), tmp_path / "s.csv", 0.2, 0.2, 0)
+    assert made["images"] == {"train": 12, "val": 3, "test": 3}
+    data = load_data(Data(source="list", train=str(tmp_path / "s.csv"), root=made["root"]), seed=0)
+    assert data.class_names == ("17", "25", "train")
+    assert data.class_counts == [4, 4, 4]
+    assert data.val is not None
 
 
 def test_a_label_beyond_the_training_classes(tmp_path: Path) -> None:

@@ -114,6 +114,22 @@ def test_a_view_is_a_function_of_keys_and_image_and_moves_nobodys_numbers(name: 
     assert all(not torch.equal(once, other) for other in others)
 
 
+def test_training_sees_what_evaluation_sees(tmp_path: Path) -> None:
+    """An image on its side and one of 16 bits: turned and scaled alike in both."""
+    from longtail.data.images import open_image, to_square, upright
+
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((40, 40), 128 * 257, dtype=np.uint16)).save(deep)
+    view = PerImageView("imagenet", 32)
+    assert 60 < view(open_image(deep), 0, (0,)).float().mean() < 200
+    turned = Image.new("RGB", (40, 20), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert upright(open_image(tmp_path / "turned.jpg")).size == (20, 40)
+    assert to_square(open_image(deep), 40).unique().tolist() == [128]
+
+
 def test_contrast_views_are_grey_one_in_five() -> None:
     view, image = PerImageView("imagenet-contrast", 32), picture(64)
     grey = [bool((view(image, index, (0,)).amax(0) == view(image, index, (0,)).amin(0)).all()) for index in range(300)]

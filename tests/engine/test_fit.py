@@ -24,7 +24,7 @@ from longtail.engine.judge import evaluate
 from longtail.engine.teacher import teacher_folder
 from longtail.errors import LongtailError
 from longtail.recognizer import Recognizer
-from tests.conftest import TINY
+from tests.conftest import TINY, save_image
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -205,6 +205,19 @@ def test_an_existing_run_is_not_touched(tiny: Config, tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match="no run of longtail"):
         fit(config, other, overwrite=True, quiet=True)
     assert (other / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_is_not_judged_on_what_it_was_trained_on(tiny: Config, photos: Path, tmp_path: Path) -> None:
+    config = tiny.replace(method="la", epochs=1, data={"source": "folder", "root": str(photos)})
+    fit(config, tmp_path / "run", quiet=True)
+    evaluate(tmp_path / "run")
+    save_image(photos / "cat" / "new.png", seed=5)  # the split is made anew, with other images in it
+    with pytest.raises(LongtailError, match=r"was trained on other images than .* has for training now"):
+        evaluate(tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(LongtailError, match="was trained on other images than there are now"):
+        fit(config, tmp_path / "run", resume=True, quiet=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 def test_broken_and_foreign_checkpoints(tiny: Config, tmp_path: Path) -> None:

@@ -141,6 +141,12 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(tiny: Config, tmp_path: Pat
     assert load_checkpoint(tmp_path / "run" / "last.ckpt")["books"]["step"] == 12
 
 
+def test_parts_that_are_too_small_are_refused(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(LongtailError, match=r"optimizer\.accumulate 40: leaves 1 of 59 images a part"):
+        fit(tiny.replace(optimizer={"accumulate": 40}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_clipped_gradient_is_no_longer_than_it_may_be(tiny: Config, tmp_path: Path, monkeypatch: Any) -> None:
     norms = []
     step = torch.optim.SGD.step

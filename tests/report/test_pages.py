@@ -17,7 +17,7 @@ def test_a_runs_page(tiny: Config, tmp_path: Path) -> None:
     text = run_report(tmp_path / "run").read_text(encoding="utf-8")
     for part in ("The tail", "Accuracy by class", "Loss terms", "Temperature", "The prior", "balanced accuracy"):
         assert part in text
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     # self-contained: nothing is fetched
     assert not re.search(r"""(src|href)=["']https?:""", text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,12 +54,14 @@ class LongTailedData:
     remarks: tuple[str, ...] = ()
     """What a user should know of the set before training on it."""
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """A name of the training set: which images, under which labels and class names."""
+        """A name of the training set: which images, with a look at some of them, under which labels and class names."""
         digest = hashlib.blake2b("\0".join(self.class_names).encode("utf-8", "surrogateescape"), digest_size=8)
         for tensor in (self.train.ids, self.train.labels):
             digest.update(tensor.numpy().tobytes())
+        for index in range(0, len(self.train), max(1, len(self.train) // 64)):
+            digest.update(self.train.images.glance(index))
         return digest.hexdigest()
 
     @property

@@ -47,6 +47,10 @@ class Images(Protocol):
         """Remember images that cannot be read."""
         ...
 
+    def glance(self, index: int) -> bytes:
+        """Return something that tells an image from another: its size in bytes, or its pixels."""
+        ...
+
 
 class ArrayImages:
     """Images in memory: (N, channels, S, S) uint8."""
@@ -74,6 +78,10 @@ class ArrayImages:
     def note(self, broken: dict[int, str]) -> None:
         """Nothing in memory is broken."""
         assert not broken
+
+    def glance(self, index: int) -> bytes:
+        """Return an image's pixels."""
+        return self.pixels[index].numpy().tobytes()
 
 
 class LazyImages(ABC):
@@ -174,6 +182,11 @@ class FileImages(LazyImages):
         """Return the image at ``index``."""
         return open_image(self.root / self.names[index])
 
+    def glance(self, index: int) -> bytes:
+        """Return a file's size."""
+        path = self.root / self.names[index]
+        return str(path.stat().st_size if path.exists() else -1).encode()
+
 
 class EncodedImages(LazyImages):
     """Encoded images in the rows of a table (parquet, the Hub's sets).
@@ -203,6 +216,10 @@ class EncodedImages(LazyImages):
 
     def __len__(self) -> int:
         return self.count
+
+    def glance(self, index: int) -> bytes:
+        """Return the size of a row's image."""
+        return str(len(self.cells(index))).encode()
 
     def open(self, index: int) -> Image.Image:
         """Return the image of row ``index``."""
@@ -261,11 +278,16 @@ def decode(path: Path, size: int, channels: int = 3) -> Tensor:
 
 
 def to_square(image: Image.Image, size: int, channels: int = 3) -> Tensor:
-    """Return any Pillow image as (channels, size, size) uint8.
+    """Return any Pillow image as (channels, size, size) uint8: the short side resized (bicubic), the centre cut out."""
+    image = upright(image, channels)
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.permute(2, 0, 1) if channels == 3 else pixels[None]
 
-    Upright by its EXIF tag, transparency over white, 16 bits down to 8, the short side resized to ``size`` (bicubic)
-    and the centre cut out.
-    """
+
+def upright(image: Image.Image, channels: int = 3) -> Image.Image:
+    """Return any Pillow image in colour or grey: upright by its EXIF tag, over white, 16 bits down to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion clips 16-bit values to white
@@ -275,8 +297,5 @@ def to_square(image: Image.Image, size: int, channels: int = 3) -> Tensor:
     elif image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image = image.convert("RGB" if channels == 3 else "L")
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image))
-    return pixels.permute(2, 0, 1) if channels == 3 else pixels[None]
+    mode = "RGB" if channels == 3 else "L"
+    return image if image.mode == mode else image.convert(mode)

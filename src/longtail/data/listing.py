@@ -8,9 +8,11 @@ from __future__ import annotations
 import array
 import collections
 import csv
+import io
 import json
 import math
 import os
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +71,7 @@ def read_list(path: Path) -> tuple[list[str], list[int]]:
             if not line.strip():
                 continue
             name, _, label = line.strip().rpartition("\t")
-        if not name or not label.isdigit():
+        if not name or not label.isdecimal():
             raise LongtailError(f"{path}, line {number}: expected 'path label' with a label from 0, got '{line[:80]}'")
         names.append(name.strip())
         labels.append(int(label))
@@ -78,8 +80,12 @@ def read_list(path: Path) -> tuple[list[str], list[int]]:
     return names, labels
 
 
-def read_annotations(path: Path) -> tuple[list[str], list[int], list[str]]:
-    """Read a JSON file in iNaturalist's layout; returns names, labels and class names, in the order of category ids.
+def read_annotations(path: Path, known: list[int] | None = None) -> tuple[list[str], list[int], list[str], list[int]]:
+    """Read a JSON file in iNaturalist's layout; returns paths, labels, class names and category ids, in their order.
+
+    Args:
+        path: the file.
+        known: category ids of the training classes, by which another split's labels are numbered.
 
     Raises:
         LongtailError: it is not JSON, or lacks images, annotations or categories.
@@ -88,7 +94,11 @@ def read_annotations(path: Path) -> tuple[list[str], list[int], list[str]]:
         content = json.loads(_text(path))
         files = {image["id"]: image["file_name"] for image in content["images"]}
         categories = sorted((entry["id"], str(entry["name"])) for entry in content["categories"])
-        index = {identity: position for position, (identity, _) in enumerate(categories)}
+        order = [identity for identity, _ in categories] if known is None else known
+        index = {identity: position for position, identity in enumerate(order)}
+        unknown = next((a["category_id"] for a in content["annotations"] if a["category_id"] not in index), None)
+        if unknown is not None:
+            raise LongtailError(f"{path}: category {unknown} is not among the training classes")
         pairs = [(files[entry["image_id"]], index[entry["category_id"]]) for entry in content["annotations"]]
     except json.JSONDecodeError as error:
         raise LongtailError(f"{path}: is not JSON: {error}") from None
@@ -102,7 +112,7 @@ def read_annotations(path: Path) -> tuple[list[str], list[int], list[str]]:
     names = [name for _, name in categories]
     if len(set(names)) < len(names):  # iNaturalist 2018 was published with numbers for names, and without
         names = [f"{name} ({identity})" for identity, name in categories]
-    return [name for name, _ in pairs], [label for _, label in pairs], names
+    return [name for name, _ in pairs], [label for _, label in pairs], names, order
 
 
 def read_table(
@@ -119,12 +129,21 @@ def read_table(
     image = _pick(
         columns, image_column, ("path", "image", "file", "file_name", "filename", "image_path"), path, "image"
     )
-    label = _pick(columns, label_column, ("label", "class", "class_name", "target", "category"), path, "label")
+    label = _pick(columns, label_column, ("class_name", "label", "class", "target", "category"), path, "label")
     split = "split" if split_column is None and "split" in columns else split_column
     if split is not None:
         split = _pick(columns, split, (), path, "split")
+    if any(not isinstance(value, str) for value in columns[image][:1]):
+        raise LongtailError(
+            f"{path}: column '{image}' holds no paths but {type(columns[image][0]).__name__}; Parquet files with "
+            "images inside are read as a folder: --data FOLDER"
+        )
     names = [str(value) for value in columns[image]]
-    labels = [_label(value, path, row, label) for row, value in enumerate(columns[label], start=1)]
+    # a column of this name, as longtail split writes it, holds names even where they look like numbers
+    labels = [
+        str(value).strip() if label == "class_name" and value else _label(value, row, path, label)
+        for row, value in enumerate(columns[label], start=1)
+    ]
     if not names:
         raise LongtailError(f"{path}: has no rows")
     if len({type(value) for value in labels}) > 1:
@@ -143,18 +162,26 @@ def _columns(path: Path) -> Mapping[str, Sequence[Any]]:
         except (OSError, ArrowInvalid) as error:
             raise LongtailError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
         return columns
-    rows = csv.reader(_text(path).splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    header = next(rows, None)
-    if not header:
-        raise LongtailError(f"{path}: is empty, expected a header with the names of the columns")
-    table: dict[str, list[Any]] = {name.strip(): [] for name in header}
-    for number, row in enumerate(rows, start=2):
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise LongtailError(f"{path}, line {number}: expected {len(header)} columns, got {len(row)}")
-        for name, value in zip(table, row, strict=True):
-            table[name].append(value)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
+    try:
+        header = [name.strip() for name in next(rows, [])]
+        if not any(header):
+            raise LongtailError(f"{path}: is empty, expected a header with the names of the columns")
+        twice = next((name for name, count in collections.Counter(header).items() if name and count > 1), None)
+        if twice is not None:
+            raise LongtailError(f"{path}: two columns are called '{twice}'; rename one")
+        table: dict[str, list[Any]] = {name: [] for name in header if name}
+        for row in rows:
+            if not any(row):
+                continue
+            if len(row) != len(header):
+                raise LongtailError(f"{path}, line {rows.line_num}: expected {len(header)} columns, got {len(row)}")
+            for name, value in zip(header, row, strict=True):
+                if name:
+                    table[name].append(value)
+    except csv.Error as error:
+        raise LongtailError(f"{path}, line {rows.line_num}: cannot be read as a table: {error}") from None
     return table
 
 
@@ -178,17 +205,17 @@ def _pick(
     return found
 
 
-def _label(value: Any, path: Path, row: int, column: str | None) -> int | str:
+def _label(value: Any, row: int, path: Path, column: str) -> int | str:
     if isinstance(value, str):
         text = value.strip()
-        if text.isdigit():
+        if text.isdecimal():
             return int(text)
         try:
             number = float(text) if text else math.nan
         except ValueError:
             return text
-    elif isinstance(value, int):
-        return value
+    elif isinstance(value, int) and value >= 0:
+        return int(value)
     else:
         number = math.nan if value is None else float(value)
     shown = "nothing" if value is None or value == "" else repr(value)
@@ -235,7 +262,8 @@ def names_by_folder(entries: Entries, classes: int) -> list[str]:
 def read_folder(root: Path) -> Listing:
     """Read a tree with one sub-folder a class, below ``train``, ``val`` and ``test`` or without them."""
     errors: list[str] = []
-    if not (root / "train").is_dir():
+    if not any(_is(entry, "dir") for entry in (_entries(root / "train") if (root / "train").is_dir() else ())):
+        # no splits; a class may be called train
         found = _class_files(root, errors)
         names = list(found)
         return Listing(root, {"all": _of_classes(found, names, "")}, names, errors)
@@ -386,24 +414,31 @@ def _first_failure(root: Path, name: str) -> str:
 
 
 def _check_twice(listing: Listing) -> None:
-    owner: dict[str, str] = {}
-    twice: collections.Counter[tuple[str, str]] = collections.Counter()
-    example: dict[tuple[str, str], str] = {}
+    """Keep one entry of a file that a split lists twice; one under two labels, or in two splits, is an error."""
+    owner: dict[str, tuple[str, int]] = {}
+    across: dict[tuple[str, str], list[str]] = {}
     for split, entries in listing.splits.items():
-        for name in entries.names:
-            if name in owner:
-                twice[owner[name], split] += 1
-                example.setdefault((owner[name], split), name)
-            else:
-                owner[name] = split
-    for (first, second), number in twice.items():
-        where = f"twice in {first}" if first == second else f"in {first} and again in {second}"
-        files = "file is" if number == 1 else "files are"
-        text = f"{number:,} {files} listed {where} ({example[first, second]}{'…' if number > 1 else ''})"
-        if first == second:
-            listing.remarks.append(text)
-        else:
-            listing.errors.append(f"{text}: what is tested must not be trained on")
+        once = []
+        for position, (name, label) in enumerate(zip(entries.names, entries.labels.tolist(), strict=True)):
+            if name not in owner:
+                owner[name] = (split, label)
+                once.append(position)
+            elif owner[name][0] != split:
+                across.setdefault((owner[name][0], split), []).append(name)
+                once.append(position)
+            elif owner[name][1] != label:
+                listing.errors.append(f"{split}: {name} is listed under the labels {owner[name][1]} and {label}")
+        if len(once) < len(entries):
+            twice = len(entries) - len(once)
+            listing.remarks.append(f"{split}: {twice:,} entries name a file that is listed already, and are left out")
+            listing.splits[split] = entries.at(torch.tensor(once, dtype=torch.int64))
+    for (first, second), names in across.items():
+        files = "file is" if len(names) == 1 else "files are"
+        example = f"{names[0]}{'…' if len(names) > 1 else ''}"
+        listing.errors.append(
+            f"{len(names):,} {files} listed in {first} and again in {second} ({example}): "
+            "what is tested must not be trained on"
+        )
 
 
 def _text(path: Path) -> str:
@@ -432,7 +467,9 @@ def listed(
     """
     raw: dict[str, tuple[list[str], list[Any]]] = {}
     names: list[str] | None = None
-    for split, path in sources.items():
+    categories: list[int] | None = None
+    for split in sorted(sources, key=lambda split: split != "train"):
+        path = sources[split]
         if path.suffix.lower() in {".csv", ".tsv", ".parquet"}:
             files, labels, splits = read_table(path, image_column, label_column, split_column)
             if splits is None:
@@ -445,25 +482,38 @@ def listed(
                 chosen = [index for index, value in enumerate(splits) if value == part]
                 raw[name] = ([files[index] for index in chosen], [labels[index] for index in chosen])
         elif path.suffix.lower() == ".json":
-            files, labels, found = read_annotations(path)
-            names = found if names is None else names
+            files, labels, found, order = read_annotations(path, categories)
+            if categories is None:
+                names, categories = found, order
             raw[split] = (files, labels)
         else:
             raw[split] = read_list(path)
     if "train" not in raw:
         raise LongtailError(f"{', '.join(map(str, sources.values()))}: there is no training split")
+    kinds = {
+        split: "names" if labels and isinstance(labels[0], str) else "numbers" for split, (_, labels) in raw.items()
+    }
+    for split, kind in kinds.items():
+        if kind != kinds["train"]:
+            raise LongtailError(f"{split}: its labels are {kind}, those of train are {kinds['train']}; use one of them")
     splits_of: dict[str, Entries] = {}
     for split in sorted(raw, key=lambda split: split != "train"):
         files, labels = raw[split]
-        numbers, names_found = numbered(labels, names)
-        names = names or names_found or None
-        splits_of[split] = Entries(files, numbers)
+        numbers, names_found = numbered(labels, names if kinds["train"] == "names" else None)
+        if kinds["train"] == "names":
+            names = names_found
+        splits_of[split] = Entries([_plain(file) for file in files], numbers)
     if names is None:
         classes = int(splits_of["train"].labels.max()) + 1
         names = names_by_folder(splits_of["train"], classes)
     if set(splits_of) == {"train"}:
         splits_of = {"all": splits_of["train"]}
     return Listing(root, {split: splits_of[split] for split in ("all", *SPLITS) if split in splits_of}, names)
+
+
+def _plain(path: str) -> str:
+    """Return a path in the one way of writing it, so that a file that is listed twice is seen to be."""
+    return posixpath.normpath(path) if "//" in path or "./" in path else path
 
 
 def in_other_style(listing: Listing, styles: Sequence[Callable[[str], str]]) -> Listing:

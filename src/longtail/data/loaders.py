@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Batch:
         return self._map(lambda t: (t.pin_memory() if pinned else t).to(device, non_blocking=True), self.room)
 
     def split(self, parts: int) -> list[Batch]:
-        """Return the batch in parts whose sizes differ by at most one, none of them empty."""
+        """Return the batch in parts whose sizes differ by at most one."""
         if parts == 1:
             return [self]
         edges = [len(self) * part // parts for part in range(parts + 1)]
@@ -70,7 +71,6 @@ class Batch:
         return [
             self._map(lambda tensor, a=a, b=b: tensor[a:b], room)  # type: ignore[misc]
             for a, b in itertools.pairwise(edges)
-            if b > a
         ]
 
 
@@ -128,6 +128,8 @@ class TrainLoader:
         self.images, self.views, self.seed, self.epochs = images, tuple(views), seed, epochs
         self.sampler, self.deferred_from = sampler, deferred_from
         self.steps = -(-len(images) // batch_size)
+        self.least = len(images) // self.steps // world
+        """The fewest images that a process has in a step."""
         self.per_image = any(isinstance(view, PerImageView) for view in self.views)
         assert not self.per_image or all(isinstance(view, PerImageView) for view in self.views)
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
@@ -184,12 +186,20 @@ class TrainLoader:
             assert isinstance(view, PerImageView)
             view.prepare()
         workers = min(self.workers, len(splits))
-        for made in DataLoader(_Splits(self, splits, epoch, numbers), batch_size=None, num_workers=workers):
+        for made in DataLoader(
+            _Splits(self, splits, epoch, numbers), batch_size=None, num_workers=workers, worker_init_fn=_deaf
+        ):
             if isinstance(made, str):  # an error in another process would come with its traceback
                 raise LongtailError(made)
             views, indices, broken = made
             images.note(broken)
             yield indices, tuple(to_float(view) for view in views)
+
+
+def _deaf(_worker: int) -> None:
+    # a scheduler signals all processes of a job, a terminal too: the training ends its workers when it has saved
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 _Views = tuple[Tensor, tuple[Tensor, ...]]

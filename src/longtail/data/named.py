@@ -109,7 +109,9 @@ def _cifar_from_parquet(root: Path, classes: int) -> tuple[list[_Split], list[st
 class _Rows:
     """A split of the library datasets: encoded images and labels, columns by their usual names."""
 
-    def __init__(self, split: Any, images: Sequence[str], labels: Sequence[str], where: str) -> None:
+    def __init__(
+        self, split: Any, images: Sequence[str], labels: Sequence[str], where: str, known: list[str] | None = None
+    ) -> None:
         import datasets
 
         self.where = where
@@ -122,8 +124,11 @@ class _Rows:
         feature = split.features[self.label_column]
         self.names: list[str] | None = list(getattr(feature, "names", None) or []) or None
         if values and isinstance(values[0], str):
-            self.names = sorted(set(values))
+            self.names = sorted(set(values)) if known is None else known
             index = {name: position for position, name in enumerate(self.names)}
+            unseen = next((value for value in values if value not in index), None)
+            if unseen is not None:
+                raise LongtailError(f"{where}: the class '{unseen}' is not among the training classes")
             values = [index[value] for value in values]
         self.labels = torch.tensor(values, dtype=torch.int64)
         self._encoded = split.cast_column(image, datasets.Image(decode=False)).with_format("arrow")
@@ -177,13 +182,28 @@ def hub(config: Data, seed: int) -> LongTailedData:
     loaded = _load_dataset(config.name or "" if config.root is None else str(Path(config.root).resolve()), where)
     images = (config.image_column,) if config.image_column else ("image", "img", "jpg", "png")
     labels = (config.label_column,) if config.label_column else ("label", "labels", "fine_label", "class")
-    rows = {split: _Rows(loaded[split], images, labels, f"{where}, split {split}") for split in loaded}
-    parts = {"train": rows.get("train")} | {"val": rows.get("validation") or rows.get("val"), "test": rows.get("test")}
-    if parts["train"] is None:
+    if "train" not in loaded:
         raise LongtailError(f"{where}: there is no split 'train', only {', '.join(loaded)}")
+    rows: dict[str, _Rows] = {}
+    remarks = []
+    for split in sorted(loaded, key=lambda name: name != "train"):
+        known = rows["train"].names if "train" in rows else None
+        found = _Rows(loaded[split], images, labels, f"{where}, split {split}", known)
+        if split != "train" and len(found.labels) and bool((found.labels == -1).all()):
+            remarks.append(f"split {split} has no labels, and is left out")
+            continue
+        classes = len(rows["train"].names or []) if rows else len(found.names or [])
+        classes = classes or int(rows.get("train", found).labels.max()) + 1
+        if len(found.labels) and (int(found.labels.min()) < 0 or int(found.labels.max()) >= classes):
+            raise LongtailError(
+                f"{where}, split {split}: expected labels 0 to {classes - 1} in '{found.label_column}', got "
+                f"{int(found.labels.min())} to {int(found.labels.max())}"
+            )
+        rows[split] = found
+    parts = {"train": rows.get("train")} | {"val": rows.get("validation") or rows.get("val"), "test": rows.get("test")}
     if parts["test"] is None and parts["val"] is not None:
         parts["test"], parts["val"] = parts["val"], None
-    train = parts["train"]
+    train = rows["train"]
     names = train.names or [str(index) for index in range(int(train.labels.max()) + 1)]
     positions = {name: torch.arange(len(part.labels)) for name, part in parts.items() if part is not None}
     if parts["test"] is None:
@@ -199,11 +219,14 @@ def hub(config: Data, seed: int) -> LongTailedData:
         raise LongtailError(f"{where}: the class '{empty}' has no training image")
     kept = long_tailed(order, names, profile, config.imbalance, config.class_order, seed)
     positions["train"] = positions["train"][kept]
-    sample = [Image.open(io.BytesIO(cell)).size for cell in train.cells(positions["train"][:64].tolist())]
-    median = sorted(min(sides) for sides in sample)[len(sample) // 2]
+    cells = train.cells(positions["train"][:64].tolist())
+    sample = EncodedImages(cells.__getitem__, len(cells), where, 8)
+    short = sorted(min(sample.open(index).size) for index in range(len(cells)))
+    median = short[len(short) // 2]
     size = config.image_size or (32 if median < 48 else 64 if median < 128 else 224)
     stored = size if size <= 64 else round(size * 256 / 224)
-    in_memory = sum(map(len, positions.values())) * stored**2 * 3 <= config.memory_gib * 2**30
+    whole = config.augment.startswith("imagenet") and size > 64  # these views start from the whole image
+    in_memory = not whole and sum(map(len, positions.values())) * stored**2 * 3 <= config.memory_gib * 2**30
 
     def opened(name: str) -> ImageSet | None:
         part = parts[name]
@@ -230,6 +253,7 @@ def hub(config: Data, seed: int) -> LongTailedData:
         std=CIFAR_STD if size <= 64 else IMAGENET_STD,
         image_size=size,
         augment="cifar" if size <= 64 else "photo" if in_memory else "imagenet",
+        remarks=tuple(remarks),
     )
 
 
@@ -250,6 +274,10 @@ def _cifar_from_torchvision(root: Path | None, classes: int) -> tuple[list[_Spli
         try:
             loaded = kind(str(folder), train=train, download=root is None)
         except RuntimeError:
+            if root is None:
+                raise LongtailError(
+                    f"{folder}: holds a broken {kind.base_folder}; remove it and download it again, in one process"
+                ) from None
             raise LongtailError(
                 f"data.root '{root}': found neither parquet files nor an unbroken {kind.base_folder}; "
                 "leave --data.root out to download the set"

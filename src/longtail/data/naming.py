@@ -26,7 +26,7 @@ def source_of(text: str) -> dict[str, Any]:
         return {"source": "hub", "name": text.removeprefix("hub:")}
     path = Path(text)
     if path.is_dir():
-        return {"source": "hub" if any(path.glob("*.parquet")) else "folder", "root": text}
+        return {"source": "hub" if next(path.rglob("*.parquet"), None) is not None else "folder", "root": text}
     if path.suffix.lower() in {".txt", ".lst", ".csv", ".tsv", ".parquet", ".json"}:
         return {"source": "list", "train": text}
     raise LongtailError(

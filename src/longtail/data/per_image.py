@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from longtail.data.images import upright
 from longtail.randomness import mix
 
 RECIPES = ("cifar", "imagenet", "imagenet-contrast")
@@ -49,7 +50,7 @@ class PerImageView:
         """Return the view that (keys, image id) decide on."""
         self.prepare()
         _seed(mix(*keys, image_id))
-        view: Tensor = self._transform(image if image.mode == "RGB" else image.convert("RGB"))
+        view: Tensor = self._transform(upright(image))
         return view
 
 

@@ -7,7 +7,9 @@ that it can be looked at before an image is opened: such a function goes into :d
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,7 +29,6 @@ from longtail.data.images import ArrayImages, FileImages, Images, sides
 from longtail.data.imbalance import long_tailed, permuted_by_class, stratified
 from longtail.data.listing import Entries, Listing, check, in_other_style, listed, read_folder
 from longtail.data.named import cifar, digits, hub
-from longtail.data.per_image import RECIPES
 from longtail.errors import LongtailError, nearest
 
 
@@ -165,6 +166,8 @@ def _from_listing(listing: Listing, config: Data, seed: int) -> LongTailedData:
     splits = dict(listing.splits)
     if "all" in splits or "test" not in splits:
         splits = _split(splits, listing, config, seed, remarks)
+    elif config.val_fraction > 0 and "val" not in splits:
+        remarks.append("data.val_fraction is not used: the set has splits of its own")
     splits["train"] = _with_tail(splits["train"], names, config, seed)
     _least(splits["train"], listing, config)
     size = config.image_size or _natural_size(listing.root, splits["train"].names)
@@ -232,7 +235,7 @@ class _Opener:
         # photographs are kept a little larger than they are used, as in evaluation at 256 and 224
         self.root, self.stored = root, size if size <= 64 else round(size * 256 / 224)
         # the protocol's views of photographs start from the whole image
-        whole = config.augment in RECIPES and size > 64
+        whole = config.augment.startswith("imagenet") and size > 64
         self.in_memory = not whole and images * self.stored**2 * 3 <= config.memory_gib * 2**30
         self.headers = config.source == "folder"
 
@@ -242,9 +245,11 @@ class _Opener:
         if self.in_memory:
             strict = FileImages(self.root, entries.names, self.stored)
             images = ArrayImages(strict.take(torch.arange(len(entries))))
-        elif self.headers:
-            for name in entries.names:  # found now, by name, rather than in the middle of an epoch
-                sides(self.root / name)
+        elif self.headers or broken_share == 0:
+            # found now, by name, rather than in the middle of an epoch, or when all is trained
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(lambda name: sides(self.root / name), entries.names):
+                    pass
         return ImageSet(images, entries.labels, ids)
 
 

@@ -48,11 +48,11 @@ def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> 
     assignment, short = stratified(entries.labels, len(names), val, test, seed)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["path", "label", "split"])
+    rows.writerow(["path", "class_name", "split"])
     for name, label, split in zip(entries.names, entries.labels.tolist(), assignment.tolist(), strict=True):
         rows.writerow([name, names[label], SPLITS[split]])
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, text.getvalue())
+    write_text(out, text.getvalue(), errors="surrogateescape")
     counts = torch.bincount(assignment, minlength=3).tolist()
     return {
         "root": str(listing.root),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import csv
+import hashlib
+import importlib.util
+import io
 import json
 import sys
 import time
@@ -170,11 +173,10 @@ class Log:
         also: csv (``metrics.csv``, epochs alone), tensorboard, wandb.
         name: of the run, for wandb.
 
-    Raises:
-        LongtailError: a package is missing; the extra is named.
+        step: where the run goes on; what was written beyond is dropped.
     """
 
-    def __init__(self, out: Path, also: Sequence[str], name: str) -> None:
+    def __init__(self, out: Path, also: Sequence[str], name: str, step: int) -> None:
         self.out, self.also = out, tuple(also)
         self.path = out / "metrics.jsonl"
         self._board: Any = None
@@ -182,21 +184,16 @@ class Log:
         if rank() > 0:
             return
         if "tensorboard" in also:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise _missing("tensorboard") from None
-            self._board = SummaryWriter(str(out / "tensorboard"))
-        if "wandb" in also:
-            try:
-                import wandb
-            except ImportError:
-                raise _missing("wandb") from None
-            self._wandb = wandb.init(project="longtail", name=name, dir=str(out), resume="allow")
+            from torch.utils.tensorboard import SummaryWriter
 
-    def keep_until(self, step: int) -> None:
-        """Drop the lines that were written after a checkpoint."""
-        if self.path.is_file() and rank() == 0:
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        if "wandb" in also:
+            import wandb
+
+            # the same folder is the same run, resumed or not
+            identity = hashlib.blake2b(str(out.resolve()).encode(), digest_size=6).hexdigest()
+            self._wandb = wandb.init(project="longtail", name=name, dir=str(out), id=identity, resume="allow")
+        if self.path.is_file():
             kept = [line for line in read_metrics(self.path) if line["kind"] != "test" and line["step"] <= step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             if "csv" in self.also:
@@ -224,10 +221,11 @@ class Log:
     def _write_csv(self, lines: Iterable[Mapping[str, Any]]) -> None:
         epochs = [line for line in lines if line["kind"] == "epoch"]
         names = list(dict.fromkeys(name for line in epochs for name in line if name != "kind"))
-        with (self.out / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(epochs)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(epochs)
+        write_text(self.out / "metrics.csv", text.getvalue())
 
     def close(self) -> None:
         """Say good-bye to whoever listens."""
@@ -237,8 +235,15 @@ class Log:
             self._wandb.finish()
 
 
-def _missing(extra: str) -> LongtailError:
-    return LongtailError(f"log {extra}: the package is not installed: pip install 'longtail[{extra}]'")
+def check_logs(also: Sequence[str]) -> None:
+    """Raise LongtailError where a log's package is missing; the extra is named."""
+    for extra in also:
+        try:
+            there = extra == "csv" or importlib.util.find_spec(extra) is not None
+        except ValueError:  # somebody has put nothing in its place
+            there = False
+        if not there:
+            raise LongtailError(f"log {extra}: the package is not installed: pip install 'longtail[{extra}]'")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,11 +121,19 @@ def teacher_cache(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LongtailError(f"{folder}: cannot be made: {error.strerror}") from None
-        partial = {kind: path.with_suffix(".making") for kind, path in paths.items()}
-        arrays = {
-            kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
-            for kind, shape in shapes.items()
-        }
+        partial = {kind: path.with_suffix(f".{os.getpid()}.making") for kind, path in paths.items()}
+        try:
+            arrays = {
+                kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
+                for kind, shape in shapes.items()
+            }
+            for path in partial.values():  # now, rather than in the middle, when the disk turns out to be full
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+            raise LongtailError(f"{folder}: {gib:.2f} GiB cannot be written: {error.strerror}") from None
         _fill(arrays, config, data, FrozenEncoder(teacher).to(device), classifier, make_loader, device)
         for kind, array in arrays.items():
             array.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,9 @@ def compare(
         data = load_data(config.data, seeds[0])
         config = config.replace(epochs=resolve(config, data).epochs)
     runs = plan(config, methods, seeds, match)
+    data = load_data(config.data, seeds[0]) if data is None else data  # before anything is removed
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LongtailError("compare: is run by one process; give every training torchrun of its own")
     if overwrite and out.exists():
         if any(out.iterdir()) and not (out / "comparison.json").is_file():
             raise LongtailError(f"{out}: is not empty and no comparison of longtail; choose another --out")

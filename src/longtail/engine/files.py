@@ -70,19 +70,14 @@ def open_run(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> 
             pass
     except OSError as error:
         raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    write_text(folder / "config.yaml", config.to_yaml())
+    if not (folder / "config.yaml").is_file():
+        write_text(folder / "config.yaml", config.to_yaml())
 
 
 INCIDENTAL = frozenset(
     {
-        "device",
-        "compile",
-        "checkpoint_seconds",
-        "log",
-        "data.root",
-        "data.memory_gib",
-        "data.workers",
-        "data.broken_share",
+        *("device", "compile", "checkpoint_seconds", "log"),
+        *("data.root", "data.train", "data.val", "data.test", "data.memory_gib", "data.workers", "data.broken_share"),
     }
 )
 """Settings that do not make it another run: where it is computed, how often it is saved, where its images lie."""

@@ -21,13 +21,14 @@ from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.images import Images
 from longtail.data.loaders import Batch, TrainLoader
 from longtail.data.sources import load_data
-from longtail.engine.books import Books, Log, Progress, Watch
+from longtail.engine.books import Books, Log, Progress, Watch, check_logs
 from longtail.engine.cache import TeacherCache, teacher_cache
 from longtail.engine.choices import build_views, explained
 from longtail.engine.files import load_checkpoint, open_run, save_checkpoint
 from longtail.engine.judge import judge
 from longtail.engine.processes import (
     StopSignals,
+    batch_sizes,
     build_fabric,
     one_line_of_a_lost_process,
     rank,
@@ -37,6 +38,7 @@ from longtail.engine.processes import (
 from longtail.engine.schedule import rate
 from longtail.engine.teacher import Teacher, given_teacher, trained_teacher
 from longtail.errors import LongtailError, StoppedError
+from longtail.files import write_text
 from longtail.methods import method_class
 from longtail.methods.base import Method
 from longtail.nn import Encoder
@@ -140,8 +142,19 @@ class _Trainer:
         assert isinstance(config.epochs, int)
         self.epochs = config.epochs
         # a teacher that is given is looked at before the run's folder is made, too
+        check_logs(config.log)
+        self._check_parts()
         given = self.kind.needs_teacher and config.teacher.source != "train"
         self.teacher = given_teacher(config, data) if given else None
+
+    def _check_parts(self) -> None:
+        parts = self.config.optimizer.accumulate
+        least = self._loader(self.views, None, rank(), world_size()).least
+        if least // parts < 2:
+            raise LongtailError(
+                f"optimizer.accumulate {parts}: leaves {least // parts} of {least} images a part, expected at least 2; "
+                "lower it, or raise batch_size"
+            )
 
     def run(self, resume: bool, teachers: Path, train_teacher: Callable[[Config, Path], object]) -> Run:
         config, data = self.config, self.data
@@ -165,7 +178,7 @@ class _Trainer:
         wrapped, optimizer = self.fabric.setup(method, optimizer)
         average = self._average(method)
         loader = self._loader(self.views, cache, rank(), world_size())
-        books, log = Books(), Log(self.out, config.log, self.out.name)
+        books = Books()
         checkpoint = self.out / "last.ckpt"
         if resume and checkpoint.is_file():
             self._restore(load_checkpoint(checkpoint), method, optimizer, average, books)
@@ -179,7 +192,9 @@ class _Trainer:
                     yield batch.to(device)
 
             method.fill(draw, data.train.labels)
-        log.keep_until(books.step)
+        if rank() == 0:  # where the images are now, for one, once it is certain that they are the same
+            write_text(self.out / "config.yaml", config.to_yaml())
+        log = Log(self.out, config.log, self.out.name, books.step)
         try:
             self._train(wrapped, method, optimizer, average, loader, books, log)
             return self._finish(method, average, books, log, teacher_seconds)
@@ -286,10 +301,11 @@ class _Trainer:
         optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         parts = batch.split(settings.accumulate)
+        whole = batch_sizes([len(part) for part in parts], self.fabric.device)
         for number, part in enumerate(parts):
             with self.fabric.no_backward_sync(wrapped, enabled=world_size() > 1 and number + 1 < len(parts)):
                 found = wrapped(part.to(self.fabric.device))
-                share = len(part) / len(batch)
+                share = whole[number] / sum(whole)
                 self.fabric.backward(torch.stack(list(found.values())).sum() * share)
             for name, value in found.items():
                 terms[name] = terms[name] + value.detach() * share if name in terms else value.detach() * share
@@ -305,7 +321,8 @@ class _Trainer:
         self, method: Method, average: Any, books: Books, log: Log, epoch: int, learning_rate: float
     ) -> None:
         means = books.global_means()
-        information = _entropy(self.data.class_counts) - method.conditional_entropy(means)
+        entropy = method.conditional_entropy(means)
+        bits = None if entropy is None else (_entropy(self.data.class_counts) - entropy) / math.log(2)
         watched = {name: value.item() for name, value in method.watched().items()}
         broken = self.data.train.images.broken
         if len(broken) > self.broken:
@@ -322,7 +339,7 @@ class _Trainer:
                 "learning_rate": learning_rate,
                 "loss": sum(means.values()),
                 **means,
-                "information_bits": information / math.log(2),
+                "information_bits": bits,
                 "gradient_norm": books.norm(),
                 **watched,
                 **({"broken_images": len(broken)} if broken else {}),
@@ -379,6 +396,7 @@ class _Trainer:
             "seconds": round(books.seconds, 3),
             "teacher_seconds": round(teacher_seconds, 3),
             "student_passes": books.student_passes,
+            "images": self.data.fingerprint,
         }
         if books.best is not None:
             trained["best_step"] = books.best["step"]

@@ -44,6 +44,7 @@ def evaluate(run: Path, prior: str = "uniform", data_root: str | None = None) ->
         The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under both.
     """
     recognizer = Recognizer.load(run)
+    recognizer.to("cuda" if torch.cuda.is_available() else "cpu")
     if not (run / "config.yaml").is_file():
         raise LongtailError(f"{run}: has no config.yaml: expected the folder of a run, which names its test set")
     config = read_config(run / "config.yaml")
@@ -52,6 +53,11 @@ def evaluate(run: Path, prior: str = "uniform", data_root: str | None = None) ->
     data = load_data(config.data, config.seed)
     if data.class_names != recognizer.card.class_names:
         raise LongtailError(f"{run}: the classes of {config.data.root or config.data.source} are not those of the run")
+    if recognizer.card.trained.get("images", data.fingerprint) != data.fingerprint:
+        raise LongtailError(
+            f"{run}: was trained on other images than {config.data.root or config.data.source} has for training now, "
+            "so its test images may be among those it was trained on: give the images as they were"
+        )
     judged = judge(recognizer, data.test, config)
     return described(judged, recognizer.card, prior)
 

@@ -64,6 +64,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def batch_sizes(sizes: list[int], device: torch.device) -> list[int]:
+    """Return how many images all processes have in each part of a batch; of one part none need be asked."""
+    if world_size() == 1 or len(sizes) == 1:
+        return sizes
+    total: list[int] = summed(torch.tensor(sizes, device=device)).tolist()
+    return total
+
+
 def wait_for_all() -> None:
     """Go on when all are here."""
     if world_size() > 1:

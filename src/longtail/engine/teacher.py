@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from longtail.config import Config, Gml, Shots
+from longtail.config import Classifier, Config, Gml, Shots
 from longtail.config import Teacher as TeacherConfig
 from longtail.data.dataset import LongTailedData
 from longtail.engine.files import INCIDENTAL, flatten
@@ -36,7 +37,7 @@ def teacher_config(config: Config) -> Config:
         method="la",
         network=config.network if config.teacher.network == "auto" else config.teacher.network,
         epochs=config.teacher.epochs or config.epochs,
-        classifier={"views": 1},
+        classifier=dataclasses.asdict(Classifier(scale=config.classifier.scale)),
         data={"contrast_augment": "auto"},
         log=(),
         teacher=TeacherConfig(),

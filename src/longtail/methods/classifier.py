@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
@@ -25,10 +26,22 @@ class LogitAdjustment(Method):
         """Return the loss of (B, C) scores, a scalar."""
         return posterior_cross_entropy(scores, labels, self.log_prior())
 
+    def conditional_entropy(self, means: Mapping[str, float]) -> float | None:
+        """Return the mean of −log p(y|x)."""
+        return means["classifier"]
+
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
         """Return the mean loss over all views."""
         scores = self.classifier(self.encode(batch.views))
         return {"classifier": self.loss(scores, batch.labels.repeat(len(batch.views)), batch)}
+
+
+class Weighted(LogitAdjustment):
+    """A loss over the same scores that is no −log p(y|x) any more."""
+
+    def conditional_entropy(self, _means: Mapping[str, float]) -> None:
+        """Say nothing of it."""
+        return
 
 
 class CrossEntropy(LogitAdjustment):

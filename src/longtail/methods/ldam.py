@@ -8,13 +8,13 @@ from torch import Tensor
 from longtail.config import Config
 from longtail.data.loaders import Batch
 from longtail.errors import LongtailError
-from longtail.methods.classifier import LogitAdjustment
+from longtail.methods.classifier import Weighted
 from longtail.nn import Encoder
 from longtail.objectives.margin import ldam_margins, with_margin
 from longtail.objectives.reweighting import effective_number_weights, weighted_cross_entropy
 
 
-class LDAM(LogitAdjustment):
+class LDAM(Weighted):
     """LDAM-DRW: Cao et al., NeurIPS 2019, arXiv 1906.07413; it weighs classes from ``data.deferred_from`` on."""
 
     margins: Tensor

@@ -9,12 +9,12 @@ from torch import Tensor
 from longtail.config import Config
 from longtail.data.loaders import Batch
 from longtail.methods.base import Prior
-from longtail.methods.classifier import LogitAdjustment
+from longtail.methods.classifier import Weighted
 from longtail.nn import Encoder
 from longtail.objectives.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
 
 
-class Focal(LogitAdjustment):
+class Focal(Weighted):
     """Lin et al., ICCV 2017, arXiv 1708.02002."""
 
     predicts_under: ClassVar[Prior] = "train"
@@ -24,7 +24,7 @@ class Focal(LogitAdjustment):
         return focal_loss(scores, labels, self.config.classifier.focal_gamma)
 
 
-class ClassBalanced(LogitAdjustment):
+class ClassBalanced(Weighted):
     """Cui et al., CVPR 2019, arXiv 1901.05555."""
 
     weights: Tensor

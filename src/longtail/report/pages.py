@@ -50,7 +50,7 @@ def run_report(folder: Path) -> Path:
     if "temperature" in epochs[-1]:
         values = {"temperature": [line["temperature"] for line in epochs]}
         figures.append(("Temperature τ", plots.curves(values, numbers, "τ")))
-    if "information_bits" in epochs[-1]:
+    if epochs[-1].get("information_bits") is not None:
         values = {"H(Y) − E[−log p(y|z)]": [line["information_bits"] for line in epochs]}
         figures.append(("Information between features and labels: a bound", plots.curves(values, numbers, "bits")))
     classes = [(card.class_names[index], card.class_counts[index], groups[index], accuracy[index]) for index in order]
