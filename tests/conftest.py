@@ -28,9 +28,9 @@ def _threads() -> None:
 
 @pytest.fixture
 def tiny() -> Config:
-    """digits-lt on a network of 2,000 parameters, for two epochs."""
+    """digits-lt on a network of 2,000 parameters, for two epochs, with the paper's three views."""
     config = load_recipe("digits-lt").config
-    return config.replace(network="conv8-tiny", epochs=2, checkpoint_seconds=0.0)
+    return config.replace(network="conv8-tiny", epochs=2, checkpoint_seconds=0.0, gml={"share_query": False})
 
 
 TINY = ["--network", "conv8-tiny", "--epochs", "2", "--quiet"]

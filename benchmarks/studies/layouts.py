@@ -26,16 +26,16 @@ from longtail.data.sources import load_data
 from longtail.engine.choices import resolve
 from longtail.engine.compare import finished, record
 from longtail.engine.fit import fit
-from longtail.evaluation.comparison import differences, table
+from longtail.evaluation.comparison import markdown
 from longtail.methods.gml import GML
 
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {},
-    "share key": {"gml": {"share_key": True}},
+    "paper": {"gml": {"share_query": False}},
+    "share key": {"gml": {"share_query": False, "share_key": True}},
     "share query": {"gml": {"share_query": True}},
     "share both": {"gml": {"share_key": True, "share_query": True}},
-    "classify all": {"gml": {"classify_all": True}},
-    "cache 4": {"teacher": {"cache": 4}},
+    "classify all": {"gml": {"share_query": False, "classify_all": True}},
+    "cache 4": {"teacher": {"cache": 4}, "gml": {"share_query": False}},
     "cache 4, share query": {"teacher": {"cache": 4}, "gml": {"share_query": True}},
 }
 
@@ -43,7 +43,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 def base(name: str, root: str | None) -> Config:
     """Return the study's recipe: digits-lt as it is, or CIFAR-100-LT on a budget for two cores."""
     if name == "digits":
-        return load_recipe("digits-lt").config
+        return load_recipe("digits-lt").config.replace(epochs=100)
     config = load_recipe("cifar100-lt").config
     config = config.replace(network="resnet8", epochs=10, data={"root": root}, schedule={"warmup": 0.05})
     return config.replace(teacher={"network": "resnet14", "epochs": 10})
@@ -74,14 +74,14 @@ def main() -> None:
             )
             records.append(dataclasses.replace(record(done), method=layout))
             print(f"{layout} seed {seed}: {records[-1].balanced_accuracy:.2f}", file=sys.stderr, flush=True)
-    header, rows = table(records)
-    for cells in [header, ["---"] * len(header), *rows]:
-        print("| " + " | ".join(cells) + " |")
-    found = [difference for difference in differences(records) if difference.baseline == "paper"]
-    print("\n" + "\n".join(f"- {difference}" for difference in found))
+    made = {
+        "command": f"python benchmarks/studies/layouts.py {given.study} --seeds {given.seeds}",
+        "torch": torch.__version__,
+        "baseline": "paper",
+        "records": [dataclasses.asdict(entry) for entry in records],
+    }
+    print("\n".join(markdown(records, made["baseline"])))
     if given.json:
-        command = f"python benchmarks/studies/layouts.py {given.study} --seeds {given.seeds}"
-        made = {"command": command, "torch": torch.__version__, "records": [dataclasses.asdict(r) for r in records]}
         given.json.write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -141,7 +141,9 @@ def _with_data(recipe: Recipe, arguments: list[str], named: bool) -> tuple[Recip
         changes = source_of(text)
         recipe = recipe if named else load_recipe("folder")
         rest = arguments[:place] + arguments[place + width :]
-        return dataclasses.replace(recipe, config=recipe.config.replace(data=changes)), rest
+        # the run is called after the set
+        name = Path(text.removeprefix("hub:")).resolve().stem
+        return dataclasses.replace(recipe, name=name, config=recipe.config.replace(data=changes)), rest
     return recipe, arguments
 
 

@@ -162,8 +162,8 @@ class Gml:
     """Temperature at the start [τ₀]; it stays between 0.02 and 1."""
     learn_temperature: bool = True
     """Learn the temperature by leave-one-out maximum likelihood."""
-    share_query: bool = False
-    """Let the classification view be the query view too: one student pass an image instead of two."""
+    share_query: bool = True
+    """Let the classification view be the query view too: one student pass an image. The paper's recipes have two."""
     share_key: bool = False
     """Let the classification view be the key view too: one teacher pass an image instead of two, with distillation."""
     classify_all: bool = False

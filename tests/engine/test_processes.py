@@ -41,7 +41,9 @@ def _train(rank: int, world: int, folder: str) -> None:
     if world > 1:
         where = f"file://{folder}/rendezvous{world}"
         torch.distributed.init_process_group("gloo", where, rank=rank, world_size=world)
-    config = load_recipe("digits-lt").config.replace(gml={"distillation_weight": 1.0, "queue_size": 200})
+    config = load_recipe("digits-lt").config.replace(
+        gml={"distillation_weight": 1.0, "queue_size": 200, "share_query": False}
+    )
     data = load_data(config.data, 0)
     torch.manual_seed(0)
     student, teacher = (Encoder("conv8-tiny", [0.3], [0.4]) for _ in range(2))

@@ -82,7 +82,7 @@ def fit(
 ) -> Run:
     """Train, evaluate and keep a recogniser.
 
-    Started by torchrun or SLURM in several processes, each calls this; they share out every batch, one of them writes,
+    Started by torchrun in several processes, each calls this; they share out every batch, one of them writes,
     and all return the same.
 
     Args:

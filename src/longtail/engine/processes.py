@@ -1,6 +1,6 @@
 """One process or many: who this is, what all of them have together, and a stop that all of them make.
 
-torchrun and SLURM say by environment variables how many there are; Fabric starts none of its own.
+torchrun says by environment variables how many there are; Fabric starts none of its own.
 """
 
 from __future__ import annotations

@@ -98,6 +98,14 @@ def differences(records: Sequence[Record]) -> list[Difference]:
     return found
 
 
+def markdown(records: Sequence[Record], baseline: object = None) -> list[str]:
+    """Return the comparison as lines of Markdown: the table, and the differences, or those from one method alone."""
+    header, rows = table(records)
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    shown = [difference for difference in differences(records) if baseline in {None, difference.baseline}]
+    return [*lines, "", *(f"- {difference}" for difference in shown)]
+
+
 COLUMNS = (
     ("balanced_accuracy", "balanced accuracy"),
     ("many", "many"),
