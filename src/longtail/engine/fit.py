@@ -201,9 +201,7 @@ class _Trainer:
         finally:
             log.close()
 
-    def _loader(
-        self, views: Sequence[Any], cache: Any, process: int = 0, processes: int = 1, sampler: str | None = None
-    ) -> TrainLoader:
+    def _loader(self, views: Sequence[Any], cache: Any, process: int = 0, processes: int = 1) -> TrainLoader:
         settings = self.config.data
         return TrainLoader(
             self.data.train,
@@ -211,7 +209,7 @@ class _Trainer:
             views,
             self.config.seed,
             epochs=self.epochs,
-            sampler=settings.sampler if sampler is None else sampler,
+            sampler=settings.sampler,
             deferred_from=settings.deferred_from,
             workers=settings.workers,
             rank=process,
