@@ -64,13 +64,13 @@ class Step:
         self.teacher.to(memory_format=torch.channels_last)
         self.folded = FrozenEncoder(self.teacher)
         kind = method_class(config.method)
-        parts = (self.teacher, CosineClassifier(64, 100)) if kind.needs_teacher else ()
+        parts = (self.teacher, CosineClassifier(64, 100)) if kind.needs_teacher(config) else ()
         self.method = kind(config, self.student, counts, *parts)
         self.method.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.method.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         self.views, self.passes = len(kind.views(config)), kind.student_views(config)
         self.loader = TrainLoader(images, 128, [build_view("cifar", 32)] * self.views, seed=0)
-        if kind.needs_teacher:
+        if kind.needs_teacher(config):
             for _ in range(60):  # full queues, without the teacher's passes that the engine fills them with
                 drawn = torch.randint(len(labels), (128,))
                 assert isinstance(self.method, GML)

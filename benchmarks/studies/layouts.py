@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "share key": {"gml": {"share_query": False, "share_key": True}},
     "share query": {"gml": {"share_query": True}},
     "share both": {"gml": {"share_key": True, "share_query": True}},
-    "classify all": {"gml": {"share_query": False, "classify_all": True}},
+    "classify all": {"classifier": {"every_view": True}, "gml": {"share_query": False}},
     "cache 4": {"teacher": {"cache": 4}, "gml": {"share_query": False}},
     "cache 4, share query": {"teacher": {"cache": 4}, "gml": {"share_query": True}},
 }

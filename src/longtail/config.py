@@ -136,8 +136,15 @@ class Classifier:
 
     scale: PositiveFloat = 30.0
     """Score of class c is scale · cos(feature, weight of c)."""
+    adjust: bool = True
+    """Add the log prior to the scores while training (ce, focal, cb and ldam never do)."""
     views: Positive = 1
-    """Student views a step for all methods but gml, each with its own loss (gml has its own layout)."""
+    """Student views a step, each with its own loss (ce, la, focal, cb, ldam; the others have their own layouts)."""
+    every_view: bool = False
+    """Apply the classifier's term to every student view, not to the classification view alone (the contrastive methods
+    and gml; paco and gpaco always do)."""
+    distillation_weight: Weight = 0.0
+    """Weight of the distillation from the teacher's classifier, for all methods but gml, which has its own."""
     focal_gamma: Weight = 2.0
     """Exponent of the focal loss [γ] (focal)."""
     effective_number_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
@@ -166,21 +173,56 @@ class Gml:
     """Let the classification view be the query view too: one student pass an image. The paper's recipes have two."""
     share_key: bool = False
     """Let the classification view be the key view too: one teacher pass an image instead of two, with distillation."""
-    classify_all: bool = False
-    """Apply the classifier's term to every student view, not to the classification view alone."""
+    mix_all: bool = False
+    """Let every student view be a query, not the query view alone."""
+    queues: Literal["class", "plain", "batch"] = "class"
+    """Where the keys are kept: a queue a class, one plain queue for all classes, or none beyond the batch."""
+    keys: Literal["teacher", "momentum", "both"] = "teacher"
+    """What makes the keys: the frozen teacher, a slow average of the student, or both, one's features beside the
+    other's."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of that average."""
+    self_pairs: Literal["mixture", "both", "none"] = "mixture"
+    """Where a query meets its own image among the keys: in the mixture alone (the paper), where the temperature is
+    learned too, or nowhere."""
+    borrow: Annotated[int, Field(ge=0)] = 0
+    """Further keys for every slot of a class with few images, each moved as far from it as a key of a large class lies
+    from that class's mean: the tail borrows the head's spread."""
     mixture_weight: Weight = 1.0
     """Weight of both GML terms [β]."""
     classifier_weight: Weight = 1.0
     """Weight of the logit-adjusted cross-entropy [γ]."""
     distillation_weight: Weight = 0.0
     """Weight of the distillation from the teacher's classifier [α]."""
-    distillation_temperature: PositiveFloat = 4.0
-    """Temperature of the distillation [T]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """The contrast term of supcon, paco, gpaco, bcl and proco."""
+
+    __pydantic_config__ = _STRICT
+
+    weight: Weight = 1.0
+    """Weight of the term; paco and gpaco have no other."""
+    embedding_dim: Positive = 32
+    """Width of the embeddings."""
+    temperature: PositiveFloat = 0.1
+    """Temperature; it is not learned."""
+    views: Positive = 1
+    """Student views that are compared."""
+    share_view: bool = True
+    """Let the classification view be one of them. The papers' recipes compare two more."""
+    queue_size: Positive = 1024
+    """Embeddings of earlier steps that are kept (paco, gpaco)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the slow average that makes the keys (paco)."""
+    sample_weight: Weight = 0.05
+    """Weight of a positive sample beside its class's centre [α] (paco, gpaco)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The frozen encoder whose features fill the queues (gml)."""
+    """The frozen encoder whose features fill the queues (gml) and whose classifier is distilled."""
 
     __pydantic_config__ = _STRICT
 
@@ -190,6 +232,8 @@ class Teacher:
     """Network to train; auto: the student's own."""
     epochs: Positive | None = None
     """Epochs to train it; the student's own number if not given."""
+    distillation_temperature: PositiveFloat = 4.0
+    """Temperature of the distillation [T]."""
     cache: Annotated[int, Field(ge=0)] = 0
     """Views of every image whose teacher features are computed once and kept on disk; 0 computes them at every step."""
 
@@ -222,7 +266,8 @@ class Config:
     recipe: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]] = "digits-lt"
     """The recipe that this run started from; not a flag."""
     method: str = "gml"
-    """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, gml."""
+    """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, supcon, paco,
+    gpaco, bcl, proco, gml."""
     network: str = "auto"
     """Student: conv8, resnet8/14/20/32/44/56/110, or any timm model by name; auto chooses by image size."""
     epochs: Positive | Literal["auto"] = 100
@@ -246,6 +291,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     classifier: Classifier = field(default_factory=Classifier)
     gml: Gml = field(default_factory=Gml)
+    contrast: Contrast = field(default_factory=Contrast)
     teacher: Teacher = field(default_factory=Teacher)
     shots: Shots = field(default_factory=Shots)
 
@@ -315,6 +361,7 @@ _SECTIONS: dict[str, type] = {
     "schedule": Schedule,
     "classifier": Classifier,
     "gml": Gml,
+    "contrast": Contrast,
     "teacher": Teacher,
     "shots": Shots,
 }

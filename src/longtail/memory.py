@@ -1,6 +1,6 @@
 """Class-wise first-in-first-out queues of teacher features.
 
-Legend: K slots in all, K_c of class c, D width, B samples of a push.
+Legend: K slots in all, K_c of class c, D width, B samples of a push. A shared queue is one for all classes.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class ClassQueues:
         dim: D, width of the features.
         device: where the queue lies.
         dtype: type of the features.
+        shared: one queue for all classes, as MoCo's, of which no class has a sure share; ``minimum`` does not count.
 
     Source: Suh & Seo, ICML 2023, arXiv 2305.01160, section 4.
     """
@@ -76,12 +77,13 @@ class ClassQueues:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        shared: bool = False,
     ) -> None:
         counts = [int(count) for count in torch.as_tensor(class_counts).tolist()]
-        self.class_counts, self.size, self.minimum, self.dim = counts, size, minimum, dim
-        self.sizes = torch.tensor(queue_sizes(counts, size, minimum), device=device)
+        self.class_counts, self.size, self.minimum, self.dim, self.shared = counts, size, minimum, dim, shared
+        self.sizes = torch.tensor([size] if shared else queue_sizes(counts, size, minimum), device=device)
         self.starts = self.sizes.cumsum(0) - self.sizes
-        self._pushed = torch.zeros(len(counts), dtype=torch.int64, device=device)
+        self._pushed = torch.zeros(len(self.sizes), dtype=torch.int64, device=device)
         # one row more than there are slots: samples that a push itself makes too old are written there, since
         # leaving them out would give the tensors a size that the host must wait for
         self._features = torch.zeros(size + 1, dim, device=device, dtype=dtype)
@@ -111,21 +113,21 @@ class ClassQueues:
         self._append(*(_gather(*pair, room) for pair in ((features, 0), (labels, -1), (ids, -1))))
 
     def _append(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
-        classes = len(self.class_counts)
-        # one class more than there are takes the samples that are left out, last in order
-        order = torch.argsort(torch.where(labels < 0, classes, labels), stable=True)
-        labels = labels[order]
-        index = torch.where(labels < 0, classes, labels)
-        new = self._pushed.new_zeros(classes + 1).scatter_add_(0, index, torch.ones_like(index))
+        queues = len(self.sizes)
+        # one queue more than there are takes the samples that are left out, last in order
+        index = torch.where(labels < 0, queues, 0 if self.shared else labels)
+        order = torch.argsort(index, stable=True)
+        labels, index = labels[order], index[order]
+        new = self._pushed.new_zeros(queues + 1).scatter_add_(0, index, torch.ones_like(index))
         rank = torch.arange(len(labels), device=labels.device) - (new.cumsum(0) - new)[index]
-        label = labels.clamp(min=0)
-        slots = self.starts[label] + (self._pushed[label] + rank) % self.sizes[label]
-        too_old = rank < new[index] - self.sizes[label]
+        queue = index.clamp(max=queues - 1)
+        slots = self.starts[queue] + (self._pushed[queue] + rank) % self.sizes[queue]
+        too_old = rank < new[index] - self.sizes[queue]
         slots = torch.where(too_old | (labels < 0), self.size, slots)
         self._features[slots] = features[order].to(self._features.dtype)
         self._labels[slots] = labels
         self._ids[slots] = ids[order]
-        self._pushed += new[:classes]
+        self._pushed += new[:queues]
 
     def rebuilt(
         self, class_counts: Tensor | Sequence[int] | None = None, size: int | None = None, minimum: int | None = None
@@ -141,12 +143,13 @@ class ClassQueues:
             self.dim,
             device=self._features.device,
             dtype=self._features.dtype,
+            shared=self.shared,
         )
         features, labels, ids = self.slots()
-        classes = torch.repeat_interleave(torch.arange(len(self.sizes), device=self.sizes.device), self.sizes)
+        queue = torch.repeat_interleave(torch.arange(len(self.sizes), device=self.sizes.device), self.sizes)
         # a queue's oldest sample lies where the next one will go
-        age = (torch.arange(self.size, device=self.sizes.device) - self.starts[classes] - self._pushed[classes]) % (
-            self.sizes[classes]
+        age = (torch.arange(self.size, device=self.sizes.device) - self.starts[queue] - self._pushed[queue]) % (
+            self.sizes[queue]
         )
         order = torch.argsort(age, stable=True)
         kept = torch.where(labels < len(other.class_counts), labels, -1)

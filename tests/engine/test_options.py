@@ -35,7 +35,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "key shared": {"gml": {"share_key": True}},
     "query shared": {"gml": {"share_query": True}},
     "one view": {"gml": {"share_key": True, "share_query": True}},
-    "all classified": {"gml": {"classify_all": True}},
+    "all classified": {"classifier": {"every_view": True}},
     "cached": {"teacher": {"cache": 3}},
     "cached, one view": {"teacher": {"cache": 3}, "gml": {"share_query": True}},
     "cached, key shared": {"teacher": {"cache": 2}, "gml": {"share_key": True}},
@@ -235,7 +235,7 @@ def test_no_step_reads_a_value_on_the_host(tiny: Config, name: str) -> None:
     data = load_data(config.data, 0)
     kind = method_class(name)
     parts: tuple[Any, ...] = ()
-    if kind.needs_teacher:
+    if kind.needs_teacher(config):
         teacher = Encoder("conv8-tiny", [0.3], [0.4])
         parts = (teacher, CosineClassifier(teacher.num_features, 10))
     method = kind(config, Encoder("conv8-tiny", [0.3], [0.4]), data.class_counts, *parts).train()

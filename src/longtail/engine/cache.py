@@ -97,14 +97,14 @@ def teacher_cache(
         config: the student's settings; ``teacher.cache`` is V.
         data: the training set.
         teacher: frozen.
-        classifier: the teacher's, to distil from.
+        classifier: the teacher's, where it is distilled from.
         make_loader: gives a loader of the classification view, whose draws the argument names.
         folder: where caches are kept.
         device: where the teacher is.
         say: tells the user what happens.
         write: whether this process is the one that writes.
     """
-    views, wanted = config.teacher.cache, classifier is not None and config.gml.distillation_weight > 0
+    views, wanted = config.teacher.cache, classifier is not None
     weights = hashlib.blake2b(digest_size=8)
     for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())

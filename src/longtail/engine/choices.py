@@ -33,7 +33,7 @@ def explained(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
         reasons.append(
             f"epochs {config.epochs}: {steps} steps an epoch with {images:,} images; 20,000 steps, 30 to 200 epochs"
         )
-    if config.method == "gml" and config.gml.queue_size is None:
+    if config.method == "gml" and config.gml.queue_size is None and config.gml.queues != "batch":
         slots = queue_size(config, data.class_counts)
         config = config.replace(gml={"queue_size": slots})
         reasons.append(f"gml.queue_size {slots}: a slot for every training image, at most 16,384")

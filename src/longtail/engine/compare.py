@@ -144,7 +144,7 @@ def record(run: Run) -> Record:
         method=run.config.method,
         seed=run.config.seed,
         epochs=run.card.trained["epochs"],
-        predicts_under=method_class(run.config.method).predicts_under,
+        predicts_under=run.card.predicts_under,
         student_passes=run.student_passes,
         seconds=run.seconds,
         teacher_seconds=run.teacher_seconds,

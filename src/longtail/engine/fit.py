@@ -144,8 +144,8 @@ class _Trainer:
         # a teacher that is given is looked at before the run's folder is made, too
         check_logs(config.log)
         self._check_parts()
-        given = self.kind.needs_teacher and config.teacher.source != "train"
-        self.teacher = given_teacher(config, data) if given else None
+        given = self.kind.needs_teacher(config) and config.teacher.source != "train"
+        self.teacher = given_teacher(config, data, self.kind.distillation_weight(config) > 0) if given else None
 
     def _check_parts(self) -> None:
         parts = self.config.optimizer.accumulate
@@ -160,7 +160,7 @@ class _Trainer:
         config, data = self.config, self.data
         parts: tuple[Any, ...] = ()
         teacher_seconds, cache = 0.0, None
-        if self.kind.needs_teacher:
+        if self.kind.needs_teacher(config):
             teacher = self.teacher or trained_teacher(config, data, teachers, train_teacher, self.say)
             parts, teacher_seconds = (teacher.encoder, teacher.classifier), teacher.seconds
             if config.teacher.cache:
@@ -218,14 +218,14 @@ class _Trainer:
         )
 
     def _cache(self, teacher: Teacher, teachers: Path) -> TeacherCache:
-        device = self.fabric.device
+        device, distils = self.fabric.device, self.kind.distillation_weight(self.config) > 0
 
         def opened(write: bool) -> TeacherCache:
             return teacher_cache(
                 self.config,
                 self.data,
                 teacher.encoder.to(device).eval(),
-                None if teacher.classifier is None else teacher.classifier.to(device),
+                teacher.classifier.to(device) if distils and teacher.classifier is not None else None,
                 lambda draws: self._loader(self.views[:1], draws),
                 teachers / "cache",
                 device,
@@ -355,7 +355,7 @@ class _Trainer:
     def _judge(self, method: Method, average: Any, books: Books, log: Log, images: ImageSet) -> None:
         """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
         student = _student(method) if average is None else average.module
-        result = judge(self._recognizer(student, {}, {}), images, self.config)[method.predicts_under]
+        result = judge(self._recognizer(student, {}, {}), images, self.config)[method.predicts_under(self.config)]
         score = result["balanced_accuracy"]
         log.add({"kind": "validation", "step": books.step, "balanced_accuracy": score, "top1": result["top1"]})
         if books.best is None or score > books.best["score"]:
@@ -373,7 +373,7 @@ class _Trainer:
             std=data.std,
             image_size=data.image_size,
             stored_size=_stored_size(data.test.images, data.image_size),
-            predicts_under=self.kind.predicts_under,
+            predicts_under=self.kind.predicts_under(self.config),
             trained=trained,
             metrics=judged,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from longtail.config import Classifier, Config, Gml, Shots
+from longtail.config import Classifier, Config, Contrast, Gml, Shots
 from longtail.config import Teacher as TeacherConfig
 from longtail.data.dataset import LongTailedData
 from longtail.engine.files import INCIDENTAL, flatten
@@ -42,6 +42,7 @@ def teacher_config(config: Config) -> Config:
         log=(),
         teacher=TeacherConfig(),
         gml=Gml(),
+        contrast=Contrast(),
         shots=Shots(),
     )
 
@@ -55,7 +56,7 @@ def teacher_folder(config: Config, data: LongTailedData, runs: Path) -> Path:
     return runs / f"{settings.data.source}-{settings.network}-{digest}"
 
 
-def given_teacher(config: Config, data: LongTailedData) -> Teacher:
+def given_teacher(config: Config, data: LongTailedData, distils: bool) -> Teacher:
     """Return the teacher that ``teacher.source`` names: a run's folder, or ``timm:NAME``.
 
     Raises:
@@ -70,10 +71,10 @@ def given_teacher(config: Config, data: LongTailedData) -> Teacher:
         raise LongtailError(
             f"teacher.source '{source}': expected train, the folder of a run, or timm:NAME; there is no such folder"
         )
-    if config.gml.distillation_weight > 0 and teacher.classifier is None:
+    if distils and teacher.classifier is None:
         raise LongtailError(
             f"teacher.source '{source}': has no classifier for these classes to distil from; "
-            "set gml.distillation_weight to 0"
+            f"set {'gml' if config.method == 'gml' else 'classifier'}.distillation_weight to 0"
         )
     return teacher
 

@@ -17,6 +17,11 @@ METHODS = {
     "focal": ("longtail.methods.reweighting", "Focal"),
     "cb": ("longtail.methods.reweighting", "ClassBalanced"),
     "ldam": ("longtail.methods.ldam", "LDAM"),
+    "supcon": ("longtail.methods.supcon", "SupCon"),
+    "paco": ("longtail.methods.paco", "PaCo"),
+    "gpaco": ("longtail.methods.paco", "GPaCo"),
+    "bcl": ("longtail.methods.bcl", "BCL"),
+    "proco": ("longtail.methods.proco", "ProCo"),
     "gml": ("longtail.methods.gml", "GML"),
 }
 

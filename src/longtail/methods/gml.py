@@ -1,12 +1,13 @@
 """GML: a student learns from its classifier and from the mixture of a frozen teacher's features.
 
-Source: Suh & Seo, ICML 2023, arXiv 2305.01160. Legend: B samples, K slots, C classes, D embedding width.
+Source: Suh & Seo, ICML 2023, arXiv 2305.01160. Legend: B samples, K slots, C classes, F feature width, D embedding
+width. Every part can be taken away or exchanged, to see what it is worth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from longtail.config import Config
 from longtail.data.loaders import Batch
 from longtail.errors import LongtailError
-from longtail.memory import ClassQueues, queue_sizes
-from longtail.methods.base import Method, View
-from longtail.nn import Encoder, FrozenEncoder, ProjectionMLP
-from longtail.objectives import GMLLoss, distillation, posterior_cross_entropy
+from longtail.memory import ClassQueues, Slots, queue_sizes
+from longtail.methods.base import Method, Taught, View
+from longtail.methods.momentum import Momentum
+from longtail.nn import Encoder, ProjectionMLP
+from longtail.objectives import GMLLoss
 
 _Self = TypeVar("_Self", bound="GML")
 
 
 class GML(Method):
-    """Three views an image: classification and query for the student, key for the teacher.
+    """Three views an image: classification and query for the student, key for the teacher; the first may be the second.
 
     Args:
         config: the run's settings.
@@ -33,42 +35,78 @@ class GML(Method):
         teacher_classifier: its classifier, which distillation needs; (B, F) features to (B, C) scores.
     """
 
-    needs_teacher: ClassVar[bool] = True
-
     def __init__(
         self,
         config: Config,
         encoder: Encoder,
         class_counts: list[int],
-        teacher: Encoder,
-        teacher_classifier: nn.Module | None,
+        teacher: Encoder | None = None,
+        teacher_classifier: nn.Module | None = None,
     ) -> None:
-        super().__init__(config, encoder, class_counts)
+        super().__init__(config, encoder, class_counts, teacher, teacher_classifier)
         settings = config.gml
-        size = queue_size(config, class_counts)
-        # not sub-modules: the teacher never changes and stays on disk, and the queues' contents, which differ from
-        # step to step, must not be overwritten by another process's (see ClassQueues)
-        self._frozen = (FrozenEncoder(teacher), teacher_classifier)
-        self.queues = ClassQueues(class_counts, size, settings.queue_minimum, teacher.num_features)
+        if settings.keys != "teacher":
+            self.slow = Momentum([encoder], settings.momentum)
+        assert teacher is not None or settings.keys == "momentum"
+        width = (settings.keys != "teacher") * encoder.num_features
+        width += teacher.num_features if teacher is not None and settings.keys != "momentum" else 0
+        # the queues are no sub-module either: their contents differ from step to step and must not be overwritten by
+        # another process's (see ClassQueues)
+        self.queues = ClassQueues(
+            class_counts,
+            config.batch_size if settings.queues == "batch" else queue_size(config, class_counts),
+            settings.queue_minimum,
+            width,
+            shared=settings.queues != "class",
+        )
         self.query_mlp = ProjectionMLP(encoder.num_features, settings.embedding_dim)
-        self.key_mlp = ProjectionMLP(teacher.num_features, settings.embedding_dim)
+        self.key_mlp = ProjectionMLP(width, settings.embedding_dim)
         self.mixture = GMLLoss(class_counts, settings.temperature, settings.learn_temperature, validate=False)
+        if settings.borrow:
+            self.lending = Lending(config, class_counts, self.queues.sizes)
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
-        """Raise LongtailError where the slots cannot be shared out."""
-        size = queue_size(config, class_counts)
-        try:
-            queue_sizes(class_counts, size, config.gml.queue_minimum)
-        except ValueError as error:
+        """Raise LongtailError where the slots cannot be shared out, or parts contradict one another."""
+        settings, size = config.gml, queue_size(config, class_counts)
+        if settings.queues == "class":
+            try:
+                queue_sizes(class_counts, size, settings.queue_minimum)
+            except ValueError as error:
+                raise LongtailError(
+                    f"gml.queue_size {size} with gml.queue_minimum {settings.queue_minimum}: {error}"
+                ) from None
+        elif settings.borrow:
+            raise LongtailError(f"gml.borrow {settings.borrow}: needs gml.queues class, not {settings.queues}")
+        if settings.keys != "teacher" and (config.teacher.cache or settings.share_key):
             raise LongtailError(
-                f"gml.queue_size {size} with gml.queue_minimum {config.gml.queue_minimum}: {error}"
-            ) from None
+                f"gml.keys {settings.keys}: the student's average needs a key view of its own at every step; "
+                "set teacher.cache to 0 and gml.share_key to false"
+            )
+        if settings.mix_all and settings.share_query:
+            raise LongtailError("gml.mix_all: with gml.share_query there is one student view; set that to false")
+        if settings.borrow:
+            Lending(config, class_counts, torch.tensor(queue_sizes(class_counts, size, settings.queue_minimum)))
 
-    @staticmethod
-    def student_views(config: Config) -> int:
+    @classmethod
+    def distillation_weight(cls, config: Config) -> float:
+        """Return the weight of the distillation."""
+        return config.gml.distillation_weight
+
+    @classmethod
+    def needs_teacher(cls, config: Config) -> bool:
+        """Return whether a teacher is trained or loaded first."""
+        return config.gml.keys != "momentum" or super().needs_teacher(config)
+
+    @classmethod
+    def student_views(cls, config: Config) -> int:
         """Return 2, the classification view and the query view, or 1 where they are one."""
         return 1 if config.gml.share_query else 2
+
+    @classmethod
+    def classified_views(cls, config: Config) -> int:
+        """Return 1, or all of them."""
+        return cls.student_views(config) if config.classifier.every_view else 1
 
     @classmethod
     def views(cls, config: Config) -> tuple[View, ...]:
@@ -77,50 +115,58 @@ class GML(Method):
         separate = cls.student_views(config) - 1 + (not config.gml.share_key and not config.teacher.cache)
         return ("classification", *(contrast,) * separate)
 
-    def training_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the classifier's term, both mixture terms and, where it is on, the distillation."""
+    def classify(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the classifier's term, weighed."""
+        return {"classifier": self.config.gml.classifier_weight * self.loss(scores, labels, batch)}
+
+    def contrast(self, features: Tensor, scores: Tensor, batch: Batch, taught: Taught) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return both mixture terms: the batch's keys are pushed first, and are among the keys that it meets."""
         settings = self.config.gml
-        size = len(batch)
-        # the teacher first: what it allocates is free again before the student's activations are kept for backward,
-        # which saves memory and, on a CPU, a sixth of the step
-        key_features, teacher_scores = self._teach(batch)
-        self.queues.push(key_features, batch.labels, batch.ids, batch.room)
-        features = self.encode(batch.views[: self.student_views(self.config)])
-        scores = self.classifier(features if settings.classify_all else features[:size])
-        labels = batch.labels.repeat(len(scores) // size)
-        terms = {"classifier": settings.classifier_weight * posterior_cross_entropy(scores, labels, self.prior.log)}
+        assert taught.features is not None
+        self.queues.push(taught.features, batch.labels, batch.ids, batch.room)
+        queries = features if settings.mix_all else features[-len(batch) :]
+        views = len(queries) // len(batch)
         slots = self.queues.slots()
+        if settings.borrow:
+            slots = self.lending.spread(slots)
         mixture = self.mixture.terms(
-            self.query_mlp(features[-size:]),
-            batch.labels,
+            self.query_mlp(queries),
+            batch.labels.repeat(views),
             self.key_mlp(slots.features),
             slots.labels,
-            batch.ids,
-            slots.ids,
+            # without ids no pair is known to be one
+            None if settings.self_pairs == "both" else batch.ids.repeat(views),
+            None if settings.self_pairs == "both" else slots.ids,
+            self_pairs=settings.self_pairs != "none",
         )
-        terms["mixture"] = settings.mixture_weight * mixture.mixture
-        if settings.learn_temperature:
+        terms = {"mixture": settings.mixture_weight * mixture.mixture}
+        if settings.learn_temperature and settings.self_pairs != "none":
             terms["temperature_likelihood"] = settings.mixture_weight * mixture.temperature
-        if teacher_scores is not None:
-            terms["distillation"] = settings.distillation_weight * distillation(
-                scores[:size], teacher_scores, settings.distillation_temperature
-            )
         return terms
 
     @torch.no_grad()
-    def _teach(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return the teacher's features of the key view and, to distil from, its scores of the classification view."""
+    def teach(self, batch: Batch) -> Taught:
+        """Return the features of the key view and, to distil from, the scores of the classification view."""
+        if self.config.gml.keys != "teacher":
+            self.slow.update([self.encoder])
         if batch.key_features is not None:
-            return batch.key_features, batch.teacher_scores
+            return Taught(batch.key_features, batch.teacher_scores)
         teacher, classifier = self._frozen
         classification, key = batch.views[0], batch.views[0 if self.config.gml.share_key else -1]
-        if self.config.gml.distillation_weight == 0 or classifier is None:
-            return teacher(key), None
+        distils = self.distillation_weight(self.config) > 0 and classifier is not None
+        if self.config.gml.keys == "momentum" or teacher is None:
+            return Taught(self.slow(key), super().teach(batch).scores)
+        if not distils or classifier is None:
+            return Taught(self._beside(teacher(key), key), None)
         if self.config.gml.share_key:
             features = teacher(classification)
-            return features, classifier(features)
+            return Taught(features, classifier(features))
         features = teacher(torch.cat([classification, key]))
-        return features[len(batch) :], classifier(features[: len(batch)])
+        return Taught(self._beside(features[len(batch) :], key), classifier(features[: len(batch)]))
+
+    def _beside(self, features: Tensor, key: Tensor) -> Tensor:
+        """Return the teacher's features, with those of the student's average beside them where both make the keys."""
+        return torch.cat([features, self.slow(key)], dim=1) if self.config.gml.keys == "both" else features
 
     def conditional_entropy(self, means: Mapping[str, float]) -> float:
         """Return the mixture's −log p(y|z), or the classifier's where there is no mixture."""
@@ -143,7 +189,13 @@ class GML(Method):
 
     @torch.no_grad()
     def fill(self, draw: Callable[[Sequence[Tensor], int], Iterator[Batch]], labels: Tensor) -> None:
-        """Fill every slot with a teacher's feature, K passes in all; an image fills a second slot with another view."""
+        """Fill every slot with a teacher's feature, K passes in all; an image fills a second slot with another view.
+
+        A plain queue, and the features of an average that has learned nothing yet, are left to the first steps.
+        """
+        teacher = self._frozen[0]
+        if self.config.gml.queues != "class" or self.config.gml.keys != "teacher" or teacher is None:
+            return
         sizes = self.queues.sizes.tolist()
         rounds: dict[int, list[Tensor]] = {}
         for index, size in enumerate(sizes):
@@ -154,7 +206,7 @@ class GML(Method):
                 rounds.setdefault(taken // len(positions), []).append(positions[: size - taken])
         for number in sorted(rounds, reverse=True):
             for batch in draw(torch.cat(rounds[number]).split(256), number):
-                self.queues.push(self._frozen[0](batch.views[-1]), batch.labels, batch.ids, batch.room)
+                self.queues.push(teacher(batch.views[-1]), batch.labels, batch.ids, batch.room)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return the queues' contents: part of ``state_dict``, but no buffers."""
@@ -165,13 +217,65 @@ class GML(Method):
         self.queues.load_state_dict(state)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module in self._frozen:
-            if module is not None:
-                module._apply(fn)
-        if hasattr(self, "queues"):
-            self.queues.apply(fn)
+        super()._apply(fn, recurse)
+        self.queues.apply(fn)
         return self
+
+
+class Lending(nn.Module):
+    """Lends the spread of classes with many images to the keys of those with few.
+
+    A class with three images has three keys, and a mixture of three narrow bumps says little of where a fourth image
+    would lie. How images of a class differ from one another is much the same for many classes (Yin et al., *Feature
+    Transfer Learning*, CVPR 2019, arXiv 1803.09014), so a key is joined by copies of itself, each moved by the
+    difference between a random key of a large class and that class's mean.
+
+    Args:
+        config: the run's settings; the shot groups say which classes are few, and which are many.
+        class_counts: (C,) training images a class.
+        sizes: (C,) slots a class.
+
+    Raises:
+        LongtailError: no class has few images, or none has many.
+    """
+
+    def __init__(self, config: Config, class_counts: list[int], sizes: Tensor) -> None:
+        super().__init__()
+        self.copies = config.gml.borrow
+        groups = config.shots.groups(class_counts)
+        classes = torch.repeat_interleave(torch.arange(len(sizes)), sizes.cpu())
+        few, many = (torch.tensor([group == name for group in groups])[classes] for name in ("few", "many"))
+        for name, chosen in (("few", few), ("many", many)):
+            if not bool(chosen.any()):
+                raise LongtailError(
+                    f"gml.borrow: no class is in the shot group {name}, expected one to lend and one to borrow; "
+                    "set shots.few_below and shots.many_above, or gml.borrow to 0"
+                )
+        self.classes = len(sizes)
+        self.register_buffer("slot_classes", classes, persistent=False)
+        self.register_buffer("few", few.nonzero()[:, 0], persistent=False)
+        self.register_buffer("many", many.nonzero()[:, 0], persistent=False)
+
+    slot_classes: Tensor
+    few: Tensor
+    many: Tensor
+
+    def spread(self, slots: Slots) -> Slots:
+        """Return the slots and, after them, the moved copies, each with its origin's label and id."""
+        features = slots.features
+        filled = (slots.labels >= 0).to(features.dtype)
+        # a mean over the filled slots: those that are not hold zeros
+        counts = features.new_zeros(self.classes).index_add(0, self.slot_classes, filled).clamp(min=1)
+        means = features.new_zeros(self.classes, features.shape[1]).index_add(0, self.slot_classes, features)
+        means = means / counts[:, None]
+        borrower = self.few.repeat(self.copies)
+        lender = self.many[torch.randint(len(self.many), borrower.shape, device=borrower.device)]
+        moved = (features[lender] - means[self.slot_classes[lender]]) * filled[lender][:, None]
+        return Slots(
+            torch.cat([features, features[borrower] + moved]),
+            torch.cat([slots.labels, slots.labels[borrower]]),
+            torch.cat([slots.ids, slots.ids[borrower]]),
+        )
 
 
 def queue_size(config: Config, class_counts: list[int]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ class LDAM(Weighted):
     margins: Tensor
     weights: Tensor
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int]) -> None:
-        super().__init__(config, encoder, class_counts)
+    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
+        super().__init__(config, encoder, class_counts, *teacher)
         settings = config.classifier
         self.register_buffer("margins", ldam_margins(self.prior.counts, settings.largest_margin), persistent=False)
         weights = effective_number_weights(self.prior.counts, settings.effective_number_beta)

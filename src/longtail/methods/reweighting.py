@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +17,10 @@ from longtail.objectives.reweighting import effective_number_weights, focal_loss
 class Focal(Weighted):
     """Lin et al., ICCV 2017, arXiv 1708.02002."""
 
-    predicts_under: ClassVar[Prior] = "train"
+    @classmethod
+    def predicts_under(cls, _config: Config) -> Prior:
+        """Return the training prior, which hard samples of the head leave in the scores."""
+        return "train"
 
     def loss(self, scores: Tensor, labels: Tensor, _batch: Batch) -> Tensor:
         """Return the focal loss."""
@@ -29,8 +32,8 @@ class ClassBalanced(Weighted):
 
     weights: Tensor
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int]) -> None:
-        super().__init__(config, encoder, class_counts)
+    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
+        super().__init__(config, encoder, class_counts, *teacher)
         weights = effective_number_weights(self.prior.counts, config.classifier.effective_number_beta)
         self.register_buffer("weights", weights, persistent=False)
 

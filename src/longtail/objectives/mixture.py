@@ -479,11 +479,23 @@ class GMLLoss(nn.Module):
         key_labels: Tensor,
         ids: Tensor | None = None,
         key_ids: Tensor | None = None,
+        *,
+        self_pairs: bool = True,
     ) -> GMLTerms:
-        """Return both terms apart; the temperature's is 0 where τ is not learned."""
+        """Return both terms apart; the temperature's is 0 where τ is not learned.
+
+        Without ``self_pairs`` a query does not meet its own image in the mixture's term either. One loss then trains
+        queries, keys and τ at once, and is the first of the two.
+        """
         if self.validate:
             check_mixture(queries, labels, keys, key_labels, self.prior.log, None, ids, key_ids)
         learned = self.temperature_logit.requires_grad
+        if not self_pairs:
+            losses, _, counts, _ = _mixture(
+                queries, labels, keys, key_labels, self.prior.log, self.temperature, ids, key_ids, split=False
+            )
+            mixture = batch_mean(losses, counts)
+            return GMLTerms(mixture, torch.zeros_like(mixture))
         losses, held, counts, held_counts = _mixture(
             queries,
             labels,

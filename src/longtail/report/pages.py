@@ -34,7 +34,7 @@ def run_report(folder: Path) -> Path:
     order = sorted(range(len(card.class_names)), key=lambda index: -card.class_counts[index])
     groups = config.shots.groups(card.class_counts)
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    names = [name for name in ("classifier", "mixture", "temperature_likelihood", "distillation") if name in epochs[-1]]
+    names = [name for name in ("classifier", "contrast", "mixture", "temperature_likelihood", "distillation") if name in epochs[-1]]
     numbers = [line["epoch"] for line in epochs]
     names_in_order = [card.class_names[index] for index in order]
     head_first = [groups[index] for index in order]
