@@ -31,6 +31,7 @@ commands:
   split SOURCE           share a set without splits out over train, val and test
   train [RECIPE]         train, evaluate and keep a recogniser; any field of the recipe is a flag
   evaluate RUN           metrics of a run on its test set
+  rebalance RUN          a new head on a run's encoder: cRT, learnable weight scaling, τ-normalisation
   predict RUN IMAGES…    classes and probabilities of image files, or of all images in folders
   compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
   recipes                what there is to train
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "split": _split,
         "train": _train,
         "evaluate": _evaluate,
+        "rebalance": _rebalance,
         "predict": _predict,
         "compare": _compare,
         "recipes": _recipes,
@@ -359,6 +361,30 @@ def _evaluate(arguments: list[str]) -> None:
         _show_metrics(judged)
 
 
+def _rebalance(arguments: list[str]) -> None:
+    from longtail.options import Rebalance
+
+    given = _parse(Rebalance, "rebalance", arguments)
+    _check_json(given.json)
+    _check_run(given.run)
+    out = given.out or given.run.with_name(f"{given.run.resolve().name}-{given.how}")
+    _check_folder(out)
+    from longtail.engine.judge import described
+    from longtail.engine.rebalance import Settings, rebalance
+    from longtail.files import write_made
+    from longtail.recognizer import Recognizer
+
+    settings = Settings(given.how, epochs=given.epochs, views=given.views, tau=given.tau)
+    judged = described(
+        rebalance(given.run, out, settings, None if given.root is None else str(given.root)), Recognizer.load(out).card
+    )
+    if given.json:
+        write_made(given.json, judged)
+    if not given.quiet:
+        _show_metrics(judged)
+        print(f"recogniser: {out / 'recognizer'}")
+
+
 def _check_run(folder: Path) -> None:
     if not folder.is_dir():
         raise LongtailError(f"{folder}: there is no such run folder")
@@ -409,14 +435,15 @@ def _compare(arguments: list[str]) -> None:
     name, rest = _split_recipe(arguments, "digits-lt")
     recipe, rest = _with_data(load_recipe(name), rest, named=rest != arguments)
     given = _parse(Compare, "compare", rest, Compare(config=recipe.config))
-    if given.seeds < 1:
-        raise LongtailError(f"--seeds {given.seeds}: expected at least 1")
+    for option, number in (("seeds", given.seeds), ("jobs", given.jobs)):
+        if number < 1:
+            raise LongtailError(f"--{option} {number}: expected at least 1")
     config = checked(given.config)
     out = given.out or Path("runs") / f"compare-{recipe.name}"
     _check_folder(out)
     _check_json(given.json)
 
-    from longtail.engine.compare import as_json, compare
+    from longtail.engine.compare import as_json, as_json_lines, compare, run_name
     from longtail.evaluation.comparison import differences, table
     from longtail.files import write_made
     from longtail.report import comparison_report, run_report
@@ -429,19 +456,40 @@ def _compare(arguments: list[str]) -> None:
             print(line, file=sys.stderr)
 
     records = compare(
-        config, methods, seeds, out, match=given.match, overwrite=given.overwrite, quiet=given.quiet, say=say
+        config,
+        methods,
+        seeds,
+        out,
+        match=given.match,
+        imbalances=_factors(given.imbalances),
+        jobs=given.jobs,
+        overwrite=given.overwrite,
+        quiet=given.quiet,
+        say=say,
     )
     for record in records:
-        run_report(out / f"{record.method}-seed{record.seed}")
+        run_report(out / run_name(record.method, record.seed, record.imbalance))
     page = comparison_report(records, out, given.match)
     if given.json:
-        write_made(given.json, as_json(records))
+        write_made(given.json, as_json_lines(records) if given.json.suffix == ".jsonl" else as_json(records))
     _print_table(*table(records))
     print(f"accuracy in %, mean ± standard deviation over {given.seeds} seed{'s' * (given.seeds != 1)}; ", end="")
     print("equal student passes" if given.match == "passes" else "equal epochs")
     for difference in differences(records):
         print(difference)
     print(f"report: {page}")
+
+
+def _factors(text: str | None) -> list[float | None]:
+    """Return the imbalance factors of a list with commas; None alone where none is given."""
+    if text is None:
+        return [None]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise LongtailError(
+            f"--imbalances '{text}': expected numbers with commas between them, 10,100 for one"
+        ) from None
 
 
 def _recipes(arguments: list[str]) -> None:

@@ -24,7 +24,9 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-Augment = Literal["auto", "none", "digits", "cifar", "cifar-rand", "photo", "imagenet", "imagenet-contrast"]
+Augment = Literal[
+    "auto", "none", "digits", "cifar", "cifar-plain", "cifar-rand", "photo", "imagenet", "imagenet-contrast"
+]
 
 _STRICT = ConfigDict(extra="forbid")
 RECIPES = Path(__file__).parent / "recipes"

@@ -53,9 +53,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_made(path: Path, value: Any) -> None:
-    """Write what ``--json`` asks for, making its folder if need be."""
+    """Write what ``--json`` asks for, text as it is and all else as JSON, making its folder if need be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LongtailError(f"{path.parent}: cannot be made: {error.strerror}") from None
-    write_json(path, value)
+    if isinstance(value, str):
+        write_text(path, value)
+    else:
+        write_json(path, value)

@@ -47,6 +47,31 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rebalance:
+    """A new head on a run's encoder, kept as a run of its own (decoupled training, Kang et al., ICLR 2020)."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a finished run; it is not changed."""
+    how: Literal["crt", "lws", "tau"] = "crt"
+    """crt: re-train the head with classes shown equally often; lws: learn a factor of every class's score; tau: divide
+    every class's weights by their norm to the power τ."""
+    out: Path | None = None
+    """Folder of the new run (default: RUN-HOW)."""
+    epochs: int = 10
+    """Passes over the features, for every fit of the head."""
+    views: int = 4
+    """Augmented views of every training image that features are taken of."""
+    tau: float | None = None
+    """τ; if not given, the best on the validation images, and 1 where there are none."""
+    root: Path | None = None
+    """Where the images are now, if not where they were."""
+    json: Path | None = None
+    """Write the test metrics to this file too."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Predict:
     """Classes and probabilities of images."""
 
@@ -73,14 +98,18 @@ class Compare:
     """Methods, with commas between them."""
     seeds: int = 3
     """Number of seeds, counted up from --seed."""
+    imbalances: str | None = None
+    """Imbalance factors to compare under, with commas between them; the recipe's own if not given."""
     match: Literal["passes", "epochs"] = "passes"
     """What all methods get the same of: student passes (images through the student), or epochs."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own with its share of the cores."""
     out: Path | None = None
     """Folder of the runs (default: runs/compare-RECIPE); what is finished there is not trained again."""
     overwrite: Flag = False
     """Train everything anew."""
     json: Path | None = None
-    """Write one record a run to this file."""
+    """Write one record a run to this file: an array, or a line each where it ends in .jsonl."""
     quiet: Flag = False
     """Show no progress."""
 

@@ -24,7 +24,7 @@ from longtail.data.images import SUFFIXES, open_image, to_square
 from longtail.data.views import center, to_float
 from longtail.errors import LongtailError
 from longtail.files import write_json, write_text, write_whole
-from longtail.nn import CosineClassifier, Encoder
+from longtail.nn import CosineClassifier, Encoder, LinearClassifier
 from longtail.objectives import log_prior, posterior
 
 ImageLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
@@ -43,6 +43,8 @@ class Card:
     network: str
     scale: float
     """Of the cosine classifier."""
+    head: Literal["cosine", "linear"] = "cosine"
+    """What the classifier is; linear after ``longtail rebalance``."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
@@ -103,7 +105,7 @@ class Recognizer:
         >>> recognizer.predict(["photo.png"], prior="uniform").names  # doctest: +SKIP
     """
 
-    def __init__(self, encoder: Encoder, classifier: CosineClassifier, card: Card) -> None:
+    def __init__(self, encoder: Encoder, classifier: CosineClassifier | LinearClassifier, card: Card) -> None:
         self.encoder, self.classifier, self.card = encoder.eval(), classifier.eval(), card
 
     @torch.no_grad()
@@ -219,7 +221,12 @@ class Recognizer:
         except (OSError, ValueError) as error:
             raise LongtailError(f"{folder / 'config.json'}: cannot be read: {error}") from None
         encoder = Encoder(card.network, card.mean, card.std)
-        classifier = CosineClassifier(encoder.num_features, len(card.class_names), card.scale)
+        classes = len(card.class_names)
+        classifier = (
+            LinearClassifier(encoder.num_features, classes)
+            if card.head == "linear"
+            else CosineClassifier(encoder.num_features, classes, card.scale)
+        )
         try:
             tensors = load_file(folder / "model.safetensors")
             for name, module in (("encoder.", encoder), ("classifier.", classifier)):

@@ -81,6 +81,7 @@ def test_the_cache_holds_what_the_teacher_makes_of_the_very_view(
     def watching(self: GML, batch: Batch) -> dict[str, torch.Tensor]:
         nonlocal teacher_passes
         teacher, classifier = self._frozen
+        assert teacher is not None
         assert classifier is not None
         assert batch.teacher_scores is not None
         assert batch.key_features is not None
@@ -244,7 +245,7 @@ def test_no_step_reads_a_value_on_the_host(tiny: Config, name: str) -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with FakeTensorMode() as mode:
-            method._apply(mode.from_tensor)  # type: ignore[no-untyped-call]
+            method._apply(mode.from_tensor)
             fake = batch._map(mode.from_tensor, None)
             optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
             for _ in range(2):

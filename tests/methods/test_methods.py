@@ -79,6 +79,7 @@ def test_gml_trains_all_but_the_teacher(tiny: Config, data: LongTailedData) -> N
         # a bias before BatchNorm or normalisation may cancel; nothing else is left without a gradient
         assert parameter.grad.abs().sum() > 0, name
     teacher = method._frozen[0]
+    assert teacher is not None
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not any("teacher" in name or "_frozen" in name for name in method.state_dict())
@@ -89,6 +90,7 @@ def test_the_teacher_keeps_no_books(tiny: Config, data: LongTailedData, monkeypa
     passes: dict[str, int] = {"teacher": 0, "student": 0}
     graphs = []
     for name, module in (("teacher", method._frozen[0]), ("student", method.encoder)):
+        assert module is not None
 
         def count(_module: object, inputs: tuple[torch.Tensor], output: torch.Tensor, name: str = name) -> None:
             passes[name] += len(inputs[0])
@@ -129,7 +131,9 @@ def test_state_holds_the_queues(tiny: Config, data: LongTailedData) -> None:
 def test_moving_a_method_moves_teacher_and_queues(tiny: Config, data: LongTailedData) -> None:
     method = gml(tiny, data).to("meta")
     assert method.queues.slots().features.is_meta
-    assert next(method._frozen[0].parameters()).is_meta
+    teacher = method._frozen[0]
+    assert teacher is not None
+    assert next(teacher.parameters()).is_meta
 
 
 def test_queues_that_do_not_fit_are_named(tiny: Config, data: LongTailedData) -> None:

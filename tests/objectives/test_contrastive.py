@@ -124,9 +124,7 @@ def test_all_have_right_gradients() -> None:
     assert torch.autograd.gradcheck(
         lambda z, c: balanced_contrastive_loss(z, LABELS, torch.cat([z, c]), classes, C, TAU, own), (z, c)
     )
-    assert torch.autograd.gradcheck(
-        lambda z, c: supcon_loss(z, LABELS, torch.cat([z, c]), classes, TAU, own), (z, c)
-    )
+    assert torch.autograd.gradcheck(lambda z, c: supcon_loss(z, LABELS, torch.cat([z, c]), classes, TAU, own), (z, c))
     assert torch.autograd.gradcheck(
         lambda s, z: parametric_contrastive_loss(s, z, LABELS, KEYS.detach(), KEY_LABELS, TAU, 0.05, OWN), (s, z)
     )

@@ -121,11 +121,19 @@ class _Photo:
 
 
 def build_view(name: str, size: int) -> View:
-    """Return the batched augmentation ``name`` (none, digits, cifar, cifar-rand, photo) for images used at ``size``."""
+    """Return a batched augmentation by its name, for images used at ``size``.
+
+    ``none``; ``digits``; ``cifar`` (crop, mirror, AutoAugment, Cutout); ``cifar-rand`` (with RandAugment in its place);
+    ``cifar-plain`` (crop and mirror alone); ``photo``.
+    """
     if name == "none":
         return lambda images, _ids, _keys: to_float(center(images, size))
     if name == "digits":
         return _digits
+    if name == "cifar-plain":
+        return lambda images, ids, keys: to_float(
+            crop_and_flip(images, uniform(ids, 3, *keys), padding=max(1, images.shape[2] // 8))
+        )
     if name in {"cifar", "cifar-rand"}:
         return _Cifar(CifarAutoAugment() if name == "cifar" else RandAugment())
     return _Photo(size)

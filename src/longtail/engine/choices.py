@@ -11,6 +11,8 @@ from longtail.data.views import View, build_view
 from longtail.errors import LongtailError
 from longtail.methods.gml import queue_size
 
+_GREY = {"none", "digits", "cifar-plain"}  # augmentations that do not need colours
+
 
 def resolve(config: Config, data: LongTailedData) -> Config:
     """Return ``config`` with every choice that was left to the data made.
@@ -58,7 +60,9 @@ def build_views(config: Config, data: LongTailedData, wanted: Sequence[str]) -> 
             f"data.augment {names['classification']} and data.contrast_augment {names['contrast']} do not go together: "
             "the imagenet recipes are drawn an image at a time, the others a batch at a time"
         )
-    if len(data.mean) == 1 and any(name not in {"none", "digits"} for name in chosen):
-        raise LongtailError(f"data.augment {chosen[0]}: needs images in colour, these are grey; use digits or none")
+    if len(data.mean) == 1 and any(name not in _GREY for name in chosen):
+        raise LongtailError(
+            f"data.augment {chosen[0]}: needs images in colour, these are grey; use {', '.join(sorted(_GREY))}"
+        )
     size = data.image_size
     return [PerImageView(name, size) if name.startswith("imagenet") else build_view(name, size) for name in chosen]

@@ -1,13 +1,21 @@
-"""Several methods, several seeds, one recipe: trained run by run; what is done is not done again."""
+"""Several methods, seeds and imbalances under one recipe: trained run by run; what is done is not done again."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Literal
+
+import torch
 
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
@@ -18,15 +26,40 @@ from longtail.engine.files import FORMAT
 from longtail.engine.fit import Run, fit
 from longtail.errors import LongtailError, nearest
 from longtail.evaluation.comparison import Record
-from longtail.files import write_json
+from longtail.files import write_json, write_text
 from longtail.methods import METHODS, method_class
 from longtail.recognizer import Recognizer
 
 Match = Literal["passes", "epochs"]
 
 
-def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], match: Match) -> list[Config]:
-    """Return the settings of every run, seed by seed.
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One run of a comparison, before its data is known."""
+
+    config: Config
+    imbalance: float | None
+    """The factor, where the comparison has several to choose from."""
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return run_name(self.config.method, self.config.seed, self.imbalance)
+
+
+def run_name(method: str, seed: int, imbalance: float | None) -> str:
+    """Return the folder of a run within its comparison."""
+    return f"{method}-seed{seed}" if imbalance is None else f"{method}-imbalance{imbalance:g}-seed{seed}"
+
+
+def plan(
+    config: Config,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    match: Match,
+    imbalances: Sequence[float | None] = (None,),
+) -> list[Planned]:
+    """Return every run: imbalance by imbalance, seed by seed.
 
     Args:
         config: the recipe.
@@ -34,28 +67,43 @@ def plan(config: Config, methods: Sequence[str], seeds: Sequence[int], match: Ma
         seeds: seeds, the same for every method, so that their differences are paired.
         match: ``passes`` gives every method as many student passes as the hungriest of them has in the recipe's epochs;
             ``epochs`` gives all the recipe's epochs.
+        imbalances: imbalance factors; None is the recipe's own.
 
     Raises:
-        LongtailError: an unknown method, or one named twice.
+        LongtailError: an unknown method, one named twice, or a factor below 1.
     """
     for name in methods:
         if name not in METHODS:
             raise LongtailError(f"--methods: '{name}' is not known{nearest(name, METHODS)}")
     if len(set(methods)) < len(methods) or not methods:
         raise LongtailError(f"--methods: expected different names, got {','.join(methods)}")
+    for factor in imbalances:
+        if factor is not None and not 1 <= factor < float("inf"):
+            raise LongtailError(f"--imbalances: expected factors of at least 1, got {factor:g}")
+    if len(set(imbalances)) < len(imbalances) or not imbalances:
+        raise LongtailError("--imbalances: expected different factors")
     assert isinstance(config.epochs, int)
     views = {name: method_class(name).student_views(config) for name in methods}
     most = max(views.values())
     epochs = {
         name: round(config.epochs * most / views[name]) if match == "passes" else config.epochs for name in methods
     }
-    runs = []
-    for seed in seeds:
-        for name in methods:
-            run = config.replace(method=name, seed=seed, epochs=epochs[name])
-            # the teacher is the recipe's, whatever its student's epochs become
-            runs.append(run.replace(teacher={"epochs": config.teacher.epochs or config.epochs}))
-    return runs
+    # the teacher is the recipe's, whatever its student's epochs become
+    config = config.replace(teacher={"epochs": config.teacher.epochs or config.epochs})
+    return [
+        Planned(
+            config.replace(
+                method=name,
+                seed=seed,
+                epochs=epochs[name],
+                data={} if factor is None else {"imbalance": factor},
+            ),
+            factor,
+        )
+        for factor in imbalances
+        for seed in seeds
+        for name in methods
+    ]
 
 
 def compare(
@@ -65,6 +113,8 @@ def compare(
     out: Path,
     *,
     match: Match = "passes",
+    imbalances: Sequence[float | None] = (None,),
+    jobs: int = 1,
     overwrite: bool = False,
     quiet: bool = False,
     say: Callable[[str], None] = lambda _line: None,
@@ -76,48 +126,113 @@ def compare(
         methods: names of the methods.
         seeds: seeds.
         out: folder that holds the runs, ``METHOD-seedN`` each; what is finished there is read, not trained again.
+            ``records.jsonl`` in it has a line for every run that has ended.
         match: see :func:`plan`.
+        imbalances: see :func:`plan`.
+        jobs: runs at a time, each in a process of its own with its share of the cores.
         overwrite: train everything anew.
         quiet: show no progress bars.
         say: told of every run that ends.
 
     Raises:
         LongtailError: an input cannot be used, or ``out`` holds runs with other settings.
+        StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
-    data: LongTailedData | None = None
+    data = load_data(config.data, seeds[0])  # before anything is removed
     if config.epochs == "auto":
-        data = load_data(config.data, seeds[0])
         config = config.replace(epochs=resolve(config, data).epochs)
-    runs = plan(config, methods, seeds, match)
-    data = load_data(config.data, seeds[0]) if data is None else data  # before anything is removed
+    runs = plan(config, methods, seeds, match, imbalances)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LongtailError("compare: is run by one process; give every training torchrun of its own")
-    if overwrite and out.exists():
-        if any(out.iterdir()) and not (out / "comparison.json").is_file():
-            raise LongtailError(f"{out}: is not empty and no comparison of longtail; choose another --out")
-        shutil.rmtree(out)
     if out.exists() and any(out.iterdir()) and not (out / "comparison.json").is_file():
         raise LongtailError(f"{out}: is not empty and no comparison of longtail; choose another --out")
-    records: list[Record] = []
-    for position, planned in enumerate(runs):
-        folder = out / f"{planned.method}-seed{planned.seed}"
-        if data is None or (position > 0 and planned.seed != runs[position - 1].seed):
-            data = load_data(planned.data, planned.seed)
-        if position == 0:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
-            write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
-        run = resolve(planned, data)
-        done = finished(folder, run) or fit(run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data)
-        records.append(record(done))
-        say(f"{position + 1}/{len(runs)} {run.method} seed {run.seed}: balanced accuracy {_percent(records[-1])}")
-    return records
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
+    write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
+    records: dict[Planned, Record] = {}
+    ended = _in_turn(runs, out, quiet) if jobs == 1 else _side_by_side(runs, out, jobs)
+    for planned, record in ended:
+        records[planned] = record
+        in_order = [records[run] for run in runs if run in records]
+        write_text(out / "records.jsonl", as_json_lines(in_order))
+        what = f"{planned.config.method} seed {planned.config.seed}"
+        what += "" if planned.imbalance is None else f" imbalance {planned.imbalance:g}"
+        say(
+            f"{len(records)}/{len(runs)} {what}: balanced accuracy {record.balanced_accuracy:.1f} %, "
+            f"{record.seconds:.0f} s"
+        )
+    return [records[run] for run in runs]
 
 
-def _percent(record: Record) -> str:
-    return f"{record.balanced_accuracy:.1f} %, {record.seconds:.0f} s"
+_loaded: list[tuple[object, LongTailedData]] = []  # the set that this process used last
+
+
+def _train(planned: Planned, out: Path, quiet: bool) -> Record:
+    """Train one run, or read it where it is finished."""
+    config = planned.config
+    key = (config.data, config.seed)
+    if not _loaded or _loaded[0][0] != key:
+        _loaded[:] = [(key, load_data(config.data, config.seed))]
+    data = _loaded[0][1]
+    run, folder = resolve(config, data), out / planned.name
+    done = finished(folder, run) or fit(run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data)
+    return dataclasses.replace(record(done), imbalance=planned.imbalance)
+
+
+def _in_turn(runs: Sequence[Planned], out: Path, quiet: bool) -> Iterator[tuple[Planned, Record]]:
+    try:
+        for planned in runs:
+            yield planned, _train(planned, out, quiet)
+    finally:
+        _loaded.clear()
+
+
+def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tuple[Planned, Record]]:
+    """Train ``jobs`` runs at a time, in processes that start once and share out the cores."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    with (
+        concurrent.futures.ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), _start_worker, (threads,)
+        ) as pool,
+        _signals_handed_on(pool),
+    ):
+        waiting = {pool.submit(_train, planned, out, True): planned for planned in runs}
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            # what has not started does not start; what has is let finish, or has been told to stop
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _start_worker(threads: int) -> None:
+    os.setsid()  # a terminal's signals reach the comparison alone, which hands them on
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _signals_handed_on(pool: concurrent.futures.ProcessPoolExecutor) -> Iterator[None]:
+    """Tell the trainings to stop when this process is told; each saves, and ends with what it was told."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, number)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    for number in before:
+        signal.signal(number, hand_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def finished(folder: Path, config: Config) -> Run | None:
@@ -155,3 +270,8 @@ def record(run: Run) -> Record:
 def as_json(records: Sequence[Record]) -> list[dict[str, object]]:
     """Return the records as plain values."""
     return [dataclasses.asdict(entry) for entry in records]
+
+
+def as_json_lines(records: Sequence[Record]) -> str:
+    """Return the records as text, a line of JSON each."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in as_json(records))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longtail.config import Config, read_config
-from longtail.data.dataset import ImageSet
+from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loaders import evaluation_batches
 from longtail.data.sources import load_data
 from longtail.engine.processes import rank, summed, world_size
@@ -32,16 +32,15 @@ def judge(recognizer: Recognizer, images: ImageSet, config: Config) -> dict[str,
     return {prior: metrics(summed(found).cpu(), counts, shots) for prior, found in counted.items()}
 
 
-def evaluate(run: Path, prior: str = "uniform", data_root: str | None = None) -> dict[str, Any]:
-    """Judge a finished run on its test set.
+def open_finished(run: Path, data_root: str | None = None) -> tuple[Recognizer, Config, LongTailedData]:
+    """Return a finished run's recogniser, its settings, and the images that it was trained on and is judged by.
 
     Args:
         run: its folder.
-        prior: ``uniform`` or ``train``: assumed for the metrics at the top level.
         data_root: where the images are now, if not where they were.
 
-    Returns:
-        The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under both.
+    Raises:
+        LongtailError: the run has not finished, or the images are not those that it was trained on.
     """
     recognizer = Recognizer.load(run)
     recognizer.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,6 +57,21 @@ def evaluate(run: Path, prior: str = "uniform", data_root: str | None = None) ->
             f"{run}: was trained on other images than {config.data.root or config.data.source} has for training now, "
             "so its test images may be among those it was trained on: give the images as they were"
         )
+    return recognizer, config, data
+
+
+def evaluate(run: Path, prior: str = "uniform", data_root: str | None = None) -> dict[str, Any]:
+    """Judge a finished run on its test set.
+
+    Args:
+        run: its folder.
+        prior: ``uniform`` or ``train``: assumed for the metrics at the top level.
+        data_root: where the images are now, if not where they were.
+
+    Returns:
+        The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under both.
+    """
+    recognizer, config, data = open_finished(run, data_root)
     judged = judge(recognizer, data.test, config)
     return described(judged, recognizer.card, prior)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from torch import nn
 
 from longtail.config import Classifier, Config, Contrast, Gml, Shots
 from longtail.config import Teacher as TeacherConfig
 from longtail.data.dataset import LongTailedData
 from longtail.engine.files import INCIDENTAL, flatten
+from longtail.engine.processes import rank
 from longtail.errors import LongtailError
 from longtail.nn.backbones import Encoder, pretrained_encoder
 from longtail.recognizer import Recognizer
@@ -96,12 +99,31 @@ def trained_teacher(
         say: tells the user what happens.
     """
     folder = teacher_folder(config, data, runs)
-    if (folder / "recognizer" / "config.json").is_file():
-        say(f"teacher: found in {folder}")
-    else:
-        say(f"teacher: training {teacher_config(config).network} first, kept in {folder}")
-        train(teacher_config(config), folder)
+    with _alone(folder):
+        if (folder / "recognizer" / "config.json").is_file():
+            say(f"teacher: found in {folder}")
+        else:
+            say(f"teacher: training {teacher_config(config).network} first, kept in {folder}")
+            train(teacher_config(config), folder)
     return _from_run(folder, data, given=False)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one run at a time train a teacher; another that wants the same one waits, and then finds it."""
+    if rank() > 0:  # the first process has the lock, and trains with the others
+        yield
+        return
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise LongtailError(f"{folder.parent}: cannot be written: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _from_run(folder: Path, data: LongTailedData, given: bool) -> Teacher:

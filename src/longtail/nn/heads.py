@@ -27,6 +27,23 @@ class CosineClassifier(nn.Module):
         return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
 
 
+class LinearClassifier(nn.Module):
+    """Scores h·w_c: what the second-stage heads are, whose norms say something.
+
+    Args:
+        in_features: F.
+        num_classes: C.
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_classes, in_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C) scores of (B, F) features."""
+        return F.linear(features, self.weight)
+
+
 class ProjectionMLP(nn.Module):
     """Linear-BN-ReLU-Linear, normalised: features (B, F) to unit-norm embeddings (B, D)."""
 

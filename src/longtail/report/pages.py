@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from longtail.config import read_config
 from longtail.engine.books import read_metrics
+from longtail.engine.compare import run_name
 from longtail.errors import LongtailError
 from longtail.evaluation.comparison import Record, differences, table
 from longtail.files import write_text
@@ -34,7 +35,11 @@ def run_report(folder: Path) -> Path:
     order = sorted(range(len(card.class_names)), key=lambda index: -card.class_counts[index])
     groups = config.shots.groups(card.class_counts)
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    names = [name for name in ("classifier", "contrast", "mixture", "temperature_likelihood", "distillation") if name in epochs[-1]]
+    names = [
+        name
+        for name in ("classifier", "contrast", "mixture", "temperature_likelihood", "distillation")
+        if name in epochs[-1]
+    ]
     numbers = [line["epoch"] for line in epochs]
     names_in_order = [card.class_names[index] for index in order]
     head_first = [groups[index] for index in order]
@@ -74,7 +79,7 @@ def comparison_report(records: Sequence[Record], out: Path, match: str) -> Path:
     figure = plots.comparison(records)
     plots.save_png(figure, out / "comparison.png")
     header, rows = table(records)
-    runs = [(record, f"{record.method}-seed{record.seed}/report.html") for record in records]
+    runs = [(record, f"{run_name(record.method, record.seed, record.imbalance)}/report.html") for record in records]
     page = _render(
         "comparison.html.j2",
         title=f"Comparison · {out.name}",

@@ -1,0 +1,87 @@
+"""What becomes of each method as the imbalance grows to thousands?
+
+Fashion-MNIST (Debian's package dataset-fashion-mnist) has 6,000 images a class, enough for a tail of one image under a
+head of thousands. Images at 14 × 14, so that two cores suffice; every factor has about as many student passes.
+
+Command:
+    python benchmarks/studies/imbalance.py --seeds 3      (--fashion FOLDER where it is not Debian's)
+with --out FOLDER and --json FILE.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+from common import Variant, parser, study
+from PIL import Image
+
+from longtail.config import load_recipe
+
+NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+METHODS: dict[str, Variant] = {name: {"method": name} for name in ("ce", "la", "bcl", "gml")}
+PASSES = 80_000
+FACTORS = (10, 100, 500, 1000, 5000)
+
+
+def convert(fashion: Path, out: Path) -> dict[str, str]:
+    """Write the set as the Parquet tables that the library reads, and return where they are."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    paths = {split: out / f"fashion-{split}.parquet" for split in ("train", "test")}
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        if paths[split].is_file():
+            continue
+        pixels = np.frombuffer(
+            gzip.decompress((fashion / f"{stem}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
+        )
+        labels = np.frombuffer(
+            gzip.decompress((fashion / f"{stem}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
+        )
+        images = []
+        for image in pixels.reshape(-1, 28, 28):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            images.append({"bytes": buffer.getvalue()})
+        out.mkdir(parents=True, exist_ok=True)
+        # a digit before the name keeps the set's own order of classes
+        names = [f"{label} {NAMES[label]}" for label in labels.tolist()]
+        parquet.write_table(pa.table({"image": images, "label": names}), paths[split])
+    return {split: str(path) for split, path in paths.items()}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    given = options.parse_args()
+    base = load_recipe("digits-lt").config
+    data = {
+        "source": "list",
+        "profile": "exponential",
+        "class_order": "index",
+        "image_size": 14,
+        "augment": "cifar-plain",
+    }
+    base = base.replace(data={**data, **convert(given.fashion, given.out)})
+    factors = {}
+    for factor in FACTORS:
+        images = sum(int(6000 * (1 / factor) ** (c / 9)) for c in range(10))
+        epochs = round(PASSES / images)
+        factors[float(factor)] = {"epochs": epochs, "teacher": {"epochs": epochs}}
+    study(
+        base,
+        METHODS,
+        given,
+        command=f"python benchmarks/studies/imbalance.py --seeds {given.seeds}",
+        budget=f"Fashion-MNIST at 14 × 14, head of 6,000 images; conv8 student and teacher, about {PASSES:,} student passes, "
+        "batch 64, one-cycle, crop and mirror",
+        baseline="la",
+        factors=factors,
+    )
+
+
+if __name__ == "__main__":
+    main()
