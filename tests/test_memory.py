@@ -149,3 +149,24 @@ def test_wrong_shapes_are_named() -> None:
         queues.push(torch.ones(1, 2), torch.tensor([1]), torch.tensor([9, 8]))
     with pytest.raises(ValueError, match=r"labels: expected shape \(1,\) of int64, got \(1,\) of torch.float32"):
         queues.push(torch.ones(1, 2), torch.tensor([1.0]), torch.tensor([9]))
+
+
+def test_a_shared_queue_is_one_for_all_classes() -> None:
+    import collections
+
+    queues = ClassQueues([50, 5], size=7, dim=2, shared=True)
+    plain: collections.deque[tuple[int, int]] = collections.deque(maxlen=7)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        labels = torch.randint(-1, 2, (5,), generator=generator)
+        ids = torch.arange(5) + 5 * step
+        queues.push(torch.stack([ids.float(), labels.float()], dim=1), labels, ids)
+        plain.extend((i, label) for i, label in zip(ids.tolist(), labels.tolist(), strict=True) if label >= 0)
+        assert sorted(zip(queues.ids.tolist(), queues.labels.tolist(), strict=True)) == sorted(plain)
+        assert queues.features[:, 0].tolist() == queues.ids.tolist()
+    smaller = queues.rebuilt(size=3)
+    assert smaller.shared
+    assert sorted(smaller.ids.tolist()) == sorted(i for i, _ in plain)[-3:]
+    other = ClassQueues([50, 5], size=7, dim=2, shared=True)
+    other.load_state_dict(queues.state_dict())
+    assert torch.equal(other.ids, queues.ids)

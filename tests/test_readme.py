@@ -17,7 +17,7 @@ from tests.conftest import TINY, Command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"inspect", "split", "train", "evaluate", "predict", "compare", "recipes"}
+COMMANDS = {"inspect", "split", "train", "evaluate", "rebalance", "predict", "compare", "recipes"}
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -36,6 +36,8 @@ def test_tables_are_those_that_were_printed(page: str, name: str, shown: str) ->
     assert len({record.seed for record in records}) >= 3
     assert shown.strip() == "\n".join(markdown(records, results.get("baseline")))
     assert results["command"] in PAGES[page]
+    # what every run was given stands on the page, however its lines are broken
+    assert " ".join(results.get("budget", "").split()) in " ".join(PAGES[page].split())
 
 
 def test_the_demo_is_in_the_readme() -> None:

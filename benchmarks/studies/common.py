@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--out", type=Path, required=True, help="folder of the runs")
     options.add_argument("--json", type=Path, help="file of the results")
+    options.add_argument("--threads", type=int, default=2)
     options.add_argument("--root", help="folder of CIFAR-100, for the studies that use it")
     options.add_argument("--only", help="variants, with commas between them; the others are left for another time")
     return options
@@ -94,19 +96,20 @@ def study(
         factors: imbalance factors, with what else changes under each.
         further: makes more records of a run.
     """
-    torch.set_num_threads(2)
+    torch.set_num_threads(given.threads)
     names = given.only.split(",") if given.only else list(variants)
     records: list[Record] = []
     data, loaded = None, None
-    cells = itertools.product(factors or {None: {}}, range(given.seeds), names)
+    settings: dict[float | None, Variant] = {None: {}} if factors is None else dict(factors.items())
+    cells = itertools.product(settings, range(given.seeds), names)
     for factor, seed, name in cells:
         config = changed(base, variants[name]).replace(seed=seed)
-        if factors and factor is not None:
-            config = changed(config, factors[factor]).replace(data={"imbalance": factor})
+        if factor is not None:
+            config = changed(config, settings[factor]).replace(data={"imbalance": factor})
         if data is None or (config.data, seed) != loaded:
             data, loaded = load_data(config.data, seed), (config.data, seed)
         where = "" if factor is None else f"-imbalance{factor:g}"
-        folder = given.out / f"{name.replace(' ', '-').replace(',', '')}{where}-seed{seed}"
+        folder = given.out / (re.sub(r"\W+", "-", name) + f"{where}-seed{seed}")
         run = train(config, folder, given.out / "teachers", data)
         made = [dataclasses.replace(record(run), method=name), *further(name, run, data)]
         records += [dataclasses.replace(entry, imbalance=factor) for entry in made]

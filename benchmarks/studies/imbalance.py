@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import Variant, parser, study
@@ -22,7 +23,7 @@ from longtail.config import load_recipe
 
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 METHODS: dict[str, Variant] = {name: {"method": name} for name in ("ce", "la", "bcl", "gml")}
-PASSES = 80_000
+PASSES = 60_000
 FACTORS = (10, 100, 500, 1000, 5000)
 
 
@@ -35,12 +36,8 @@ def convert(fashion: Path, out: Path) -> dict[str, str]:
     for split, stem in (("train", "train"), ("test", "t10k")):
         if paths[split].is_file():
             continue
-        pixels = np.frombuffer(
-            gzip.decompress((fashion / f"{stem}-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16
-        )
-        labels = np.frombuffer(
-            gzip.decompress((fashion / f"{stem}-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8
-        )
+        pixels = _read(fashion / f"{stem}-images-idx3-ubyte.gz", 16)
+        labels = _read(fashion / f"{stem}-labels-idx1-ubyte.gz", 8)
         images = []
         for image in pixels.reshape(-1, 28, 28):
             buffer = io.BytesIO()
@@ -51,6 +48,10 @@ def convert(fashion: Path, out: Path) -> dict[str, str]:
         names = [f"{label} {NAMES[label]}" for label in labels.tolist()]
         parquet.write_table(pa.table({"image": images, "label": names}), paths[split])
     return {split: str(path) for split, path in paths.items()}
+
+
+def _read(path: Path, header: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
 
 
 def main() -> None:
@@ -76,8 +77,8 @@ def main() -> None:
         METHODS,
         given,
         command=f"python benchmarks/studies/imbalance.py --seeds {given.seeds}",
-        budget=f"Fashion-MNIST at 14 × 14, head of 6,000 images; conv8 student and teacher, about {PASSES:,} student passes, "
-        "batch 64, one-cycle, crop and mirror",
+        budget=f"Fashion-MNIST at 14 × 14, head of 6,000 images; conv8 student and teacher, about {PASSES:,} student "
+        "passes, batch 64, one-cycle, crop and mirror",
         baseline="la",
         factors=factors,
     )

@@ -6,7 +6,7 @@ as the student's and stands in a column of its own.
 Commands:
     python benchmarks/studies/methods.py digits --seeds 5
     python benchmarks/studies/methods.py cifar --imbalance 100 --seeds 3      (--root DATA)
-    python benchmarks/studies/methods.py cifar --imbalance 10 --seeds 3       (--root DATA)
+    python benchmarks/studies/methods.py cifar --imbalance 10 --methods ce,la,bcl,gml --seeds 3       (--root DATA)
 each with --out FOLDER and --json FILE.
 """
 
@@ -24,6 +24,7 @@ EPOCHS = {100: 16, 10: 8}  # so that both imbalances have about the same number 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("study", choices=["digits", "cifar"])
+    options.add_argument("--methods", default=",".join(METHODS), help="names, with commas between them")
     options.add_argument("--imbalance", type=int, default=100, choices=list(EPOCHS))
     given = options.parse_args()
     command = f"python benchmarks/studies/methods.py {given.study}"
@@ -37,8 +38,11 @@ def main() -> None:
             f"ResNet-8, {epochs} epochs of one student view, batch 128, crop and mirror, one-cycle; "
             f"gml's teacher: ResNet-14, {epochs} epochs"
         )
+    if given.methods != ",".join(METHODS):
+        command += f" --methods {given.methods}"
     command += f" --seeds {given.seeds}"
-    study(base, METHODS, given, command=command, budget=budget, baseline="la")
+    chosen = {name: METHODS[name] for name in given.methods.split(",")}
+    study(base, chosen, given, command=command, budget=budget, baseline="la")
 
 
 if __name__ == "__main__":

@@ -26,35 +26,35 @@ def gml(**changes: Any) -> dict[str, Any]:
 
 PARTS: dict[str, Variant] = {
     "la": {"method": "la"},
-    "la, distilled": {"method": "la", "classifier": DISTILLED},
-    "bcl, distilled": {"method": "bcl", "classifier": DISTILLED},
+    "la distilled": {"method": "la", "classifier": DISTILLED},
+    "bcl distilled": {"method": "bcl", "classifier": DISTILLED},
     "gml": {"method": "gml"},
-    "gml, distilled": FULL,
-    "gml, plain queue": gml(queues="plain"),
-    "gml, batch alone": gml(queues="batch"),
-    "gml, momentum keys": {**gml(keys="momentum"), "teacher": {"cache": 0}},
-    "gml, τ fixed": gml(learn_temperature=False),
-    "gml, no logit adjustment": {**FULL, "classifier": {"adjust": False}},
+    "gml distilled": FULL,
+    "gml: plain queue": gml(queues="plain"),
+    "gml: batch alone": gml(queues="batch"),
+    "gml: momentum keys": {**gml(keys="momentum"), "teacher": {"cache": 0}},
+    "gml: τ fixed": gml(learn_temperature=False),
+    "gml: no logit adjustment": {**FULL, "classifier": {"adjust": False}},
 }
 
 IDEAS: dict[str, Variant] = {
-    "gml, borrowed spread": gml(borrow=4),
-    "gml, both keys": {**gml(keys="both"), "teacher": {"cache": 0}},
+    "gml: borrowed spread": gml(borrow=4),
+    "gml: both keys": {**gml(keys="both"), "teacher": {"cache": 0}},
 }
 
 # the set of digits is small enough to ask it more
 MORE: dict[str, Variant] = {
-    "ce, distilled": {"method": "ce", "classifier": DISTILLED},
-    "proco, distilled": {"method": "proco", "classifier": DISTILLED},
-    "gml, self-pairs for τ": gml(self_pairs="both"),
-    "gml, no self-pairs": gml(self_pairs="none"),
-    "gml, 16 keys a class": gml(queue_minimum=16),
+    "ce distilled": {"method": "ce", "classifier": DISTILLED},
+    "proco distilled": {"method": "proco", "classifier": DISTILLED},
+    "gml: self-pairs for τ": gml(self_pairs="both"),
+    "gml: no self-pairs": gml(self_pairs="none"),
+    "gml: 16 keys a class": gml(queue_minimum=16),
 }
 
 # at half the epochs: two student views a step, the classifier's term on both
 TWO_VIEWS: dict[str, Variant] = {
-    "two views: la, distilled": {"method": "la", "classifier": {**DISTILLED, "views": 2}},
-    "two views: gml, distilled": {**gml(share_query=False), "classifier": {"every_view": True}},
+    "two views: la distilled": {"method": "la", "classifier": {**DISTILLED, "views": 2}},
+    "two views: gml distilled": {**gml(share_query=False), "classifier": {"every_view": True}},
     "two views: gml on both": {**gml(share_query=False, mix_all=True), "classifier": {"every_view": True}},
 }
 
@@ -71,7 +71,7 @@ def main() -> None:
     nets = "conv8 student and teacher, batch 64" if small else "ResNet-8 student, ResNet-14 teacher, batch 128"
     budget = f"{nets}, {base.epochs} epochs of one student view, or half as many of two"
     command = f"python benchmarks/studies/parts.py {given.study} --seeds {given.seeds}"
-    study(base, variants, given, command=command, budget=budget, baseline="la, distilled")
+    study(base, variants, given, command=command, budget=budget, baseline="la distilled")
 
 
 if __name__ == "__main__":

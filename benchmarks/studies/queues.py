@@ -26,7 +26,8 @@ def main() -> None:
         SIZES | MINIMA,
         given,
         command=f"python benchmarks/studies/queues.py --seeds {given.seeds}",
-        budget="conv8 student and teacher, 200 epochs of one student view, batch 64; k_m = 2 along K, K = 400 along k_m",
+        budget="conv8 student and teacher, 200 epochs of one student view, batch 64; k_m = 2 along K, K = 400 along "
+        "k_m",
         baseline="K = 400",
     )
 

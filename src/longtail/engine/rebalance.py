@@ -81,9 +81,10 @@ def rebalance(run: Path, out: Path, settings: Settings, data_root: str | None = 
         raise LongtailError(f"--tau {settings.tau}: expected a value from 0, which changes nothing, to 10")
     if out.exists() and any(out.iterdir()):
         raise LongtailError(f"{out}: is not empty; choose another --out")
-    recognizer, config, data = open_finished(run, data_root)
-    started = time.monotonic()
+    # a caller's own random numbers are not ours to move
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        recognizer, config, data = open_finished(run, data_root)
+        started = time.monotonic()
         torch.manual_seed(mix(config.seed, _HEAD))
         features, labels = _features(recognizer, config, data, settings.views)
         head, chosen = fit_head(

@@ -1,0 +1,163 @@
+"""Put the tables of benchmarks/results into README.md and docs, and draw the plots of docs/figures.
+
+A table stands between ``<!-- table: PATH -->`` and ``<!-- end -->``; a test holds the pages against the results.
+
+Command: python benchmarks/refresh.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from longtail.evaluation.comparison import Record, differences, imbalances_of, markdown, methods_of, summarize
+
+ROOT = Path(__file__).parents[1]
+RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
+COLORS = {"ce": "#808890", "la": "#4477aa", "bcl": "#228833", "proco": "#b8860b", "gml": "#cc5566"}
+
+
+def read(name: str) -> tuple[dict[str, Any], list[Record]]:
+    """Return a results file and its records."""
+    results: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return results, [Record(**record) for record in results["records"]]
+
+
+def refresh(page: Path) -> None:
+    """Write every table of a page anew."""
+
+    def table(found: re.Match[str]) -> str:
+        results, records = read(Path(found[1]).name)
+        shown = "\n".join(markdown(records, results.get("baseline")))
+        return f"<!-- table: {found[1]} -->\n{shown}\n<!-- end -->"
+
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def bare(axes: Axes, title: str) -> None:
+    """Take away what says nothing."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=8)
+
+
+def methods(figure: Figure) -> None:
+    """Draw every run of the methods' study as a dot, and each method's mean."""
+    files = {
+        "methods-cifar-100.json": "CIFAR-100-LT, imbalance 100",
+        "methods-cifar-10.json": "CIFAR-100-LT, imbalance 10",
+        "methods-digits.json": "digits-lt",
+    }
+    for column, (name, title) in enumerate(files.items()):
+        axes = figure.add_subplot(1, len(files), column + 1)
+        _, records = read(name)
+        names = methods_of(records)
+        for row, method in enumerate(names):
+            values = [r.balanced_accuracy for r in records if r.method == method]
+            color = COLORS.get(method, "#9977aa")
+            axes.plot(values, [row] * len(values), "o", color=color, markersize=3.5, alpha=0.6)
+            axes.plot(statistics.fmean(values), row, "|", color=color, markersize=16, markeredgewidth=2)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("balanced accuracy, %", fontsize=8)
+        bare(axes, title)
+
+
+def parts(figure: Figure) -> None:
+    """Draw every variant's paired difference from distilled logit adjustment with its t-interval."""
+    for column, (name, title) in enumerate(
+        {"parts-cifar.json": "CIFAR-100-LT", "parts-digits.json": "digits-lt"}.items()
+    ):
+        axes = figure.add_subplot(1, 2, column + 1)
+        results, records = read(name)
+        found = differences(records, results["baseline"])
+        for row, difference in enumerate(found):
+            assert difference.low is not None
+            assert difference.high is not None
+            sure = not difference.low <= 0 <= difference.high
+            axes.plot(
+                [difference.low, difference.high], [row, row], color="#cc5566" if sure else "#9098a0", linewidth=1.5
+            )
+            axes.plot(difference.mean, row, "o", color="#cc5566" if sure else "#606870", markersize=4)
+        axes.axvline(0, color="#9098a0", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(found)), [difference.method for difference in found])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"points ahead of {results['baseline']}, 95 % interval", fontsize=8)
+        bare(axes, title)
+
+
+def imbalance(figure: Figure) -> None:
+    """Draw accuracy against the imbalance factor, over all classes and over the two smallest groups."""
+    _, records = read("imbalance-fashion.json")
+    for column, (name, title) in enumerate({"balanced_accuracy": "balanced accuracy, %", "few": "few, %"}.items()):
+        axes = figure.add_subplot(1, 2, column + 1)
+        for method in methods_of(records):
+            points = []
+            for factor in imbalances_of(records):
+                summary = summarize([r for r in records if r.imbalance == factor], method, name)
+                if summary is not None and factor is not None:
+                    points.append((factor, summary.mean, summary.deviation or 0.0))
+            if points:
+                x, y, deviation = zip(*points, strict=True)
+                axes.errorbar(
+                    x, y, yerr=deviation, color=COLORS[method], marker="o", markersize=3, capsize=2, label=method
+                )
+        axes.set_xscale("log")
+        axes.set_xlabel("imbalance factor", fontsize=8)
+        bare(axes, title)
+        axes.legend(fontsize=8, frameon=False)
+
+
+def queues(figure: Figure) -> None:
+    """Draw accuracy and time against K and k_m."""
+    _, records = read("queues-digits.json")
+    for row, (field, label) in enumerate({"balanced_accuracy": "balanced accuracy, %", "seconds": "seconds"}.items()):
+        for column, name in enumerate(("K", "k_m")):
+            axes = figure.add_subplot(2, 2, 2 * row + column + 1)
+            points = []
+            for method in methods_of(records):
+                if method.startswith(f"{name} = ") or (name == "k_m" and method == "K = 400"):
+                    summary = summarize(records, method, field)
+                    assert summary is not None
+                    value = 2 if name == "k_m" and method == "K = 400" else int(method.partition(" = ")[2])
+                    points.append((value, summary.mean, summary.deviation or 0.0))
+            x, y, deviation = zip(*sorted(points), strict=True)
+            axes.errorbar(x, y, yerr=deviation, color=COLORS["gml"], marker="o", markersize=3, capsize=2)
+            axes.set_xscale("log")
+            axes.set_xlabel(name, fontsize=8)
+            if field == "seconds":
+                axes.set_ylim(bottom=0)
+            bare(axes, label)
+
+
+PLOTS: dict[str, tuple[Callable[[Figure], None], tuple[float, float], Sequence[str]]] = {
+    "methods": (methods, (10, 3.2), ("methods-cifar-100.json", "methods-cifar-10.json", "methods-digits.json")),
+    "parts": (parts, (10, 4.6), ("parts-cifar.json", "parts-digits.json")),
+    "imbalance": (imbalance, (8, 3), ("imbalance-fashion.json",)),
+    "queues": (queues, (8, 4.6), ("queues-digits.json",)),
+}
+
+
+def main() -> None:
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        refresh(page)
+    FIGURES.mkdir(exist_ok=True)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longtail"}):
+        for name, (draw, size, needed) in PLOTS.items():
+            if all((RESULTS / file).is_file() for file in needed):
+                figure = Figure(figsize=size, layout="constrained")
+                draw(figure)
+                figure.savefig(FIGURES / f"{name}.svg", facecolor="white", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
