@@ -46,8 +46,9 @@ def cifar(root: str | None, epochs: int = 16, imbalance: float = 100) -> Config:
 
 
 def digits(epochs: int = 200) -> Config:
-    """Return digits-lt as it is."""
-    return load_recipe("digits-lt").config.replace(epochs=epochs, teacher={"epochs": epochs})
+    """Return digits-lt as it is, without distillation where a variant has none."""
+    config = load_recipe("digits-lt").config.replace(epochs=epochs, teacher={"epochs": epochs})
+    return config.replace(gml={"distillation_weight": 0.0})
 
 
 def changed(config: Config, variant: Variant) -> Config:

@@ -43,7 +43,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 def base(name: str, root: str | None) -> Config:
     """Return the study's recipe: digits-lt as it is, or CIFAR-100-LT on a budget for two cores."""
     if name == "digits":
-        return load_recipe("digits-lt").config.replace(epochs=100)
+        return load_recipe("digits-lt").config.replace(epochs=100, gml={"distillation_weight": 0.0})
     config = load_recipe("cifar100-lt").config
     config = config.replace(network="resnet8", epochs=10, data={"root": root}, schedule={"warmup": 0.05})
     return config.replace(teacher={"network": "resnet14", "epochs": 10})

@@ -194,8 +194,8 @@ class Gml:
     """Weight of both GML terms [β]."""
     classifier_weight: Weight = 1.0
     """Weight of the logit-adjusted cross-entropy [γ]."""
-    distillation_weight: Weight = 0.0
-    """Weight of the distillation from the teacher's classifier [α]."""
+    distillation_weight: Weight | None = None
+    """Weight of the distillation from the teacher's classifier [α]; 1 where the teacher has one, if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)

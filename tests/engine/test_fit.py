@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from longtail.config import Config, read_config
 from longtail.data.sources import load_data
 from longtail.engine.books import read_metrics
+from longtail.engine.choices import explained
 from longtail.engine.files import load_checkpoint, save_checkpoint
 from longtail.engine.fit import fit
 from longtail.engine.judge import evaluate
@@ -93,7 +94,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     monkeypatch.undo()
     fit(tiny, tmp_path / "cut", resume=True, quiet=True)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    timed = {"seconds", "images_per_second"}
+    timed = {"seconds", "images_per_second", "memory_mib"}  # what the machine does, not what the run is
     logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
     untimed = [[{k: v for k, v in line.items() if k not in timed} for line in log] for log in logs]
     assert untimed[0] == untimed[1]
@@ -148,9 +149,22 @@ def test_the_teacher_is_kept_and_found(tiny: Config, tmp_path: Path, capsys: pyt
 
 def test_a_run_can_be_the_teacher(tiny: Config, tmp_path: Path) -> None:
     fit(tiny.replace(method="la"), tmp_path / "teacher", quiet=True)
-    given = tiny.replace(teacher={"source": str(tmp_path / "teacher")}, gml={"distillation_weight": 1.0})
-    fit(given, tmp_path / "student", quiet=True)
+    given = tiny.replace(teacher={"source": str(tmp_path / "teacher")})
+    run = fit(given, tmp_path / "student", quiet=True)
+    assert run.config.gml.distillation_weight == 1
     assert not (tmp_path / "teachers").exists()
+
+
+def test_a_teacher_of_other_classes_is_not_distilled(tiny: Config, photos: Path, tmp_path: Path) -> None:
+    other = tiny.replace(method="la", data={"source": "folder", "root": str(photos), "image_size": 16})
+    fit(other.replace(network="resnet8", data={"augment": "none"}), tmp_path / "teacher", quiet=True)
+    grey = tiny.replace(teacher={"source": str(tmp_path / "teacher")})
+    with pytest.raises(LongtailError, match="expects images of 3 channels"):
+        fit(grey, tmp_path / "student", quiet=True)
+    data = load_data(tiny.data, 0)
+    chosen, reasons = explained(grey, data)
+    assert chosen.gml.distillation_weight == 0
+    assert "the teacher's classes are not these" in " ".join(reasons)
 
 
 def test_a_timm_model_can_be_teacher_and_student(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +178,7 @@ def test_a_timm_model_can_be_teacher_and_student(tiny: Config, tmp_path: Path, m
     )
     run = fit(config, tmp_path / "run", quiet=True)
     assert run.teacher_seconds == 0
+    assert run.config.gml.distillation_weight == 0
     assert Recognizer.load(tmp_path / "run").card.network == "resnet10t"
     with pytest.raises(LongtailError, match="no classifier for these classes to distil from"):
         fit(config.replace(gml={"distillation_weight": 1.0}), tmp_path / "other", quiet=True)

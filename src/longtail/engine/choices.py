@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from longtail.config import Config
 from longtail.data.dataset import LongTailedData
@@ -39,11 +41,31 @@ def explained(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
         slots = queue_size(config, data.class_counts)
         config = config.replace(gml={"queue_size": slots})
         reasons.append(f"gml.queue_size {slots}: a slot for every training image, at most 16,384")
+    if config.method == "gml" and config.gml.distillation_weight is None:
+        if config.gml.keys == "momentum":
+            weight, reason = 0.0, "no teacher where the keys are the student's own"
+        elif config.teacher.source.startswith("timm:"):
+            weight, reason = 0.0, "a pretrained teacher has no classifier for these classes"
+        elif not _has_these_classes(Path(config.teacher.source), data):
+            weight, reason = 0.0, "the teacher's classes are not these"
+        else:
+            weight, reason = 1.0, "the teacher has a classifier for these classes"
+        config = config.replace(gml={"distillation_weight": weight})
+        reasons.append(f"gml.distillation_weight {weight:g}: {reason}")
     augment = data.augment if config.data.augment == "auto" else config.data.augment
     contrast: str = config.data.contrast_augment
     if contrast == "auto":
         contrast = "imagenet-contrast" if augment == "imagenet" else augment
     return config.replace(data={"augment": augment, "contrast_augment": contrast}), reasons
+
+
+def _has_these_classes(teacher: Path, data: LongTailedData) -> bool:
+    """Return whether a run has the classes of the data; what is wrong with one is told when it is loaded."""
+    try:
+        card = json.loads((teacher / "recognizer" / "config.json").read_text(encoding="utf-8"))
+        return tuple(card["class_names"]) == data.class_names
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def build_views(config: Config, data: LongTailedData, wanted: Sequence[str]) -> list[View | PerImageView]:

@@ -90,8 +90,8 @@ class GML(Method):
 
     @classmethod
     def distillation_weight(cls, config: Config) -> float:
-        """Return the weight of the distillation."""
-        return config.gml.distillation_weight
+        """Return the weight of the distillation; the engine has chosen one where none was given."""
+        return config.gml.distillation_weight or 0.0
 
     @classmethod
     def needs_teacher(cls, config: Config) -> bool:
