@@ -31,16 +31,53 @@ def read(name: str) -> tuple[dict[str, Any], list[Record]]:
     return results, [Record(**record) for record in results["records"]]
 
 
-def refresh(page: Path) -> None:
-    """Write every table of a page anew."""
+def refreshed(text: str) -> str:
+    """Return a page with every table written anew."""
 
     def table(found: re.Match[str]) -> str:
-        results, records = read(Path(found[1]).name)
-        shown = "\n".join(markdown(records, results.get("baseline")))
-        return f"<!-- table: {found[1]} -->\n{shown}\n<!-- end -->"
+        kind, path = found[1], found[2]
+        if kind == "features":
+            shown = features(json.loads((ROOT / path).read_text(encoding="utf-8")))
+        else:
+            results, records = read(Path(path).name)
+            shown = "\n".join(markdown(records, results.get("baseline")))
+        return f"<!-- {kind}: {path} -->\n{shown}\n<!-- end -->"
 
-    text = page.read_text(encoding="utf-8")
-    page.write_text(re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL), encoding="utf-8")
+    return re.sub(r"<!-- (table|features): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def features(results: dict[str, Any]) -> str:
+    """Return what the study of the features found as two tables of Markdown."""
+    found = results["mean and deviation"]
+
+    def cell(pair: list[float | None], digits: int) -> str:
+        mean, deviation = pair
+        return f"{mean:.{digits}f} ± {deviation or 0:.{digits}f}"
+
+    models = ("one component, the mixture's width", "one von Mises–Fisher, its own width", "mixture")
+    lines = ["| on test images | many | medium | few |", "| --- | --- | --- | --- |"]
+    rows = [(f"log-likelihood (nats), {model}", f"log-likelihood {model}", 2) for model in models]
+    rows += [("keys a class", "keys", 1), ("components that an image uses", "components", 1)]
+    rows += [("spread within classes, 1 − ‖mean‖", "spread", 3)]
+    rows += [(f"accuracy %, {model} alone", f"accuracy {model}", 1) for model in models]
+    rows += [("accuracy %, classifier alone", "accuracy classifier", 1)]
+    rows += [
+        (f"accuracy %, classifier + {share} · mixture", f"accuracy classifier + {share} mixture", 1)
+        for share in ("0.25", "0.5", "1")
+    ]
+    for title, name, digits in rows:
+        cells = [cell(found[name][group], digits) for group in ("many", "medium", "few")]
+        if name.startswith("accuracy"):
+            title += f" (all: {cell(found[name]['balanced_accuracy'], 1)})"
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    names = ("ce", "la", "gml")
+    lines += ["", f"| features of the student | {' | '.join(names)} |", "| --- | --- | --- | --- |"]
+    for measure in found["geometry ce"]:
+        cells = [cell(found[f"geometry {name}"][measure], 3) for name in names]
+        lines.append(f"| {measure} | {' | '.join(cells)} |")
+    lines += ["", f"- temperature learned: {cell(found['temperature'], 3)}"]
+    lines += [f"- correlation of spread and log count: {cell(found['correlation of spread and log count'], 2)}"]
+    return "\n".join(lines).replace("-0.", "−0.").replace("| -", "| −")
 
 
 def bare(axes: Axes, title: str) -> None:
@@ -149,7 +186,7 @@ PLOTS: dict[str, tuple[Callable[[Figure], None], tuple[float, float], Sequence[s
 
 def main() -> None:
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        refresh(page)
+        page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
     FIGURES.mkdir(exist_ok=True)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longtail"}):
         for name, (draw, size, needed) in PLOTS.items():

@@ -204,3 +204,28 @@ def test_every_recipe_reads_and_round_trips(tmp_path: Path) -> None:
     cifar = flatten(load_recipe("cifar10-lt").config.to_dict())
     base = flatten(load_recipe("cifar100-lt").config.to_dict())
     assert {key for key in cifar if cifar[key] != base[key]} == {"recipe", "data.source"}
+
+
+def test_a_comparison_over_imbalances(command: Command, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", tmp_path / "records.jsonl"
+    code, shown, said = command(
+        *("compare", "digits-lt", *TINY, "--methods", "ce,la", "--seeds", "1"),
+        *("--imbalances", "5,20", "--out", out, "--json", lines),
+    )
+    assert code == 0, said
+    assert "imbalance 20, la − ce" in shown
+    assert [json.loads(line)["imbalance"] for line in lines.read_text().splitlines()] == [5, 5, 20, 20]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "ce-imbalance5-seed0/report.html" in page
+    assert (out / "ce-imbalance5-seed0" / "report.html").is_file()
+    for wrong, message in (
+        (("--imbalances", "ten"), "--imbalances 'ten': expected numbers"),
+        (("--imbalances", "0.5"), "--imbalances: expected factors of at least 1"),
+        (("--jobs", "0"), "--jobs 0: expected at least 1"),
+        (("--methods", "ce,pacco"), "perhaps you meant paco"),
+    ):
+        code, _, said = command("compare", "digits-lt", *TINY, *wrong, "--out", tmp_path / "other")
+        assert code == 2
+        assert message in said
+        assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "other").exists()

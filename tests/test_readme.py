@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -38,6 +39,18 @@ def test_tables_are_those_that_were_printed(page: str, name: str, shown: str) ->
     assert results["command"] in PAGES[page]
     # what every run was given stands on the page, however its lines are broken
     assert " ".join(results.get("budget", "").split()) in " ".join(PAGES[page].split())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_writing_the_tables_anew_changes_nothing(page: str) -> None:
+    spec = importlib.util.spec_from_file_location("refresh", ROOT / "benchmarks" / "refresh.py")
+    assert spec is not None
+    assert spec.loader is not None
+    refresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(refresh)
+    assert refresh.refreshed(PAGES[page]) == PAGES[page]
+    for figure in re.findall(r"\]\((figures/\S+)\)", PAGES[page]):
+        assert (ROOT / "docs" / figure).is_file(), figure
 
 
 def test_the_demo_is_in_the_readme() -> None:

@@ -23,7 +23,7 @@ from longtail.config import load_recipe
 
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 METHODS: dict[str, Variant] = {
-    name: {"method": name, "gml": {"distillation_weight": 0.0}} for name in ("ce", "la", "bcl", "gml")
+    name: {"method": name, "gml": {"distillation_weight": 0.0}} for name in ("ce", "la", "gml")
 }
 PASSES = 60_000
 FACTORS = (10, 100, 500, 1000, 5000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from longtail.evaluation.comparison import Record, methods_of, summarize
+from longtail.evaluation.comparison import COLUMNS, Record, imbalances_of, methods_of, summarize
 
 GROUP_COLORS = {"many": "#4477aa", "medium": "#b8860b", "few": "#cc5566"}
 _INK = "#808890"  # legible on white and on near-black, since the page follows the reader's choice
@@ -108,21 +109,26 @@ def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], label: s
 
 
 def comparison(records: Sequence[Record]) -> Figure:
-    """Draw every run as a dot, seeds joined across methods, and the mean of each method as a bar."""
-    methods = methods_of(records)
-    names = [("balanced_accuracy", "balanced accuracy"), ("many", "many"), ("medium", "medium"), ("few", "few")]
-    names = [entry for entry in names if all(summarize(records, method, entry[0]) for method in methods)]
-    figure = Figure(figsize=(2.4 * len(names) + 0.6, 3.4), layout="constrained")
+    """Draw every run as a dot, seeds joined across methods, and the mean of each method as a bar.
+
+    A row an imbalance factor, where there are several.
+    """
+    methods, factors = methods_of(records), imbalances_of(records)
+    names = [entry for entry in COLUMNS if all(getattr(record, entry[0]) is not None for record in records)]
+    width = max(2.4, 0.42 * len(methods))
+    figure = Figure(figsize=(width * len(names) + 0.6, 3.4 * len(factors)), layout="constrained")
     place = {method: position for position, method in enumerate(methods)}
-    for column, (name, title) in enumerate(names):
-        axes = figure.add_subplot(1, len(names), column + 1)
+    for (row, factor), (column, (name, title)) in itertools.product(enumerate(factors), enumerate(names)):
+        here = [record for record in records if record.imbalance == factor]
+        axes = figure.add_subplot(len(factors), len(names), row * len(names) + column + 1)
         _bare(axes)
-        for seed in sorted({record.seed for record in records}):
-            line = [(place[r.method], getattr(r, name)) for r in records if r.seed == seed]
+        for seed in sorted({record.seed for record in here}):
+            line = [(place[r.method], getattr(r, name)) for r in here if r.seed == seed]
             axes.plot(*zip(*sorted(line), strict=True), color=_INK, linewidth=0.7, alpha=0.6, marker="o", markersize=3)
         for method in methods:
-            summary = summarize(records, method, name)
-            assert summary is not None
+            summary = summarize(here, method, name)
+            if summary is None:
+                continue
             color = _LINES[place[method] % len(_LINES)]
             axes.errorbar(
                 place[method],
@@ -130,14 +136,14 @@ def comparison(records: Sequence[Record]) -> Figure:
                 yerr=summary.deviation,
                 color=color,
                 fmt="_",
-                markersize=26,
-                capsize=5,
+                markersize=min(26, 110 / len(methods)),
+                capsize=min(5, 22 / len(methods)),
                 lw=2,
             )
-        axes.set_xticks(range(len(methods)), methods)
+        axes.set_xticks(range(len(methods)), methods, rotation=0 if len(methods) <= 5 else 60)
         axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
-        axes.set_title(title)
+        axes.set_title(title if factor is None else f"{title}, imbalance {factor:g}")
         if column == 0:
             axes.set_ylabel("accuracy, %: mean and deviation over seeds")
     return figure
