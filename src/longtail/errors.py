@@ -15,15 +15,20 @@ class LongtailError(ValueError):
 
 
 class StoppedError(Exception):
-    """A training was told to stop by SIGTERM or SIGINT, and has saved."""
+    """A training was told to stop by SIGTERM or SIGINT, and has saved.
 
-    def __init__(self, name: str, step: int, steps: int) -> None:
-        super().__init__(name, step, steps)  # as they came, so that it can go from one process to another
-        self.name, self.step, self.steps = name, step, steps
+    Args:
+        name: of the signal.
+        place: how far it came.
+    """
+
+    def __init__(self, name: str, place: str) -> None:
+        super().__init__(name, place)  # as they came, so that it can go from one process to another
+        self.name, self.place = name, place
         self.code = 128 + signal.Signals[name]
 
     def __str__(self) -> str:
-        return f"stopped by {self.name} at step {self.step} of {self.steps}, all of it saved"
+        return f"stopped by {self.name} {self.place}, all of it saved"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

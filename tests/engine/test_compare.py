@@ -87,6 +87,13 @@ def test_factors_are_checked(tiny: Config, factors: list[float]) -> None:
         plan(tiny, ["ce"], [0], "passes", factors)
 
 
+def test_a_set_with_a_tail_of_its_own_has_no_other(tiny: Config) -> None:
+    own = tiny.replace(data={"source": "folder", "root": "photos"})
+    with pytest.raises(LongtailError, match=r"photos keeps the tail that it has; set --data\.profile"):
+        plan(own, ["ce"], [0], "passes", [10.0])
+    assert len(plan(own.replace(data={"profile": "step"}), ["ce"], [0], "passes", [10.0])) == 1
+
+
 def test_two_at_a_time_give_what_one_after_the_other_gives(tiny: Config, tmp_path: Path) -> None:
     def compared(out: str, jobs: int) -> list[Record]:
         # the methods of a seed share a teacher, which is trained once
@@ -100,7 +107,7 @@ def test_two_at_a_time_give_what_one_after_the_other_gives(tiny: Config, tmp_pat
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_comparison_that_is_stopped_goes_on(tmp_path: Path, jobs: str) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "longtail", "compare", "digits-lt", "--network", "conv8-tiny", "--epochs", "20"]
+    command = [sys.executable, "-m", "longtail", "compare", "digits-lt", "--network", "conv8-tiny", "--epochs", "10"]
     command += ["--methods", "la,bcl", "--seeds", "2", "--checkpoint_seconds", "0", "--out", str(out), "--jobs", jobs]
     stopped = subprocess.Popen([*command, "--quiet"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90

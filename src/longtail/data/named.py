@@ -20,6 +20,9 @@ from longtail.data.images import ArrayImages, EncodedImages, Images, to_square
 from longtail.data.imbalance import long_tailed, permuted_by_class, stratified
 from longtail.errors import LongtailError
 
+BALANCED = frozenset({"digits-lt", "cifar10-lt", "cifar100-lt"})
+"""Sets that are balanced by nature, whose tail is made; the others keep their own unless a profile is asked for."""
+
 DIGITS_MEAN, DIGITS_STD = (0.305,), (0.376,)
 
 

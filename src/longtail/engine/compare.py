@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import json
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,12 +21,13 @@ import torch
 
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
+from longtail.data.named import BALANCED
 from longtail.data.sources import load_data
 from longtail.engine.books import read_metrics
 from longtail.engine.choices import resolve
 from longtail.engine.files import FORMAT
 from longtail.engine.fit import Run, fit
-from longtail.errors import LongtailError, nearest
+from longtail.errors import LongtailError, StoppedError, nearest
 from longtail.evaluation.comparison import Record
 from longtail.files import write_json, write_text
 from longtail.methods import METHODS, method_class
@@ -82,6 +85,12 @@ def plan(
             raise LongtailError(f"--imbalances: expected factors of at least 1, got {factor:g}")
     if len(set(imbalances)) < len(imbalances) or not imbalances:
         raise LongtailError("--imbalances: expected different factors")
+    natural = config.data.profile == "natural" or (config.data.profile == "auto" and config.data.source not in BALANCED)
+    if natural and any(factor is not None for factor in imbalances):
+        raise LongtailError(
+            f"--imbalances: {config.data.root or config.data.source} keeps the tail that it has; "
+            "set --data.profile to exponential, step or pareto to make others"
+        )
     assert isinstance(config.epochs, int)
     views = {name: method_class(name).student_views(config) for name in methods}
     most = max(views.values())
@@ -194,20 +203,42 @@ def _in_turn(runs: Sequence[Planned], out: Path, quiet: bool) -> Iterator[tuple[
 def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tuple[Planned, Record]]:
     """Train ``jobs`` runs at a time, in processes that start once and share out the cores."""
     threads = max(1, torch.get_num_threads() // jobs)
+    ended = 0
     with (
         concurrent.futures.ProcessPoolExecutor(
             jobs, multiprocessing.get_context("spawn"), _start_worker, (threads,)
         ) as pool,
-        _signals_handed_on(pool),
+        _signals_handed_on() as told,
     ):
-        waiting = {pool.submit(_train, planned, out, True): planned for planned in runs}
+        waiting = {pool.submit(_train_in_worker, planned, out): planned for planned in runs}
         try:
             for future in concurrent.futures.as_completed(waiting):
                 yield waiting[future], future.result()
-        except BaseException:
+                ended += 1
+        except Exception as error:
             # what has not started does not start; what has is let finish, or has been told to stop
             pool.shutdown(wait=True, cancel_futures=True)
+            if told:
+                raise StoppedError(signal.Signals(told[0]).name, f"after {ended} of {len(runs)} runs") from None
+            if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                raise LongtailError(
+                    "a training process has gone, out of memory perhaps; use fewer --jobs; the same command goes on"
+                ) from None
             raise
+
+
+_stopped: list[StoppedError] = []  # what this worker was told
+
+
+def _train_in_worker(planned: Planned, out: Path) -> Record:
+    # a run that was handed to this worker already must not start after the one that was stopped
+    if _stopped:
+        raise _stopped[0]
+    try:
+        return _train(planned, out, quiet=True)
+    except StoppedError as stop:
+        _stopped.append(stop)
+        raise
 
 
 def _start_worker(threads: int) -> None:
@@ -216,20 +247,25 @@ def _start_worker(threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _signals_handed_on(pool: concurrent.futures.ProcessPoolExecutor) -> Iterator[None]:
-    """Tell the trainings to stop when this process is told; each saves, and ends with what it was told."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def _signals_handed_on() -> Iterator[list[int]]:
+    """Tell the trainings to stop when this process is told, and return what it was told.
+
+    A training saves and ends; a process that has not begun one, or has ended it, just ends.
+    """
+    told: list[int] = []
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
+        told.append(number)
         for child in multiprocessing.active_children():
             if child.pid is not None:
-                os.kill(child.pid, number)
-        pool.shutdown(wait=False, cancel_futures=True)
+                os.kill(child.pid, signal.SIGTERM)
 
-    for number in before:
-        signal.signal(number, hand_on)
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -288,7 +288,7 @@ class _Trainer:
                         self._save(method, optimizer, average, books)
                         saved = time.monotonic()
                     if name and books.step < total:
-                        raise StoppedError(name, books.step, total)
+                        raise StoppedError(name, f"at step {books.step} of {total}")
                     # what follows a step is not training, and is not counted as such
                     tick = time.monotonic()
 
