@@ -190,6 +190,9 @@ class Gml:
     borrow: Annotated[int, Field(ge=0)] = 0
     """Further keys for every slot of a class with few images, each moved as far from it as a key of a large class lies
     from that class's mean: the tail borrows the head's spread."""
+    join_weight: Weight = 0.0
+    """Weight of the mixture's log-likelihood beside the classifier's score at prediction; the recogniser then keeps the
+    keys. 1 is the product of both."""
     mixture_weight: Weight = 1.0
     """Weight of both GML terms [β]."""
     classifier_weight: Weight = 1.0

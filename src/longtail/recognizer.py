@@ -24,9 +24,10 @@ from longtail.data.images import SUFFIXES, open_image, to_square
 from longtail.data.views import center, to_float
 from longtail.errors import LongtailError
 from longtail.files import write_json, write_text, write_whole
-from longtail.nn import CosineClassifier, Encoder, LinearClassifier
+from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, LinearClassifier, ProjectionMLP
 from longtail.objectives import log_prior, posterior
 
+Classifier = CosineClassifier | LinearClassifier | JoinedClassifier
 ImageLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 
 
@@ -43,8 +44,12 @@ class Card:
     network: str
     scale: float
     """Of the cosine classifier."""
-    head: Literal["cosine", "linear"] = "cosine"
-    """What the classifier is; linear after ``longtail rebalance``."""
+    head: Literal["cosine", "linear", "joined"] = "cosine"
+    """What the classifier is: linear after ``longtail rebalance``, joined with a mixture by ``gml.join_weight``."""
+    keys: tuple[int, int] = (0, 0)
+    """Number and width of those keys."""
+    join_weight: float = 0.0
+    """Weight of the mixture's log-likelihood beside the classifier's score."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
@@ -105,7 +110,7 @@ class Recognizer:
         >>> recognizer.predict(["photo.png"], prior="uniform").names  # doctest: +SKIP
     """
 
-    def __init__(self, encoder: Encoder, classifier: CosineClassifier | LinearClassifier, card: Card) -> None:
+    def __init__(self, encoder: Encoder, classifier: Classifier, card: Card) -> None:
         self.encoder, self.classifier, self.card = encoder.eval(), classifier.eval(), card
 
     @torch.no_grad()
@@ -221,12 +226,7 @@ class Recognizer:
         except (OSError, ValueError) as error:
             raise LongtailError(f"{folder / 'config.json'}: cannot be read: {error}") from None
         encoder = Encoder(card.network, card.mean, card.std)
-        classes = len(card.class_names)
-        classifier = (
-            LinearClassifier(encoder.num_features, classes)
-            if card.head == "linear"
-            else CosineClassifier(encoder.num_features, classes, card.scale)
-        )
+        classifier = _classifier(card, encoder.num_features)
         try:
             tensors = load_file(folder / "model.safetensors")
             for name, module in (("encoder.", encoder), ("classifier.", classifier)):
@@ -236,6 +236,20 @@ class Recognizer:
             raise LongtailError(f"{folder / 'model.safetensors'}: does not fit config.json: {message}") from None
         encoder.to(memory_format=torch.channels_last)
         return cls(encoder, classifier, card)
+
+
+def _classifier(card: Card, features: int) -> Classifier:
+    """Return a classifier whose tensors are still to be read."""
+    if card.head == "linear":
+        return LinearClassifier(features, len(card.class_names))
+    cosine = CosineClassifier(features, len(card.class_names), card.scale)
+    if card.head == "cosine":
+        return cosine
+    count, width = card.keys
+    labels = torch.full((count,), -1, dtype=torch.int64)
+    return JoinedClassifier(
+        cosine, ProjectionMLP(features, width), torch.zeros(count, width), labels, torch.ones(()), card.join_weight
+    )
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:

@@ -15,6 +15,7 @@ from longtail.data.loaders import Batch, TrainLoader
 from longtail.data.sources import load_data
 from longtail.data.views import build_view
 from longtail.engine.fit import fit
+from longtail.engine.judge import judge
 from longtail.errors import LongtailError
 from longtail.memory import Slots
 from longtail.methods import METHODS, method_class
@@ -22,8 +23,10 @@ from longtail.methods.base import Method
 from longtail.methods.gml import GML, Lending
 from longtail.methods.paco import PaCo
 from longtail.methods.proco import ProCo
-from longtail.nn import CosineClassifier, Encoder
-from longtail.objectives import distillation, gml_loss, posterior_cross_entropy
+from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, ProjectionMLP
+from longtail.objectives import class_log_likelihood, distillation, gml_loss, posterior_cross_entropy
+from longtail.recognizer import Recognizer
+from tests.conftest import save_image
 from tests.engine.test_fit import equal, weights
 
 CONTRASTIVE = ("supcon", "paco", "gpaco", "bcl", "proco")
@@ -154,6 +157,7 @@ def test_procos_means_are_those_of_the_last_epoch_and_this_one(tiny: Config, dat
         ({"gml": {"mix_all": True, "share_query": True}}, [9, 3], r"gml\.mix_all: .* one student view"),
         ({"gml": {"keys": "momentum"}, "teacher": {"cache": 2}}, [9, 3], r"set teacher\.cache to 0"),
         ({"gml": {"borrow": 2, "queues": "plain"}}, [900, 3], r"gml\.borrow 2: needs gml\.queues class"),
+        ({"gml": {"join_weight": 1.0}, "optimizer": {"ema": 0.9}}, [9, 3], r"leave optimizer\.ema out"),
         ({"gml": {"borrow": 2}}, [90, 60], r"gml\.borrow: no class is in the shot group few"),
     ],
 )
@@ -270,3 +274,62 @@ def test_the_tail_borrows_the_heads_spread(tiny: Config) -> None:
     found = copies - features[8]
     assert torch.cdist(found, offsets).min(dim=1).values.max() < 5e-3
     assert len(torch.cdist(found, offsets).argmin(dim=1).unique()) == 6
+
+
+def test_the_mixture_joins_the_classifier_at_prediction(tiny: Config, data: LongTailedData, tmp_path: Path) -> None:
+    plain = fit(tiny, tmp_path / "plain", quiet=True, data=data)
+    joined = fit(tiny.replace(gml={"join_weight": 30.0}), tmp_path / "joined", quiet=True, data=data)
+    assert equal(weights(tmp_path / "plain"), _plain_weights(tmp_path / "joined"))
+    assert joined.metrics["per_class"] != plain.metrics["per_class"]
+    kept = Recognizer.load(tmp_path / "joined")
+    assert kept.card.head == "joined"
+    assert isinstance(kept.classifier, JoinedClassifier)
+    assert kept.card.keys == (len(data.train), 32)
+    again = judge(kept, data.test, joined.config)["uniform"]
+    assert again["per_class"] == joined.metrics["per_class"]
+    # the scores are the classifier's and the mixture's log-likelihood, weighed
+    images = torch.rand(5, 1, 8, 8)
+    features = kept.encoder(images)
+    head = kept.classifier
+    likelihood = class_log_likelihood(head.query_mlp(features), head.keys, head.key_labels, 10, head.temperature)
+    expected = head.classifier(features) + 30 * likelihood
+    assert torch.allclose(kept.scores(images), expected, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(head.keys.norm(dim=1), torch.ones(len(head.keys)), atol=1e-5)
+
+
+def _plain_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a joined recogniser's encoder and classifier under a plain one's names."""
+    return {
+        name.replace("classifier.classifier.", "classifier."): tensor
+        for name, tensor in weights(run).items()
+        if name.startswith(("encoder.", "classifier.classifier."))
+    }
+
+
+def test_a_joined_class_without_keys_is_no_likelier_than_the_least() -> None:
+    torch.manual_seed(0)
+    head = JoinedClassifier(
+        CosineClassifier(6, 3),
+        ProjectionMLP(6, 4).eval(),
+        F.normalize(torch.randn(5, 4)),
+        torch.tensor([0, 0, 1, -1, -1]),
+        torch.tensor(0.2),
+        1.0,
+    )
+    features = torch.randn(7, 6)
+    extra = head(features) - head.classifier(features)
+    assert torch.allclose(extra[:, 2], extra[:, :2].amin(dim=1), atol=1e-5)
+    assert bool(torch.isfinite(extra).all())
+
+
+def test_the_epoch_that_validation_picks_keeps_its_own_keys(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace(epochs=4, gml={"join_weight": 1.0}, data={"source": "folder", "val_fraction": 0.2})
+    for label in range(3):
+        for number in range(12):
+            save_image(tmp_path / "photos" / str(label) / f"{number}.png", size=(8, 8), seed=label * 50 + number)
+    config = config.replace(data={"root": str(tmp_path / "photos"), "augment": "none"}, network="resnet8", batch_size=8)
+    run = fit(config, tmp_path / "run", quiet=True)
+    kept = Recognizer.load(tmp_path / "run")
+    data = load_data(config.data, config.seed)
+    assert judge(kept, data.test, run.config)["uniform"]["per_class"] == run.metrics["per_class"]
+    assert "best_step" in kept.card.trained

@@ -41,7 +41,7 @@ from longtail.errors import LongtailError, StoppedError
 from longtail.files import write_text
 from longtail.methods import method_class
 from longtail.methods.base import Method
-from longtail.nn import Encoder
+from longtail.nn import CosineClassifier, Encoder, JoinedClassifier
 from longtail.randomness import mix
 from longtail.recognizer import Card, Recognizer
 
@@ -354,7 +354,7 @@ class _Trainer:
 
     def _judge(self, method: Method, average: Any, books: Books, log: Log, images: ImageSet) -> None:
         """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
-        student = _student(method) if average is None else average.module
+        student = _kept(method, average)
         result = judge(self._recognizer(student, {}, {}), images, self.config)[method.predicts_under(self.config)]
         score = result["balanced_accuracy"]
         log.add({"kind": "validation", "step": books.step, "balanced_accuracy": score, "top1": result["top1"]})
@@ -363,12 +363,18 @@ class _Trainer:
             books.best = {"score": score, "step": books.step, "weights": weights}
 
     def _recognizer(self, student: nn.ModuleDict, trained: dict[str, Any], judged: dict[str, Any]) -> Recognizer:
-        data = self.data
+        data, classifier = self.data, student["classifier"]
+        keys, weight = (0, 0), 0.0
+        if isinstance(classifier, JoinedClassifier):
+            keys, weight = (len(classifier.keys), classifier.keys.shape[1]), classifier.join_weight
         card = Card(
             class_names=data.class_names,
             class_counts=tuple(data.class_counts),
             network=self.config.network,
             scale=self.config.classifier.scale,
+            head="joined" if weight else "cosine",
+            keys=keys,
+            join_weight=weight,
             mean=data.mean,
             std=data.std,
             image_size=data.image_size,
@@ -377,11 +383,11 @@ class _Trainer:
             trained=trained,
             metrics=judged,
         )
-        return Recognizer(student["encoder"], student["classifier"], card)  # type: ignore[arg-type]
+        return Recognizer(student["encoder"], classifier, card)  # type: ignore[arg-type]
 
     def _finish(self, method: Method, average: Any, books: Books, log: Log, teacher_seconds: float) -> Run:
         config = self.config
-        student = _student(method) if average is None else average.module
+        student = _kept(method, average)
         if books.best is not None:
             student.load_state_dict(books.best["weights"])
         trained: dict[str, Any] = {
@@ -440,8 +446,16 @@ def _seed(seed: int) -> None:
 
 
 def _student(method: Method) -> nn.ModuleDict:
-    """Return what a recogniser keeps of a method."""
+    """Return what a slow average is taken of."""
     return nn.ModuleDict({"encoder": method.encoder, "classifier": method.classifier})
+
+
+def _kept(method: Method, average: Any) -> nn.ModuleDict:
+    """Return what a recogniser keeps of a method, or of its slow average."""
+    student = _student(method) if average is None else average.module
+    classifier = student["classifier"]
+    assert isinstance(classifier, CosineClassifier)
+    return nn.ModuleDict({"encoder": student["encoder"], "classifier": method.head(classifier)})
 
 
 def _entropy(counts: Sequence[int]) -> float:

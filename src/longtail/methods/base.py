@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from longtail.config import Config
 from longtail.data.loaders import Batch
-from longtail.nn import CosineClassifier, Encoder, FrozenEncoder
+from longtail.nn import CosineClassifier, Encoder, FrozenEncoder, JoinedClassifier
 from longtail.objectives import ClassPrior, distillation, posterior_cross_entropy
 
 Prior = Literal["uniform", "train"]
 View = Literal["classification", "contrast"]
+Head = CosineClassifier | JoinedClassifier
 
 _Self = TypeVar("_Self", bound="Method")
 
@@ -164,6 +165,10 @@ class Method(nn.Module, ABC):
             taught: what the teacher made of it.
         """
         return {}
+
+    def head(self, classifier: CosineClassifier) -> Head:
+        """Return what the recogniser predicts with: the trained classifier, or its slow average, and what joins it."""
+        return classifier
 
     def conditional_entropy(self, means: Mapping[str, float]) -> float | None:
         """Return the estimate of H(Y|Z) in nats that the mean terms hold, −log p(y|z), where they hold one."""

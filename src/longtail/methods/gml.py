@@ -16,9 +16,9 @@ from longtail.config import Config
 from longtail.data.loaders import Batch
 from longtail.errors import LongtailError
 from longtail.memory import ClassQueues, Slots, queue_sizes
-from longtail.methods.base import Method, Taught, View
+from longtail.methods.base import Head, Method, Taught, View
 from longtail.methods.momentum import Momentum
-from longtail.nn import Encoder, ProjectionMLP
+from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, ProjectionMLP
 from longtail.objectives import GMLLoss
 
 _Self = TypeVar("_Self", bound="GML")
@@ -82,6 +82,11 @@ class GML(Method):
             raise LongtailError(
                 f"gml.keys {settings.keys}: the student's average needs a key view of its own at every step; "
                 "set teacher.cache to 0 and gml.share_key to false"
+            )
+        if settings.join_weight and config.optimizer.ema is not None:
+            raise LongtailError(
+                "gml.join_weight: the mixture's embeddings are the trained student's, not its slow average's; "
+                "leave optimizer.ema out"
             )
         if settings.mix_all and settings.share_query:
             raise LongtailError("gml.mix_all: with gml.share_query there is one student view; set that to false")
@@ -167,6 +172,18 @@ class GML(Method):
     def _beside(self, features: Tensor, key: Tensor) -> Tensor:
         """Return the teacher's features, with those of the student's average beside them where both make the keys."""
         return torch.cat([features, self.slow(key)], dim=1) if self.config.gml.keys == "both" else features
+
+    @torch.no_grad()
+    def head(self, classifier: CosineClassifier) -> Head:
+        """Return the classifier and, where it is asked for, the mixture of the keys as they are now."""
+        weight = self.config.gml.join_weight
+        if weight == 0:
+            return classifier
+        slots, training = self.queues.slots(), self.key_mlp.training
+        keys = self.key_mlp.eval()(slots.features)
+        self.key_mlp.train(training)
+        temperature = self.mixture.temperature.detach().clone()
+        return JoinedClassifier(classifier, self.query_mlp, keys, slots.labels.clone(), temperature, weight)
 
     def conditional_entropy(self, means: Mapping[str, float]) -> float:
         """Return the mixture's −log p(y|z), or the classifier's where there is no mixture."""

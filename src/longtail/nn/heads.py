@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from longtail.objectives import class_log_likelihood
 
 
 class CosineClassifier(nn.Module):
@@ -42,6 +46,53 @@ class LinearClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C) scores of (B, F) features."""
         return F.linear(features, self.weight)
+
+
+class JoinedClassifier(nn.Module):
+    """A classifier's scores and, beside them, the log-likelihood under a mixture of keys that do not change any more.
+
+    Args:
+        classifier: features to scores.
+        query_mlp: features to unit-norm embeddings (B, D).
+        keys: (K, D), unit norm.
+        key_labels: (K,) int64 in [0, C); −1 marks a key that does not count.
+        temperature: τ of the mixture, a scalar.
+        weight: of the log-likelihood.
+    """
+
+    keys: Tensor
+    key_labels: Tensor
+    temperature: Tensor
+
+    def __init__(
+        self,
+        classifier: CosineClassifier,
+        query_mlp: ProjectionMLP,
+        keys: Tensor,
+        key_labels: Tensor,
+        temperature: Tensor,
+        weight: float,
+    ) -> None:
+        super().__init__()
+        self.classifier, self.query_mlp, self.join_weight = classifier, query_mlp, weight
+        for name, tensor in (("keys", keys), ("key_labels", key_labels), ("temperature", temperature)):
+            self.register_buffer(name, tensor)
+
+    @property
+    def weight(self) -> Tensor:
+        """The classifier's weights, (C, F)."""
+        return self.classifier.weight
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C) scores of (B, F) features."""
+        scores = self.classifier(features)
+        likelihood = class_log_likelihood(
+            self.query_mlp(features), self.keys, self.key_labels, scores.shape[1], self.temperature
+        )
+        # of a class without keys nothing is known but that it is no likelier than the least likely one
+        least = likelihood.masked_fill(likelihood.isinf(), math.inf).amin(dim=1, keepdim=True)
+        joined: Tensor = scores + self.join_weight * torch.where(likelihood.isinf(), least, likelihood)
+        return joined
 
 
 class ProjectionMLP(nn.Module):
