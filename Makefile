@@ -1,4 +1,4 @@
-# make demo   train and compare three methods on real images, with nothing but Python ≥ 3.10 and make at hand
+# make demo   train and compare seven methods on real images, with nothing but Python ≥ 3.10 and make at hand
 # make test   lint, types, tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test clean
 
 demo: .venv/.installed
-	$(BIN)/longtail compare digits-lt --methods ce,la,gml --seeds 5
+	$(BIN)/longtail compare digits-lt --methods ce,la,ldam,paco,bcl,proco,gml --seeds 5 --jobs 2
 
 test: .venv/.installed
 	$(BIN)/ruff check .

@@ -52,7 +52,8 @@ def features(results: dict[str, Any]) -> str:
 
     def cell(pair: list[float | None], digits: int) -> str:
         mean, deviation = pair
-        return f"{mean:.{digits}f} ± {deviation or 0:.{digits}f}"
+        assert mean is not None
+        return f"{mean:.{digits}f} ± {deviation or 0:.{digits}f}".replace("-", "−")
 
     models = ("one component, the mixture's width", "one von Mises–Fisher, its own width", "mixture")
     lines = ["| on test images | many | medium | few |", "| --- | --- | --- | --- |"]
@@ -77,7 +78,7 @@ def features(results: dict[str, Any]) -> str:
         lines.append(f"| {measure} | {' | '.join(cells)} |")
     lines += ["", f"- temperature learned: {cell(found['temperature'], 3)}"]
     lines += [f"- correlation of spread and log count: {cell(found['correlation of spread and log count'], 2)}"]
-    return "\n".join(lines).replace("-0.", "−0.").replace("| -", "| −")
+    return "\n".join(lines)
 
 
 def bare(axes: Axes, title: str) -> None:
@@ -151,7 +152,8 @@ def imbalance(figure: Figure) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("imbalance factor", fontsize=8)
         bare(axes, title)
-        axes.legend(fontsize=8, frameon=False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, frameon=False)
 
 
 def queues(figure: Figure) -> None:

@@ -106,7 +106,8 @@ def by_group(values: Tensor, labels: Tensor, groups: list[str]) -> dict[str, flo
 
 def load_gml(folder: Path, data: LongTailedData, config: Any) -> GML:
     """Return the whole method as it was at the end of its run."""
-    teacher = Encoder(config.teacher.network, data.mean, data.std)
+    network = config.network if config.teacher.network == "auto" else config.teacher.network
+    teacher = Encoder(network, data.mean, data.std)
     method = GML(config, Encoder(config.network, data.mean, data.std), data.class_counts, teacher.eval())
     state = load_checkpoint(folder / "last.ckpt")["method"]
     method.load_state_dict(state)

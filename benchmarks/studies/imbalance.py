@@ -29,12 +29,12 @@ PASSES = 60_000
 FACTORS = (10, 100, 500, 1000, 5000)
 
 
-def convert(fashion: Path, out: Path) -> dict[str, str]:
-    """Write the set as the Parquet tables that the library reads, and return where they are."""
+def convert(fashion: Path, out: Path) -> Path:
+    """Write the set as Parquet in the Hub's layout, which the library reads, and return its folder."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    paths = {split: out / f"fashion-{split}.parquet" for split in ("train", "test")}
+    paths = {split: out / "data" / f"{split}-00000-of-00001.parquet" for split in ("train", "test")}
     for split, stem in (("train", "train"), ("test", "t10k")):
         if paths[split].is_file():
             continue
@@ -45,11 +45,11 @@ def convert(fashion: Path, out: Path) -> dict[str, str]:
             buffer = io.BytesIO()
             Image.fromarray(image).save(buffer, "PNG")
             images.append({"bytes": buffer.getvalue()})
-        out.mkdir(parents=True, exist_ok=True)
+        paths[split].parent.mkdir(parents=True, exist_ok=True)
         # a digit before the name keeps the set's own order of classes
         names = [f"{label} {NAMES[label]}" for label in labels.tolist()]
         parquet.write_table(pa.table({"image": images, "label": names}), paths[split])
-    return {split: str(path) for split, path in paths.items()}
+    return out
 
 
 def _read(path: Path, header: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -61,14 +61,9 @@ def main() -> None:
     options.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     given = options.parse_args()
     base = load_recipe("digits-lt").config
-    data = {
-        "source": "list",
-        "profile": "exponential",
-        "class_order": "index",
-        "image_size": 14,
-        "augment": "cifar-plain",
-    }
-    base = base.replace(data={**data, **convert(given.fashion, given.out)})
+    data: dict[str, Any] = {"source": "hub", "profile": "exponential", "class_order": "index", "image_size": 14}
+    root = str(convert(given.fashion, given.out / "set"))
+    base = base.replace(data={**data, "augment": "cifar-plain", "root": root})
     factors = {}
     for factor in FACTORS:
         images = sum(int(6000 * (1 / factor) ** (c / 9)) for c in range(10))
