@@ -3,9 +3,12 @@
 Fashion-MNIST (Debian's package dataset-fashion-mnist) has 6,000 images a class, enough for a tail of one image under a
 head of thousands. Images at 14 × 14, so that two cores suffice; every factor has about as many student passes.
 
-Command:
-    python benchmarks/studies/imbalance.py --seeds 3      (--fashion FOLDER where it is not Debian's)
-with --out FOLDER and --json FILE.
+CIFAR-100's largest class has 500 images, so that an imbalance of 500 is the most that it can have.
+
+Commands:
+    python benchmarks/studies/imbalance.py fashion --seeds 3      (--fashion FOLDER where it is not Debian's)
+    python benchmarks/studies/imbalance.py cifar --seeds 3        (--root DATA)
+each with --out FOLDER and --json FILE.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Variant, parser, study
+from common import Variant, cifar, parser, study
 from PIL import Image
 
 from longtail.config import load_recipe
@@ -26,6 +29,7 @@ METHODS: dict[str, Variant] = {
     name: {"method": name, "gml": {"distillation_weight": 0.0}} for name in ("ce", "la", "gml")
 }
 PASSES = 60_000
+CIFAR_EPOCHS = 8
 FACTORS = (10, 100, 500, 1000, 5000)
 
 
@@ -58,8 +62,18 @@ def _read(path: Path, header: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("study", choices=["fashion", "cifar"])
     options.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     given = options.parse_args()
+    command = f"python benchmarks/studies/imbalance.py {given.study} --seeds {given.seeds}"
+    if given.study == "cifar":
+        base = cifar(given.root, CIFAR_EPOCHS, 500)
+        budget = (
+            f"ResNet-8, {CIFAR_EPOCHS} epochs of one student view, batch 128, crop and mirror, one-cycle; "
+            f"gml's teacher: ResNet-14, {CIFAR_EPOCHS} epochs"
+        )
+        study(base, METHODS, given, command=command, budget=budget, baseline="la")
+        return
     base = load_recipe("digits-lt").config
     data: dict[str, Any] = {"source": "hub", "profile": "exponential", "class_order": "index", "image_size": 14}
     root = str(convert(given.fashion, given.out / "set"))
@@ -73,7 +87,7 @@ def main() -> None:
         base,
         METHODS,
         given,
-        command=f"python benchmarks/studies/imbalance.py --seeds {given.seeds}",
+        command=command,
         budget=f"Fashion-MNIST at 14 × 14, head of 6,000 images; conv8 student and teacher, about {PASSES:,} student "
         "passes, batch 64, one-cycle, crop and mirror",
         baseline="la",
