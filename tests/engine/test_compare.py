@@ -108,7 +108,7 @@ def test_two_at_a_time_give_what_one_after_the_other_gives(tiny: Config, tmp_pat
 def test_a_comparison_that_is_stopped_goes_on(tmp_path: Path, jobs: str) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "longtail", "compare", "digits-lt", "--network", "conv8-tiny", "--epochs", "10"]
-    command += ["--methods", "la,bcl", "--seeds", "2", "--checkpoint_seconds", "0", "--out", str(out), "--jobs", jobs]
+    command += ["--methods", "la,bcl", "--seeds", "2", "--checkpoint_seconds", "0.2", "--out", str(out), "--jobs", jobs]
     stopped = subprocess.Popen([*command, "--quiet"], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     while not list(out.glob("*/last.ckpt")) and time.monotonic() < deadline:
