@@ -443,8 +443,8 @@ def _compare(arguments: list[str]) -> None:
     _check_folder(out)
     _check_json(given.json)
 
-    from longtail.engine.compare import as_json, as_json_lines, compare, run_name
-    from longtail.evaluation.comparison import differences, table
+    from longtail.engine.compare import as_json, as_json_lines, compare
+    from longtail.evaluation.comparison import differences, run_name, table
     from longtail.files import write_made
     from longtail.report import comparison_report, run_report
 

@@ -24,6 +24,7 @@ from longtail.engine.fit import fit
 from longtail.engine.judge import evaluate
 from longtail.engine.teacher import teacher_folder
 from longtail.errors import LongtailError
+from longtail.methods import method_class
 from longtail.recognizer import Recognizer
 from tests.conftest import TINY, save_image
 
@@ -72,27 +73,31 @@ def test_the_same_seed_gives_the_same_weights(tiny: Config, tmp_path: Path) -> N
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def fit_in_two(config: Config, out: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, stop without a word after some steps, and go on."""
+    kind, done = method_class(config.method), 0
+    original = kind.training_step
+
+    def interrupted(self: Any, batch: Any) -> Any:
+        nonlocal done
+        if done == steps:
+            raise KeyboardInterrupt
+        done += 1
+        return original(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, out, quiet=True)
+    fit(config, out, resume=True, quiet=True)
+
+
 @pytest.mark.parametrize("stop_at", [1, 4, 6, 9])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     fit(tiny, tmp_path / "whole", quiet=True)
-    from longtail.methods.gml import GML
-
-    steps, original = 0, GML.training_step
-
-    def interrupted(self: GML, batch: Any) -> Any:
-        nonlocal steps
-        if steps == stop_at:
-            raise KeyboardInterrupt
-        steps += 1
-        return original(self, batch)
-
-    monkeypatch.setattr(GML, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fit(tiny, tmp_path / "cut", quiet=True)
-    monkeypatch.undo()
-    fit(tiny, tmp_path / "cut", resume=True, quiet=True)
+    fit_in_two(tiny, tmp_path / "cut", stop_at, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     timed = {"seconds", "images_per_second", "memory_mib"}  # what the machine does, not what the run is
     logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]

@@ -28,7 +28,7 @@ from longtail.errors import LongtailError
 from longtail.methods import METHODS, method_class
 from longtail.methods.gml import GML
 from longtail.nn import CosineClassifier, Encoder
-from tests.engine.test_fit import equal, weights
+from tests.engine.test_fit import equal, fit_in_two, weights
 
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
@@ -54,20 +54,7 @@ def test_every_layout_trains_and_resumes(
     images, views = len(load_data(config.data, 0).train), GML.student_views(config)
     assert run.student_passes == 2 * images * views
     assert views == (1 if changes["gml"].get("share_query") else 2)
-    steps, original = 0, GML.training_step
-
-    def interrupted(self: GML, batch: Batch) -> dict[str, torch.Tensor]:
-        nonlocal steps
-        steps += 1
-        if steps == 9:
-            raise KeyboardInterrupt
-        return original(self, batch)
-
-    monkeypatch.setattr(GML, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fit(config, tmp_path / "cut", quiet=True)
-    monkeypatch.undo()
-    fit(config, tmp_path / "cut", resume=True, quiet=True)
+    fit_in_two(config, tmp_path / "cut", 8, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 

@@ -27,7 +27,7 @@ from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, ProjectionM
 from longtail.objectives import class_log_likelihood, distillation, gml_loss, posterior_cross_entropy
 from longtail.recognizer import Recognizer
 from tests.conftest import save_image
-from tests.engine.test_fit import equal, weights
+from tests.engine.test_fit import equal, fit_in_two, weights
 
 CONTRASTIVE = ("supcon", "paco", "gpaco", "bcl", "proco")
 
@@ -201,23 +201,9 @@ def test_a_run_that_is_cut_equals_a_whole_one(
 ) -> None:
     config = tiny.replace(**PARTS[part])
     fit(config, tmp_path / "whole", quiet=True)
-    kind, steps = method_class(config.method), 0
-    original = kind.training_step
-
-    def interrupted(self: Any, batch: Batch) -> dict[str, torch.Tensor]:
-        nonlocal steps
-        steps += 1
-        if steps == 9:
-            raise KeyboardInterrupt
-        return original(self, batch)
-
-    monkeypatch.setattr(kind, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fit(config, tmp_path / "cut", quiet=True)
-    monkeypatch.undo()
-    fit(config, tmp_path / "cut", resume=True, quiet=True)
+    fit_in_two(config, tmp_path / "cut", 8, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    assert (tmp_path / "teachers").exists() == kind.needs_teacher(config)
+    assert (tmp_path / "teachers").exists() == method_class(config.method).needs_teacher(config)
 
 
 def test_the_batch_alone_holds_the_batch(tiny: Config, data: LongTailedData) -> None:

@@ -28,7 +28,7 @@ from longtail.engine.choices import resolve
 from longtail.engine.files import FORMAT
 from longtail.engine.fit import Run, fit
 from longtail.errors import LongtailError, StoppedError, nearest
-from longtail.evaluation.comparison import Record
+from longtail.evaluation.comparison import Record, run_name
 from longtail.files import write_json, write_text
 from longtail.methods import METHODS, method_class
 from longtail.recognizer import Recognizer
@@ -48,11 +48,6 @@ class Planned:
     def name(self) -> str:
         """The run's folder."""
         return run_name(self.config.method, self.config.seed, self.imbalance)
-
-
-def run_name(method: str, seed: int, imbalance: float | None) -> str:
-    """Return the folder of a run within its comparison."""
-    return f"{method}-seed{seed}" if imbalance is None else f"{method}-imbalance{imbalance:g}-seed{seed}"
 
 
 def plan(
@@ -228,21 +223,33 @@ def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tup
 
 
 _stopped: list[StoppedError] = []  # what this worker was told
+_at_work: list[Planned] = []  # what it has in hand
 
 
 def _train_in_worker(planned: Planned, out: Path) -> Record:
     # a run that was handed to this worker already must not start after the one that was stopped
     if _stopped:
         raise _stopped[0]
+    _at_work.append(planned)
     try:
         return _train(planned, out, quiet=True)
     except StoppedError as stop:
         _stopped.append(stop)
         raise
+    finally:
+        _at_work.clear()
+
+
+def _note_stop(number: int, _frame: FrameType | None) -> None:
+    """Stop outside a training, which notes signals itself; a worker that were killed would leave its locks behind."""
+    _stopped.append(StoppedError(signal.Signals(number).name, "between two trainings"))
+    if _at_work:
+        raise _stopped[-1]
 
 
 def _start_worker(threads: int) -> None:
     os.setsid()  # a terminal's signals reach the comparison alone, which hands them on
+    signal.signal(signal.SIGTERM, _note_stop)
     torch.set_num_threads(threads)
 
 
@@ -250,7 +257,7 @@ def _start_worker(threads: int) -> None:
 def _signals_handed_on() -> Iterator[list[int]]:
     """Tell the trainings to stop when this process is told, and return what it was told.
 
-    A training saves and ends; a process that has not begun one, or has ended it, just ends.
+    A training saves and ends; a process that is not in one begins no other.
     """
     told: list[int] = []
 

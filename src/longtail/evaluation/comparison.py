@@ -35,6 +35,11 @@ class Record:
     """Imbalance factor, where the comparison has several."""
 
 
+def run_name(method: str, seed: int, imbalance: float | None) -> str:
+    """Return the folder of a run within its comparison."""
+    return f"{method}-seed{seed}" if imbalance is None else f"{method}-imbalance{imbalance:g}-seed{seed}"
+
+
 @dataclass(frozen=True)
 class Summary:
     """Mean and standard deviation over seeds (n − 1 in the denominator; None for one seed)."""

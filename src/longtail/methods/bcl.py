@@ -26,7 +26,7 @@ class BCL(Contrastive):
             nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.contrast.embedding_dim)
         )
 
-    def compare(self, embeddings: Tensor, labels: Tensor, _batch: Batch) -> Tensor:
+    def compare(self, embeddings: Tensor, labels: Tensor, _scores: Tensor, _batch: Batch) -> Tensor:
         """Return the balanced contrastive loss against the batch and the centres."""
         centres = F.normalize(self.centres(F.normalize(self.classifier.weight)))
         classes = torch.arange(len(centres), device=labels.device)

@@ -65,11 +65,18 @@ class Contrastive(Method):
     def contrast(self, features: Tensor, scores: Tensor, batch: Batch, taught: Taught) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the contrast term, weighed."""
         embeddings, labels = self.compared(features, batch)
-        return {"contrast": self.config.contrast.weight * self.compare(embeddings, labels, batch)}
+        return {"contrast": self.config.contrast.weight * self.compare(embeddings, labels, scores, batch)}
 
     @abstractmethod
-    def compare(self, embeddings: Tensor, labels: Tensor, batch: Batch) -> Tensor:
-        """Return the contrast term of (V · B, D) embeddings, a scalar."""
+    def compare(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:
+        """Return the contrast term, a scalar.
+
+        Args:
+            embeddings: (V · B, D) of the compared views.
+            labels: (V · B,).
+            scores: (·, C) of the classified views.
+            batch: whose views these are.
+        """
 
 
 def themselves(embeddings: Tensor, keys: int) -> Tensor:

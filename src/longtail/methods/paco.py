@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longtail.config import Config
 from longtail.data.loaders import Batch
-from longtail.methods.base import Taught, View
+from longtail.methods.base import View
 from longtail.methods.contrastive import Remembering, themselves
 from longtail.methods.momentum import Momentum
 from longtail.nn import Encoder
@@ -35,37 +35,32 @@ class GPaCo(Remembering):
         """Say nothing of it: the loss is over centres and samples together."""
         return
 
-    def contrast(self, features: Tensor, scores: Tensor, batch: Batch, taught: Taught) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return the parametric contrastive loss of the compared views."""
-        queries, labels = self.compared(features, batch)
-        now, now_labels = self.keys(batch, queries, labels)
+    def compare(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:
+        """Return the parametric contrastive loss of the compared views, whose scores are the last of the classified."""
+        now, now_labels = self.keys(batch, embeddings, labels)
         slots = self.queue.slots()
         # a copy: the push below writes into what backward needs
-        keys = torch.cat([queries, now, slots.features.clone()])
+        keys = torch.cat([embeddings, now, slots.features.clone()])
         log_prior = self.log_prior()
-        adjusted = scores[-len(queries) :]
+        adjusted = scores[-len(embeddings) :]
         loss = parametric_contrastive_loss(
             adjusted if log_prior is None else adjusted + log_prior,
-            queries,
+            embeddings,
             labels,
             keys,
             torch.cat([labels, now_labels, slots.labels]),
             self.config.contrast.temperature,
             self.config.contrast.sample_weight,
-            themselves(queries, len(keys)),
+            themselves(embeddings, len(keys)),
         )
         # one view an image goes into the queue, the newest
-        kept = (now if len(now) else queries)[-len(batch) :].detach()
+        kept = (now if len(now) else embeddings)[-len(batch) :].detach()
         self.queue.push(kept, batch.labels, batch.ids, batch.room)
-        return {"contrast": self.config.contrast.weight * loss}
+        return loss
 
     def keys(self, batch: Batch, queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return further keys of this batch with their labels: none."""
         return queries[:0].detach(), labels[:0]
-
-    def compare(self, embeddings: Tensor, labels: Tensor, batch: Batch) -> Tensor:
-        """Not used: the term needs the scores too."""
-        raise NotImplementedError
 
 
 class PaCo(GPaCo):

@@ -47,7 +47,7 @@ class ProCo(Contrastive):
                 "below which its Bessel function is not exact"
             )
 
-    def compare(self, embeddings: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+    def compare(self, embeddings: Tensor, labels: Tensor, _scores: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropy of the posterior under the classes' distributions."""
         self._note(embeddings.detach().float(), labels, batch.done)
         mean = self.sums.sum(dim=0) / self.counts.sum(dim=0).clamp(min=1)[:, None]

@@ -33,7 +33,7 @@ class SupCon(Contrastive):
                 "set contrast.views to 2"
             )
 
-    def compare(self, embeddings: Tensor, labels: Tensor, _batch: Batch) -> Tensor:
+    def compare(self, embeddings: Tensor, labels: Tensor, _scores: Tensor, _batch: Batch) -> Tensor:
         """Return the supervised contrastive loss; a batch without positives adds nothing."""
         own = themselves(embeddings, len(embeddings))
         same = (labels[:, None] == labels[None]) & ~own

@@ -11,9 +11,8 @@ from markupsafe import Markup
 
 from longtail.config import read_config
 from longtail.engine.books import read_metrics
-from longtail.engine.compare import run_name
 from longtail.errors import LongtailError
-from longtail.evaluation.comparison import Record, differences, table
+from longtail.evaluation.comparison import Record, differences, run_name, table
 from longtail.files import write_text
 from longtail.recognizer import Recognizer
 from longtail.report import plots
