@@ -6,7 +6,7 @@ as the student's and stands in a column of its own.
 Commands:
     python benchmarks/studies/methods.py digits --seeds 5
     python benchmarks/studies/methods.py cifar --imbalance 100 --seeds 3      (--root DATA)
-    python benchmarks/studies/methods.py cifar --imbalance 10 --methods ce,la,bcl,gml --seeds 3       (--root DATA)
+    python benchmarks/studies/methods.py cifar --imbalance 10 --seeds 3      (--root DATA)
 each with --out FOLDER and --json FILE.
 """
 

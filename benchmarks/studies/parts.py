@@ -40,7 +40,6 @@ IDEAS: dict[str, Variant] = {
     "gml: both keys": {**gml(keys="both"), "teacher": {"cache": 0}},
 }
 
-# the set of digits is small enough to ask it more
 MORE: dict[str, Variant] = {
     "ce distilled": {"method": "ce", "classifier": DISTILLED},
     "proco distilled": {"method": "proco", "classifier": DISTILLED},
@@ -67,12 +66,10 @@ def main() -> None:
     small = given.study == "digits"
     base = digits() if small else cifar(given.root)
     assert isinstance(base.epochs, int)
-    variants = PARTS
-    if small:
-        two_views = {name: {**variant, "epochs": base.epochs // 2} for name, variant in TWO_VIEWS.items()}
-        variants = PARTS | MORE | IDEAS | two_views
+    two_views = {name: {**variant, "epochs": base.epochs // 2} for name, variant in TWO_VIEWS.items()}
+    variants = PARTS | MORE | IDEAS | two_views
     nets = "conv8 student and teacher, batch 64" if small else "ResNet-8 student, ResNet-14 teacher, batch 128"
-    budget = f"{nets}, {base.epochs} epochs of one student view" + (", or half as many of two" if small else "")
+    budget = f"{nets}, {base.epochs} epochs of one student view, or half as many of two"
     command = f"python benchmarks/studies/parts.py {given.study} --seeds {given.seeds}"
     study(base, variants, given, command=command, budget=budget, baseline="la distilled")
 

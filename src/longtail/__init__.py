@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from longtail.nn.heads import CosineClassifier
     from longtail.objectives import ClassPrior, GMLLoss
     from longtail.recognizer import Recognizer
+    from longtail.segmenter import Segmenter
 
 __version__ = "0.1.0"
-__all__ = ["ClassPrior", "ClassQueues", "CosineClassifier", "GMLLoss", "Recognizer"]
+__all__ = ["ClassPrior", "ClassQueues", "CosineClassifier", "GMLLoss", "Recognizer", "Segmenter"]
 
 _HOMES = {
     "ClassPrior": "longtail.objectives",
@@ -20,6 +21,7 @@ _HOMES = {
     "CosineClassifier": "longtail.nn.heads",
     "GMLLoss": "longtail.objectives",
     "Recognizer": "longtail.recognizer",
+    "Segmenter": "longtail.segmenter",
 }
 
 

@@ -19,12 +19,14 @@ from longtail.errors import LongtailError, StoppedError, nearest
 
 if TYPE_CHECKING:
     from longtail.config import Data, Recipe
+    from longtail.options import Evaluate, Predict
+    from longtail.segmenter import Looks, Segmenter
 
 Parsed = TypeVar("Parsed")
 
 DESCRIPTION = """usage: longtail COMMAND [OPTIONS]
 
-Long-tailed recognition: train on images whose classes differ widely in number, and use what comes out.
+Long-tailed recognition and segmentation: train on images whose classes differ widely in number, and use what comes out.
 
 commands:
   inspect SOURCE         what a set's tail looks like, and what is wrong with the set
@@ -32,7 +34,8 @@ commands:
   train [RECIPE]         train, evaluate and keep a recogniser; any field of the recipe is a flag
   evaluate RUN           metrics of a run on its test set
   rebalance RUN          a new head on a run's encoder: cRT, learnable weight scaling, τ-normalisation
-  predict RUN IMAGES…    classes and probabilities of image files, or of all images in folders
+  predict RUN IMAGES…    classes and probabilities of image files, or of all images in folders; labels of their pixels
+  export RUN             one ONNX file with preprocessing, labels and prior inside
   compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
   recipes                what there is to train
 
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "evaluate": _evaluate,
         "rebalance": _rebalance,
         "predict": _predict,
+        "export": _export,
         "compare": _compare,
         "recipes": _recipes,
     }
@@ -141,7 +145,7 @@ def _with_data(recipe: Recipe, arguments: list[str], named: bool) -> tuple[Recip
         if not text or text.startswith("--"):
             raise LongtailError("--data: expected a named set, a folder, a list, a table or hub:NAME")
         changes = source_of(text)
-        recipe = recipe if named else load_recipe("folder")
+        recipe = recipe if named else load_recipe("masks" if changes["source"] == "masks" else "folder")
         rest = arguments[:place] + arguments[place + width :]
         # the run is called after the set
         name = Path(text.removeprefix("hub:")).resolve().stem
@@ -256,6 +260,7 @@ def _inspect(arguments: list[str]) -> None:
             [found.class_names[index] for index in order],
             [found.class_counts[index] for index in order],
             [found.groups[index] for index in order],
+            found.counted,
         )
         given.plot.parent.mkdir(parents=True, exist_ok=True)
         plots.save_png(figure, given.plot)
@@ -269,13 +274,16 @@ def _inspect(arguments: list[str]) -> None:
         ["classes", f"{len(found.class_names):,}"],
         ["imbalance factor", factor],
         ["Gini", f"{found.gini:.3f}"],
-        ["shot groups", ", ".join(f"{group} {sizes[group]}" for group in sizes)],
-        ["smallest classes", ", ".join(f"{name} {count}" for name, count in found.least)],
+        [
+            "shot groups" if found.counted.endswith("images") else "thirds by pixels",
+            ", ".join(f"{group} {sizes[group]}" for group in sizes),
+        ],
+        ["smallest classes", ", ".join(f"{name} {count:,}" for name, count in found.least)],
     ]
     rows += [[f"{side} in pixels", f"{v[0]} to {v[2]}, median {v[1]}"] for side, v in found.sides.items()]
     _print_table([found.source, "found"], [[a, b] for a, b in rows], left=True)
     print()
-    print("\n".join(histogram(found.class_counts)))
+    print("\n".join(histogram(found.class_counts, found.counted)))
     problems = [
         *(("error", text) for text in found.errors),
         *(("unreadable", f"{entry['path']}: {entry['reason']}") for entry in found.unreadable),
@@ -336,8 +344,12 @@ def _split(arguments: list[str]) -> None:
 
 
 def _show_metrics(judged: dict[str, Any]) -> None:
-    names = ("balanced_accuracy", "top1", "top5", "many", "medium", "few")
-    header = ["prior", *(name.replace("_", " ") for name in names)]
+    from longtail.evaluation.comparison import DENSE_COLUMNS
+
+    named = {name: name.replace("_", " ") for name in ("balanced_accuracy", "top1", "top5", "many", "medium", "few")}
+    if "mean_iou" in judged:
+        named = {**dict(DENSE_COLUMNS), "top1": "pixel accuracy"}
+    names, header = list(named), ["prior", *named.values()]
     rows = [
         ["training" if prior == "train" else prior, *(_percent(values[name]) for name in names)]
         for prior, values in judged["priors"].items()
@@ -354,11 +366,19 @@ def _evaluate(arguments: list[str]) -> None:
     from longtail.engine.judge import evaluate
     from longtail.files import write_made
 
-    judged = evaluate(given.run, given.prior, None if given.root is None else str(given.root))
+    judged = evaluate(given.run, given.prior, None if given.root is None else str(given.root), _looks(given))
     if given.json:
         write_made(given.json, judged)
     if not given.quiet:
         _show_metrics(judged)
+
+
+def _looks(given: Evaluate | Predict) -> Looks | None:
+    """Return how an image is to be segmented, where that was said."""
+    from longtail.segmenter import Looks
+
+    looks = Looks(window=given.window, flip=given.flip, scales=given.scales)
+    return None if looks == Looks() else looks
 
 
 def _rebalance(arguments: list[str]) -> None:
@@ -400,10 +420,16 @@ def _predict(arguments: list[str]) -> None:
         raise LongtailError("IMAGES: expected at least one image file or folder")
     if given.top < 1:
         raise LongtailError(f"--top {given.top}: expected at least 1")
-    from longtail.recognizer import Recognizer, find_images
+    from longtail.recognizer import find_images
+    from longtail.segmenter import Segmenter, load_kept
 
-    recognizer = Recognizer.load(given.run)
+    recognizer = load_kept(given.run)
     files = find_images(given.images)
+    if isinstance(recognizer, Segmenter):
+        _segment(recognizer, files, given)
+        return
+    if given.out is not None or _looks(given) is not None:
+        raise LongtailError(f"{given.run}: is no segmenter: --out, --window, --flip and --scales are for segmentation")
     best = recognizer.predict(files, prior=given.prior).top(given.top)
     if given.json:
         from longtail.files import write_made
@@ -426,6 +452,68 @@ def _predict(arguments: list[str]) -> None:
             for file, row in zip(files, best, strict=True)
         ]
         _print_table(["path", "class", "probability", "next"], rows)
+
+
+def _export(arguments: list[str]) -> None:
+    from longtail.options import Export
+
+    given = _parse(Export, "export", arguments)
+    _check_json(given.json)
+    _check_run(given.run)
+    out = given.out or given.run / "model.onnx"
+    if out.suffix.lower() != ".onnx":
+        raise LongtailError(f"--out {out}: expected a name that ends in .onnx")
+    _check_folder(out.parent)
+    if out.exists() and not given.overwrite:
+        raise LongtailError(f"{out}: is there already; use --overwrite or another --out")
+    from longtail.export import export_onnx
+    from longtail.files import write_made
+    from longtail.recognizer import find_images
+
+    made = export_onnx(given.run, out, given.prior, find_images(given.images))
+    height, width, channels = made.shape
+    if given.json:
+        write_made(given.json, {**dataclasses.asdict(made), "path": str(made.path)})
+    if not given.quiet:
+        print(f"{made.path}: takes (N, {height}, {width}, {channels}) uint8, prior {given.prior}")
+        what = "images" if given.images else "random images"
+        print(f"largest difference of a probability from PyTorch's on {made.images} {what}: {made.difference:.1e}")
+
+
+def _segment(segmenter: Segmenter, files: list[Path], given: Predict) -> None:
+    """Write the labels of every image as a PNG, and an overlay to look at."""
+    from tqdm import tqdm
+
+    from longtail.data.images import open_image
+    from longtail.files import write_made
+    from longtail.segmenter import write_segmentation
+
+    out = given.out or Path("segmented")
+    _check_folder(out)
+    names = segmenter.card.class_names
+    rows: list[dict[str, Any]] = []
+    for file in tqdm(files, unit="image", disable=given.quiet or not sys.stderr.isatty(), leave=False):
+        labels = next(segmenter.segment(open_image(file), given.prior, _looks(given)))
+        counts = labels.flatten().bincount(minlength=len(names))
+        best = [index for index in counts.argsort(descending=True).tolist() if counts[index]]
+        paths = write_segmentation(out, file, labels, len(names))
+        rows.append(
+            {
+                "path": str(file),
+                "labels": str(paths[0]),
+                "overlay": str(paths[1]),
+                "shares": {names[index]: float(counts[index]) / labels.numel() for index in best},
+            }
+        )
+    if given.json:
+        write_made(given.json, rows)
+    if not given.quiet:
+        shown = [
+            [row["path"], row["labels"], ", ".join(f"{n} {v:.3f}" for n, v in list(row["shares"].items())[: given.top])]
+            for row in rows
+        ]
+        _print_table(["path", "labels", "largest shares"], shown, left=True)
+        print(f"labels (value 1 is {names[0]}) and overlays: {out}")
 
 
 def _compare(arguments: list[str]) -> None:

@@ -40,7 +40,8 @@ class Data:
 
     source: str = "digits-lt"
     """Which set: digits-lt, cifar10-lt, cifar100-lt, imagenet-lt, places-lt, inat2018, folder (one sub-folder a class),
-    list (lists, tables or annotations of one's own), or hub (the library datasets)."""
+    list (lists, tables or annotations of one's own), or hub (the library datasets); for segmentation camvid, ade20k or
+    masks (images/ and annotations/ of one's own, in ADE20K's layout)."""
     root: str | None = None
     """Folder of the images, or of a local copy of a named set; a named set without it is downloaded."""
     name: str | None = None
@@ -244,6 +245,28 @@ class Teacher:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """What is only of images whose every pixel has a label."""
+
+    __pydantic_config__ = _STRICT
+
+    crop: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] | None = None
+    """Height and width of what is trained on; the images' own, at most 512, if not given."""
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
+    """Least and largest scale at which a training image is shown."""
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Largest change of brightness, contrast and saturation, as a share."""
+    points: Positive = 128
+    """Pixels an image that the mixture meets, as queries and as keys, shared out evenly among its classes (gml)."""
+    keys: Literal["pixels", "regions", "both"] = "both"
+    """What is pushed into the queues: drawn pixels, the mean of every class in an image, or both (gml)."""
+    window: Annotated[int, Field(ge=32)] | None = None
+    """Side of the square that slides over an image when it is judged; the whole image at once if not given."""
+    boundary: PositiveFloat = 0.02
+    """Width of the band along outlines that boundary IoU looks at, as a share of the image's diagonal."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shots:
     """Shot groups, by training images a class."""
 
@@ -272,9 +295,13 @@ class Config:
     """The recipe that this run started from; not a flag."""
     method: str = "gml"
     """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, supcon, paco,
-    gpaco, bcl, proco, gml."""
+    gpaco, bcl, proco, gml; for segmentation ce, la, focal, cb, gml, dice, lovasz."""
     network: str = "auto"
-    """Student: conv8, resnet8/14/20/32/44/56/110, or any timm model by name; auto chooses by image size."""
+    """Student: conv8, resnet8/14/20/32/44/56/110, or any timm model by name; for segmentation upernet:ENCODER or
+    segformer:ENCODER, with :WIDTH after it for another than 256; auto chooses by image size."""
+    pretrained: str = "none"
+    """Weights that a timm model or encoder starts from: none, timm (its own, downloaded at first use), or a file of
+    them (.safetensors, .pth). Images are then normalised as they were for these weights."""
     epochs: Positive | Literal["auto"] = 100
     """Passes over the training set; auto: as many as make 20,000 steps, from 30 to 200."""
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -287,6 +314,8 @@ class Config:
     """Arithmetic."""
     compile: bool = False
     """Compile the networks (torch.compile; needs a C++ compiler on a CPU)."""
+    validate_every: Positive = 1
+    """Epochs between two looks at the validation images, where there are some."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Least seconds between two writings of last.ckpt."""
     log: tuple[Literal["csv", "tensorboard", "wandb"], ...] = ()
@@ -298,6 +327,7 @@ class Config:
     gml: Gml = field(default_factory=Gml)
     contrast: Contrast = field(default_factory=Contrast)
     teacher: Teacher = field(default_factory=Teacher)
+    segmentation: Segmentation = field(default_factory=Segmentation)
     shots: Shots = field(default_factory=Shots)
 
     def __post_init__(self) -> None:
@@ -308,6 +338,8 @@ class Config:
                 f"shots.few_below {self.shots.few_below} and shots.many_above {self.shots.many_above} overlap: "
                 "a class cannot be both; lower few_below"
             )
+        if self.segmentation.scale[0] > self.segmentation.scale[1]:
+            raise LongtailError(f"segmentation.scale {self.segmentation.scale}: expected the least first")
 
     def replace(self, **changes: Any) -> Config:
         """Return a copy with other values; a dict changes fields of a section."""
@@ -368,6 +400,7 @@ _SECTIONS: dict[str, type] = {
     "gml": Gml,
     "contrast": Contrast,
     "teacher": Teacher,
+    "segmentation": Segmentation,
     "shots": Shots,
 }
 

@@ -40,6 +40,12 @@ class Evaluate:
     """Class frequencies that --json's top level assumes; the table shows both."""
     root: Path | None = None
     """Where the images are now, if not where they were."""
+    window: int | None = None
+    """Segmentation: side of a square that slides over an image; the whole image at once if not given."""
+    flip: Flag = False
+    """Segmentation: look at the mirrored image too."""
+    scales: tuple[float, ...] = (1.0,)
+    """Segmentation: sizes at which an image is looked at, as shares of its own."""
     json: Path | None = None
     """Write the metrics, per class too, to this file."""
     quiet: Flag = False
@@ -73,7 +79,7 @@ class Rebalance:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Classes and probabilities of images."""
+    """Classes and probabilities of images, or of a segmentation labels of their pixels as PNG files."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or of a recogniser."""
@@ -83,8 +89,38 @@ class Predict:
     """How frequent the classes are where the images come from."""
     top: int = 3
     """Classes shown an image."""
+    out: Path | None = None
+    """Segmentation: folder of the label images and overlays (default: segmented)."""
+    window: int | None = None
+    """Segmentation: side of a square that slides over an image; the whole image at once if not given."""
+    flip: Flag = False
+    """Segmentation: look at the mirrored image too."""
+    scales: tuple[float, ...] = (1.0,)
+    """Segmentation: sizes at which an image is looked at, as shares of its own."""
     json: Path | None = None
     """Write the table to this file too."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """One ONNX file with normalisation, labels and prior inside: uint8 images in, probabilities out."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, or of a recogniser."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")] = ()
+    """Images on which the file is compared with PyTorch; random ones if none are given."""
+    format: Literal["onnx"] = "onnx"
+    """What to write."""
+    prior: Literal["uniform", "train"] = "uniform"
+    """How frequent the classes are where the file will be used."""
+    out: Path | None = None
+    """The file (default: RUN/model.onnx)."""
+    overwrite: Flag = False
+    """Replace the file that is there."""
+    json: Path | None = None
+    """Write shape and difference to this file too."""
     quiet: Flag = False
     """Print nothing."""
 

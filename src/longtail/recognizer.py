@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +26,11 @@ from longtail.errors import LongtailError
 from longtail.files import write_json, write_text, write_whole
 from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, LinearClassifier, ProjectionMLP
 from longtail.objectives import log_prior, posterior
+from longtail.objectives.posterior import along
 
 Classifier = CosineClassifier | LinearClassifier | JoinedClassifier
+_Self = TypeVar("_Self", bound="Recognizer")
+_CLASSES = {"classification": "Recognizer", "segmentation": "Segmenter"}
 ImageLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 
 
@@ -40,8 +43,10 @@ class Card:
     format: Literal[1] = 1
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
-    """Training images a class."""
+    """Training images a class; of a segmentation its labelled pixels."""
     network: str
+    task: Literal["classification", "segmentation"] = "classification"
+    """Whether an image has one class, or every pixel its own."""
     scale: float
     """Of the cosine classifier."""
     head: Literal["cosine", "linear", "joined"] = "cosine"
@@ -56,6 +61,8 @@ class Card:
     """S: what the network sees."""
     stored_size: int
     """Side that an image is resized to before its centre is cut out."""
+    shape: tuple[int, int] | None = None
+    """Height and width of most images that were segmented; others will do."""
     predicts_under: Literal["uniform", "train"]
     """The prior that is in the scores: the training set's after plain cross-entropy, else none."""
     trained: dict[str, Any] = field(default_factory=dict)
@@ -110,15 +117,25 @@ class Recognizer:
         >>> recognizer.predict(["photo.png"], prior="uniform").names  # doctest: +SKIP
     """
 
+    task = "classification"
+
     def __init__(self, encoder: Encoder, classifier: Classifier, card: Card) -> None:
         self.encoder, self.classifier, self.card = encoder.eval(), classifier.eval(), card
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:
         """Return (N, C) log-likelihood scores, free of any prior, of (N, channels, S, S) images in [0, 1]."""
+        return self.free(self.trained_scores(images))
+
+    def trained_scores(self, images: Tensor) -> Tensor:
+        """Return the classifier's own scores, which after plain cross-entropy have the training prior in them."""
         scores: Tensor = self.classifier(self.encoder(images.contiguous(memory_format=torch.channels_last))).float()
+        return scores
+
+    def free(self, scores: Tensor) -> Tensor:
+        """Return scores free of any prior."""
         if self.card.predicts_under == "train":
-            return scores - log_prior(self.card.class_counts).to(scores)
+            return scores - along(log_prior(self.card.class_counts).to(scores), scores)
         return scores
 
     def log_prior(self, prior: str | Sequence[float] | Tensor) -> Tensor | None:
@@ -167,13 +184,13 @@ class Recognizer:
                 if pixels.shape[1:] == (self.card.channels, self.card.image_size, self.card.image_size):
                     yield (to_float(pixels) if part.dtype == torch.uint8 else part).to(device)
                 else:
-                    yield self._prepared([_to_pillow(image) for image in pixels]).to(device)
+                    yield self._prepared([to_pillow(image) for image in pixels]).to(device)
             return
         if isinstance(images, str | Path | Image.Image | np.ndarray | Tensor):
             images = [images]
         batch: list[Image.Image] = []
         for image in images:
-            batch.append(_to_pillow(image))
+            batch.append(to_pillow(image))
             if len(batch) == batch_size:
                 yield self._prepared(batch).to(device)
                 batch = []
@@ -203,28 +220,16 @@ class Recognizer:
         write_json(folder / "config.json", dataclasses.asdict(self.card))
 
     @classmethod
-    def load(cls, folder: Path | str) -> Recognizer:
+    def load(cls: type[_Self], folder: Path | str) -> _Self:
         """Read a recogniser from its folder, or from the folder of its run.
 
         Raises:
             LongtailError: there is none, or its files do not fit together.
         """
-        folder = Path(folder)
-        if (folder / "recognizer").is_dir():
-            folder = folder / "recognizer"
-        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            unfinished = (folder / "config.yaml").is_file()
-            hint = "the run has not finished; --resume it" if unfinished else "expected the folder of a finished run"
-            raise LongtailError(f"{folder}: holds no recogniser: {hint}")
-        try:
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            card = TypeAdapter(Card).validate_python(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise LongtailError(f"{folder / 'config.json'}: {where}: {first['msg']}") from None
-        except (OSError, ValueError) as error:
-            raise LongtailError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+        folder = _recognizer_folder(Path(folder))
+        card = _read_card(folder)
+        if card.task != cls.task:
+            raise LongtailError(f"{folder}: is for {card.task}, not for {cls.task}: use {_CLASSES[card.task]}.load")
         encoder = Encoder(card.network, card.mean, card.std)
         classifier = _classifier(card, encoder.num_features)
         try:
@@ -236,6 +241,38 @@ class Recognizer:
             raise LongtailError(f"{folder / 'model.safetensors'}: does not fit config.json: {message}") from None
         encoder.to(memory_format=torch.channels_last)
         return cls(encoder, classifier, card)
+
+
+def read_card(folder: Path | str) -> Card:
+    """Read what ``config.json`` of a recogniser's folder, or of its run's, holds.
+
+    Raises:
+        LongtailError: there is none, or it is not as it must be.
+    """
+    return _read_card(_recognizer_folder(Path(folder)))
+
+
+def _recognizer_folder(folder: Path) -> Path:
+    if (folder / "recognizer").is_dir():
+        folder = folder / "recognizer"
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        unfinished = (folder / "config.yaml").is_file()
+        hint = "the run has not finished; --resume it" if unfinished else "expected the folder of a finished run"
+        raise LongtailError(f"{folder}: holds no recogniser: {hint}")
+    return folder
+
+
+def _read_card(folder: Path) -> Card:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        card: Card = TypeAdapter(Card).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise LongtailError(f"{folder / 'config.json'}: {where}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise LongtailError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    return card
 
 
 def _classifier(card: Card, features: int) -> Classifier:
@@ -272,7 +309,8 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _to_pillow(image: ImageLike) -> Image.Image:
+def to_pillow(image: ImageLike) -> Image.Image:
+    """Return a file, an array or a tensor as a Pillow image."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, str | Path):

@@ -24,6 +24,7 @@ from PIL import Image
 from longtail.config import Data, Shots
 from longtail.data.dataset import LongTailedData
 from longtail.data.imbalance import gini, imbalance_factor
+from longtail.data.scenes import DenseData, thirds
 from longtail.data.sources import LISTINGS, load_data, read_listing
 from longtail.errors import LongtailError
 
@@ -59,6 +60,16 @@ class Inspection:
     remarks: list[str] = field(default_factory=list)
 
     @property
+    def counted(self) -> str:
+        """What the classes are counted in."""
+        return "training pixels" if "head" in self.groups else "training images"
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The shot groups, or the thirds by pixels."""
+        return ("head", "middle", "tail") if "head" in self.groups else ("many", "medium", "few")
+
+    @property
     def least(self) -> list[tuple[str, int]]:
         """The five smallest classes, smallest first."""
         order = sorted(range(len(self.class_counts)), key=lambda index: self.class_counts[index])
@@ -70,7 +81,7 @@ class Inspection:
             **dataclasses.asdict(self),
             "images": sum(self.splits.values()),
             "classes": len(self.class_names),
-            "group_sizes": {group: self.groups.count(group) for group in ("many", "medium", "few")},
+            "group_sizes": {group: self.groups.count(group) for group in self.group_names},
             "least": self.least,
         }
 
@@ -109,7 +120,10 @@ def inspect(config: Data, seed: int, shots: Shots, tick: Callable[[int], None] =
     found.remarks = list(data.remarks)
     sets = {"train": data.train, "val": data.val, "test": data.test}
     found.splits = {split: len(images) for split, images in sets.items() if images is not None}
-    _look_at_pixels(found, data, tick)
+    if isinstance(data, DenseData):  # every mask was looked at when the set was loaded
+        found.groups = thirds(data.class_counts)
+    else:
+        _look_at_pixels(found, data, tick)
     return found
 
 
@@ -235,7 +249,7 @@ def _look_at_pixels(found: Inspection, data: LongTailedData, tick: Callable[[int
     _note(found, (group for group in digests.values() if len(group) > 1), widths, heights)
 
 
-def histogram(counts: Sequence[int], width: int = 64, height: int = 6) -> list[str]:
+def histogram(counts: Sequence[int], counted: str = "training images", width: int = 64, height: int = 6) -> list[str]:
     """Return the class counts, head first, as lines of text: a bar of block characters a class, on a log scale."""
     ordered = np.array(sorted(counts, reverse=True), dtype=float)
     edges = np.linspace(0, len(ordered), min(width, len(ordered)) + 1).round().astype(int)
@@ -247,5 +261,5 @@ def histogram(counts: Sequence[int], width: int = 64, height: int = 6) -> list[s
         label = f"{int(ordered[0]):>7,}" if row == height - 1 else f"{int(ordered[-1]):>7,}" if row == 0 else " " * 7
         lines.append(f"{label} │" + "".join(" ▁▂▃▄▅▆▇█"[max(0, min(8, value - 8 * row))] for value in filled).rstrip())
     lines.append(f"{'':7} └{'─' * len(columns)}")
-    lines.append(f"{'':9}{len(ordered):,} classes, head to tail; training images, log scale")
+    lines.append(f"{'':9}{len(ordered):,} classes, head to tail; {counted}, log scale")
     return lines

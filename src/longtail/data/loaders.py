@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from longtail.data.dataset import ImageSet
 from longtail.data.per_image import PerImageView, undisturbed
 from longtail.data.samplers import epoch_order
+from longtail.data.scenes import SceneImages, SceneView
 from longtail.data.views import View, center, to_float
 from longtail.errors import LongtailError
 from longtail.randomness import mix
@@ -31,7 +32,7 @@ class Batch:
     views: tuple[Tensor, ...]
     """V views, each (B, channels, S, S) float32 in [0, 1]."""
     labels: Tensor
-    """(B,) int64."""
+    """(B,) int64, or (B, S, S) with a label for every pixel; −1 where there is none."""
     ids: Tensor
     """(B,) int64; they name the images, so that a query never meets itself among the keys."""
     key_features: Tensor | None = None
@@ -47,6 +48,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def dense(self) -> bool:
+        """Whether every pixel has a label."""
+        return self.labels.ndim == 3
 
     def _map(self, function: Callable[[Tensor], Tensor], room: int | None) -> Batch:
         features, scores = (
@@ -98,7 +104,7 @@ class TrainLoader:
     Args:
         images: the training set.
         batch_size: most images a batch.
-        views: V augmentations, all batched or all an image at a time.
+        views: V augmentations, all batched, all an image at a time, or one of scenes.
         seed: of order and augmentation.
         epochs: of the training, for samplers that change along it.
         sampler: see :mod:`longtail.data.samplers`.
@@ -113,7 +119,7 @@ class TrainLoader:
         self,
         images: ImageSet,
         batch_size: int,
-        views: Sequence[View | PerImageView],
+        views: Sequence[View | PerImageView | SceneView],
         seed: int,
         *,
         epochs: int = 1,
@@ -130,8 +136,8 @@ class TrainLoader:
         self.steps = -(-len(images) // batch_size)
         self.least = len(images) // self.steps // world
         """The fewest images that a process has in a step."""
-        self.per_image = any(isinstance(view, PerImageView) for view in self.views)
-        assert not self.per_image or all(isinstance(view, PerImageView) for view in self.views)
+        self.per_image = any(isinstance(view, PerImageView | SceneView) for view in self.views)
+        assert not self.per_image or all(isinstance(view, type(self.views[0])) for view in self.views)
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -154,9 +160,10 @@ class TrainLoader:
         # a process for which a small batch has no image brings one that does not count
         shown = [part if len(part) else split[:1] for part, split in zip(mine, splits, strict=True)]
         made = (self._one_by_one if self.per_image else self._batched)(shown, epoch, numbers)
-        for (indices, views), part, room, split in zip(made, mine, rooms, splits, strict=True):
+        for (indices, views, masks), part, room, split in zip(made, mine, rooms, splits, strict=True):
             features, scores = (None, None) if self.cache is None or epoch < 0 else self.cache.known(indices, epoch)
-            labels = images.labels[indices] if len(part) else torch.full_like(indices, -1)
+            labels = images.labels[indices] if masks is None else masks
+            labels = labels if len(part) else torch.full_like(labels, -1)
             yield Batch(
                 views, labels, images.ids[indices], features, scores, room, len(split), max(epoch, 0) / self.epochs
             )
@@ -173,27 +180,31 @@ class TrainLoader:
             yield (
                 indices,
                 tuple(self._view(number)(pixels, ids, self.keys(number, epoch)) for number in numbers),
+                None,
             )
 
     def _view(self, number: int) -> View:
         view = self.views[number]
-        assert not isinstance(view, PerImageView)
+        assert not isinstance(view, PerImageView | SceneView)
         return view
 
     def _one_by_one(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
         images = self.images.images
         for view in self.views:
-            assert isinstance(view, PerImageView)
-            view.prepare()
+            if isinstance(view, PerImageView):
+                view.prepare()
         workers = min(self.workers, len(splits))
         for made in DataLoader(
-            _Splits(self, splits, epoch, numbers), batch_size=None, num_workers=workers, worker_init_fn=_deaf
+            (_Scenes if isinstance(images, SceneImages) else _Splits)(self, splits, epoch, numbers),
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_deaf,
         ):
             if isinstance(made, str):  # an error in another process would come with its traceback
                 raise LongtailError(made)
-            views, indices, broken = made
+            views, indices, masks, broken = made
             images.note(broken)
-            yield indices, tuple(to_float(view) for view in views)
+            yield indices, tuple(to_float(view) for view in views), masks
 
 
 def _deaf(_worker: int) -> None:
@@ -202,8 +213,10 @@ def _deaf(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-_Views = tuple[Tensor, tuple[Tensor, ...]]
-"""Positions of a batch's images, and their views."""
+_Views = tuple[Tensor, tuple[Tensor, ...], Tensor | None]
+"""Positions of a batch's images, their views and, where every pixel has one, the labels."""
+_Made = tuple[tuple[Tensor, ...], Tensor, Tensor | None, dict[int, str]]
+"""The same from another process, with the images that could not be read."""
 
 
 class _Splits(Dataset[Any]):
@@ -215,7 +228,7 @@ class _Splits(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.splits)
 
-    def __getitem__(self, step: int) -> tuple[tuple[Tensor, ...], Tensor, dict[int, str]] | str:
+    def __getitem__(self, step: int) -> _Made | str:
         """Return uint8 views, positions, and the images that could not be read; or what is wrong."""
         loader, indices = self.loader, self.splits[step]
         images = loader.images.images
@@ -230,9 +243,32 @@ class _Splits(Dataset[Any]):
                         made.append(view(image, image_id, loader.keys(number, self.epoch)))
         except LongtailError as error:
             return str(error)
-        # channels last in memory, as the images came and as the networks want them
-        stacked = [torch.stack([image.permute(1, 2, 0) for image in view]).permute(0, 3, 1, 2) for view in views]
-        return tuple(stacked), indices, images.broken
+        return tuple(map(_stacked, views)), indices, None, images.broken
+
+
+class _Scenes(_Splits):
+    """The same of images whose every pixel has a label."""
+
+    def __getitem__(self, step: int) -> _Made | str:
+        """Return the uint8 view, positions and labels; or what is wrong."""
+        loader, indices = self.loader, self.splits[step]
+        images, view = loader.images.images, loader.views[0]
+        assert isinstance(images, SceneImages)
+        assert isinstance(view, SceneView)
+        keys = loader.keys(0, self.epoch)
+        try:
+            made = [
+                view(images.scene(index), image_id, keys)
+                for index, image_id in zip(indices.tolist(), loader.images.ids[indices].tolist(), strict=True)
+            ]
+        except LongtailError as error:
+            return str(error)
+        return (_stacked([image for image, _ in made]),), indices, torch.stack([labels for _, labels in made]), {}
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Return a batch, channels last in memory, as the images came and as the networks want them."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def evaluation_batches(

@@ -29,6 +29,7 @@ from longtail.data.images import ArrayImages, FileImages, Images, sides
 from longtail.data.imbalance import long_tailed, permuted_by_class, stratified
 from longtail.data.listing import Entries, Listing, check, in_other_style, listed, read_folder
 from longtail.data.named import cifar, digits, hub
+from longtail.data.scenes import ade20k_names, camvid_names, no_names, scenes
 from longtail.errors import LongtailError, nearest
 
 
@@ -272,6 +273,9 @@ SOURCES: dict[str, Callable[[Data, int], LongTailedData]] = {
     "cifar10-lt": cifar(10),
     "cifar100-lt": cifar(100),
     "hub": hub,
+    "camvid": scenes(camvid_names, test="test"),
+    "ade20k": scenes(ade20k_names, test="val"),
+    "masks": scenes(no_names, test="test"),
 }
 """Sets that are loaded, by name."""
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,10 +28,10 @@ from longtail.engine.choices import resolve
 from longtail.engine.files import FORMAT
 from longtail.engine.fit import Run, fit
 from longtail.errors import LongtailError, StoppedError, nearest
-from longtail.evaluation.comparison import Record, run_name
+from longtail.evaluation.comparison import DENSE_COLUMNS, Record, columns, run_name
 from longtail.files import write_json, write_text
 from longtail.methods import METHODS, method_class
-from longtail.recognizer import Recognizer
+from longtail.recognizer import read_card
 
 Match = Literal["passes", "epochs"]
 
@@ -165,10 +165,8 @@ def compare(
         write_text(out / "records.jsonl", as_json_lines(in_order))
         what = f"{planned.config.method} seed {planned.config.seed}"
         what += "" if planned.imbalance is None else f" imbalance {planned.imbalance:g}"
-        say(
-            f"{len(records)}/{len(runs)} {what}: balanced accuracy {record.balanced_accuracy:.1f} %, "
-            f"{record.seconds:.0f} s"
-        )
+        name, title = columns([record])[0]
+        say(f"{len(records)}/{len(runs)} {what}: {title} {getattr(record, name):.1f} %, {record.seconds:.0f} s")
     return [records[run] for run in runs]
 
 
@@ -283,7 +281,7 @@ def finished(folder: Path, config: Config) -> Run | None:
     lines = read_metrics(folder / "metrics.jsonl")
     if not lines or lines[-1]["kind"] != "test" or read_config(folder / "config.yaml") != config:
         return None
-    card = Recognizer.load(folder).card
+    card = read_card(folder)
     return Run(
         folder,
         config,
@@ -297,7 +295,8 @@ def finished(folder: Path, config: Config) -> Run | None:
 
 def record(run: Run) -> Record:
     """Return what ``--json`` holds of a run."""
-    values = {name: run.metrics[name] for name in ("balanced_accuracy", "top1", "many", "medium", "few")}
+    shown = ("balanced_accuracy", "top1", "many", "medium", "few", *(name for name, _ in DENSE_COLUMNS))
+    values: dict[str, Any] = {name: run.metrics.get(name) for name in shown}
     return Record(
         method=run.config.method,
         seed=run.config.seed,

@@ -18,8 +18,8 @@ from tqdm import tqdm
 import longtail
 from longtail.config import Config
 from longtail.data.dataset import ImageSet, LongTailedData
-from longtail.data.images import Images
 from longtail.data.loaders import Batch, TrainLoader
+from longtail.data.scenes import DenseData
 from longtail.data.sources import load_data
 from longtail.engine.books import Books, Log, Progress, Watch, check_logs
 from longtail.engine.cache import TeacherCache, teacher_cache
@@ -42,8 +42,10 @@ from longtail.files import write_text
 from longtail.methods import method_class
 from longtail.methods.base import Method
 from longtail.nn import CosineClassifier, Encoder, JoinedClassifier
+from longtail.nn.backbones import normalization
 from longtail.randomness import mix
 from longtail.recognizer import Card, Recognizer
+from longtail.segmenter import Segmenter
 
 _INITIAL, _STEP = mix(3), mix(4)  # streams of draws that never meet
 _NORM_EVERY = 10  # steps between two looks at the gradient's norm, where it is not clipped
@@ -134,7 +136,10 @@ class _Trainer:
         self.fabric = build_fabric(config)
         # built before the run's folder is made: a network that does not exist leaves nothing behind
         torch.manual_seed(mix(config.seed, _INITIAL))
-        self.encoder = Encoder(config.network, data.mean, data.std)
+        mean, std = data.mean, data.std
+        if config.pretrained != "none":
+            mean, std = (tuple(values) for values in normalization(config.network, len(mean)))
+        self.encoder = Encoder(config.network, mean, std, pretrained=config.pretrained)
         self.state = torch.get_rng_state()
         self.kind = method_class(config.method)
         self.kind.check(config, data.class_counts)
@@ -150,6 +155,11 @@ class _Trainer:
     def _check_parts(self) -> None:
         parts = self.config.optimizer.accumulate
         least = self._loader(self.views, None, rank(), world_size()).least
+        if parts == 1 and least < 2:
+            raise LongtailError(
+                f"batch_size {self.config.batch_size}: leaves {least} image{'s' * (least != 1)} of "
+                f"{len(self.data.train)} in some steps, expected at least 2 (BatchNorm needs them); choose another"
+            )
         if least // parts < 2:
             raise LongtailError(
                 f"optimizer.accumulate {parts}: leaves {least // parts} of {least} images a part, expected at least 2; "
@@ -158,7 +168,7 @@ class _Trainer:
 
     def run(self, resume: bool, teachers: Path, train_teacher: Callable[[Config, Path], object]) -> Run:
         config, data = self.config, self.data
-        parts: tuple[Any, ...] = ()
+        parts: tuple[Any, Any] = (None, None)
         teacher_seconds, cache = 0.0, None
         if self.kind.needs_teacher(config):
             teacher = self.teacher or trained_teacher(config, data, teachers, train_teacher, self.say)
@@ -168,7 +178,8 @@ class _Trainer:
                 cache = self._cache(teacher, teachers)
                 teacher_seconds += time.monotonic() - started
         torch.set_rng_state(self.state)
-        method = self.kind(config, self.encoder, data.class_counts, *parts)
+        draw_counts = list(data.draw_counts) if isinstance(data, DenseData) else None
+        method = self.kind(config, self.encoder, data.class_counts, *parts, draw_counts)
         if world_size() > 1 and self.fabric.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(method)
         method.to(memory_format=torch.channels_last)
@@ -348,7 +359,8 @@ class _Trainer:
             }
         )
         books.clear()
-        if self.data.val is not None:
+        looked = (epoch + 1) % self.config.validate_every == 0 or epoch + 1 == self.epochs
+        if self.data.val is not None and looked:
             self._judge(method, average, books, log, self.data.val)
             method.train()
 
@@ -356,8 +368,10 @@ class _Trainer:
         """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
         student = _kept(method, average)
         result = judge(self._recognizer(student, {}, {}), images, self.config)[method.predicts_under(self.config)]
-        score = result["balanced_accuracy"]
-        log.add({"kind": "validation", "step": books.step, "balanced_accuracy": score, "top1": result["top1"]})
+        names = ("mean_iou", "tail", "balanced_accuracy", "top1")
+        shown: dict[str, Any] = {name: result[name] for name in names if name in result}
+        score = next(iter(shown.values()))
+        log.add({"kind": "validation", "step": books.step, **shown})
         if books.best is None or score > books.best["score"]:
             weights = {name: t.detach().cpu().clone() for name, t in student.state_dict().items()}
             books.best = {"score": score, "step": books.step, "weights": weights}
@@ -375,15 +389,18 @@ class _Trainer:
             head="joined" if weight else "cosine",
             keys=keys,
             join_weight=weight,
-            mean=data.mean,
-            std=data.std,
+            task="segmentation" if isinstance(data, DenseData) else "classification",
+            mean=student["encoder"].mean,  # type: ignore[arg-type]
+            std=student["encoder"].std,  # type: ignore[arg-type]
             image_size=data.image_size,
-            stored_size=_stored_size(data.test.images, data.image_size),
+            stored_size=data.image_size if isinstance(data, DenseData) else _stored_size(data),
+            shape=data.size if isinstance(data, DenseData) else None,
             predicts_under=self.kind.predicts_under(self.config),
             trained=trained,
             metrics=judged,
         )
-        return Recognizer(student["encoder"], classifier, card)  # type: ignore[arg-type]
+        kept = Segmenter if isinstance(data, DenseData) else Recognizer
+        return kept(student["encoder"], classifier, card)  # type: ignore[arg-type]
 
     def _finish(self, method: Method, average: Any, books: Books, log: Log, teacher_seconds: float) -> Run:
         config = self.config
@@ -472,5 +489,6 @@ def _memory_mib(device: torch.device) -> int:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def _stored_size(images: Images, image_size: int) -> int:
-    return images.take(torch.zeros(1, dtype=torch.int64)).shape[-1] if len(images) else image_size
+def _stored_size(data: LongTailedData) -> int:
+    images = data.test.images
+    return images.take(torch.zeros(1, dtype=torch.int64)).shape[-1] if len(images) else data.image_size

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from longtail.config import Config
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loaders import TrainLoader, evaluation_batches
+from longtail.data.scenes import DenseData
 from longtail.engine.choices import build_views
 from longtail.engine.judge import judge, open_finished
 from longtail.errors import LongtailError
@@ -84,6 +85,8 @@ def rebalance(run: Path, out: Path, settings: Settings, data_root: str | None = 
     # a caller's own random numbers are not ours to move
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         recognizer, config, data = open_finished(run, data_root)
+        if isinstance(data, DenseData):
+            raise LongtailError(f"{run}: is a segmenter, whose head cannot be made anew; expected another run")
         started = time.monotonic()
         torch.manual_seed(mix(config.seed, _HEAD))
         features, labels = _features(recognizer, config, data, settings.views)

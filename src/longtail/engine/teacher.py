@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,14 @@ from pathlib import Path
 from filelock import FileLock
 from torch import nn
 
-from longtail.config import Classifier, Config, Contrast, Gml, Shots
+from longtail.config import Classifier, Config, Contrast, Gml, Segmentation, Shots
 from longtail.config import Teacher as TeacherConfig
 from longtail.data.dataset import LongTailedData
 from longtail.engine.files import INCIDENTAL, flatten
 from longtail.engine.processes import rank
 from longtail.errors import LongtailError
 from longtail.nn.backbones import Encoder, pretrained_encoder
-from longtail.recognizer import Recognizer
+from longtail.segmenter import load_kept
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def teacher_config(config: Config) -> Config:
         teacher=TeacherConfig(),
         gml=Gml(),
         contrast=Contrast(),
+        segmentation={"points": Segmentation().points, "keys": Segmentation().keys},
         shots=Shots(),
     )
 
@@ -56,7 +58,8 @@ def teacher_folder(config: Config, data: LongTailedData, runs: Path) -> Path:
     values = {name: value for name, value in flatten(settings.to_dict()).items() if name not in INCIDENTAL}
     told = json.dumps([values, data.fingerprint], sort_keys=True)
     digest = hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
-    return runs / f"{settings.data.source}-{settings.network}-{digest}"
+    network = re.sub(r"[^\w.-]+", "-", settings.network)  # a colon is no part of a name everywhere
+    return runs / f"{settings.data.source}-{network}-{digest}"
 
 
 def given_teacher(config: Config, data: LongTailedData, distils: bool) -> Teacher:
@@ -127,7 +130,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _from_run(folder: Path, data: LongTailedData, given: bool) -> Teacher:
-    recognizer = Recognizer.load(folder)
+    recognizer = load_kept(folder)
     if recognizer.card.channels != len(data.mean):
         raise LongtailError(
             f"teacher {folder}: expects images of {recognizer.card.channels} channels, these have {len(data.mean)}"

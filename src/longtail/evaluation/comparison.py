@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -33,6 +34,13 @@ class Record:
     """The prior that the method's predictions assume."""
     imbalance: float | None = None
     """Imbalance factor, where the comparison has several."""
+    mean_iou: float | None = None
+    """Of a segmentation, as the rest below; ``balanced_accuracy`` is then the mean class accuracy."""
+    head: float | None = None
+    """Mean IoU of the third of the classes with the most pixels."""
+    middle: float | None = None
+    tail: float | None = None
+    boundary_iou: float | None = None
 
 
 def run_name(method: str, seed: int, imbalance: float | None) -> str:
@@ -53,7 +61,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of balanced accuracy, in points, with two 95 % intervals over seeds.
+    """A paired difference of balanced accuracy or IoU, in points, with two 95 % intervals over seeds.
 
     The t-interval decides whether a difference is shown. The bootstrap's percentiles (resampled pairs) stand beside it:
     of three to five seeds they are narrower than is right, since what was not drawn cannot be resampled.
@@ -68,9 +76,11 @@ class Difference:
     bootstrap_low: float | None = None
     bootstrap_high: float | None = None
     imbalance: float | None = None
+    measure: str = "balanced_accuracy"
 
     def __str__(self) -> str:
         where = "" if self.imbalance is None else f"imbalance {self.imbalance:g}, "
+        where += "" if self.measure == "balanced_accuracy" else f"{dict(DENSE_COLUMNS)[self.measure]}, "
         text = f"{where}{self.method} − {self.baseline}: {_signed(self.mean)} points"
         if self.low is None or self.high is None:
             return f"{text} (one seed says nothing about its spread)"
@@ -107,34 +117,40 @@ def summarize(records: Sequence[Record], method: str, name: str) -> Summary | No
 
 
 def differences(records: Sequence[Record], baseline: object = None) -> list[Difference]:
-    """Return every method against each that stands before it, or all against ``baseline``, paired by seed."""
+    """Return every method against each that stands before it, or all against ``baseline``, paired by seed.
+
+    Of segmentations there are two differences a pair, in mean IoU and in that of the tail.
+    """
     found = []
-    for imbalance in imbalances_of(records):
+    measures = ("mean_iou", "tail") if _dense(records) else ("balanced_accuracy",)
+    for imbalance, measure in itertools.product(imbalances_of(records), measures):
         here = [record for record in records if record.imbalance == imbalance]
         methods = methods_of(here)
         for position, method in enumerate(methods):
             for other in methods[:position] if baseline is None else methods:
                 if other != method and baseline in {None, other}:
-                    difference = _difference(here, method, other, imbalance)
+                    difference = _difference(here, method, other, imbalance, measure)
                     found += [] if difference is None else [difference]
     return found
 
 
-def _difference(records: Sequence[Record], method: str, baseline: str, imbalance: float | None) -> Difference | None:
-    ours, theirs = ({r.seed: r.balanced_accuracy for r in records if r.method == name} for name in (method, baseline))
+def _difference(
+    records: Sequence[Record], method: str, baseline: str, imbalance: float | None, measure: str
+) -> Difference | None:
+    ours, theirs = ({r.seed: getattr(r, measure) for r in records if r.method == name} for name in (method, baseline))
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not pairs:
         return None
     mean = statistics.fmean(pairs)
     if len(pairs) == 1:
-        return Difference(method, baseline, mean, None, None, 1, imbalance=imbalance)
+        return Difference(method, baseline, mean, None, None, 1, imbalance=imbalance, measure=measure)
     import numpy as np
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / math.sqrt(len(pairs))
     drawn = np.random.default_rng(0).choice(pairs, (_RESAMPLES, len(pairs))).mean(axis=1)
     low, high = (float(value) for value in np.percentile(drawn, [2.5, 97.5]))
-    return Difference(method, baseline, mean, mean - half, mean + half, len(pairs), low, high, imbalance)
+    return Difference(method, baseline, mean, mean - half, mean + half, len(pairs), low, high, imbalance, measure)
 
 
 def markdown(records: Sequence[Record], baseline: object = None) -> list[str]:
@@ -150,20 +166,35 @@ COLUMNS = (
     ("medium", "medium"),
     ("few", "few"),
 )
+DENSE_COLUMNS = (
+    ("mean_iou", "mean IoU"),
+    ("head", "head IoU"),
+    ("middle", "middle IoU"),
+    ("tail", "tail IoU"),
+    ("boundary_iou", "boundary IoU"),
+    ("balanced_accuracy", "mean class accuracy"),
+)
 
-COSTS = (("epochs", "{:.0f}"), ("student_passes", "{:,.0f}"), ("seconds", "{:.1f}"), ("teacher_seconds", "{:.1f}"))
+
+def _dense(records: Sequence[Record]) -> bool:
+    return bool(records) and records[0].mean_iou is not None
+
+
+def columns(records: Sequence[Record]) -> tuple[tuple[str, str], ...]:
+    """Return the fields that a table of these records shows, with their titles."""
+    return DENSE_COLUMNS if _dense(records) else COLUMNS
 
 
 def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the comparison: mean ± standard deviation over seeds."""
     factors = imbalances_of(records)
     several = factors != [None]
-    header = ["method", *(title for _, title in COLUMNS), "epochs", "student passes", "seconds", "teacher s"]
+    header = ["method", *(title for _, title in columns(records)), "epochs", "student passes", "seconds", "teacher s"]
     rows = []
     for factor in factors:
         here = [record for record in records if record.imbalance == factor]
         for method in methods_of(here):
-            cells = [str(summarize(here, method, name) or "n/a") for name, _ in COLUMNS]
+            cells = [str(summarize(here, method, name) or "n/a") for name, _ in columns(records)]
             costs = [
                 summarize(here, method, name) for name in ("epochs", "student_passes", "seconds", "teacher_seconds")
             ]

@@ -48,15 +48,16 @@ def metrics(counted: Tensor, class_counts: Sequence[int], shots: Shots) -> dict[
     per_class = [100 * h / n if n else None for h, n in zip(first, present, strict=True)]
     groups, images = shots.groups(class_counts), sum(present)
     result: dict[str, Any] = {
-        "balanced_accuracy": _mean(per_class),
+        "balanced_accuracy": mean_of_present(per_class),
         "top1": 100 * sum(first) / max(images, 1),
         "top5": 100 * sum(five) / max(images, 1),
     }
     for group in ("many", "medium", "few"):
-        result[group] = _mean([value for value, name in zip(per_class, groups, strict=True) if name == group])
+        result[group] = mean_of_present([value for value, name in zip(per_class, groups, strict=True) if name == group])
     return {**result, "per_class": per_class, "images": images}
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of_present(values: Sequence[float | None]) -> float | None:
+    """Return the mean of what is not None, or None."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None

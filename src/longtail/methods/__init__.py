@@ -23,7 +23,13 @@ METHODS = {
     "bcl": ("longtail.methods.bcl", "BCL"),
     "proco": ("longtail.methods.proco", "ProCo"),
     "gml": ("longtail.methods.gml", "GML"),
+    "dice": ("longtail.methods.region", "Dice"),
+    "lovasz": ("longtail.methods.region", "Lovasz"),
 }
+FOR_PIXELS = ("ce", "la", "focal", "cb", "gml", "dice", "lovasz")
+"""Methods that train networks for segmentation."""
+ONLY_FOR_PIXELS = ("dice", "lovasz")
+"""Methods that train nothing else."""
 
 
 def method_class(name: str) -> type[Method]:

@@ -1,10 +1,13 @@
 """What a method is: encoder, heads and memory, and the loss terms of a step.
 
-Legend: B samples, V student views, F feature width, C classes.
+Legend: B samples, V student views, F feature width, C classes, H and W sides in pixels.
 
 Every method gives each class a log-likelihood score, adds the log prior, and takes the posterior's cross-entropy. What
 one does differently is in a few hooks: :meth:`Method.loss` for the classifier's scores, :meth:`Method.contrast` for
 what is learned from the features beside it.
+
+Where every pixel has a label, features are maps, (B, F, h, w), and scores and labels have a row a pixel: (B, C, H, W)
+and (B, H, W). The hooks are the same.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from longtail.config import Config
 from longtail.data.loaders import Batch
 from longtail.nn import CosineClassifier, Encoder, FrozenEncoder, JoinedClassifier
+from longtail.nn.segmentation import to_pixels, to_squares
 from longtail.objectives import ClassPrior, distillation, posterior_cross_entropy
 
 Prior = Literal["uniform", "train"]
@@ -32,9 +36,9 @@ class Taught(NamedTuple):
     """What the teacher made of a batch."""
 
     features: Tensor | None
-    """(B, F) of the key view, where a method has keys."""
+    """(B, F) of the key view, where a method has keys; maps (B, F, h, w)."""
     scores: Tensor | None
-    """(B, C) of the classification view, where the method distils."""
+    """(B, C) of the classification view, where the method distils; of maps (B, C, h, w)."""
 
 
 class Method(nn.Module, ABC):
@@ -46,6 +50,7 @@ class Method(nn.Module, ABC):
         class_counts: (C,) training images a class.
         teacher: the frozen encoder, in eval mode, where :meth:`needs_teacher`.
         teacher_classifier: its classifier, which distillation needs; (B, F) features to (B, C) scores.
+        draw_counts: (C,) where pixels are drawn, what they are shared out like; ``class_counts`` are then the pixels'.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class Method(nn.Module, ABC):
         class_counts: list[int],
         teacher: Encoder | None = None,
         teacher_classifier: nn.Module | None = None,
+        draw_counts: list[int] | None = None,  # noqa: ARG002
     ) -> None:
         super().__init__()
         self.config = config
@@ -121,13 +127,18 @@ class Method(nn.Module, ABC):
         taught = self.teach(batch)
         features = self.encode(batch.views[: self.student_views(self.config)])
         size = len(batch)
-        views = self.classified_views(self.config)
+        views, labels = self.classified_views(self.config), batch.labels
         scores = self.classifier(features[: size * views])
-        terms = self.classify(scores, batch.labels.repeat(views), batch)
+        terms = self.classify(
+            to_pixels(scores, *labels.shape[1:]) if batch.dense else scores,
+            labels.repeat(views, *(1,) * (labels.ndim - 1)),
+            batch,
+        )
         terms |= self.contrast(features, scores, batch, taught)
         if taught.scores is not None:
+            known = (to_squares(labels) if batch.dense else labels) >= 0
             terms["distillation"] = self.distillation_weight(self.config) * distillation(
-                scores[:size], taught.scores, self.config.teacher.distillation_temperature
+                scores[:size], taught.scores, self.config.teacher.distillation_temperature, known
             )
         return terms
 
@@ -148,7 +159,7 @@ class Method(nn.Module, ABC):
         return self.prior.log if self.config.classifier.adjust else None
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
-        """Return the loss of (B, C) scores, a scalar."""
+        """Return the loss of (B, C) scores, or (B, C, H, W), a scalar."""
         return posterior_cross_entropy(scores, labels, self.log_prior())
 
     def classify(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:

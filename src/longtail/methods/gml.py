@@ -18,6 +18,7 @@ from longtail.errors import LongtailError
 from longtail.memory import ClassQueues, Slots, queue_sizes
 from longtail.methods.base import Head, Method, Taught, View
 from longtail.methods.momentum import Momentum
+from longtail.methods.pixels import draw_points, features_at, regions
 from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, ProjectionMLP
 from longtail.objectives import GMLLoss
 
@@ -33,6 +34,7 @@ class GML(Method):
         class_counts: (C,) training images a class.
         teacher: the frozen encoder, in eval mode.
         teacher_classifier: its classifier, which distillation needs; (B, F) features to (B, C) scores.
+        draw_counts: (C,) where pixels are drawn, what they are shared out like: the prior of what the mixture meets.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class GML(Method):
         class_counts: list[int],
         teacher: Encoder | None = None,
         teacher_classifier: nn.Module | None = None,
+        draw_counts: list[int] | None = None,
     ) -> None:
         super().__init__(config, encoder, class_counts, teacher, teacher_classifier)
+        self.dense = draw_counts is not None
+        class_counts = class_counts if draw_counts is None else draw_counts
         settings = config.gml
         if settings.keys != "teacher":
             self.slow = Momentum([encoder], settings.momentum)
@@ -128,19 +133,24 @@ class GML(Method):
         """Return both mixture terms: the batch's keys are pushed first, and are among the keys that it meets."""
         settings = self.config.gml
         assert taught.features is not None
-        self.queues.push(taught.features, batch.labels, batch.ids, batch.room)
         queries = features if settings.mix_all else features[-len(batch) :]
         views = len(queries) // len(batch)
+        labels, ids = batch.labels.repeat(views, *(1,) * (batch.labels.ndim - 1)), batch.ids.repeat(views)
+        if batch.dense:
+            self._push_pixels(taught.features, batch)
+            queries, labels, ids = _points(queries, labels, ids, self.config.segmentation.points)
+        else:
+            self.queues.push(taught.features, batch.labels, batch.ids, batch.room)
         slots = self.queues.slots()
         if settings.borrow:
             slots = self.lending.spread(slots)
         mixture = self.mixture.terms(
             self.query_mlp(queries),
-            batch.labels.repeat(views),
+            labels,
             self.key_mlp(slots.features),
             slots.labels,
             # without ids no pair is known to be one
-            None if settings.self_pairs == "both" else batch.ids.repeat(views),
+            None if settings.self_pairs == "both" else ids,
             None if settings.self_pairs == "both" else slots.ids,
             self_pairs=settings.self_pairs != "none",
         )
@@ -148,6 +158,17 @@ class GML(Method):
         if settings.learn_temperature and settings.self_pairs != "none":
             terms["temperature_likelihood"] = settings.mixture_weight * mixture.temperature
         return terms
+
+    def _push_pixels(self, maps: Tensor, batch: Batch) -> None:
+        """Push features of drawn pixels, of whole regions (a class in an image), or both."""
+        settings, found = self.config.segmentation, []
+        if settings.keys != "regions":
+            found.append(_points(maps, batch.labels, batch.ids, settings.points))
+        if settings.keys != "pixels":
+            classes = len(self.prior.log)
+            found.append((*regions(maps, batch.labels, classes), batch.ids.repeat_interleave(classes)))
+        features, labels, ids = (torch.cat(part) for part in zip(*found, strict=True))
+        self.queues.push(features, labels, ids, None if batch.room is None else batch.room * len(ids) // len(batch))
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> Taught:
@@ -188,7 +209,7 @@ class GML(Method):
     def conditional_entropy(self, means: Mapping[str, float]) -> float:
         """Return the mixture's −log p(y|z), or the classifier's where there is no mixture."""
         settings = self.config.gml
-        if settings.mixture_weight > 0:
+        if settings.mixture_weight > 0 and not self.dense:  # of drawn pixels H(Y) is another one
             return means["mixture"] / settings.mixture_weight
         return means["classifier"] / max(settings.classifier_weight, 1e-12)
 
@@ -208,10 +229,10 @@ class GML(Method):
     def fill(self, draw: Callable[[Sequence[Tensor], int], Iterator[Batch]], labels: Tensor) -> None:
         """Fill every slot with a teacher's feature, K passes in all; an image fills a second slot with another view.
 
-        A plain queue, and the features of an average that has learned nothing yet, are left to the first steps.
+        A plain queue, pixels, and the features of an average that has learned nothing yet, are left to the first steps.
         """
         teacher = self._frozen[0]
-        if self.config.gml.queues != "class" or self.config.gml.keys != "teacher" or teacher is None:
+        if self.dense or self.config.gml.queues != "class" or self.config.gml.keys != "teacher" or teacher is None:
             return
         sizes = self.queues.sizes.tolist()
         rounds: dict[int, list[Tensor]] = {}
@@ -293,6 +314,12 @@ class Lending(nn.Module):
             torch.cat([slots.labels, slots.labels[borrower]]),
             torch.cat([slots.ids, slots.ids[borrower]]),
         )
+
+
+def _points(maps: Tensor, labels: Tensor, ids: Tensor, points: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features, labels and image ids of drawn pixels, (B · P, F), (B · P,) and (B · P,)."""
+    rows, columns, drawn = draw_points(labels, points)
+    return features_at(maps, rows, columns), drawn.flatten(), ids.repeat_interleave(drawn.shape[1])
 
 
 def queue_size(config: Config, class_counts: list[int]) -> int:

@@ -7,13 +7,17 @@ student and teacher may differ in it, and a saved model needs no note on it.
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.errors import LongtailError, nearest
+from longtail.nn.segmentation import build_dense, is_dense
 
 
 class Normalize(nn.Module):
@@ -110,27 +114,42 @@ OURS = {f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (8,
 """Networks that timm does not have."""
 
 
-def build_backbone(name: str, channels: int = 3, pretrained: bool = False) -> nn.Module:
+def build_backbone(name: str, channels: int = 3, pretrained: str = "none") -> nn.Module:
     """Return a network without its classifier, with its feature width as ``num_features``.
 
     Args:
-        name: one of :data:`OURS`, or a timm model.
+        name: one of :data:`OURS`, a timm model, or one of :mod:`longtail.nn.segmentation`.
         channels: channels of the images.
-        pretrained: load timm's weights (downloads them at first use).
+        pretrained: none, timm (its weights, downloaded at first use), or a file of weights for the timm model.
 
     Raises:
         LongtailError: no such network, or its weights cannot be had.
     """
     if name in OURS:
+        if pretrained != "none":
+            raise LongtailError(f"pretrained {pretrained}: there are no weights for {name}, only for timm models")
         return OURS[name](channels=channels)
     import timm  # 2 s, and needed by few
 
-    if not timm.is_model(name.split(".")[0]):
+    if not is_dense(name) and not timm.is_model(name.split(".")[0]):
         raise LongtailError(f"network '{name}' is not known{nearest(name, [*OURS, *timm.list_models()])}")
+    overlay: dict[str, Any] = {}
+    if pretrained not in {"none", "timm"}:
+        overlay = {"state_dict": _weights(Path(pretrained), timm_name(name))}
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels)
+        if is_dense(name):
+            return build_dense(name, channels, pretrained != "none", overlay)
+        model: nn.Module = timm.create_model(
+            name,
+            pretrained=pretrained != "none",
+            pretrained_cfg_overlay=overlay or None,
+            num_classes=0,
+            in_chans=channels,
+        )
+    except LongtailError:
+        raise
     except (RuntimeError, OSError, ValueError) as error:
-        if not pretrained:
+        if pretrained != "timm":
             raise LongtailError(f"network '{name}': {' '.join(str(error).split())}") from None
         raise LongtailError(
             f"network '{name}': its pretrained weights could not be loaded ({type(error).__name__}); "
@@ -138,6 +157,61 @@ def build_backbone(name: str, channels: int = 3, pretrained: bool = False) -> nn
         ) from None
     model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
     return model
+
+
+def timm_name(name: str) -> str:
+    """Return the timm model that a network is, or that its encoder is."""
+    return name.split(":")[1] if is_dense(name) and ":" in name else name
+
+
+def _weights(path: Path, name: str) -> dict[str, Tensor]:
+    """Return the weights in a file under timm's names.
+
+    A file that names its tensors otherwise is taken where number, order and shapes are the model's.
+
+    Raises:
+        LongtailError: the file cannot be read, or does not fit.
+    """
+    import timm
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise LongtailError(f"pretrained '{path}': expected none, timm, or a file of weights; there is no such file")
+    try:
+        weights: Any
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:  # tensors and plain values alone, so that a foreign file cannot run code
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+        raise LongtailError(f"pretrained '{path}': cannot be read as weights (.safetensors, .pth)") from None
+    for key in ("state_dict", "model"):
+        weights = weights[key] if isinstance(weights, dict) and isinstance(weights.get(key), dict) else weights
+    with torch.device("meta"):
+        expected = timm.create_model(name).state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise LongtailError(f"pretrained '{path}': holds no weights, expected those of {name}")
+    if set(expected) & set(weights):
+        return weights
+    if [tuple(tensor.shape) for tensor in weights.values()] != [tuple(tensor.shape) for tensor in expected.values()]:
+        raise LongtailError(
+            f"pretrained '{path}': holds {len(weights)} tensors that are not those of {name} ({len(expected)}), "
+            "neither by name nor by shape"
+        )
+    return dict(zip(expected, weights.values(), strict=True))
+
+
+def normalization(name: str, channels: int) -> tuple[list[float], list[float]]:
+    """Return mean and deviation, a channel, of the images that a timm model's pretrained weights were made with."""
+    import timm
+
+    settings = timm.get_pretrained_cfg(timm_name(name))
+    assert settings is not None
+    mean, std = list(settings.mean), list(settings.std)
+    if channels == 1:
+        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+    return mean, std
 
 
 def pretrained_encoder(name: str, channels: int) -> Encoder:
@@ -153,10 +227,7 @@ def pretrained_encoder(name: str, channels: int) -> Encoder:
     settings = timm.get_pretrained_cfg(name)
     if settings is None or not settings.has_weights:
         raise LongtailError(f"timm has no pretrained weights for '{name}'")
-    mean, std = list(settings.mean), list(settings.std)
-    if channels == 1:
-        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
-    return Encoder(name, mean, std, pretrained=True, resize=settings.input_size[-1])
+    return Encoder(name, *normalization(name, channels), pretrained="timm", resize=settings.input_size[-1])
 
 
 class Encoder(nn.Module):
@@ -176,11 +247,12 @@ class Encoder(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         *,
-        pretrained: bool = False,
+        pretrained: str = "none",
         resize: int | None = None,
     ) -> None:
         super().__init__()
         self.resize = resize
+        self.mean, self.std = tuple(mean), tuple(std)
         self.normalize = Normalize(mean, std)
         self.backbone = build_backbone(name, channels=len(mean), pretrained=pretrained)
         width = self.backbone.num_features
@@ -188,7 +260,10 @@ class Encoder(nn.Module):
         self.num_features = width
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return (B, num_features) features of (B, channels, H, W) images in [0, 1]."""
+        """Return (B, num_features) features of (B, channels, H, W) images in [0, 1].
+
+        Of a network for segmentation (B, num_features, ⌈H/4⌉, ⌈W/4⌉).
+        """
         features: Tensor = self.backbone(self.normalize(_resized(images, self.resize)))
         return features
 

@@ -27,8 +27,11 @@ class CosineClassifier(nn.Module):
         nn.init.normal_(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, C) scores of (B, F) features."""
-        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+        """Return (B, C) scores of (B, F) features, or (B, C, H, W) of (B, F, H, W)."""
+        weight = F.normalize(self.weight)
+        if features.ndim == 4:
+            return self.scale * F.conv2d(F.normalize(features), weight[:, :, None, None])
+        return self.scale * F.linear(F.normalize(features), weight)
 
 
 class LinearClassifier(nn.Module):

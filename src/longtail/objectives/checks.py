@@ -46,10 +46,10 @@ def check_mixture(
     for name, tensor in {"keys": keys, "labels": labels, "key_labels": key_labels, "log_prior": log_prior}.items():
         if tensor.device != queries.device:
             raise ValueError(f"{name}: expected device {queries.device}, as queries have, got {tensor.device}")
-    for name, tensor, least in (("labels", labels, 0), ("key_labels", key_labels, -1)):
-        if tensor.numel() and (int(tensor.min()) < least or int(tensor.max()) >= len(log_prior)):
+    for name, tensor in (("labels", labels), ("key_labels", key_labels)):
+        if tensor.numel() and (int(tensor.min()) < -1 or int(tensor.max()) >= len(log_prior)):
             raise ValueError(
-                f"{name}: expected values in [{least}, {len(log_prior)}), "
+                f"{name}: expected values in [0, {len(log_prior)}), or −1 for what does not count, "
                 f"got {int(tensor.min())} to {int(tensor.max())}"
             )
     if bool(log_prior.isnan().any()) or bool((log_prior == math.inf).any()):

@@ -66,7 +66,7 @@ def gml_loss(
 
     Args:
         queries: (B, D), unit norm.
-        labels: (B,) int64 in [0, C).
+        labels: (B,) int64 in [0, C); a query of label −1 does not count.
         keys: (K, D), unit norm.
         key_labels: (K,) int64 in [0, C); −1 marks a slot that was never filled and does not count.
         log_prior: (C,) log class frequencies.
@@ -149,8 +149,12 @@ def _mixture(
     keys_of_class = torch.zeros_like(log_prior).scatter_add_(0, key_class, filled.to(log_prior.dtype))
     # exp(b_j): the prior's share of every key
     key_weights = (log_prior - keys_of_class.clamp(min=1).log()).exp()[key_class].to(kind) * filled
+    # a query without a label has no keys, and does not count: −2 is no key's label
+    labelled = labels >= 0
+    key_counts = torch.where(labelled, keys_of_class[labels.clamp(min=0)], 0.0).to(kind)
+    labels = torch.where(labelled, labels, -2)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _Mixture.apply(
-        queries, keys, temperature, labels, key_labels, key_weights, keys_of_class[labels].to(kind), ids, key_ids, split
+        queries, keys, temperature, labels, key_labels, key_weights, key_counts, ids, key_ids, split
     )
     return outputs
 

@@ -1,6 +1,7 @@
 """What every method shares: a log-likelihood score per class, a log prior, and the posterior's cross-entropy.
 
-Legend: B samples, C classes.
+Legend: B samples, C classes. Scores of images may have one row for every pixel: (B, C, H, W) with labels (B, H, W);
+what has no label there is −1, and never counts.
 
     log p(y|x) = score_y + log p(y) − log Σ_c exp(score_c + log p(c))
 
@@ -55,13 +56,18 @@ class ClassPrior(nn.Module):
 
 
 def posterior(log_likelihood: Tensor, prior: Tensor | None = None) -> Tensor:
-    """Return log p(y|x), shape (B, C).
+    """Return log p(y|x), shape (B, C), or (B, C, H, W).
 
     Args:
-        log_likelihood: (B, C) scores, log p(x|c) up to a constant a row.
+        log_likelihood: (B, C) or (B, C, H, W) scores, log p(x|c) up to a constant a row.
         prior: (C,) log prior; None is the uniform one.
     """
-    return F.log_softmax(log_likelihood if prior is None else log_likelihood + prior, dim=1)
+    return F.log_softmax(log_likelihood if prior is None else log_likelihood + along(prior, log_likelihood), dim=1)
+
+
+def along(values: Tensor, scores: Tensor) -> Tensor:
+    """Return (C,) values in the shape that adds them to the classes of (B, C, …) scores."""
+    return values.view(-1, *(1,) * (scores.ndim - 2))
 
 
 def posterior_cross_entropy(
@@ -70,24 +76,27 @@ def posterior_cross_entropy(
     """Return the mean of −log p(y|x), a scalar.
 
     Args:
-        log_likelihood: (B, C) scores.
-        labels: (B,) int64 in [0, C).
+        log_likelihood: (B, C) or (B, C, H, W) scores.
+        labels: (B,) or (B, H, W) int64 in [0, C); −1 does not count.
         prior: (C,) log prior of the training set; None leaves plain cross-entropy.
         strength: factor of the log prior; 1 is Bayes' rule.
     """
-    scores = log_likelihood if prior is None else log_likelihood + strength * prior
-    return batch_mean(F.cross_entropy(scores, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool))
+    scores = log_likelihood if prior is None else log_likelihood + strength * along(prior, log_likelihood)
+    return batch_mean(F.cross_entropy(scores, labels, reduction="none", ignore_index=-1), labels >= 0)
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0, counts: Tensor | None = None) -> Tensor:
     """Return T² · KL(teacher ‖ student) at temperature T, a scalar (Hinton et al., 2015).
 
     Args:
-        student: (B, C) scores.
-        teacher: (B, C) scores, held constant.
+        student: (B, C) or (B, C, H, W) scores.
+        teacher: scores of the same shape, held constant.
         temperature: T > 0.
+        counts: (B,) or (B, H, W) bool, what counts; all if not given.
     """
     target = F.log_softmax(teacher.detach() / temperature, dim=1)
     log_probability = F.log_softmax(student / temperature, dim=1)
     divergences = F.kl_div(log_probability, target, reduction="none", log_target=True).sum(dim=1)
-    return batch_mean(divergences, torch.ones_like(divergences, dtype=torch.bool)) * temperature**2
+    if counts is None:
+        counts = torch.ones_like(divergences, dtype=torch.bool)
+    return batch_mean(divergences.where(counts, 0.0), counts) * temperature**2

@@ -1,4 +1,7 @@
-"""Cross-entropies that weigh samples, by how hard they are or how rare their class is. Legend: B samples, C classes."""
+"""Cross-entropies that weigh samples, by how hard they are or how rare their class is. Legend: B samples, C classes.
+
+Scores may have one row for every pixel, (B, C, H, W) with labels (B, H, W); a label of −1 does not count.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,12 @@ def weighted_cross_entropy(scores: Tensor, labels: Tensor, weights: Tensor) -> T
     """Return the mean of w_y · −log softmax(scores)_y, a scalar.
 
     Args:
-        scores: (B, C).
-        labels: (B,) int64 in [0, C).
+        scores: (B, C, …).
+        labels: (B, …) int64 in [0, C), or −1.
         weights: (C,).
     """
-    losses = weights[labels] * F.cross_entropy(scores, labels, reduction="none")
-    return batch_mean(losses, torch.ones_like(labels, dtype=torch.bool))
+    losses = weights[labels.clamp(min=0)] * F.cross_entropy(scores, labels, reduction="none", ignore_index=-1)
+    return batch_mean(losses, labels >= 0)
 
 
 def focal_loss(scores: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
@@ -42,12 +45,12 @@ def focal_loss(scores: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
     Source: Lin et al., *Focal Loss for Dense Object Detection*, ICCV 2017, arXiv 1708.02002, for softmax scores.
 
     Args:
-        scores: (B, C).
-        labels: (B,) int64 in [0, C).
+        scores: (B, C, …).
+        labels: (B, …) int64 in [0, C), or −1.
         gamma: at least 0; 0 is cross-entropy.
     """
-    log_p = F.log_softmax(scores, dim=1).gather(1, labels[:, None])[:, 0]
+    log_p = -F.cross_entropy(scores, labels, reduction="none", ignore_index=-1)
     # never 0, where a γ below 1 has no derivative
     missing = (-torch.expm1(log_p)).clamp(min=1e-12)
     losses = -(missing**gamma) * log_p
-    return batch_mean(losses, torch.ones_like(labels, dtype=torch.bool))
+    return batch_mean(losses, labels >= 0)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from longtail.config import read_config
+from longtail.config import Config, read_config
+from longtail.data.scenes import thirds
 from longtail.engine.books import read_metrics
 from longtail.errors import LongtailError
-from longtail.evaluation.comparison import Record, differences, run_name, table
+from longtail.evaluation.comparison import COLUMNS, DENSE_COLUMNS, Record, differences, run_name, table
 from longtail.files import write_text
-from longtail.recognizer import Recognizer
-from longtail.report import plots
+from longtail.recognizer import Card, read_card
+from longtail.report import overlays, plots
+from longtail.segmenter import palette
 
 
 def _render(name: str, **values: Any) -> str:
@@ -25,52 +29,118 @@ def _render(name: str, **values: Any) -> str:
 
 def run_report(folder: Path) -> Path:
     """Write ``report.html`` of a finished run and return its path."""
-    card = Recognizer.load(folder).card
+    card = read_card(folder)
     config = read_config(folder / "config.yaml")
     lines = read_metrics(folder / "metrics.jsonl")
     test = next((line for line in reversed(lines) if line["kind"] == "test"), None)
     if test is None:
         raise LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; --resume the run")
-    order = sorted(range(len(card.class_names)), key=lambda index: -card.class_counts[index])
-    groups = config.shots.groups(card.class_counts)
+    shown = _segmented(folder, card, test) if card.task == "segmentation" else _classified(card, config, test)
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    names = [
-        name
-        for name in ("classifier", "contrast", "mixture", "temperature_likelihood", "distillation")
-        if name in epochs[-1]
-    ]
-    numbers = [line["epoch"] for line in epochs]
-    names_in_order = [card.class_names[index] for index in order]
-    head_first = [groups[index] for index in order]
-    accuracy = test[card.predicts_under]["per_class"]
-    figures = [
-        ("The tail", plots.class_histogram(names_in_order, [card.class_counts[index] for index in order], head_first)),
-        (
-            "Accuracy by class",
-            plots.per_class_accuracy(names_in_order, [accuracy[index] for index in order], head_first),
-        ),
-        ("Loss terms", plots.curves({name: [line[name] for line in epochs] for name in names}, numbers, "loss")),
-    ]
-    if "temperature" in epochs[-1]:
-        values = {"temperature": [line["temperature"] for line in epochs]}
-        figures.append(("Temperature τ", plots.curves(values, numbers, "τ")))
-    if epochs[-1].get("information_bits") is not None:
-        values = {"H(Y) − E[−log p(y|z)]": [line["information_bits"] for line in epochs]}
-        figures.append(("Information between features and labels: a bound", plots.curves(values, numbers, "bits")))
-    classes = [(card.class_names[index], card.class_counts[index], groups[index], accuracy[index]) for index in order]
     page = _render(
         "run.html.j2",
         title=f"{config.recipe} · {config.method} · seed {config.seed}",
         card=card,
-        config=config,
+        figures=[(title, Markup(plots.svg(figure))) for title, figure in [*shown.figures, *_curves(epochs)]],
+        shown=shown,
         test=test,
-        group_sizes={group: groups.count(group) for group in plots.GROUP_COLORS},
-        figures=[(title, Markup(plots.svg(figure))) for title, figure in figures],
-        classes=classes,
         settings=config.to_yaml(),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """What a page says of a kind of model; classes are in order of frequency, head first."""
+
+    counted: str
+    """What the classes are counted in."""
+    note: str
+    columns: Sequence[tuple[str, str]]
+    """Metrics with their titles, the main one first."""
+    sizes: Mapping[str, int]
+    """Classes in each group."""
+    figures: Sequence[tuple[str, Figure]]
+    header: Sequence[str]
+    classes: Sequence[Sequence[Any]]
+    examples: Sequence[tuple[str, str]] = ()
+    """Captions, and images as addresses that hold them."""
+    colors: Sequence[tuple[str, str]] = ()
+    """Classes with the colours that they have in these images."""
+
+
+def _classified(card: Card, config: Config, test: Mapping[str, Any]) -> _Shown:
+    groups = config.shots.groups(card.class_counts)
+    accuracy = test[card.predicts_under]["per_class"]
+    order, names, counts, head_first = _head_first(card, groups)
+    return _Shown(
+        counted="training images",
+        note=f"A class is many with more than {config.shots.many_above} training images and few with fewer than "
+        f"{config.shots.few_below}.",
+        columns=[*COLUMNS[:1], ("top1", "top-1"), ("top5", "top-5"), *COLUMNS[1:]],
+        sizes={group: groups.count(group) for group in ("many", "medium", "few")},
+        figures=[
+            ("The tail", plots.class_histogram(names, counts, head_first)),
+            ("Accuracy by class", plots.per_class(names, [accuracy[index] for index in order], head_first)),
+        ],
+        header=["class", "training images", "group", "accuracy, %"],
+        classes=[[card.class_names[i], f"{card.class_counts[i]:,}", groups[i], accuracy[i]] for i in order],
+    )
+
+
+def _segmented(folder: Path, card: Card, test: Mapping[str, Any]) -> _Shown:
+    groups, judged = thirds(card.class_counts), test[card.predicts_under]
+    order, names, counts, head_first = _head_first(card, groups)
+    iou = judged["per_class"]
+    return _Shown(
+        counted="labelled training pixels",
+        note="Intersections and unions are summed over the set. Head, middle and tail are thirds of the classes by "
+        "their training pixels.",
+        columns=[*DENSE_COLUMNS, ("top1", "pixel accuracy")],
+        sizes={group: groups.count(group) for group in ("head", "middle", "tail")},
+        figures=[
+            ("The tail", plots.class_histogram(names, counts, head_first, "training pixels")),
+            ("IoU by class", plots.per_class(names, [iou[index] for index in order], head_first, "IoU, %")),
+        ],
+        header=["class", "training pixels", "third", "IoU, %", "accuracy, %", "boundary IoU, %"],
+        classes=[
+            [
+                card.class_names[i],
+                f"{card.class_counts[i]:,}",
+                groups[i],
+                *(judged[name][i] for name in ("per_class", "per_class_accuracy", "per_class_boundary")),
+            ]
+            for i in order
+        ],
+        examples=overlays.worst(folder, judged["worst"]),
+        colors=[(name, f"rgb{color}") for name, color in zip(card.class_names, palette(len(names)), strict=True)],
+    )
+
+
+def _head_first(card: Card, groups: Sequence[str]) -> tuple[list[int], list[str], list[int], list[str]]:
+    """Return the classes in order of frequency: their numbers, names, counts and groups."""
+    order = sorted(range(len(card.class_names)), key=lambda index: -card.class_counts[index])
+    return (
+        order,
+        [card.class_names[index] for index in order],
+        [card.class_counts[index] for index in order],
+        [groups[index] for index in order],
+    )
+
+
+def _curves(epochs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:
+    numbers, last = [line["epoch"] for line in epochs], epochs[-1]
+    terms = ("classifier", "contrast", "mixture", "temperature_likelihood", "distillation")
+    losses = {name: [line[name] for line in epochs] for name in terms if name in last}
+    figures = [("Loss terms", plots.curves(losses, numbers, "loss"))]
+    if "temperature" in last:
+        values = {"temperature": [line["temperature"] for line in epochs]}
+        figures.append(("Temperature τ", plots.curves(values, numbers, "τ")))
+    if last.get("information_bits") is not None:
+        values = {"H(Y) − E[−log p(y|z)]": [line["information_bits"] for line in epochs]}
+        figures.append(("Information between features and labels: a bound", plots.curves(values, numbers, "bits")))
+    return figures
 
 
 def comparison_report(records: Sequence[Record], out: Path, match: str) -> Path:

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from longtail.evaluation.comparison import COLUMNS, Record, imbalances_of, methods_of, summarize
+from longtail.evaluation.comparison import Record, columns, imbalances_of, methods_of, summarize
 
 GROUP_COLORS = {"many": "#4477aa", "medium": "#b8860b", "few": "#cc5566"}
+GROUP_COLORS |= dict(zip(("head", "middle", "tail"), GROUP_COLORS.values(), strict=True))
 _INK = "#808890"  # legible on white and on near-black, since the page follows the reader's choice
 _LINES = ("#4477aa", "#cc5566", "#228833", "#b8860b", "#aa3377", "#66aacc")
 
@@ -48,21 +49,25 @@ def svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def class_histogram(names: Sequence[str], counts: Sequence[int], groups: Sequence[str]) -> Figure:
-    """Draw the training images of every class, head first, coloured by shot group."""
+def class_histogram(
+    names: Sequence[str], counts: Sequence[int], groups: Sequence[str], counted: str = "training images"
+) -> Figure:
+    """Draw the training images, or pixels, of every class, head first, coloured by group."""
     figure, axes = _axes()
     axes.bar(range(len(counts)), counts, color=[GROUP_COLORS[group] for group in groups], width=0.85)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.8)
+    axes.set_ylim(bottom=0.8 if min(counts) < 1000 else min(counts) / 3)
     axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
-    axes.set_ylabel("training images")
+    axes.set_ylabel(counted)
     _name_classes(axes, names)
     _group_legend(axes, groups)
     return figure
 
 
-def per_class_accuracy(names: Sequence[str], accuracy: Sequence[float | None], groups: Sequence[str]) -> Figure:
-    """Draw the accuracy of every class, head first; a class without test images leaves a gap."""
+def per_class(
+    names: Sequence[str], accuracy: Sequence[float | None], groups: Sequence[str], label: str = "accuracy, %"
+) -> Figure:
+    """Draw the accuracy, or IoU, of every class, head first; a class that the test has not leaves a gap."""
     figure, axes = _axes()
     shown = [(i, value) for i, value in enumerate(accuracy) if value is not None]
     axes.bar(
@@ -72,7 +77,7 @@ def per_class_accuracy(names: Sequence[str], accuracy: Sequence[float | None], g
         width=0.85,
     )
     axes.set_ylim(0, 100)
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(label)
     _name_classes(axes, names)
     _group_legend(axes, groups)
     return figure
@@ -114,7 +119,7 @@ def comparison(records: Sequence[Record]) -> Figure:
     A row an imbalance factor, where there are several.
     """
     methods, factors = methods_of(records), imbalances_of(records)
-    names = [entry for entry in COLUMNS if all(getattr(record, entry[0]) is not None for record in records)]
+    names = [entry for entry in columns(records) if all(getattr(record, entry[0]) is not None for record in records)]
     width = max(2.4, 0.42 * len(methods))
     figure = Figure(figsize=(width * len(names) + 0.6, 3.4 * len(factors)), layout="constrained")
     place = {method: position for position, method in enumerate(methods)}
