@@ -79,3 +79,50 @@ def photos(tmp_path: Path) -> Path:
         for number in range(count):
             save_image(root / name / f"{number}.png", seed=100 * index + number)
     return root
+
+
+def save_scene(
+    root: Path, split: str, name: str, values: np.ndarray, seed: int = 0, mode: str = "L"
+) -> tuple[Path, Path]:
+    """Write an annotation and an image whose colours tell its values, with noise; returns both paths."""
+    image = root / "images" / split / f"{name}.png"
+    mask = root / "annotations" / split / f"{name}.png"
+    for path in (image, mask):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    colors = np.array([(0, 0, 0), (220, 40, 40), (40, 200, 60), (60, 60, 220)], dtype=np.int16)
+    noise = np.random.default_rng(seed).integers(-25, 26, (*values.shape, 3))
+    Image.fromarray((colors[values % 4] + noise).clip(0, 255).astype(np.uint8)).save(image)
+    Image.fromarray(values.astype(np.uint8)).save(mask)
+    return image, mask
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """Twelve images to train on, four to validate with and six to be tested on: three classes, the last one rare."""
+    root = tmp_path / "scenes"
+    rng = np.random.default_rng(0)
+    for split, count in {"training": 12, "validation": 4, "test": 6}.items():
+        for number in range(count):
+            values = np.ones((50, 66), dtype=np.uint8)
+            values[rng.integers(15, 35) :] = 2
+            values[:2] = 0
+            if number % 3 == 0:
+                top, left = rng.integers(0, 36), rng.integers(0, 50)
+                values[top : top + 12, left : left + 12] = 3
+            save_scene(root, split, f"{number:02}", values, seed=number)
+    (root / "classes.txt").write_text("sky\nground\nsign\n")
+    return root
+
+
+@pytest.fixture
+def segmenting(scenes: Path) -> Config:
+    """A segmentation of these scenes by a network of 100,000 parameters, for two epochs."""
+    config = load_recipe("camvid").config.replace(
+        method="la", network="upernet:test_efficientnet:8", pretrained="none", epochs=2, batch_size=4, validate_every=1
+    )
+    return config.replace(
+        data={"source": "masks", "root": str(scenes), "workers": 0},
+        gml={"queue_size": 64, "queue_minimum": 4, "embedding_dim": 8},
+        segmentation={"crop": (48, 64), "points": 16},
+        optimizer={"learning_rate": 0.1},
+    )

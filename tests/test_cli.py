@@ -194,7 +194,7 @@ def test_a_place_where_no_folder_can_be(command: Command, out: str) -> None:
 def test_every_recipe_reads_and_round_trips(tmp_path: Path) -> None:
     from longtail.config import load_recipe, read_config, recipe_names
 
-    assert set(recipe_names()) == {*NAMED, "folder"}
+    assert set(recipe_names()) == {*NAMED, "folder", "masks"}
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.about.summary

@@ -18,14 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longtail.config import Config
 from longtail.data.loaders import Batch, TrainLoader
+from longtail.data.scenes import DenseData
 from longtail.data.sources import load_data
 from longtail.data.views import build_view
 from longtail.engine.books import Books, Watch, read_metrics
 from longtail.engine.cache import view_keys
+from longtail.engine.choices import build_views, resolve
 from longtail.engine.files import load_checkpoint
 from longtail.engine.fit import fit
 from longtail.errors import LongtailError
-from longtail.methods import METHODS, method_class
+from longtail.methods import FOR_PIXELS, METHODS, ONLY_FOR_PIXELS, method_class
+from longtail.methods.base import Method
 from longtail.methods.gml import GML
 from longtail.nn import CosineClassifier, Encoder
 from tests.engine.test_fit import equal, fit_in_two, weights
@@ -216,9 +219,8 @@ def test_a_loss_that_is_no_number_is_told_with_step_and_term(tmp_path: Path) -> 
         watch.add(8, {"classifier": torch.tensor(math.inf)})
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ONLY_FOR_PIXELS])
 def test_no_step_reads_a_value_on_the_host(tiny: Config, name: str) -> None:
-    """Under FakeTensorMode there are no values: forward, losses, backward, queue push and optimiser, all of a step."""
     config = tiny.replace(gml={"distillation_weight": 1.0})
     data = load_data(config.data, 0)
     kind = method_class(name)
@@ -228,6 +230,28 @@ def test_no_step_reads_a_value_on_the_host(tiny: Config, name: str) -> None:
         parts = (teacher, CosineClassifier(teacher.num_features, 10))
     method = kind(config, Encoder("conv8-tiny", [0.3], [0.4]), data.class_counts, *parts).train()
     batch = next(TrainLoader(data.train, 32, [build_view("digits", 8)] * len(kind.views(config)), seed=0).epoch(0))
+    _two_steps_without_values(method, batch)
+
+
+# the library's Lovász loss picks out the pixels that count, and waits for their number
+@pytest.mark.parametrize("name", [name for name in FOR_PIXELS if name != "lovasz"])
+def test_no_step_over_pixels_does_either(segmenting: Config, name: str) -> None:
+    data = load_data(segmenting.data, 0)
+    assert isinstance(data, DenseData)
+    config = resolve(segmenting.replace(method=name, gml={"distillation_weight": 1.0}), data)
+    kind = method_class(name)
+    teacher = Encoder(config.network, data.mean, data.std)
+    parts: tuple[Any, Any] = (None, None)
+    if kind.needs_teacher(config):
+        parts = (teacher, CosineClassifier(teacher.num_features, 3))
+    student = Encoder(config.network, data.mean, data.std)
+    method = kind(config, student, data.class_counts, *parts, list(data.draw_counts)).train()
+    batch = next(TrainLoader(data.train, 4, build_views(config, data, kind.views(config)), seed=0, workers=0).epoch(0))
+    _two_steps_without_values(method, batch)
+
+
+def _two_steps_without_values(method: Method, batch: Batch) -> None:
+    """Under FakeTensorMode there are no values: forward, losses, backward, queue push and optimiser, all of a step."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

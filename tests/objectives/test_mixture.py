@@ -341,6 +341,23 @@ def test_learning_the_temperature_raises_the_leave_one_out_likelihood() -> None:
     assert criterion.temperature > 0.05
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_query_without_a_label_does_not_count(split: bool) -> None:
+    p = problem(0, 8, 9, 3, 4)
+    labels, blank = p["labels"].clone(), torch.tensor([1, 4, 7])
+    labels[blank] = -1
+    queries = p["queries"].requires_grad_()
+    rest = [index for index in range(8) if index not in {1, 4, 7}]
+    criterion = GMLLoss([4, 3, 2], learn_temperature=split).double()
+    ids = (p["ids"], p["key_ids"])
+    got = criterion(queries, labels, p["keys"], p["key_labels"], *ids)
+    expected = criterion(queries[rest], labels[rest], p["keys"], p["key_labels"], p["ids"][rest], p["key_ids"])
+    assert got.item() == pytest.approx(expected.item(), abs=1e-12)
+    (gradient,) = torch.autograd.grad(got, queries)
+    assert not bool(gradient[blank].any())
+    assert bool(gradient[rest].any())
+
+
 def test_a_fixed_temperature_has_no_second_term() -> None:
     p = problem(6, 3, 6, 2, 3)
     criterion = GMLLoss([3, 2], learn_temperature=False).double()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longtail.objectives import ClassPrior, distillation, log_prior, posterior, posterior_cross_entropy
+from longtail.objectives.reweighting import focal_loss, weighted_cross_entropy
 
 
 def test_log_prior_is_the_logarithm_of_frequencies() -> None:
@@ -45,3 +46,33 @@ def test_distillation_against_the_definition() -> None:
     loss.backward()
     assert teacher.grad is None
     assert distillation(student, student).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_scores_of_pixels_are_rows_like_any_other() -> None:
+    torch.manual_seed(0)
+    scores, labels = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randint(-1, 4, (2, 5, 6))
+    prior = log_prior([50, 30, 15, 5]).double()
+    rows, known = scores.permute(0, 2, 3, 1).reshape(-1, 4), labels.flatten() >= 0
+    expected = posterior_cross_entropy(rows[known], labels.flatten()[known], prior)
+    assert posterior_cross_entropy(scores, labels, prior).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert torch.allclose(posterior(scores, prior).permute(0, 2, 3, 1).reshape(-1, 4), posterior(rows, prior))
+    teacher = torch.randn_like(scores)
+    expected = distillation(rows[known], teacher.permute(0, 2, 3, 1).reshape(-1, 4)[known])
+    assert distillation(scores, teacher, counts=labels >= 0).item() == pytest.approx(expected.item(), abs=1e-12)
+    weights = torch.rand(4, dtype=torch.float64)
+    flat = (rows[known], labels.flatten()[known])
+    assert weighted_cross_entropy(scores, labels, weights).item() == pytest.approx(
+        weighted_cross_entropy(*flat, weights).item(), abs=1e-12
+    )
+    assert focal_loss(scores, labels, 1.5).item() == pytest.approx(focal_loss(*flat, 1.5).item(), abs=1e-12)
+
+
+def test_void_has_no_gradient() -> None:
+    scores = torch.randn(1, 3, 4, 4, requires_grad=True)
+    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    labels[0, 2:] = -1
+    for loss in (posterior_cross_entropy, focal_loss):
+        (gradient,) = torch.autograd.grad(loss(scores, labels), scores)
+        assert bool(gradient[0, :, :2].any())
+        assert not bool(gradient[0, :, 2:].any())
+    assert posterior_cross_entropy(scores, torch.full_like(labels, -1)).item() == 0

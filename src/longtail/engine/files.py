@@ -38,7 +38,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a foreign file: what it is, is told below
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError):
         raise LongtailError(f"{path}: is truncated or no checkpoint of longtail; start anew with --overwrite") from None
     if not isinstance(state, dict) or "format" not in state:
         raise LongtailError(f"{path}: is no checkpoint of longtail; start anew with --overwrite")

@@ -28,6 +28,7 @@ from longtail.engine.files import load_checkpoint, open_run, save_checkpoint
 from longtail.engine.judge import judge
 from longtail.engine.processes import (
     StopSignals,
+    as_in_the_first,
     batch_sizes,
     build_fabric,
     one_line_of_a_lost_process,
@@ -367,6 +368,7 @@ class _Trainer:
     def _judge(self, method: Method, average: Any, books: Books, log: Log, images: ImageSet) -> None:
         """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
         student = _kept(method, average)
+        as_in_the_first(student)
         result = judge(self._recognizer(student, {}, {}), images, self.config)[method.predicts_under(self.config)]
         names = ("mean_iou", "tail", "balanced_accuracy", "top1")
         shown: dict[str, Any] = {name: result[name] for name in names if name in result}
@@ -405,6 +407,7 @@ class _Trainer:
     def _finish(self, method: Method, average: Any, books: Books, log: Log, teacher_seconds: float) -> Run:
         config = self.config
         student = _kept(method, average)
+        as_in_the_first(student)
         if books.best is not None:
             student.load_state_dict(books.best["weights"])
         trained: dict[str, Any] = {

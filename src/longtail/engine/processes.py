@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtail.config import Config
 from longtail.errors import LongtailError
@@ -84,6 +84,16 @@ def summed(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def as_in_the_first(module: nn.Module) -> None:
+    """Give all processes the first one's buffers: on a CPU BatchNorm's statistics are each process's own.
+
+    What they judge together is then the very model that the first one writes.
+    """
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 @contextlib.contextmanager

@@ -184,7 +184,7 @@ def _weights(path: Path, name: str) -> dict[str, Tensor]:
             weights = load_file(path)
         else:  # tensors and plain values alone, so that a foreign file cannot run code
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, ValueError, LookupError):
         raise LongtailError(f"pretrained '{path}': cannot be read as weights (.safetensors, .pth)") from None
     for key in ("state_dict", "model"):
         weights = weights[key] if isinstance(weights, dict) and isinstance(weights.get(key), dict) else weights

@@ -118,7 +118,8 @@ def class_log_likelihood(
         exponentials = (queries.to(kind) @ keys.to(kind).t() / temperature).exp()
     # a column more than there are classes takes what was never filled
     column = torch.where(key_labels < 0, num_classes, key_labels)
-    sums = exponentials.new_zeros(len(queries), num_classes + 1).index_add(1, column, exponentials)
+    # shape, not len: an export keeps it open
+    sums = exponentials.new_zeros(queries.shape[0], num_classes + 1).index_add(1, column, exponentials)
     counts = exponentials.new_zeros(num_classes + 1).index_add(0, column, torch.ones_like(column, dtype=kind))
     return sums[:, :num_classes].log() - counts[:num_classes].clamp(min=1).log()
 
