@@ -20,6 +20,7 @@ from longtail.errors import LongtailError, StoppedError, nearest
 if TYPE_CHECKING:
     from longtail.config import Data, Recipe
     from longtail.options import Evaluate, Predict
+    from longtail.recognizer import Recognizer
     from longtail.segmenter import Looks, Segmenter
 
 Parsed = TypeVar("Parsed")
@@ -349,6 +350,8 @@ def _show_metrics(judged: dict[str, Any]) -> None:
     named = {name: name.replace("_", " ") for name in ("balanced_accuracy", "top1", "top5", "many", "medium", "few")}
     if "mean_iou" in judged:
         named = {**dict(DENSE_COLUMNS), "top1": "pixel accuracy"}
+    if "target_accuracy" in judged:
+        named = {"target_accuracy": "accuracy at target", **named}
     names, header = list(named), ["prior", *named.values()]
     rows = [
         ["training" if prior == "train" else prior, *(_percent(values[name]) for name in names)]
@@ -366,11 +369,36 @@ def _evaluate(arguments: list[str]) -> None:
     from longtail.engine.judge import evaluate
     from longtail.files import write_made
 
-    judged = evaluate(given.run, given.prior, None if given.root is None else str(given.root), _looks(given))
+    root = None if given.root is None else str(given.root)
+    judged = evaluate(given.run, given.prior, root, _looks(given), given.target, given.imbalance, given.coverage)
     if given.json:
         write_made(given.json, judged)
     if not given.quiet:
         _show_metrics(judged)
+        _show_trust(judged)
+
+
+def _show_trust(judged: dict[str, Any]) -> None:
+    """Print how far the probabilities can be trusted, and what was estimated."""
+    if "calibration" in judged:
+        found = judged["calibration"]
+        of_groups = ", ".join(f"{name} {values['ece']:.1f}" for name, values in found["groups"].items())
+        print(
+            f"calibration under the {judged['prior']} prior: error {found['ece']:.1f} % ({of_groups}), of classes "
+            f"{found['class_ece']:.2f} %, NLL {found['nll']:.3f}, Brier {found['brier']:.3f}"
+        )
+    for method, entry in judged.get("estimates", {}).items():
+        rows = list(zip(entry["frequencies"], entry["low"], entry["high"], judged["class_names"], strict=True))
+        shown = ", ".join(f"{name} {q:.3f} ({low:.3f} to {high:.3f})" for q, low, high, name in sorted(rows)[:-4:-1])
+        print(f"class frequencies by {method}, the largest with 95 % intervals: {shown}")
+    if "conformal" in judged:
+        sets = judged["conformal"]
+        for name in ("all", "many", "medium", "few"):
+            if name in sets:
+                print(
+                    f"sets for {100 * sets['coverage']:g} % of each class, {name}: hold the truth in "
+                    f"{sets[name]['covered']:.1f} %, {sets[name]['size']:.1f} classes each"
+                )
 
 
 def _looks(given: Evaluate | Predict) -> Looks | None:
@@ -415,12 +443,16 @@ def _predict(arguments: list[str]) -> None:
 
     given = _parse(Predict, "predict", arguments)
     _check_json(given.json)
-    _check_run(given.run)
+    if given.run.suffix.lower() != ".onnx":
+        _check_run(given.run)
     if not given.images:
         raise LongtailError("IMAGES: expected at least one image file or folder")
     if given.top < 1:
         raise LongtailError(f"--top {given.top}: expected at least 1")
-    from longtail.recognizer import find_images
+    if given.run.suffix.lower() == ".onnx":
+        _predict_deployed(given)
+        return
+    from longtail.data.pictures import find_images
     from longtail.segmenter import Segmenter, load_kept
 
     recognizer = load_kept(given.run)
@@ -430,7 +462,47 @@ def _predict(arguments: list[str]) -> None:
         return
     if given.out is not None or _looks(given) is not None:
         raise LongtailError(f"{given.run}: is no segmenter: --out, --window, --flip and --scales are for segmentation")
-    best = recognizer.predict(files, prior=given.prior).top(given.top)
+    predictions = recognizer.predict(files, prior=_prior(given.prior, recognizer), coverage=given.coverage)
+    best = predictions.top(given.top)
+    sets: Sequence[list[str] | None] = predictions.sets or [None] * len(files)
+    _show_predictions(given, files, best, sets)
+    if predictions.prior is not None and not given.quiet:
+        found = {"em": dataclasses.asdict(predictions.prior)}
+        _show_trust({"estimates": found, "class_names": predictions.class_names})
+
+
+def _predict_deployed(given: Predict) -> None:
+    """Predict with an exported file, without torch."""
+    from longtail.data.pictures import find_images
+    from longtail.deployed import DeployedModel
+
+    model = DeployedModel(given.run)
+    if model.task == "segmentation":
+        raise LongtailError(f"{given.run}: is a segmenter's file, for other programs; predict with its run instead")
+    if given.out is not None or given.coverage is not None or given.window is not None or given.flip:
+        raise LongtailError(f"{given.run}: --coverage and what is for segmentation need the run, not its ONNX file")
+    files = find_images(given.images)
+    probabilities = model.predict(files)
+    if given.prior not in {"uniform", "train"}:
+        if given.prior == "estimate":
+            raise LongtailError(f"{given.run}: --prior estimate needs the run, not its ONNX file")
+        from longtail.evaluation.priors import read_prior
+
+        prior = read_prior(Path(given.prior), model.class_names)
+    else:
+        prior = [1.0] * len(model.class_names) if given.prior == "uniform" else [float(n) for n in model.class_counts]
+    probabilities = model.under(probabilities, prior)
+    order = (-probabilities).argsort(axis=1, kind="stable")[:, : given.top]
+    best = [
+        [(model.class_names[c], float(row[c])) for c in chosen]
+        for row, chosen in zip(probabilities, order, strict=True)
+    ]
+    _show_predictions(given, files, best, [None] * len(files))
+
+
+def _show_predictions(
+    given: Predict, files: Sequence[Path], best: Sequence[list[tuple[str, float]]], sets: Sequence[list[str] | None]
+) -> None:
     if given.json:
         from longtail.files import write_made
 
@@ -442,16 +514,24 @@ def _predict(arguments: list[str]) -> None:
                     "class": row[0][0],
                     "probability": row[0][1],
                     "top": [{"class": name, "probability": value} for name, value in row],
+                    **({} if names is None else {"set": names}),
                 }
-                for file, row in zip(files, best, strict=True)
+                for file, row, names in zip(files, best, sets, strict=True)
             ],
         )
     if not given.quiet:
         rows = [
-            [str(file), row[0][0], f"{row[0][1]:.3f}", ", ".join(f"{name} {value:.3f}" for name, value in row[1:])]
-            for file, row in zip(files, best, strict=True)
+            [
+                str(file),
+                row[0][0],
+                f"{row[0][1]:.3f}",
+                ", ".join(f"{name} {value:.3f}" for name, value in row[1:]),
+                *([] if names is None else [", ".join(names) or "none"]),
+            ]
+            for file, row, names in zip(files, best, sets, strict=True)
         ]
-        _print_table(["path", "class", "probability", "next"], rows)
+        header = ["path", "class", "probability", "next"]
+        _print_table(header if given.coverage is None else [*header, "set"], rows)
 
 
 def _export(arguments: list[str]) -> None:
@@ -466,11 +546,17 @@ def _export(arguments: list[str]) -> None:
     _check_folder(out.parent)
     if out.exists() and not given.overwrite:
         raise LongtailError(f"{out}: is there already; use --overwrite or another --out")
+    from longtail.data.pictures import find_images
     from longtail.export import export_onnx
     from longtail.files import write_made
-    from longtail.recognizer import find_images
 
-    made = export_onnx(given.run, out, given.prior, find_images(given.images))
+    prior: str | list[float] = given.prior
+    if prior not in {"uniform", "train"}:
+        from longtail.engine.judge import frequencies
+        from longtail.recognizer import read_card
+
+        prior = frequencies(given.prior, read_card(given.run))
+    made = export_onnx(given.run, out, prior, find_images(given.images))
     height, width, channels = made.shape
     if given.json:
         write_made(given.json, {**dataclasses.asdict(made), "path": str(made.path)})
@@ -484,16 +570,19 @@ def _segment(segmenter: Segmenter, files: list[Path], given: Predict) -> None:
     """Write the labels of every image as a PNG, and an overlay to look at."""
     from tqdm import tqdm
 
-    from longtail.data.images import open_image
+    from longtail.data.pictures import open_image
     from longtail.files import write_made
     from longtail.segmenter import write_segmentation
 
     out = given.out or Path("segmented")
     _check_folder(out)
+    if given.prior == "estimate" or given.coverage is not None:
+        raise LongtailError(f"{given.run}: is a segmenter: --prior estimate and --coverage are for whole images")
+    prior = _prior(given.prior, segmenter)
     names = segmenter.card.class_names
     rows: list[dict[str, Any]] = []
     for file in tqdm(files, unit="image", disable=given.quiet or not sys.stderr.isatty(), leave=False):
-        labels = next(segmenter.segment(open_image(file), given.prior, _looks(given)))
+        labels = next(segmenter.segment(open_image(file), prior, _looks(given)))
         counts = labels.flatten().bincount(minlength=len(names))
         best = [index for index in counts.argsort(descending=True).tolist() if counts[index]]
         paths = write_segmentation(out, file, labels, len(names))
@@ -514,6 +603,13 @@ def _segment(segmenter: Segmenter, files: list[Path], given: Predict) -> None:
         ]
         _print_table(["path", "labels", "largest shares"], shown, left=True)
         print(f"labels (value 1 is {names[0]}) and overlays: {out}")
+
+
+def _prior(text: str, recognizer: Recognizer) -> str | list[float]:
+    """Return what --prior stands for, as the Python interface takes it."""
+    from longtail.engine.judge import frequencies
+
+    return text if text in {"uniform", "train", "estimate"} else frequencies(text, recognizer.card)
 
 
 def _compare(arguments: list[str]) -> None:

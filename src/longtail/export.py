@@ -54,11 +54,12 @@ class _Deployed(nn.Module):
         self.recognizer = recognizer
         bias = recognizer.log_prior(prior)
         none = torch.zeros(len(recognizer.card.class_names))
+        self.temperature = recognizer.card.temperature
         # a prior that training has left in the scores is taken out by the same sum
         self.register_buffer("bias", recognizer.free(none[None])[0] + (none if bias is None else bias))
 
     def forward(self, images: Tensor) -> Tensor:
-        scores = self.recognizer.trained_scores(images.permute(0, 3, 1, 2).float() / 255)
+        scores = self.recognizer.trained_scores(images.permute(0, 3, 1, 2).float() / 255) / self.temperature
         return posterior(scores, along(self.bias, scores)).exp()
 
 
@@ -142,7 +143,7 @@ def _images(recognizer: Recognizer, size: tuple[int, int], files: Sequence[Path]
     if not files:
         drawn = torch.rand(_TRIED, *size, channels, generator=torch.Generator().manual_seed(0))
         return (drawn * 255).to(torch.uint8)
-    from longtail.data.images import open_image, upright
+    from longtail.data.pictures import open_image, upright
 
     made = []
     for file in (list(files) * 2)[: max(2, min(len(files), _TRIED))]:

@@ -36,8 +36,17 @@ class Evaluate:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
-    prior: Literal["uniform", "train"] = "uniform"
-    """Class frequencies that --json's top level assumes; the table shows both."""
+    prior: str = "uniform"
+    """Class frequencies that --json's top level assumes: uniform, train, estimate (from the test images, their labels
+    unseen) or a file of them (JSON, .csv); the table shows uniform and train besides."""
+    target: str | None = None
+    """Class frequencies that the test set is weighed to have: forward or backward (a long tail in the training set's
+    order, or against it), uniform, train or a file; its own if not given."""
+    imbalance: float = 100.0
+    """Largest over smallest frequency of a forward or backward target."""
+    coverage: float | None = None
+    """Tell how large conformal sets are that hold the truth of this share of each class's images, 0.9 for one; the run
+    needs validation images."""
     root: Path | None = None
     """Where the images are now, if not where they were."""
     window: int | None = None
@@ -85,8 +94,12 @@ class Predict:
     """Folder of the run, or of a recogniser."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")]
     """Image files, or folders of them."""
-    prior: Literal["uniform", "train"] = "uniform"
-    """How frequent the classes are where the images come from."""
+    prior: str = "uniform"
+    """How frequent the classes are where the images come from: uniform, train, estimate (from these images themselves)
+    or a file of class frequencies (JSON, .csv)."""
+    coverage: float | None = None
+    """Show the set of classes that holds the truth for this share of each class's images, 0.9 for one; the run needs
+    validation images."""
     top: int = 3
     """Classes shown an image."""
     out: Path | None = None
@@ -113,8 +126,8 @@ class Export:
     """Images on which the file is compared with PyTorch; random ones if none are given."""
     format: Literal["onnx"] = "onnx"
     """What to write."""
-    prior: Literal["uniform", "train"] = "uniform"
-    """How frequent the classes are where the file will be used."""
+    prior: str = "uniform"
+    """How frequent the classes are where the file will be used: uniform, train, or a file of class frequencies."""
     out: Path | None = None
     """The file (default: RUN/model.onnx)."""
     overwrite: Flag = False

@@ -10,19 +10,22 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longtail.data.images import SUFFIXES, open_image, to_square
+from longtail.data.images import to_square
+from longtail.data.pictures import open_image
 from longtail.data.views import center, to_float
 from longtail.errors import LongtailError
+from longtail.evaluation.calibration import conformal_thresholds
+from longtail.evaluation.priors import EstimatedPrior, estimate_em
 from longtail.files import write_json, write_text, write_whole
 from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, LinearClassifier, ProjectionMLP
 from longtail.objectives import log_prior, posterior
@@ -61,6 +64,8 @@ class Card:
     """S: what the network sees."""
     stored_size: int
     """Side that an image is resized to before its centre is cut out."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """What scores are divided by, fitted on the validation images; 1 where there were none."""
     shape: tuple[int, int] | None = None
     """Height and width of most images that were segmented; others will do."""
     predicts_under: Literal["uniform", "train"]
@@ -76,6 +81,19 @@ class Card:
         return len(self.mean)
 
 
+class HeldOut(NamedTuple):
+    """What a model made of the M validation images, under the uniform prior."""
+
+    labels: Tensor
+    """(M,) int64."""
+    predicted: Tensor
+    """(M,) int64."""
+    true_probability: Tensor
+    """(M,) float32, the probability of the label."""
+    bias: Tensor
+    """(C,) float32, what their scores lack, see :func:`~longtail.evaluation.calibration.fit_bias`."""
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Probabilities with the names of what they are of."""
@@ -83,6 +101,10 @@ class Predictions:
     probabilities: Tensor
     """(N, C)."""
     class_names: tuple[str, ...]
+    prior: EstimatedPrior | None = None
+    """Class frequencies that were estimated from these images, where that was asked for."""
+    in_set: Tensor | None = None
+    """(N, C) bool, the classes in an image's conformal set, where a coverage was asked for."""
 
     @property
     def labels(self) -> Tensor:
@@ -93,6 +115,13 @@ class Predictions:
     def names(self) -> list[str]:
         """Its name."""
         return [self.class_names[label] for label in self.labels.tolist()]
+
+    @property
+    def sets(self) -> list[list[str]] | None:
+        """The names of the classes in each image's conformal set."""
+        if self.in_set is None:
+            return None
+        return [[self.class_names[c] for c in row.nonzero()[:, 0].tolist()] for row in self.in_set]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return the k most probable classes of each image with their probabilities, best first."""
@@ -110,6 +139,7 @@ class Recognizer:
         encoder: images in [0, 1] to features.
         classifier: features to scores.
         card: everything else.
+        held_out: what it made of the validation images, where there were some.
 
     Example:
         >>> from longtail import Recognizer
@@ -119,8 +149,8 @@ class Recognizer:
 
     task = "classification"
 
-    def __init__(self, encoder: Encoder, classifier: Classifier, card: Card) -> None:
-        self.encoder, self.classifier, self.card = encoder.eval(), classifier.eval(), card
+    def __init__(self, encoder: Encoder, classifier: Classifier, card: Card, held_out: HeldOut | None = None) -> None:
+        self.encoder, self.classifier, self.card, self.held_out = encoder.eval(), classifier.eval(), card, held_out
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:
@@ -133,10 +163,10 @@ class Recognizer:
         return scores
 
     def free(self, scores: Tensor) -> Tensor:
-        """Return scores free of any prior."""
+        """Return scores free of any prior, divided by the temperature."""
         if self.card.predicts_under == "train":
-            return scores - along(log_prior(self.card.class_counts).to(scores), scores)
-        return scores
+            scores = scores - along(log_prior(self.card.class_counts).to(scores), scores)
+        return scores if self.card.temperature == 1 else scores / self.card.temperature
 
     def log_prior(self, prior: str | Sequence[float] | Tensor) -> Tensor | None:
         """Return the logarithm of ``uniform``, ``train``, or C class frequencies."""
@@ -155,6 +185,7 @@ class Recognizer:
         images: ImageLike | Iterable[ImageLike],
         prior: str | Sequence[float] | Tensor = "uniform",
         batch_size: int = 256,
+        coverage: float | None = None,
     ) -> Predictions:
         """Return class probabilities.
 
@@ -162,19 +193,39 @@ class Recognizer:
             images: files, Pillow images, arrays (H, W) or (H, W, channels) of uint8, or a tensor (N, channels, H, W)
                 of uint8, or of floats in [0, 1].
             prior: how frequent the classes are where the images come from: ``uniform``, ``train`` (as in the training
-                set), or C frequencies.
+                set), C frequencies, or ``estimate``: from these images themselves (:func:`estimate_em`).
             batch_size: images at a time.
+            coverage: share of each class's images that have it in their conformal set, in (0, 1); no sets if not given.
 
         Raises:
-            LongtailError: a file cannot be read, or the prior does not fit.
+            LongtailError: a file cannot be read, the prior does not fit, or there were no validation images to make
+                sets from.
         """
-        bias = self.log_prior(prior)
-        probabilities = []
-        for batch in self._batches(images, batch_size):
-            scores = self.scores(batch)
-            probabilities.append(posterior(scores, None if bias is None else bias.to(scores)).exp().cpu())
-        none = torch.empty(0, len(self.card.class_names))
-        return Predictions(torch.cat(probabilities) if probabilities else none, self.card.class_names)
+        bias = None if isinstance(prior, str) and prior == "estimate" else self.log_prior(prior)
+        thresholds = None if coverage is None else self.thresholds(coverage)
+        parts = [self.scores(batch).cpu() for batch in self._batches(images, batch_size)]
+        scores = torch.cat(parts) if parts else torch.empty(0, len(self.card.class_names))
+        estimated = None
+        if isinstance(prior, str) and prior == "estimate":
+            if len(scores) == 0:
+                raise LongtailError("prior estimate: there are no images to estimate it from")
+            lacking = torch.zeros(scores.shape[1]) if self.held_out is None else self.held_out.bias
+            estimated = estimate_em(scores + lacking)
+            bias = torch.tensor(estimated.frequencies).log() + lacking
+        in_set = None if thresholds is None else posterior(scores).exp() >= thresholds.to(scores)
+        return Predictions(posterior(scores, bias).exp(), self.card.class_names, estimated, in_set)
+
+    def thresholds(self, coverage: float) -> Tensor:
+        """Return (C,) probabilities under the uniform prior from which on a class is in a conformal set."""
+        if not 0 < coverage < 1:
+            raise LongtailError(f"coverage {coverage}: expected a share between 0 and 1")
+        if self.held_out is None:
+            raise LongtailError(
+                "coverage: the run had no validation images to promise it by; train with some (--data.val_fraction 0.1)"
+            )
+        return conformal_thresholds(
+            self.held_out.true_probability, self.held_out.labels, len(self.card.class_names), coverage
+        )
 
     def _batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int) -> Iterable[Tensor]:
         device = self.classifier.weight.device
@@ -215,6 +266,9 @@ class Recognizer:
         tensors |= {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         write_whole(folder / "model.safetensors", lambda partial: save_file(plain, partial))
+        if self.held_out is not None:
+            kept = {name: t.detach().cpu().contiguous() for name, t in self.held_out._asdict().items()}
+            write_whole(folder / "validation.safetensors", lambda partial: save_file(kept, partial))
         write_text(folder / "README.md", _readme(self.card))
         # last: what has it is whole
         write_json(folder / "config.json", dataclasses.asdict(self.card))
@@ -240,7 +294,7 @@ class Recognizer:
             message = " ".join(str(error).split())[:200]
             raise LongtailError(f"{folder / 'model.safetensors'}: does not fit config.json: {message}") from None
         encoder.to(memory_format=torch.channels_last)
-        return cls(encoder, classifier, card)
+        return cls(encoder, classifier, card, _held_out(folder / "validation.safetensors", len(card.class_names)))
 
 
 def read_card(folder: Path | str) -> Card:
@@ -275,6 +329,20 @@ def _read_card(folder: Path) -> Card:
     return card
 
 
+def _held_out(path: Path, classes: int) -> HeldOut | None:
+    if not path.is_file():
+        return None
+    try:
+        found = HeldOut(**load_file(path))
+    except (SafetensorError, OSError, TypeError) as error:
+        raise LongtailError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    labels = found.labels
+    lengths = {len(found.predicted), len(found.true_probability), len(labels)}
+    if len(lengths) > 1 or found.bias.shape != (classes,) or not bool(((labels >= 0) & (labels < classes)).all()):
+        raise LongtailError(f"{path}: is not of the {classes} classes of config.json")
+    return found
+
+
 def _classifier(card: Card, features: int) -> Classifier:
     """Return a classifier whose tensors are still to be read."""
     if card.head == "linear":
@@ -287,26 +355,6 @@ def _classifier(card: Card, features: int) -> Classifier:
     return JoinedClassifier(
         cosine, ProjectionMLP(features, width), torch.zeros(count, width), labels, torch.ones(()), card.join_weight
     )
-
-
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Return the files named, and the images in the folders named, in order of name.
-
-    Raises:
-        LongtailError: a path does not exist, or a folder has no images.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise LongtailError(f"{path}: holds no images")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise LongtailError(f"{path}: there is no such file or folder")
-    return found
 
 
 def to_pillow(image: ImageLike) -> Image.Image:

@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from longtail.data.images import open_image, upright
+from longtail.data.pictures import open_image, upright
 from longtail.errors import LongtailError
 from longtail.files import write_whole
 from longtail.nn.segmentation import to_pixels

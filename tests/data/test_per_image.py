@@ -116,7 +116,8 @@ def test_a_view_is_a_function_of_keys_and_image_and_moves_nobodys_numbers(name: 
 
 def test_training_sees_what_evaluation_sees(tmp_path: Path) -> None:
     """An image on its side and one of 16 bits: turned and scaled alike in both."""
-    from longtail.data.images import open_image, to_square, upright
+    from longtail.data.images import to_square
+    from longtail.data.pictures import open_image, upright
 
     deep = tmp_path / "deep.png"
     Image.fromarray(np.full((40, 40), 128 * 257, dtype=np.uint16)).save(deep)

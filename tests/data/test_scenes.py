@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from longtail.config import Data
-from longtail.data.images import open_image
 from longtail.data.naming import source_of
+from longtail.data.pictures import open_image
 from longtail.data.scenes import CAMVID, DenseData, Scene, SceneImages, SceneView, read_mask, thirds
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError

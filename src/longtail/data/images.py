@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from longtail.data.pictures import explained, open_image, squared
 from longtail.errors import LongtailError
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
-"""Endings of the files that are taken for images."""
 
 
 class Images(Protocol):
@@ -223,7 +219,7 @@ class EncodedImages(LazyImages):
 
     def open(self, index: int) -> Image.Image:
         """Return the image of row ``index``."""
-        with _explained(f"{self.name}, row {index}"), Image.open(io.BytesIO(self.cells(index))) as image:
+        with explained(f"{self.name}, row {index}"), Image.open(io.BytesIO(self.cells(index))) as image:
             image.load()
         return image
 
@@ -236,66 +232,12 @@ def _decoded(function: Callable[[Item], Tensor], items: Sequence[Item]) -> Tenso
         return torch.stack(list(pool.map(function, items)))
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open and decode an image file.
-
-    Raises:
-        LongtailError: the file is missing, empty, broken, too large to be an honest image, or none at all.
-    """
-    with _explained(path), Image.open(path) as image:
-        image.load()
-    return image
-
-
-def sides(path: Path) -> tuple[int, int]:
-    """Return an image file's width and height from its header; raises as :func:`open_image` does."""
-    with _explained(path), Image.open(path) as image:
-        return image.size
-
-
-@contextlib.contextmanager
-def _explained(path: Path | str) -> Iterator[None]:
-    """Turn what Pillow and the system raise over a file into one line about it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnidentifiedImageError:
-        empty = isinstance(path, Path) and path.stat().st_size == 0
-        what = "is empty" if empty else "is not an image that Pillow can read"
-        raise LongtailError(f"{path}: {what}; remove or replace it") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise LongtailError(f"{path}: is larger than Pillow takes for safe ({error}); shrink it") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise LongtailError(f"{path}: is damaged ({' '.join(str(error).split())}); remove or replace it") from None
-
-
 def decode(path: Path, size: int, channels: int = 3) -> Tensor:
     """Return an image file as (channels, size, size) uint8: see :func:`to_square`."""
     return to_square(open_image(path), size, channels)
 
 
 def to_square(image: Image.Image, size: int, channels: int = 3) -> Tensor:
-    """Return any Pillow image as (channels, size, size) uint8: the short side resized (bicubic), the centre cut out."""
-    image = upright(image, channels)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image))
+    """Return any Pillow image as (channels, size, size) uint8: see :func:`~longtail.data.pictures.squared`."""
+    pixels = torch.from_numpy(np.array(squared(image, size, channels)))
     return pixels.permute(2, 0, 1) if channels == 3 else pixels[None]
-
-
-def upright(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Return any Pillow image in colour or grey: upright by its EXIF tag, over white, 16 bits down to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        # Pillow's own conversion clips 16-bit values to white
-        values = np.asarray(image, dtype=np.float64)
-        values = values / 257 if image.mode != "F" or values.max(initial=0) > 1 else values * 255
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    mode = "RGB" if channels == 3 else "L"
-    return image if image.mode == mode else image.convert(mode)

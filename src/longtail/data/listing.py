@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtail.data.images import SUFFIXES
+from longtail.data.pictures import SUFFIXES
 from longtail.errors import LongtailError, nearest
 
 SPLITS = ("train", "val", "test")

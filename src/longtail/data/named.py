@@ -39,12 +39,12 @@ def digits(config: Data, seed: int) -> LongTailedData:
     least = min(len(positions) for positions in order)
     if held_out >= least:
         raise LongtailError(f"data.test_per_class {held_out}: expected less than {least}, the images of a digit")
-    rest = [positions[held_out:] for positions in order]
+    val, rest = _held_out([positions[held_out:] for positions in order], config.val_fraction)
     train = long_tailed(rest, names, _profile(config), config.imbalance, config.class_order, seed)
     test = torch.cat([positions[:held_out] for positions in order])
     return LongTailedData(
         train=ImageSet(ArrayImages(pixels[train]), labels[train], train),
-        val=None,
+        val=None if val is None else ImageSet(ArrayImages(pixels[val]), labels[val], val),
         test=ImageSet(ArrayImages(pixels[test]), labels[test], test),
         class_names=names,
         mean=DIGITS_MEAN,
@@ -52,6 +52,14 @@ def digits(config: Data, seed: int) -> LongTailedData:
         image_size=8,
         augment="digits",
     )
+
+
+def _held_out(order: list[Tensor], share: float) -> tuple[Tensor | None, list[Tensor]]:
+    """Return validation images, as many of each class, and the rest, of which the tail is made."""
+    if share == 0:
+        return None, order
+    count = max(1, round(share * min(len(positions) for positions in order)))
+    return torch.cat([positions[:count] for positions in order]), [positions[count:] for positions in order]
 
 
 def _profile(config: Data) -> str:
@@ -69,12 +77,12 @@ def cifar(classes: int) -> Callable[[Data, int], LongTailedData]:
         else:
             sets, names = _cifar_from_torchvision(root, classes)
         (train_pixels, train_labels), (test_pixels, test_labels) = sets
-        order = permuted_by_class(train_labels, classes, seed)
+        val, order = _held_out(permuted_by_class(train_labels, classes, seed), config.val_fraction)
         kept = long_tailed(order, names, _profile(config), config.imbalance, config.class_order, seed)
         everything = torch.arange(len(test_labels))
         return LongTailedData(
             train=ImageSet(ArrayImages(train_pixels(kept)), train_labels[kept], kept),
-            val=None,
+            val=None if val is None else ImageSet(ArrayImages(train_pixels(val)), train_labels[val], val),
             test=ImageSet(ArrayImages(test_pixels(everything)), test_labels, everything),
             class_names=tuple(names),
             mean=CIFAR_MEAN,

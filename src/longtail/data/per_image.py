@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from longtail.data.images import upright
+from longtail.data.pictures import upright
 from longtail.randomness import mix
 
 RECIPES = ("cifar", "imagenet", "imagenet-contrast")

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from longtail.config import Data
 from longtail.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailedData
-from longtail.data.images import SUFFIXES, FileImages, open_image, sides, upright
+from longtail.data.images import FileImages
+from longtail.data.pictures import SUFFIXES, open_image, sides, upright
 from longtail.errors import LongtailError
 from longtail.randomness import generator
 

@@ -25,10 +25,11 @@ from longtail.data.dataset import (
     ImageSet,
     LongTailedData,
 )
-from longtail.data.images import ArrayImages, FileImages, Images, sides
+from longtail.data.images import ArrayImages, FileImages, Images
 from longtail.data.imbalance import long_tailed, permuted_by_class, stratified
 from longtail.data.listing import Entries, Listing, check, in_other_style, listed, read_folder
 from longtail.data.named import cifar, digits, hub
+from longtail.data.pictures import sides
 from longtail.data.scenes import ade20k_names, camvid_names, no_names, scenes
 from longtail.errors import LongtailError, nearest
 

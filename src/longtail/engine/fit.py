@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import resource
 import sys
@@ -25,7 +26,7 @@ from longtail.engine.books import Books, Log, Progress, Watch, check_logs
 from longtail.engine.cache import TeacherCache, teacher_cache
 from longtail.engine.choices import build_views, explained
 from longtail.engine.files import load_checkpoint, open_run, save_checkpoint
-from longtail.engine.judge import judge
+from longtail.engine.judge import calibrated, judge
 from longtail.engine.processes import (
     StopSignals,
     as_in_the_first,
@@ -424,8 +425,11 @@ class _Trainer:
         }
         if books.best is not None:
             trained["best_step"] = books.best["step"]
-        judged = judge(self._recognizer(student, trained, {}), self.data.test, config)
-        kept = self._recognizer(student, trained, judged["uniform"])
+        kept = self._recognizer(student, trained, {})
+        if self.data.val is not None and not isinstance(self.data, DenseData):
+            kept = calibrated(kept, self.data.val)
+        judged = judge(kept, self.data.test, config)
+        kept.card = dataclasses.replace(kept.card, metrics=judged["uniform"])
         if rank() == 0:
             kept.save(self.out / "recognizer")
         log.add({"kind": "test", "step": books.step, **judged})

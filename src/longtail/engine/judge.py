@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longtail.config import Config, read_config
 from longtail.data.dataset import ImageSet, LongTailedData
@@ -16,32 +18,106 @@ from longtail.data.scenes import Scene, SceneImages
 from longtail.data.sources import load_data
 from longtail.engine.processes import rank, summed, world_size
 from longtail.errors import LongtailError
+from longtail.evaluation.calibration import (
+    Reliability,
+    calibration_metrics,
+    fit_bias,
+    fit_temperature,
+    group_numbers,
+    reliability,
+)
 from longtail.evaluation.metrics import metrics, tally
+from longtail.evaluation.priors import EstimatedPrior, estimate_bbse, estimate_em, long_tailed_prior, read_prior
 from longtail.evaluation.segmentation import pixel_metrics, tally_pixels
-from longtail.objectives.posterior import along
-from longtail.recognizer import Card, Recognizer
+from longtail.objectives.posterior import along, posterior
+from longtail.recognizer import Card, HeldOut, Recognizer
 from longtail.segmenter import Looks, Segmenter, load_kept
 
 _WORST = 6  # images that a report shows
 
 
 def judge(
-    recognizer: Recognizer, images: ImageSet, config: Config, looks: Looks | None = None
+    recognizer: Recognizer,
+    images: ImageSet,
+    config: Config,
+    looks: Looks | None = None,
+    priors: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of a split under the uniform prior and under the training prior, every image seen once."""
+    """Return the metrics of a split under several priors, every image seen once.
+
+    Args:
+        recognizer: what is judged.
+        images: the split.
+        config: of the run.
+        looks: how often an image is looked at, of a segmenter.
+        priors: class frequencies by name, besides ``uniform`` and ``train``.
+    """
     if isinstance(recognizer, Segmenter):
         return _judge_pixels(recognizer, images, config, looks or Looks(window=config.segmentation.window))
     device = recognizer.classifier.weight.device
-    recognizer.encoder.eval()
-    priors = {prior: recognizer.log_prior(prior) for prior in ("uniform", "train")}
-    classes = len(recognizer.card.class_names)
-    counted = {prior: torch.zeros(3, classes, dtype=torch.int64, device=device) for prior in priors}
-    for views, truth in evaluation_batches(images, recognizer.card.image_size, rank=rank(), world=world_size()):
-        scores, labels = recognizer.scores(views.to(device)), truth.to(device)
-        for prior, bias in priors.items():
-            counted[prior] += tally(scores, labels, None if bias is None else bias.to(device))
+    biases = {name: recognizer.log_prior(given) for name, given in _named(priors)}
     counts, shots = recognizer.card.class_counts, config.shots
-    return {prior: metrics(summed(found).cpu(), counts, shots) for prior, found in counted.items()}
+    groups = group_numbers(shots.groups(counts)).to(device)
+    counted = {name: torch.zeros(3, len(counts), dtype=torch.int64, device=device) for name in biases}
+    trusted: dict[str, Reliability] = {}
+    for scores, labels in _scored(recognizer, images):
+        for name, bias in biases.items():
+            bias = None if bias is None else bias.to(device)
+            counted[name] += tally(scores, labels, bias)
+            found = reliability(posterior(scores, bias), labels, groups)
+            trusted[name] = (
+                Reliability(*(a + b for a, b in zip(trusted[name], found, strict=True))) if name in trusted else found
+            )
+    return {
+        name: {
+            **metrics(summed(found).cpu(), counts, shots),
+            "calibration": calibration_metrics(Reliability(*(summed(part).cpu() for part in trusted[name]))),
+        }
+        for name, found in counted.items()
+    }
+
+
+def _named(priors: Mapping[str, Sequence[float]] | None) -> list[tuple[str, str | Sequence[float]]]:
+    return [("uniform", "uniform"), ("train", "train"), *(priors or {}).items()]
+
+
+def _scored(recognizer: Recognizer, images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield prior-free scores and labels of this process's part of a split."""
+    device = recognizer.classifier.weight.device
+    recognizer.encoder.eval()
+    for views, truth in evaluation_batches(images, recognizer.card.image_size, rank=rank(), world=world_size()):
+        yield recognizer.scores(views.to(device)), truth.to(device)
+
+
+def scored(recognizer: Recognizer, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Return (N, C) prior-free scores and (N,) labels of a whole split, in its order, in every process."""
+    classes, device = len(recognizer.card.class_names), recognizer.classifier.weight.device
+    scores, labels = torch.zeros(len(images), classes, device=device), images.labels.to(device)
+    place = torch.arange(rank(), len(images), world_size(), device=device)
+    done = 0
+    for part, _ in _scored(recognizer, images):
+        scores[place[done : done + len(part)]] = part
+        done += len(part)
+    return summed(scores), labels
+
+
+def calibrated(recognizer: Recognizer, images: ImageSet) -> Recognizer:
+    """Return the recogniser with a temperature fitted on the validation images, and what it makes of them."""
+    plain = Recognizer(recognizer.encoder, recognizer.classifier, dataclasses.replace(recognizer.card, temperature=1.0))
+    scores, labels = scored(plain, images)
+    frequencies = torch.bincount(labels, minlength=scores.shape[1]).double()
+    bias = (frequencies / frequencies.sum()).log()
+    temperature = fit_temperature(scores, labels, bias)
+    scores = scores / temperature
+    probabilities = posterior(scores).exp()
+    held_out = HeldOut(
+        labels,
+        probabilities.argmax(dim=1),
+        probabilities.gather(1, labels[:, None])[:, 0],
+        fit_bias(scores, labels, bias),
+    )
+    card = dataclasses.replace(recognizer.card, temperature=temperature)
+    return Recognizer(recognizer.encoder, recognizer.classifier, card, held_out)
 
 
 def _judge_pixels(segmenter: Segmenter, images: ImageSet, config: Config, looks: Looks) -> dict[str, dict[str, Any]]:
@@ -124,24 +200,116 @@ def open_finished(run: Path, data_root: str | None = None) -> tuple[Recognizer, 
 
 
 def evaluate(
-    run: Path, prior: str = "uniform", data_root: str | None = None, looks: Looks | None = None
+    run: Path,
+    prior: str = "uniform",
+    data_root: str | None = None,
+    looks: Looks | None = None,
+    target: str | None = None,
+    imbalance: float = 100.0,
+    coverage: float | None = None,
 ) -> dict[str, Any]:
     """Judge a finished run on its test set.
 
     Args:
         run: its folder.
-        prior: ``uniform`` or ``train``: assumed for the metrics at the top level.
+        prior: assumed for the metrics at the top level: ``uniform``, ``train``, ``estimate`` (from the test images,
+            without a look at their labels), or a file of class frequencies.
         data_root: where the images are now, if not where they were.
         looks: how often an image is looked at, of a segmenter.
+        target: class frequencies that the test set is weighed to have: ``forward`` or ``backward`` (a long tail in the
+            order of the training set's, or against it), ``uniform``, ``train``, or a file; its own if not given.
+        imbalance: of a forward or backward target.
+        coverage: of conformal sets, whose sizes and coverage are then told; in (0, 1).
 
     Returns:
-        The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under both.
+        The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under each; with a
+        target, ``target_accuracy`` is the share of right predictions where the classes are so frequent.
     """
     recognizer, config, data = open_finished(run, data_root)
     if looks is not None and not isinstance(recognizer, Segmenter):
         raise LongtailError(f"{run}: is no segmenter: --window, --flip and --scales are for segmentation")
-    judged = judge(recognizer, data.test, config, looks)
-    return described(judged, recognizer.card, prior)
+    card, more = recognizer.card, {}
+    if isinstance(recognizer, Segmenter) and (target is not None or coverage is not None or prior == "estimate"):
+        raise LongtailError(f"{run}: is a segmenter: --target, --coverage and --prior estimate are for whole images")
+    wanted = None if target is None else frequencies(target, card, imbalance)
+    given: dict[str, Sequence[float]] = {} if wanted is None else {"target": wanted}
+    if prior == "estimate" or coverage is not None:
+        scores, labels = (tensor.cpu() for tensor in scored(recognizer, data.test))
+        if prior == "estimate":
+            estimates = _estimates(recognizer, scores, labels, wanted)
+            more["estimates"] = {entry.method: dataclasses.asdict(entry) for entry in estimates}
+            lacking = torch.zeros(scores.shape[1]) if recognizer.held_out is None else recognizer.held_out.bias
+            for entry in estimates:
+                # what the scores lack is added to them along with the prior
+                effective = (torch.tensor(entry.frequencies, dtype=torch.float64) * lacking.double().exp()).tolist()
+                given["estimate" if entry.method == "em" else entry.method] = effective
+        if coverage is not None:
+            more["conformal"] = _conformal(recognizer, scores, labels, coverage, config)
+    elif prior not in {"uniform", "train"}:
+        given["given"], prior = frequencies(prior, card), "given"
+    judged = judge(recognizer, data.test, config, looks, given)
+    if wanted is not None:
+        for found in judged.values():
+            seen = [(q, value) for q, value in zip(wanted, found["per_class"], strict=True) if value is not None]
+            found["target_accuracy"] = sum(q * value for q, value in seen) / sum(q for q, _ in seen)
+    return {**described(judged, card, prior), **more}
+
+
+def frequencies(text: str, card: Card, imbalance: float = 100.0) -> list[float]:
+    """Return the class frequencies that a word stands for.
+
+    Args:
+        text: ``uniform``, ``train``, ``forward``, ``backward``, or a file of them.
+        card: names and counts the classes.
+        imbalance: of forward and backward, at least 1.
+    """
+    if text == "uniform":
+        return [1 / len(card.class_names)] * len(card.class_names)
+    if text == "train":
+        return [count / sum(card.class_counts) for count in card.class_counts]
+    if text in {"forward", "backward"}:
+        if not imbalance >= 1:
+            raise LongtailError(f"--imbalance {imbalance:g}: expected at least 1")
+        return long_tailed_prior(card.class_counts, text, imbalance)
+    if not Path(text).is_file():
+        raise LongtailError(f"'{text}': expected uniform, train or a file of class frequencies; there is no such file")
+    return read_prior(Path(text), card.class_names)
+
+
+def _estimates(
+    recognizer: Recognizer, scores: Tensor, labels: Tensor, wanted: Sequence[float] | None
+) -> list[EstimatedPrior]:
+    """Return what the test images, weighed to a target by their labels, say of the class frequencies without them."""
+    weights, drawn = None, torch.arange(len(scores))
+    if wanted is not None:
+        present = torch.bincount(labels, minlength=len(wanted)).double()
+        weights = (torch.tensor(wanted, dtype=torch.float64) / present.clamp(min=1))[labels]
+        weights = weights * len(labels) / weights.sum()
+        drawn = torch.multinomial(weights, len(labels), replacement=True, generator=torch.Generator().manual_seed(0))
+    held_out = recognizer.held_out
+    found = [estimate_em(scores if held_out is None else scores + held_out.bias, weights)]
+    if held_out is not None and len(held_out.labels.unique()) == scores.shape[1]:
+        guesses = scores.argmax(dim=1)[drawn]
+        found.append(estimate_bbse(guesses, held_out.labels, held_out.predicted, scores.shape[1]))
+    return found
+
+
+def _conformal(
+    recognizer: Recognizer, scores: Tensor, labels: Tensor, coverage: float, config: Config
+) -> dict[str, Any]:
+    """Return how large conformal sets are, and how often they hold the truth, over the classes and by shot group."""
+    in_set = posterior(scores).exp() >= recognizer.thresholds(coverage).to(scores)
+    held = in_set.gather(1, labels[:, None])[:, 0].double()
+    groups = config.shots.groups(recognizer.card.class_counts)
+    told: dict[str, Any] = {"coverage": coverage}
+    for name in ("all", "many", "medium", "few"):
+        chosen = torch.tensor([name in {group, "all"} for group in groups])[labels]
+        if bool(chosen.any()):
+            told[name] = {
+                "covered": 100 * float(held[chosen].mean()),
+                "size": float(in_set[chosen].sum(dim=1).double().mean()),
+            }
+    return told
 
 
 def described(judged: dict[str, dict[str, Any]], card: Card, prior: str = "uniform") -> dict[str, Any]:

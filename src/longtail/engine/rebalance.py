@@ -29,7 +29,7 @@ from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loaders import TrainLoader, evaluation_batches
 from longtail.data.scenes import DenseData
 from longtail.engine.choices import build_views
-from longtail.engine.judge import judge, open_finished
+from longtail.engine.judge import calibrated, judge, open_finished
 from longtail.errors import LongtailError
 from longtail.evaluation.metrics import metrics, tally
 from longtail.files import write_text
@@ -99,14 +99,19 @@ def rebalance(run: Path, out: Path, settings: Settings, data_root: str | None = 
         "rebalanced_seconds": round(time.monotonic() - started, 3),
         **({"tau": chosen} if settings.how == "tau" else {}),
     }
-    card = dataclasses.replace(recognizer.card, head="linear", predicts_under="uniform", trained=trained, metrics={})
+    card = dataclasses.replace(
+        recognizer.card, head="linear", predicts_under="uniform", trained=trained, metrics={}, temperature=1.0
+    )
     made = Recognizer(recognizer.encoder, head, card)
+    if data.val is not None:
+        made = calibrated(made, data.val)
     judged = judge(made, data.test, config)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
-    Recognizer(made.encoder, head, dataclasses.replace(card, metrics=judged["uniform"])).save(out / "recognizer")
+    made.card = dataclasses.replace(made.card, metrics=judged["uniform"])
+    made.save(out / "recognizer")
     write_text(out / "config.yaml", config.to_yaml())
     write_text(out / "metrics.jsonl", json.dumps({"kind": "test", "step": 0, **judged}) + "\n")
     return judged

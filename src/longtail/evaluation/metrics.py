@@ -5,6 +5,7 @@ Per-class hits and counts are all there is to it, and both add up over batches a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longtail.config import Shots
+from longtail.evaluation.calibration import wilson
 from longtail.objectives import posterior
 
 
@@ -42,7 +44,8 @@ def metrics(counted: Tensor, class_counts: Sequence[int], shots: Shots) -> dict[
     Returns:
         ``balanced_accuracy`` (mean over the classes that are present), ``top1``, ``top5`` (over images), ``many``,
         ``medium``, ``few`` (mean over a group's present classes; None where it has none), ``per_class`` (C values,
-        None where a class has no test image), ``images``.
+        None where a class has no test image), ``images``; and 95 % intervals that know of the test images' number
+        alone: ``intervals`` of the means over classes, ``per_class_interval`` (Wilson's).
     """
     present, first, five = counted.tolist()
     per_class = [100 * h / n if n else None for h, n in zip(first, present, strict=True)]
@@ -54,7 +57,29 @@ def metrics(counted: Tensor, class_counts: Sequence[int], shots: Shots) -> dict[
     }
     for group in ("many", "medium", "few"):
         result[group] = mean_of_present([value for value, name in zip(per_class, groups, strict=True) if name == group])
-    return {**result, "per_class": per_class, "images": images}
+    pairs = list(zip(first, present, groups, strict=True))
+    intervals = {
+        name: _interval_of_mean([(h, n) for h, n, group in pairs if n and name in {group, "balanced_accuracy"}])
+        for name in ("balanced_accuracy", "many", "medium", "few")
+    }
+    return {
+        **result,
+        "per_class": per_class,
+        "images": images,
+        "intervals": intervals,
+        "per_class_interval": [list(wilson(h, n)) if n else None for h, n, _ in pairs],
+    }
+
+
+def _interval_of_mean(pairs: Sequence[tuple[int, int]]) -> list[float] | None:
+    """Return the 95 % interval of a mean over classes, in percent, from hits and images of each."""
+    if not pairs:
+        return None
+    mean = sum(h / n for h, n in pairs) / len(pairs)
+    # a class that is always right is not certain to be: each gets a hit and a miss more
+    variance = sum((h + 1) / (n + 2) * (1 - (h + 1) / (n + 2)) / n for h, n in pairs) / len(pairs) ** 2
+    half = 1.96 * math.sqrt(variance)
+    return [100 * max(0.0, mean - half), 100 * min(1.0, mean + half)]
 
 
 def mean_of_present(values: Sequence[float | None]) -> float | None:

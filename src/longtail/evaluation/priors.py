@@ -1,0 +1,188 @@
+"""Class frequencies where a model is used: given, made for a test, or estimated from images without labels.
+
+Legend: N images, C classes. Scores are log-likelihoods free of any prior, as :meth:`longtail.Recognizer.scores` gives.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longtail.errors import LongtailError, nearest
+
+_RESAMPLES = 200
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class EstimatedPrior:
+    """Class frequencies with 95 % intervals, each (C,); the intervals know of sampling alone, not of a wrong model."""
+
+    method: str
+    frequencies: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def read_prior(path: Path, class_names: Sequence[str]) -> list[float]:
+    """Read class frequencies from a file, in the order of the classes; they need not add up to 1.
+
+    JSON, an object of class names and frequencies, or a table (.csv, .tsv) of two columns, with a header or without.
+
+    Raises:
+        LongtailError: the file cannot be read, or a class is missing, unknown, named twice, or has none above 0.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongtailError(f"prior '{path}': cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    pairs: list[tuple[Any, Any]]
+    if path.suffix.lower() in {".csv", ".tsv"}:
+        rows = [row for row in csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",") if row]
+        bad = next((row for row in rows if len(row) != 2), None)
+        if bad is not None:
+            raise LongtailError(f"prior '{path}': expected two columns, a class and its frequency, got {bad}")
+        pairs = [(row[0], row[1]) for row in rows]
+        if pairs and _number(pairs[0][1]) is None and pairs[0][0] not in class_names:
+            pairs = pairs[1:]  # a header
+    else:
+        try:
+            values = json.loads(text, object_pairs_hook=list)
+        except json.JSONDecodeError as error:
+            raise LongtailError(f"prior '{path}': is neither JSON nor a .csv or .tsv table ({error})") from None
+        if not isinstance(values, list) or not all(isinstance(pair, tuple) for pair in values):
+            raise LongtailError(f"prior '{path}': expected an object of class names and frequencies")
+        pairs = values
+    found: dict[str, float] = {}
+    for name, value in pairs:
+        number = _number(value)
+        if name not in class_names:
+            raise LongtailError(f"prior '{path}': there is no class '{name}'{nearest(str(name), class_names)}")
+        if name in found:
+            raise LongtailError(f"prior '{path}': class '{name}' stands there twice")
+        if number is None or not 0 < number < math.inf:
+            raise LongtailError(f"prior '{path}': class '{name}' has {value!r}, expected a frequency above 0")
+        found[str(name)] = number
+    missing = next((name for name in class_names if name not in found), None)
+    if missing is not None:
+        raise LongtailError(f"prior '{path}': class '{missing}' is missing, expected a frequency of every class")
+    total = sum(found.values())
+    return [found[name] / total for name in class_names]
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def long_tailed_prior(class_counts: Sequence[int], direction: str, imbalance: float) -> list[float]:
+    """Return an exponential tail of class frequencies, (C,).
+
+    Args:
+        class_counts: (C,) training images; they say which class is head and which is tail.
+        direction: forward (the head stays the head) or backward (the rarest class in training is the most frequent).
+        imbalance: largest frequency over the smallest, at least 1.
+    """
+    order = sorted(range(len(class_counts)), key=lambda index: -class_counts[index])
+    if direction == "backward":
+        order.reverse()
+    weights = [0.0] * len(order)
+    for place, index in enumerate(order):
+        weights[index] = imbalance ** (-place / max(1, len(order) - 1))
+    return [weight / sum(weights) for weight in weights]
+
+
+def estimate_em(scores: Any, weights: Any = None, tolerance: float = 1e-7, steps: int = 5000) -> EstimatedPrior:
+    """Estimate class frequencies by maximum likelihood: those under which the scores are likeliest.
+
+    Source: Saerens et al., Neural Computation 14(1), 2002; the intervals are from the Fisher information.
+
+    Args:
+        scores: (N, C) of images without labels, N at least 1.
+        weights: (N,) how much each image counts; alike if not given.
+        tolerance: largest change of a frequency that ends the iteration.
+        steps: most iterations.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or len(scores) == 0 or not np.isfinite(scores).all():
+        raise LongtailError(f"scores: expected (N, C) finite numbers of at least one image, got {scores.shape}")
+    counted = np.full(len(scores), 1.0) if weights is None else np.asarray(weights, dtype=np.float64)
+    share = counted / counted.sum()
+    likelihood = np.exp(scores - scores.max(axis=1, keepdims=True))
+    classes = scores.shape[1]
+    prior = np.full(classes, 1 / classes)
+    for _ in range(steps):
+        new = prior * (likelihood.T @ (share / (likelihood @ prior)))
+        change = np.abs(new - prior).max()
+        prior = new / new.sum()
+        if change < tolerance:
+            break
+    # the information in the frequencies, along the directions that keep their sum
+    ratio = likelihood / (likelihood @ prior)[:, None]
+    information = (ratio * counted[:, None]).T @ ratio
+    basis = np.linalg.svd(np.ones((1, classes)))[2][1:].T
+    covariance = basis @ np.linalg.pinv(basis.T @ information @ basis) @ basis.T
+    half = 1.96 * np.sqrt(np.diag(covariance).clip(min=0))
+    return _estimated("em", prior, prior - half, prior + half)
+
+
+def estimate_bbse(predicted: Any, known_labels: Any, known_predicted: Any, classes: int) -> EstimatedPrior:
+    """Estimate class frequencies from how often classes are predicted, and how often they are confused.
+
+    Solves μ = P(predicted | label) q for q ≥ 0 by least squares; the intervals are percentiles over resamples of both.
+
+    Source: Lipton et al., *Detecting and Correcting for Label Shift with Black Box Predictors*, ICML 2018,
+    arXiv 1802.03916.
+
+    Args:
+        predicted: (N,) classes predicted for images without labels.
+        known_labels: (M,) labels of held-out images.
+        known_predicted: (M,) classes predicted for them.
+        classes: C.
+
+    Raises:
+        LongtailError: a class has no held-out image.
+    """
+    predicted, labels, guesses = (np.asarray(a, dtype=np.int64) for a in (predicted, known_labels, known_predicted))
+    confusion = np.zeros((classes, classes))
+    np.add.at(confusion, (guesses, labels), 1)
+    per_class = confusion.sum(axis=0)
+    if not per_class.all():
+        raise LongtailError(f"prior: class number {int(per_class.argmin())} has no held-out image to be confused with")
+    counts = np.bincount(predicted, minlength=classes).astype(np.float64)
+    rng = np.random.default_rng(0)
+    prior = _solve(confusion / per_class, counts / counts.sum())
+    drawn = []
+    for _ in range(_RESAMPLES):
+        columns = [rng.multinomial(int(n), confusion[:, c] / n) / n for c, n in enumerate(per_class)]
+        target = rng.multinomial(len(predicted), counts / counts.sum()) / len(predicted)
+        drawn.append(_solve(np.stack(columns, axis=1), target))
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return _estimated("bbse", prior, low, high)
+
+
+def _solve(confusion: Array, target: Array) -> Array:
+    from scipy.optimize import nnls
+
+    # a row more holds the sum at 1
+    matrix, values = np.vstack([confusion, np.ones(len(target))]), np.append(target, 1.0)
+    found: Array = nnls(matrix, values, maxiter=100 * len(target))[0]
+    shares: Array = found / max(found.sum(), 1e-12)
+    return shares
+
+
+def _estimated(method: str, prior: Array, low: Array, high: Array) -> EstimatedPrior:
+    # no class is ruled out by not being seen
+    floored = prior.clip(min=1e-6)
+    return EstimatedPrior(method, (floored / floored.sum()).tolist(), low.clip(0, 1).tolist(), high.clip(0, 1).tolist())

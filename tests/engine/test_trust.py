@@ -1,0 +1,221 @@
+"""What a run says of its own probabilities, and of class frequencies elsewhere; on real digits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longtail import Recognizer
+from longtail.config import Config
+from longtail.data.sources import load_data
+from longtail.engine.fit import fit
+from longtail.engine.judge import evaluate
+from longtail.engine.rebalance import Settings, rebalance
+from longtail.errors import LongtailError
+from longtail.export import export_onnx
+from tests.conftest import Command, save_image
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from longtail.config import load_recipe
+
+    config = load_recipe("digits-lt").config.replace(method="la", epochs=30, data={"val_fraction": 0.2})
+    folder = tmp_path_factory.mktemp("trust") / "run"
+    fit(config, folder, quiet=True)
+    return folder
+
+
+def test_validation_images_are_held_out_before_the_tail_is_made(tiny: Config) -> None:
+    data = load_data(tiny.replace(data={"val_fraction": 0.2}).data, 0)
+    assert data.val is not None
+    counts = torch.bincount(data.val.labels)
+    assert len(set(counts.tolist())) == 1
+    ids = [set(split.ids.tolist()) for split in (data.train, data.val, data.test)]
+    assert sum(map(len, ids)) == len(ids[0] | ids[1] | ids[2])
+
+
+def test_probabilities_are_calibrated_on_the_validation_images(run: Path) -> None:
+    recognizer = Recognizer.load(run)
+    assert recognizer.card.temperature != 1
+    assert recognizer.held_out is not None
+    assert len(recognizer.held_out.labels) % 10 == 0
+    judged = evaluate(run)
+    plain = Recognizer.load(run)
+    import dataclasses
+
+    plain.card = dataclasses.replace(plain.card, temperature=1.0)
+    from longtail.config import read_config
+    from longtail.engine.judge import judge
+
+    config = read_config(run / "config.yaml")
+    uncalibrated = judge(plain, load_data(config.data, 0).test, config)["uniform"]
+    assert judged["calibration"]["nll"] < uncalibrated["calibration"]["nll"]
+    assert judged["per_class"] == uncalibrated["per_class"]  # under the uniform prior nothing else changes
+    low, high = judged["intervals"]["few"]
+    assert low < judged["few"] < high
+    assert all(a <= value <= b for value, (a, b) in zip(judged["per_class"], judged["per_class_interval"], strict=True))
+
+
+def test_a_target_that_is_the_reverse_of_the_training_set(run: Path) -> None:
+    judged = evaluate(run, "estimate", target="backward", imbalance=100, coverage=0.9)
+    under = {name: found["target_accuracy"] for name, found in judged["priors"].items()}
+    assert under["target"] > under["uniform"] > under["train"]
+    assert under["estimate"] > under["target"] - 1
+    assert judged["prior"] == "estimate"
+    for method in ("em", "bbse"):
+        found = judged["estimates"][method]
+        assert sum(found["frequencies"]) == pytest.approx(1)
+        # the most frequent class of the target is the rarest in training
+        assert int(np.argmax(found["frequencies"])) == int(np.argmin(judged["class_counts"]))
+    sets = judged["conformal"]
+    assert sets["few"]["covered"] > 80
+    assert sets["all"]["size"] < 4
+
+
+def test_a_target_of_its_own(run: Path, tmp_path: Path) -> None:
+    names = Recognizer.load(run).card.class_names
+    (tmp_path / "p.json").write_text(json.dumps({name: 1 + 9 * (name == "3") for name in names}))
+    judged = evaluate(run, str(tmp_path / "p.json"), target=str(tmp_path / "p.json"))
+    expected = sum(
+        (10 if name == "3" else 1) / 19 * value for name, value in zip(names, judged["per_class"], strict=True)
+    )
+    assert judged["target_accuracy"] == pytest.approx(expected)
+    uniform = evaluate(run, target="uniform")
+    assert uniform["target_accuracy"] == pytest.approx(uniform["balanced_accuracy"])
+
+
+def test_predictions_with_sets_and_an_estimate(run: Path) -> None:
+    recognizer = Recognizer.load(run)
+    data = load_data(load_config(run).data, 0)
+    images = data.test.images.take(torch.arange(len(data.test)))
+    found = recognizer.predict(images, "estimate", coverage=0.9)
+    assert found.prior is not None
+    assert found.in_set is not None
+    assert found.sets is not None
+    assert len(found.sets) == len(images)
+    held = found.in_set.gather(1, data.test.labels[:, None]).float().mean()
+    assert held > 0.8
+    with pytest.raises(LongtailError, match="there are no images to estimate it from"):
+        recognizer.predict([], "estimate")
+    for coverage in (0.0, 1.0):
+        with pytest.raises(LongtailError, match="expected a share between 0 and 1"):
+            recognizer.predict(images[:2], coverage=coverage)
+
+
+def load_config(run: Path) -> Config:
+    from longtail.config import read_config
+
+    return read_config(run / "config.yaml")
+
+
+def test_without_validation_images(tiny: Config, tmp_path: Path) -> None:
+    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+    recognizer = Recognizer.load(tmp_path / "run")
+    assert recognizer.card.temperature == 1
+    assert not (tmp_path / "run" / "recognizer" / "validation.safetensors").exists()
+    with pytest.raises(LongtailError, match=r"no validation images to promise it by; train with some"):
+        recognizer.thresholds(0.9)
+    assert set(evaluate(tmp_path / "run", "estimate")["estimates"]) == {"em"}  # bbse needs them
+
+
+def test_a_new_head_is_calibrated_anew(run: Path, tmp_path: Path) -> None:
+    rebalance(run, tmp_path / "crt", Settings("crt", epochs=2, views=1))
+    old, new = Recognizer.load(run), Recognizer.load(tmp_path / "crt")
+    assert new.held_out is not None
+    assert new.card.temperature != old.card.temperature
+
+
+def test_what_was_held_out_must_fit(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "recognizer" / "validation.safetensors"
+    path.write_bytes(b"none")
+    with pytest.raises(LongtailError, match=r"validation.safetensors: cannot be read"):
+        Recognizer.load(tmp_path / "run")
+    from safetensors.torch import save_file
+
+    kept = {name: torch.zeros(3, dtype=torch.int64) for name in ("labels", "predicted", "true_probability", "bias")}
+    save_file(kept, path)
+    with pytest.raises(LongtailError, match=r"is not of the 10 classes"):
+        Recognizer.load(tmp_path / "run")
+
+
+def test_on_the_command_line(run: Path, tmp_path: Path, command: Command) -> None:
+    code, out, _ = command("evaluate", run, "--target", "backward", "--prior", "estimate", "--coverage", "0.9")
+    assert code == 0
+    for part in ("accuracy at target", "estimate", "bbse", "calibration under the estimate prior", "classes each"):
+        assert part in out
+    images = [save_image(tmp_path / f"{index}.png", (8, 8), index, "L") for index in range(5)]
+    code, out, _ = command(
+        "predict", run, *images, "--prior", "estimate", "--coverage", "0.8", "--json", tmp_path / "p"
+    )
+    assert code == 0
+    assert "class frequencies by em" in out
+    assert "set" in json.loads((tmp_path / "p").read_text())[0]
+    (tmp_path / "prior.csv").write_text("".join(f"{digit},{1 + digit}\n" for digit in range(10)))
+    assert command("predict", run, *images, "--prior", tmp_path / "prior.csv")[0] == 0
+    for prior, message in (
+        ("unifrom", "'unifrom': expected uniform, train or a file of class frequencies; there is no such file"),
+        (tmp_path / "0.png", "cannot be read"),
+    ):
+        code, _, err = command("predict", run, *images, "--prior", prior)
+        assert (code, message in err, len(err.splitlines())) == (2, True, 1)
+    code, _, err = command("evaluate", run, "--target", "backward", "--imbalance", "0.5")
+    assert (code, "--imbalance 0.5: expected at least 1" in err) == (2, True)
+
+
+def test_an_exported_file_predicts_the_same_without_torch(run: Path, tmp_path: Path, command: Command) -> None:
+    images = [save_image(tmp_path / "new" / f"{i}.png", (8 + i, 9), i, "L") for i in range(6)]
+    for prior in ("uniform", "train"):
+        export_onnx(run, tmp_path / "m.onnx", prior)
+        for wanted in ("uniform", "train"):
+            shown = []
+            for model in (run, tmp_path / "m.onnx"):
+                code, _, err = command("predict", model, *images, "--prior", wanted, "--json", tmp_path / "p.json")
+                assert code == 0, err
+                shown.append(json.loads((tmp_path / "p.json").read_text()))
+            for a, b in zip(*shown, strict=True):
+                assert a["class"] == b["class"]
+                assert a["probability"] == pytest.approx(b["probability"], abs=1e-4)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from longtail.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules",
+            *("predict", str(tmp_path / "m.onnx"), str(tmp_path / "new")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8
+
+
+def test_files_that_are_no_exported_model(tmp_path: Path, command: Command) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    image = save_image(tmp_path / "a.png", (8, 8))
+    node = helper.make_node("Identity", ["x"], ["y"])
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([node], "g", value[:1], value[1:])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "other.onnx"
+    )
+    (tmp_path / "text.onnx").write_text("none")
+    for name, message in (
+        ("other.onnx", "is another program's model"),
+        ("text.onnx", "is no ONNX model"),
+        ("missing.onnx", "there is no such file"),
+    ):
+        code, _, err = command("predict", tmp_path / name, image)
+        assert (code, message in err, len(err.splitlines())) == (2, True, 1), err

@@ -1,0 +1,142 @@
+"""Class frequencies that are given, made and estimated: on mixtures whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longtail.errors import LongtailError
+from longtail.evaluation.priors import (
+    estimate_bbse,
+    estimate_em,
+    long_tailed_prior,
+    read_prior,
+)
+
+NAMES = ("cat", "dog", "emu")
+
+
+def drawn(prior: np.ndarray, count: int, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return exact log-likelihoods of points around the corners of a triangle, and their labels."""
+    rng = np.random.default_rng(seed)
+    centres = np.array([[0, 0], [2.0, 0], [0, 2.0]])
+    labels = rng.choice(3, count, p=prior)
+    points = centres[labels] + spread * rng.normal(size=(count, 2))
+    return -((points[:, None] - centres) ** 2).sum(axis=2) / (2 * spread**2), labels
+
+
+def test_em_finds_the_truth_and_its_intervals_hold_it() -> None:
+    prior, inside = np.array([0.7, 0.25, 0.05]), 0
+    for seed in range(60):
+        scores, _ = drawn(prior, 400, seed)
+        found = estimate_em(scores)
+        inside += sum(low <= q <= high for q, low, high in zip(prior, found.low, found.high, strict=True))
+    assert 0.9 < inside / 180 <= 1  # promised: 0.95
+    scores, _ = drawn(prior, 20_000, 0)
+    assert estimate_em(scores).frequencies == pytest.approx(prior, abs=0.02)
+
+
+def test_em_is_the_maximum_of_the_likelihood() -> None:
+    scores, _ = drawn(np.array([0.2, 0.3, 0.5]), 500, 1)
+    best = np.array(estimate_em(scores).frequencies)
+
+    def likelihood(prior: np.ndarray) -> float:
+        return float(np.log((np.exp(scores) * prior).sum(axis=1)).mean())
+
+    for direction in np.random.default_rng(0).normal(size=(20, 3)):
+        other = np.abs(best + 0.02 * (direction - direction.mean()))
+        assert likelihood(other / other.sum()) < likelihood(best)
+
+
+def test_weights_count_images_as_often_as_they_say() -> None:
+    scores, _ = drawn(np.array([0.2, 0.3, 0.5]), 200, 1)
+    weights = np.random.default_rng(0).integers(0, 4, 200)
+    assert estimate_em(scores, weights).frequencies == pytest.approx(
+        estimate_em(scores.repeat(weights, axis=0)).frequencies, abs=1e-5
+    )
+
+
+def test_bbse_finds_the_truth_whatever_the_scores_scale() -> None:
+    prior, found, inside = np.array([0.7, 0.25, 0.05]), [], 0
+    for seed in range(12):
+        known, labels = drawn(np.full(3, 1 / 3), 3000, 2 * seed)
+        scores, _ = drawn(prior, 4000, 2 * seed + 1)
+        one, other = (
+            estimate_bbse((scale * scores).argmax(1), labels, (scale * known).argmax(1), 3) for scale in (0.1, 5.0)
+        )
+        assert one == other
+        found.append(one.frequencies)
+        inside += sum(low <= q <= high for q, low, high in zip(prior, one.low, one.high, strict=True))
+    assert np.mean(found, axis=0) == pytest.approx(prior, abs=0.02)
+    assert inside / 36 > 0.8  # promised: 0.95
+    with pytest.raises(LongtailError, match="class number 2 has no held-out image"):
+        estimate_bbse([0, 1], [0, 1], [0, 1], 3)
+
+
+def test_a_class_that_is_not_there_is_not_ruled_out() -> None:
+    scores, _ = drawn(np.array([0.5, 0.5, 0.0]), 500, 0, spread=0.2)
+    found = estimate_em(scores)
+    assert 0 < found.frequencies[2] < 0.01
+    assert sum(found.frequencies) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scores", [np.zeros((0, 3)), np.array([[np.nan, 0]]), np.zeros(3)])
+def test_scores_that_are_none(scores: np.ndarray) -> None:
+    with pytest.raises(LongtailError, match=r"scores: expected \(N, C\) finite numbers"):
+        estimate_em(scores)
+
+
+def test_tails_forward_and_backward() -> None:
+    forward, backward = (long_tailed_prior([50, 500, 5], way, 100) for way in ("forward", "backward"))
+    assert forward[1] / forward[2] == pytest.approx(100)
+    assert backward[2] / backward[1] == pytest.approx(100)
+    assert forward[0] / forward[2] == pytest.approx(10)
+    assert sum(forward) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.json", '{"emu": 1, "cat": 6, "dog": 3}'),
+        ("p.csv", "class,frequency\ncat,0.6\ndog,0.3\nemu,0.1\n"),
+        ("p.csv", "cat,6\ndog,3\nemu,1\n"),
+        ("p.tsv", "emu\t10\ncat\t60\ndog\t30\n"),
+    ],
+)
+def test_files(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_prior(tmp_path / name, NAMES) == pytest.approx([0.6, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.json", '{"cat": 1, "dog": 1}', "class 'emu' is missing"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": -1}', "class 'emu' has -1, expected a frequency above 0"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": 0}', "class 'emu' has 0"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": "many"}', "class 'emu' has 'many'"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": true}', "class 'emu' has True"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": NaN}', "class 'emu' has nan"),
+        ("p.json", '{"cat": 1, "dgo": 1, "emu": 1}', r"there is no class 'dgo'; perhaps you meant dog\?"),
+        ("p.json", '{"cat": 1, "cat": 1, "emu": 1}', "class 'cat' stands there twice"),
+        ("p.json", "[1, 2, 3]", "expected an object of class names and frequencies"),
+        ("p.json", "{", "is neither JSON nor"),
+        ("p.csv", "cat,1,2\n", "expected two columns"),
+        ("p.csv", "", "class 'cat' is missing"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(LongtailError, match=message):
+        read_prior(tmp_path / name, NAMES)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(LongtailError, match="cannot be read: No such file"):
+        read_prior(tmp_path / "none.json", NAMES)
+    (tmp_path / "latin.json").write_bytes(json.dumps({"caf\xe9": 1}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(LongtailError, match="cannot be read"):
+        read_prior(tmp_path / "latin.json", NAMES)
