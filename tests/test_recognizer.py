@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from longtail import Recognizer
+from longtail.config import Config
+from longtail.engine.fit import fit
 from longtail.errors import LongtailError
 from longtail.nn import CosineClassifier, Encoder
 from longtail.recognizer import Card
@@ -40,7 +43,7 @@ def test_saved_and_loaded_it_predicts_the_same(tmp_path: Path) -> None:
     loaded = Recognizer.load(tmp_path / "kept")
     assert torch.allclose(loaded.predict(images).probabilities, recognizer.predict(images).probabilities, atol=1e-6)
     assert loaded.card == recognizer.card
-    assert "90 of `ant` to 1 of `cow`" in (tmp_path / "kept" / "README.md").read_text()
+    assert "Images a class: ant 90, bee 9, cow 1." in (tmp_path / "kept" / "README.md").read_text()
 
 
 def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:
@@ -110,3 +113,73 @@ def test_a_folder_that_does_not_fit(tmp_path: Path) -> None:
 def test_arrays_of_the_wrong_kind_are_named() -> None:
     with pytest.raises(LongtailError, match="expected an array of uint8"):
         made().predict(np.zeros((4, 4)))
+
+
+def test_saved_and_read_as_the_hub_does(tiny: Config, tmp_path: Path) -> None:
+    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+    recognizer = Recognizer.from_pretrained(tmp_path / "run")
+    recognizer.save_pretrained(tmp_path / "shared")
+    names = {"README.md", "config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == names
+    again = Recognizer.from_pretrained(str(tmp_path / "shared"))
+    images = torch.rand(4, 1, 8, 8)
+    assert torch.equal(again.predict(images).probabilities, recognizer.predict(images).probabilities)
+    page = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(page.split("---")[1])
+    assert header["library_name"] == "longtail"
+    for part in ("method la", "10 classes", "| few |", "Limits", "from_pretrained", "to "):
+        assert part in page
+
+
+def test_a_name_on_the_hub(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+    asked: list[dict[str, Any]] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append({"name": name, **options})
+        return str(tmp_path / "run" / "recognizer")
+
+    monkeypatch.setattr("longtail.recognizer.snapshot_download", download)
+    monkeypatch.setattr(
+        "huggingface_hub.hub_mixin.hf_hub_download",
+        lambda **_: str(tmp_path / "run" / "recognizer" / "config.json"),
+    )
+    found = Recognizer.from_pretrained("somebody/digits", revision="v1")
+    assert found.card.network == "conv8-tiny"
+    assert (asked[0]["name"], asked[0]["revision"]) == ("somebody/digits", "v1")
+    assert not any("*" in pattern or pattern.endswith((".bin", ".pt")) for pattern in asked[0]["allow_patterns"])
+
+
+def test_what_cannot_be_had_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", fail)
+    with pytest.raises(LongtailError, match=r"'somebody/digits': is no folder, and cannot be had .*: no network"):
+        Recognizer.from_pretrained("somebody/digits")
+
+
+def test_a_folder_with_a_pickle_is_refused(tiny: Config, tmp_path: Path) -> None:
+    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "recognizer" / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(LongtailError, match=r"pytorch_model\.bin: may run code when it is read; .* remove it"):
+        Recognizer.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": "conv8"}, "model.safetensors: does not fit config.json"),
+        ({"class_names": ["a", "b"]}, "does not fit config.json"),
+        ({"scale": "much"}, "config.json: scale"),
+        ({"temperature": 0}, "config.json: temperature"),
+        ({"colour": 1}, "config.json: colour"),
+        ({"task": "poetry"}, "config.json: task"),
+    ],
+)
+def test_an_edited_config(tiny: Config, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    fit(tiny.replace(method="la", epochs=1), tmp_path / "run", quiet=True)
+    path = tmp_path / "run" / "recognizer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(LongtailError, match=message):
+        Recognizer.load(tmp_path / "run")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
 from PIL import Image
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -27,12 +28,15 @@ from longtail.errors import LongtailError
 from longtail.evaluation.calibration import conformal_thresholds
 from longtail.evaluation.priors import EstimatedPrior, estimate_em
 from longtail.files import write_json, write_text, write_whole
+from longtail.modelcard import model_card
 from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, LinearClassifier, ProjectionMLP
 from longtail.objectives import log_prior, posterior
 from longtail.objectives.posterior import along
 
 Classifier = CosineClassifier | LinearClassifier | JoinedClassifier
 _Self = TypeVar("_Self", bound="Recognizer")
+_FILES = ["config.json", "model.safetensors", "validation.safetensors", "README.md"]
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
 _CLASSES = {"classification": "Recognizer", "segmentation": "Segmenter"}
 ImageLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 
@@ -132,7 +136,7 @@ class Predictions:
         ]
 
 
-class Recognizer:
+class Recognizer(ModelHubMixin, library_name="longtail", tags=["longtail"]):
     """A trained long-tailed recogniser.
 
     Args:
@@ -269,9 +273,60 @@ class Recognizer:
         if self.held_out is not None:
             kept = {name: t.detach().cpu().contiguous() for name, t in self.held_out._asdict().items()}
             write_whole(folder / "validation.safetensors", lambda partial: save_file(kept, partial))
-        write_text(folder / "README.md", _readme(self.card))
+        write_text(folder / "README.md", model_card(self.card))
         # last: what has it is whole
         write_json(folder / "config.json", dataclasses.asdict(self.card))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write what :meth:`save` writes; ``save_pretrained`` and ``push_to_hub`` of huggingface_hub call this."""
+        self.save(save_directory)
+
+    @classmethod
+    def _from_pretrained(
+        cls: type[_Self],
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **_: Any,
+    ) -> _Self:
+        folder = snapshot_download(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=_FILES,  # weights as safetensors; nothing that could run code is fetched
+        )
+        return cls.load(folder)
+
+    @classmethod
+    def from_pretrained(cls: type[_Self], pretrained_model_name_or_path: str | Path, **options: Any) -> _Self:
+        """Read a recogniser from its folder, or by its name on the Hugging Face Hub.
+
+        Args:
+            pretrained_model_name_or_path: folder, or ``owner/name``.
+            options: as huggingface_hub's ``ModelHubMixin`` takes them: revision, token, cache_dir, local_files_only, ….
+
+        Raises:
+            LongtailError: it cannot be had, or its files do not fit together.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():
+            return cls.load(pretrained_model_name_or_path)
+        try:
+            found: _Self = super().from_pretrained(pretrained_model_name_or_path, **options)
+        except LongtailError:
+            raise
+        except (OSError, ValueError) as error:  # the network's, the Hub's, and what a name is refused for
+            reason = " ".join(str(error).split())[:200]
+            raise LongtailError(
+                f"'{pretrained_model_name_or_path}': is no folder, and cannot be had from the Hub: {reason}"
+            ) from None
+        return found
 
     @classmethod
     def load(cls: type[_Self], folder: Path | str) -> _Self:
@@ -313,6 +368,9 @@ def _recognizer_folder(folder: Path) -> Path:
         unfinished = (folder / "config.yaml").is_file()
         hint = "the run has not finished; --resume it" if unfinished else "expected the folder of a finished run"
         raise LongtailError(f"{folder}: holds no recogniser: {hint}")
+    pickle = next((path for path in sorted(folder.iterdir()) if path.suffix.lower() in _PICKLES), None)
+    if pickle is not None:
+        raise LongtailError(f"{pickle}: may run code when it is read; weights are safetensors: remove it")
     return folder
 
 
@@ -372,32 +430,3 @@ def to_pillow(image: ImageLike) -> Image.Image:
             f"image: expected an array of uint8, (H, W) or (H, W, channels), got {image.dtype} of shape {image.shape}"
         )
     return Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
-
-
-def _readme(card: Card) -> str:
-    counts = card.class_counts
-    head, tail = card.class_names[int(np.argmax(counts))], card.class_names[int(np.argmin(counts))]
-    lines = [
-        "# A long-tailed recogniser",
-        "",
-        f"{len(counts)} classes, {sum(counts)} images: {max(counts)} of `{head}` to {min(counts)} of `{tail}`.",
-        f"Trained by longtail {card.trained.get('longtail', '')}: method {card.trained.get('method', '?')}, network "
-        f"{card.network}, {card.trained.get('epochs', '?')} epochs, seed {card.trained.get('seed', '?')}.",
-        "",
-    ]
-    if card.metrics:
-        lines += ["| on the test set, uniform prior | % |", "| --- | --- |"]
-        for name in ("balanced_accuracy", "top1", "many", "medium", "few"):
-            value = card.metrics.get(name)
-            lines.append(f"| {name.replace('_', ' ')} | {'n/a' if value is None else f'{value:.1f}'} |")
-        lines.append("")
-    lines += [
-        "```python",
-        "from longtail import Recognizer",
-        "",
-        'recognizer = Recognizer.load("this folder")',
-        'recognizer.predict(["image.png"], prior="uniform").names',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

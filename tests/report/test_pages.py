@@ -15,9 +15,18 @@ from tests.conftest import save_image
 def test_a_runs_page(tiny: Config, tmp_path: Path) -> None:
     fit(tiny, tmp_path / "run", quiet=True)
     text = run_report(tmp_path / "run").read_text(encoding="utf-8")
-    for part in ("The tail", "Accuracy by class", "Loss terms", "Temperature", "The prior", "balanced accuracy"):
+    for part in (
+        "The tail",
+        "Accuracy by class",
+        "Loss terms",
+        "Reliability",
+        "95 % interval",
+        "Temperature",
+        "The prior",
+        "balanced accuracy",
+    ):
         assert part in text
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 6
     # self-contained: nothing is fetched
     assert not re.search(r"""(src|href)=["']https?:""", text)
 

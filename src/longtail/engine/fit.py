@@ -415,6 +415,7 @@ class _Trainer:
             "longtail": longtail.__version__,
             "torch": torch.__version__,
             "recipe": config.recipe,
+            "data": config.data.source,
             "method": config.method,
             "epochs": config.epochs,
             "seed": config.seed,

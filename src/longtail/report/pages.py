@@ -72,7 +72,12 @@ class _Shown:
 
 def _classified(card: Card, config: Config, test: Mapping[str, Any]) -> _Shown:
     groups = config.shots.groups(card.class_counts)
-    accuracy = test[card.predicts_under]["per_class"]
+    judged = test[card.predicts_under]
+    accuracy, intervals = judged["per_class"], judged.get("per_class_interval", [None] * len(groups))
+    trusted = []
+    if "calibration" in judged:
+        title = f"Reliability: expected calibration error {judged['calibration']['ece']:.1f} %"
+        trusted = [(title, plots.reliability(judged["calibration"]["diagram"]))]
     order, names, counts, head_first = _head_first(card, groups)
     return _Shown(
         counted="training images",
@@ -83,9 +88,13 @@ def _classified(card: Card, config: Config, test: Mapping[str, Any]) -> _Shown:
         figures=[
             ("The tail", plots.class_histogram(names, counts, head_first)),
             ("Accuracy by class", plots.per_class(names, [accuracy[index] for index in order], head_first)),
+            *trusted,
         ],
-        header=["class", "training images", "group", "accuracy, %"],
-        classes=[[card.class_names[i], f"{card.class_counts[i]:,}", groups[i], accuracy[i]] for i in order],
+        header=["class", "training images", "group", "accuracy, %", "95 % interval"],
+        classes=[
+            [card.class_names[i], f"{card.class_counts[i]:,}", groups[i], accuracy[i], _interval(intervals[i])]
+            for i in order
+        ],
     )
 
 
@@ -116,6 +125,10 @@ def _segmented(folder: Path, card: Card, test: Mapping[str, Any]) -> _Shown:
         examples=overlays.worst(folder, judged["worst"]),
         colors=[(name, f"rgb{color}") for name, color in zip(card.class_names, palette(len(names)), strict=True)],
     )
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "" if ends is None else f"{ends[0]:.0f} to {ends[1]:.0f}"
 
 
 def _head_first(card: Card, groups: Sequence[str]) -> tuple[list[int], list[str], list[int], list[str]]:

@@ -83,6 +83,24 @@ def per_class(
     return figure
 
 
+def reliability(diagram: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Draw accuracy against confidence of every bin, a line a shot group; dots are as large as their bins are full."""
+    figure, axes = _axes(height=3.2)
+    axes.plot([0, 100], [0, 100], color=_INK, linewidth=0.8, linestyle=":")
+    for group, bins in diagram.items():
+        x, y = [entry["confidence"] for entry in bins], [entry["accuracy"] for entry in bins]
+        color = GROUP_COLORS[group]
+        axes.plot(x, y, color=color, linewidth=1.4, label=group)
+        total = sum(entry["images"] for entry in bins)
+        axes.scatter(x, y, [8 + 160 * entry["images"] / total for entry in bins], color=color, alpha=0.6)
+    axes.set_xlim(0, 101)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("confidence, %")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def _name_classes(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xlabel("classes, from head to tail")
