@@ -25,8 +25,8 @@ from common import parser
 from torch import Tensor
 
 from longtail.data.dataset import LongTailedData
+from longtail.engine.evaluate import open_finished
 from longtail.engine.files import load_checkpoint
-from longtail.engine.judge import open_finished
 from longtail.engine.rebalance import plain_features
 from longtail.evaluation.metrics import metrics, tally
 from longtail.methods.gml import GML

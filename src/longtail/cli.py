@@ -200,8 +200,8 @@ def _train(arguments: list[str]) -> None:
     _check_folder(out)
     _check_json(given.json)
 
+    from longtail.engine.evaluate import described
     from longtail.engine.fit import fit
-    from longtail.engine.judge import described
     from longtail.engine.processes import rank
     from longtail.files import write_made
     from longtail.report import run_report
@@ -366,7 +366,7 @@ def _evaluate(arguments: list[str]) -> None:
     given = _parse(Evaluate, "evaluate", arguments)
     _check_json(given.json)
     _check_run(given.run)
-    from longtail.engine.judge import evaluate
+    from longtail.engine.evaluate import evaluate
     from longtail.files import write_made
 
     root = None if given.root is None else str(given.root)
@@ -417,7 +417,7 @@ def _rebalance(arguments: list[str]) -> None:
     _check_run(given.run)
     out = given.out or given.run.with_name(f"{given.run.resolve().name}-{given.how}")
     _check_folder(out)
-    from longtail.engine.judge import described
+    from longtail.engine.evaluate import described
     from longtail.engine.rebalance import Settings, rebalance
     from longtail.files import write_made
     from longtail.recognizer import Recognizer
@@ -552,7 +552,7 @@ def _export(arguments: list[str]) -> None:
 
     prior: str | list[float] = given.prior
     if prior not in {"uniform", "train"}:
-        from longtail.engine.judge import frequencies
+        from longtail.engine.evaluate import frequencies
         from longtail.recognizer import read_card
 
         prior = frequencies(given.prior, read_card(given.run))
@@ -607,7 +607,7 @@ def _segment(segmenter: Segmenter, files: list[Path], given: Predict) -> None:
 
 def _prior(text: str, recognizer: Recognizer) -> str | list[float]:
     """Return what --prior stands for, as the Python interface takes it."""
-    from longtail.engine.judge import frequencies
+    from longtail.engine.evaluate import frequencies
 
     return text if text in {"uniform", "train", "estimate"} else frequencies(text, recognizer.card)
 

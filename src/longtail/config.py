@@ -315,6 +315,9 @@ class Config:
     """Arithmetic."""
     compile: bool = False
     """Compile the networks (torch.compile; needs a C++ compiler on a CPU)."""
+    calibration: Literal["single", "group"] = "single"
+    """Temperature of the probabilities, fitted on the validation images where there are some: one for all, or one for
+    each shot group, by the predicted class."""
     validate_every: Positive = 1
     """Epochs between two looks at the validation images, where there are some."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0

@@ -53,13 +53,10 @@ class _Deployed(nn.Module):
         self.encoder, self.classifier = recognizer.encoder, recognizer.classifier
         self.recognizer = recognizer
         bias = recognizer.log_prior(prior)
-        none = torch.zeros(len(recognizer.card.class_names))
-        self.temperature = recognizer.card.temperature
-        # a prior that training has left in the scores is taken out by the same sum
-        self.register_buffer("bias", recognizer.free(none[None])[0] + (none if bias is None else bias))
+        self.register_buffer("bias", torch.zeros(len(recognizer.card.class_names)) if bias is None else bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        scores = self.recognizer.trained_scores(images.permute(0, 3, 1, 2).float() / 255) / self.temperature
+        scores = self.recognizer.free(self.recognizer.trained_scores(images.permute(0, 3, 1, 2).float() / 255))
         return posterior(scores, along(self.bias, scores)).exp()
 
 

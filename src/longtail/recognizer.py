@@ -6,6 +6,7 @@ Legend: N images, C classes, S side in pixels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,8 @@ class Card:
     """Side that an image is resized to before its centre is cut out."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """What scores are divided by, fitted on the validation images; 1 where there were none."""
+    class_temperatures: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    """The same by predicted class, where every shot group has its own."""
     shape: tuple[int, int] | None = None
     """Height and width of most images that were segmented; others will do."""
     predicts_under: Literal["uniform", "train"]
@@ -169,8 +172,15 @@ class Recognizer(ModelHubMixin, library_name="longtail", tags=["longtail"]):
     def free(self, scores: Tensor) -> Tensor:
         """Return scores free of any prior, divided by the temperature."""
         if self.card.predicts_under == "train":
-            scores = scores - along(log_prior(self.card.class_counts).to(scores), scores)
+            scores = scores - along(self._log_counts.to(scores), scores)
+        if self.card.class_temperatures:
+            by_class = torch.tensor(self.card.class_temperatures, device=scores.device)
+            return scores / by_class[scores.argmax(dim=1)][:, None]
         return scores if self.card.temperature == 1 else scores / self.card.temperature
+
+    @functools.cached_property
+    def _log_counts(self) -> Tensor:
+        return log_prior(self.card.class_counts)
 
     def log_prior(self, prior: str | Sequence[float] | Tensor) -> Tensor | None:
         """Return the logarithm of ``uniform``, ``train``, or C class frequencies."""

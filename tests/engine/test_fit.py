@@ -19,9 +19,9 @@ from longtail.config import Config, read_config
 from longtail.data.sources import load_data
 from longtail.engine.books import read_metrics
 from longtail.engine.choices import explained
+from longtail.engine.evaluate import evaluate
 from longtail.engine.files import load_checkpoint, save_checkpoint
 from longtail.engine.fit import fit
-from longtail.engine.judge import evaluate
 from longtail.engine.teacher import teacher_folder
 from longtail.errors import LongtailError
 from longtail.methods import method_class

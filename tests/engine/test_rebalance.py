@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from longtail import Recognizer
 from longtail.config import Config
+from longtail.engine.evaluate import evaluate
 from longtail.engine.fit import fit
-from longtail.engine.judge import evaluate
 from longtail.engine.rebalance import Settings, fit_head, normalised
 from longtail.errors import LongtailError
 from tests.conftest import TINY, Command

@@ -23,8 +23,9 @@ from longtail.data.scenes import DenseData, read_mask
 from longtail.data.sources import load_data
 from longtail.engine.books import read_metrics
 from longtail.engine.choices import resolve
+from longtail.engine.evaluate import evaluate, open_finished
 from longtail.engine.fit import fit
-from longtail.engine.judge import evaluate, judge, open_finished
+from longtail.engine.judge import judge
 from longtail.errors import LongtailError, StoppedError
 from longtail.methods import FOR_PIXELS
 from longtail.nn.backbones import normalization

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,11 @@ import pytest
 import torch
 
 from longtail import Recognizer
-from longtail.config import Config
+from longtail.config import Config, load_recipe, read_config
 from longtail.data.sources import load_data
+from longtail.engine.evaluate import evaluate
 from longtail.engine.fit import fit
-from longtail.engine.judge import evaluate
+from longtail.engine.judge import judge
 from longtail.engine.rebalance import Settings, rebalance
 from longtail.errors import LongtailError
 from longtail.export import export_onnx
@@ -24,8 +27,6 @@ from tests.conftest import Command, save_image
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from longtail.config import load_recipe
-
     config = load_recipe("digits-lt").config.replace(method="la", epochs=30, data={"val_fraction": 0.2})
     folder = tmp_path_factory.mktemp("trust") / "run"
     fit(config, folder, quiet=True)
@@ -48,16 +49,14 @@ def test_probabilities_are_calibrated_on_the_validation_images(run: Path) -> Non
     assert len(recognizer.held_out.labels) % 10 == 0
     judged = evaluate(run)
     plain = Recognizer.load(run)
-    import dataclasses
-
     plain.card = dataclasses.replace(plain.card, temperature=1.0)
-    from longtail.config import read_config
-    from longtail.engine.judge import judge
-
     config = read_config(run / "config.yaml")
     uncalibrated = judge(plain, load_data(config.data, 0).test, config)["uniform"]
     assert judged["calibration"]["nll"] < uncalibrated["calibration"]["nll"]
     assert judged["per_class"] == uncalibrated["per_class"]  # under the uniform prior nothing else changes
+    curve = judged["calibration"]["rejection"]
+    assert curve[0]["accuracy"] == pytest.approx(judged["top1"])
+    assert curve[-1]["accuracy"] > judged["top1"]
     low, high = judged["intervals"]["few"]
     assert low < judged["few"] < high
     assert all(a <= value <= b for value, (a, b) in zip(judged["per_class"], judged["per_class_interval"], strict=True))
@@ -93,7 +92,7 @@ def test_a_target_of_its_own(run: Path, tmp_path: Path) -> None:
 
 def test_predictions_with_sets_and_an_estimate(run: Path) -> None:
     recognizer = Recognizer.load(run)
-    data = load_data(load_config(run).data, 0)
+    data = load_data(read_config(run / "config.yaml").data, 0)
     images = data.test.images.take(torch.arange(len(data.test)))
     found = recognizer.predict(images, "estimate", coverage=0.9)
     assert found.prior is not None
@@ -107,12 +106,6 @@ def test_predictions_with_sets_and_an_estimate(run: Path) -> None:
     for coverage in (0.0, 1.0):
         with pytest.raises(LongtailError, match="expected a share between 0 and 1"):
             recognizer.predict(images[:2], coverage=coverage)
-
-
-def load_config(run: Path) -> Config:
-    from longtail.config import read_config
-
-    return read_config(run / "config.yaml")
 
 
 def test_without_validation_images(tiny: Config, tmp_path: Path) -> None:
@@ -132,9 +125,27 @@ def test_a_new_head_is_calibrated_anew(run: Path, tmp_path: Path) -> None:
     assert new.card.temperature != old.card.temperature
 
 
-def test_what_was_held_out_must_fit(run: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_temperature_for_each_shot_group(tmp_path: Path) -> None:
+    config = load_recipe("digits-lt").config.replace(method="ce", epochs=20, calibration="group")
+    config = config.replace(data={"val_fraction": 0.3}, shots={"many_above": 60, "few_below": 10})
+    run = fit(config, tmp_path / "run", quiet=True)
+    recognizer = Recognizer.load(tmp_path / "run")
+    groups, found = config.shots.groups(run.card.class_counts), recognizer.card.class_temperatures
+    assert len(found) == 10
+    assert len({(group, value) for group, value in zip(groups, found, strict=True)}) == len(set(groups))
+    assert len(set(found)) > 1
+    assert export_onnx(tmp_path / "run", tmp_path / "m.onnx", "train").difference < 1e-4
+    # the scores of an image are divided by the temperature of its predicted class
+    images = torch.rand(6, 1, 8, 8)
+    card = recognizer.card
+    scores = recognizer.scores(images)
+    recognizer.card = dataclasses.replace(card, temperature=1.0, class_temperatures=())
+    plain = recognizer.scores(images)
+    expected = plain / torch.tensor(found)[plain.argmax(dim=1)][:, None]
+    assert torch.allclose(scores, expected, atol=1e-5)
 
+
+def test_what_was_held_out_must_fit(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "recognizer" / "validation.safetensors"
     path.write_bytes(b"none")

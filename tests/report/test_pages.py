@@ -26,7 +26,7 @@ def test_a_runs_page(tiny: Config, tmp_path: Path) -> None:
         "balanced accuracy",
     ):
         assert part in text
-    assert text.count("<svg") == 6
+    assert text.count("<svg") == 7
     # self-contained: nothing is fetched
     assert not re.search(r"""(src|href)=["']https?:""", text)
 

@@ -24,9 +24,10 @@ from longtail.data.scenes import DenseData
 from longtail.data.sources import load_data
 from longtail.engine.books import Books, Log, Progress, Watch, check_logs
 from longtail.engine.cache import TeacherCache, teacher_cache
+from longtail.engine.calibrate import calibrated
 from longtail.engine.choices import build_views, explained
 from longtail.engine.files import load_checkpoint, open_run, save_checkpoint
-from longtail.engine.judge import calibrated, judge
+from longtail.engine.judge import judge
 from longtail.engine.processes import (
     StopSignals,
     as_in_the_first,
@@ -428,7 +429,7 @@ class _Trainer:
             trained["best_step"] = books.best["step"]
         kept = self._recognizer(student, trained, {})
         if self.data.val is not None and not isinstance(self.data, DenseData):
-            kept = calibrated(kept, self.data.val)
+            kept = calibrated(kept, self.data.val, config)
         judged = judge(kept, self.data.test, config)
         kept.card = dataclasses.replace(kept.card, metrics=judged["uniform"])
         if rank() == 0:

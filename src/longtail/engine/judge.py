@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtail.config import Config, read_config
-from longtail.data.dataset import ImageSet, LongTailedData
+from longtail.config import Config
+from longtail.data.dataset import ImageSet
 from longtail.data.loaders import evaluation_batches
 from longtail.data.scenes import Scene, SceneImages
-from longtail.data.sources import load_data
 from longtail.engine.processes import rank, summed, world_size
-from longtail.errors import LongtailError
 from longtail.evaluation.calibration import (
     Reliability,
+    added,
     calibration_metrics,
-    fit_bias,
-    fit_temperature,
     group_numbers,
+    rejection_curve,
     reliability,
 )
 from longtail.evaluation.metrics import metrics, tally
-from longtail.evaluation.priors import EstimatedPrior, estimate_bbse, estimate_em, long_tailed_prior, read_prior
 from longtail.evaluation.segmentation import pixel_metrics, tally_pixels
 from longtail.objectives.posterior import along, posterior
-from longtail.recognizer import Card, HeldOut, Recognizer
-from longtail.segmenter import Looks, Segmenter, load_kept
+from longtail.recognizer import Recognizer
+from longtail.segmenter import Looks, Segmenter
 
 _WORST = 6  # images that a report shows
 
@@ -60,18 +55,27 @@ def judge(
     groups = group_numbers(shots.groups(counts)).to(device)
     counted = {name: torch.zeros(3, len(counts), dtype=torch.int64, device=device) for name in biases}
     trusted: dict[str, Reliability] = {}
+    # of every image: the confidence, and whether it is right
+    sure = {name: torch.zeros(2, len(images), dtype=torch.float64) for name in biases}
+    place, done = torch.arange(rank(), len(images), world_size()), 0
     for scores, labels in _scored(recognizer, images):
         for name, bias in biases.items():
             bias = None if bias is None else bias.to(device)
             counted[name] += tally(scores, labels, bias)
-            found = reliability(posterior(scores, bias), labels, groups)
-            trusted[name] = (
-                Reliability(*(a + b for a, b in zip(trusted[name], found, strict=True))) if name in trusted else found
-            )
+            log_p = posterior(scores, bias)
+            found = reliability(log_p, labels, groups)
+            trusted[name] = found if name not in trusted else added(trusted[name], found)
+            best = log_p.max(dim=1)
+            pair = torch.stack([best.values.exp(), (best.indices == labels).to(log_p.dtype)])
+            sure[name][:, place[done : done + len(labels)]] = pair.cpu().double()
+        done += len(labels)
     return {
         name: {
             **metrics(summed(found).cpu(), counts, shots),
-            "calibration": calibration_metrics(Reliability(*(summed(part).cpu() for part in trusted[name]))),
+            "calibration": {
+                **calibration_metrics(Reliability(*(summed(part).cpu() for part in trusted[name]))),
+                "rejection": rejection_curve(*summed(sure[name].to(device)).cpu()),
+            },
         }
         for name, found in counted.items()
     }
@@ -99,25 +103,6 @@ def scored(recognizer: Recognizer, images: ImageSet) -> tuple[Tensor, Tensor]:
         scores[place[done : done + len(part)]] = part
         done += len(part)
     return summed(scores), labels
-
-
-def calibrated(recognizer: Recognizer, images: ImageSet) -> Recognizer:
-    """Return the recogniser with a temperature fitted on the validation images, and what it makes of them."""
-    plain = Recognizer(recognizer.encoder, recognizer.classifier, dataclasses.replace(recognizer.card, temperature=1.0))
-    scores, labels = scored(plain, images)
-    frequencies = torch.bincount(labels, minlength=scores.shape[1]).double()
-    bias = (frequencies / frequencies.sum()).log()
-    temperature = fit_temperature(scores, labels, bias)
-    scores = scores / temperature
-    probabilities = posterior(scores).exp()
-    held_out = HeldOut(
-        labels,
-        probabilities.argmax(dim=1),
-        probabilities.gather(1, labels[:, None])[:, 0],
-        fit_bias(scores, labels, bias),
-    )
-    card = dataclasses.replace(recognizer.card, temperature=temperature)
-    return Recognizer(recognizer.encoder, recognizer.classifier, card, held_out)
 
 
 def _judge_pixels(segmenter: Segmenter, images: ImageSet, config: Config, looks: Looks) -> dict[str, dict[str, Any]]:
@@ -169,155 +154,3 @@ def _scenes_ahead(images: SceneImages, indices: range) -> Iterator[tuple[int, Sc
             if place + 1 < len(indices):
                 pending = pool.submit(images.scene, indices[place + 1])
             yield index, scene
-
-
-def open_finished(run: Path, data_root: str | None = None) -> tuple[Recognizer, Config, LongTailedData]:
-    """Return a finished run's recogniser, its settings, and the images that it was trained on and is judged by.
-
-    Args:
-        run: its folder.
-        data_root: where the images are now, if not where they were.
-
-    Raises:
-        LongtailError: the run has not finished, or the images are not those that it was trained on.
-    """
-    recognizer = load_kept(run)
-    recognizer.to("cuda" if torch.cuda.is_available() else "cpu")
-    if not (run / "config.yaml").is_file():
-        raise LongtailError(f"{run}: has no config.yaml: expected the folder of a run, which names its test set")
-    config = read_config(run / "config.yaml")
-    if data_root is not None:
-        config = config.replace(data={"root": data_root})
-    data = load_data(config.data, config.seed)
-    if data.class_names != recognizer.card.class_names:
-        raise LongtailError(f"{run}: the classes of {config.data.root or config.data.source} are not those of the run")
-    if recognizer.card.trained.get("images", data.fingerprint) != data.fingerprint:
-        raise LongtailError(
-            f"{run}: was trained on other images than {config.data.root or config.data.source} has for training now, "
-            "so its test images may be among those it was trained on: give the images as they were"
-        )
-    return recognizer, config, data
-
-
-def evaluate(
-    run: Path,
-    prior: str = "uniform",
-    data_root: str | None = None,
-    looks: Looks | None = None,
-    target: str | None = None,
-    imbalance: float = 100.0,
-    coverage: float | None = None,
-) -> dict[str, Any]:
-    """Judge a finished run on its test set.
-
-    Args:
-        run: its folder.
-        prior: assumed for the metrics at the top level: ``uniform``, ``train``, ``estimate`` (from the test images,
-            without a look at their labels), or a file of class frequencies.
-        data_root: where the images are now, if not where they were.
-        looks: how often an image is looked at, of a segmenter.
-        target: class frequencies that the test set is weighed to have: ``forward`` or ``backward`` (a long tail in the
-            order of the training set's, or against it), ``uniform``, ``train``, or a file; its own if not given.
-        imbalance: of a forward or backward target.
-        coverage: of conformal sets, whose sizes and coverage are then told; in (0, 1).
-
-    Returns:
-        The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under each; with a
-        target, ``target_accuracy`` is the share of right predictions where the classes are so frequent.
-    """
-    recognizer, config, data = open_finished(run, data_root)
-    if looks is not None and not isinstance(recognizer, Segmenter):
-        raise LongtailError(f"{run}: is no segmenter: --window, --flip and --scales are for segmentation")
-    card, more = recognizer.card, {}
-    if isinstance(recognizer, Segmenter) and (target is not None or coverage is not None or prior == "estimate"):
-        raise LongtailError(f"{run}: is a segmenter: --target, --coverage and --prior estimate are for whole images")
-    wanted = None if target is None else frequencies(target, card, imbalance)
-    given: dict[str, Sequence[float]] = {} if wanted is None else {"target": wanted}
-    if prior == "estimate" or coverage is not None:
-        scores, labels = (tensor.cpu() for tensor in scored(recognizer, data.test))
-        if prior == "estimate":
-            estimates = _estimates(recognizer, scores, labels, wanted)
-            more["estimates"] = {entry.method: dataclasses.asdict(entry) for entry in estimates}
-            lacking = torch.zeros(scores.shape[1]) if recognizer.held_out is None else recognizer.held_out.bias
-            for entry in estimates:
-                # what the scores lack is added to them along with the prior
-                effective = (torch.tensor(entry.frequencies, dtype=torch.float64) * lacking.double().exp()).tolist()
-                given["estimate" if entry.method == "em" else entry.method] = effective
-        if coverage is not None:
-            more["conformal"] = _conformal(recognizer, scores, labels, coverage, config)
-    elif prior not in {"uniform", "train"}:
-        given["given"], prior = frequencies(prior, card), "given"
-    judged = judge(recognizer, data.test, config, looks, given)
-    if wanted is not None:
-        for found in judged.values():
-            seen = [(q, value) for q, value in zip(wanted, found["per_class"], strict=True) if value is not None]
-            found["target_accuracy"] = sum(q * value for q, value in seen) / sum(q for q, _ in seen)
-    return {**described(judged, card, prior), **more}
-
-
-def frequencies(text: str, card: Card, imbalance: float = 100.0) -> list[float]:
-    """Return the class frequencies that a word stands for.
-
-    Args:
-        text: ``uniform``, ``train``, ``forward``, ``backward``, or a file of them.
-        card: names and counts the classes.
-        imbalance: of forward and backward, at least 1.
-    """
-    if text == "uniform":
-        return [1 / len(card.class_names)] * len(card.class_names)
-    if text == "train":
-        return [count / sum(card.class_counts) for count in card.class_counts]
-    if text in {"forward", "backward"}:
-        if not imbalance >= 1:
-            raise LongtailError(f"--imbalance {imbalance:g}: expected at least 1")
-        return long_tailed_prior(card.class_counts, text, imbalance)
-    if not Path(text).is_file():
-        raise LongtailError(f"'{text}': expected uniform, train or a file of class frequencies; there is no such file")
-    return read_prior(Path(text), card.class_names)
-
-
-def _estimates(
-    recognizer: Recognizer, scores: Tensor, labels: Tensor, wanted: Sequence[float] | None
-) -> list[EstimatedPrior]:
-    """Return what the test images, weighed to a target by their labels, say of the class frequencies without them."""
-    weights, drawn = None, torch.arange(len(scores))
-    if wanted is not None:
-        present = torch.bincount(labels, minlength=len(wanted)).double()
-        weights = (torch.tensor(wanted, dtype=torch.float64) / present.clamp(min=1))[labels]
-        weights = weights * len(labels) / weights.sum()
-        drawn = torch.multinomial(weights, len(labels), replacement=True, generator=torch.Generator().manual_seed(0))
-    held_out = recognizer.held_out
-    found = [estimate_em(scores if held_out is None else scores + held_out.bias, weights)]
-    if held_out is not None and len(held_out.labels.unique()) == scores.shape[1]:
-        guesses = scores.argmax(dim=1)[drawn]
-        found.append(estimate_bbse(guesses, held_out.labels, held_out.predicted, scores.shape[1]))
-    return found
-
-
-def _conformal(
-    recognizer: Recognizer, scores: Tensor, labels: Tensor, coverage: float, config: Config
-) -> dict[str, Any]:
-    """Return how large conformal sets are, and how often they hold the truth, over the classes and by shot group."""
-    in_set = posterior(scores).exp() >= recognizer.thresholds(coverage).to(scores)
-    held = in_set.gather(1, labels[:, None])[:, 0].double()
-    groups = config.shots.groups(recognizer.card.class_counts)
-    told: dict[str, Any] = {"coverage": coverage}
-    for name in ("all", "many", "medium", "few"):
-        chosen = torch.tensor([name in {group, "all"} for group in groups])[labels]
-        if bool(chosen.any()):
-            told[name] = {
-                "covered": 100 * float(held[chosen].mean()),
-                "size": float(in_set[chosen].sum(dim=1).double().mean()),
-            }
-    return told
-
-
-def described(judged: dict[str, dict[str, Any]], card: Card, prior: str = "uniform") -> dict[str, Any]:
-    """Return what ``evaluate --json`` holds: the metrics under one prior on top, and what they are of."""
-    return {
-        **judged[prior],
-        "prior": prior,
-        "class_names": list(card.class_names),
-        "class_counts": list(card.class_counts),
-        "priors": judged,
-    }

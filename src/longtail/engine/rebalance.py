@@ -28,8 +28,10 @@ from longtail.config import Config
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loaders import TrainLoader, evaluation_batches
 from longtail.data.scenes import DenseData
+from longtail.engine.calibrate import calibrated
 from longtail.engine.choices import build_views
-from longtail.engine.judge import calibrated, judge, open_finished
+from longtail.engine.evaluate import open_finished
+from longtail.engine.judge import judge
 from longtail.errors import LongtailError
 from longtail.evaluation.metrics import metrics, tally
 from longtail.files import write_text
@@ -100,11 +102,17 @@ def rebalance(run: Path, out: Path, settings: Settings, data_root: str | None = 
         **({"tau": chosen} if settings.how == "tau" else {}),
     }
     card = dataclasses.replace(
-        recognizer.card, head="linear", predicts_under="uniform", trained=trained, metrics={}, temperature=1.0
+        recognizer.card,
+        head="linear",
+        predicts_under="uniform",
+        trained=trained,
+        metrics={},
+        temperature=1.0,
+        class_temperatures=(),
     )
     made = Recognizer(recognizer.encoder, head, card)
     if data.val is not None:
-        made = calibrated(made, data.val)
+        made = calibrated(made, data.val, config)
     judged = judge(made, data.test, config)
     try:
         out.mkdir(parents=True, exist_ok=True)

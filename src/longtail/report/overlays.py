@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from longtail.data.scenes import Scene, SceneImages
-from longtail.engine.judge import open_finished
+from longtail.engine.evaluate import open_finished
 from longtail.errors import LongtailError
 from longtail.segmenter import Segmenter, overlay
 

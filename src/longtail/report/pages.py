@@ -77,7 +77,10 @@ def _classified(card: Card, config: Config, test: Mapping[str, Any]) -> _Shown:
     trusted = []
     if "calibration" in judged:
         title = f"Reliability: expected calibration error {judged['calibration']['ece']:.1f} %"
-        trusted = [(title, plots.reliability(judged["calibration"]["diagram"]))]
+        trusted = [
+            (title, plots.reliability(judged["calibration"]["diagram"])),
+            ("Leaving the least certain out", plots.rejection(judged["calibration"]["rejection"])),
+        ]
     order, names, counts, head_first = _head_first(card, groups)
     return _Shown(
         counted="training images",

@@ -101,6 +101,18 @@ def reliability(diagram: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     return figure
 
 
+def rejection(curve: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw the accuracy over the most confident images against the share of them that is kept."""
+    figure, axes = _axes(height=2.4)
+    axes.plot(
+        [point["kept"] for point in curve], [point["accuracy"] for point in curve], color=_LINES[0], linewidth=1.6
+    )
+    axes.set_xlim(100, 0)
+    axes.set_xlabel("most confident images that are kept, %")
+    axes.set_ylabel("accuracy, %")
+    return figure
+
+
 def _name_classes(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xlabel("classes, from head to tail")
