@@ -183,3 +183,23 @@ def test_an_edited_config(tiny: Config, tmp_path: Path, change: dict[str, Any], 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(LongtailError, match=message):
         Recognizer.load(tmp_path / "run")
+
+
+def test_what_is_pushed_to_the_hub(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tiny.replace(method="la", epochs=1), tmp_path / "run", quiet=True)
+    sent: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, **_: Any) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return type("Repo", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, folder_path: Path, **options: Any) -> str:
+            sent.update(options, names={path.name for path in Path(folder_path).iterdir()})
+            return "done"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    Recognizer.load(tmp_path / "run").push_to_hub("somebody/digits")
+    assert sent["repo_id"] == "somebody/digits"
+    assert sent["names"] == {"README.md", "config.json", "model.safetensors"}
