@@ -226,6 +226,11 @@ def test_on_the_command_line(segmenting: Config, scenes: Path, tmp_path: Path, c
     assert code == 0
     assert "head 1, middle 1, tail 1" in shown
     assert "training pixels" in shown
+    (tmp_path / "prior.csv").write_text("sky,5\nground,4\nsign,1\n")
+    code, shown, _ = command("evaluate", out, "--prior", tmp_path / "prior.csv")
+    assert (code, "given" in shown) == (0, True)
+    code, _, told = command("evaluate", out, "--target", "backward")
+    assert (code, "--target, --coverage and --prior estimate are for whole images" in told) == (2, True)
     code, shown, _ = command("evaluate", out, "--flip", "--scales", "1", "1.5", "--json", tmp_path / "e.json")
     assert code == 0
     assert json.loads((tmp_path / "e.json").read_text())["images"] == 6

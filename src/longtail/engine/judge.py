@@ -48,7 +48,8 @@ def judge(
         priors: class frequencies by name, besides ``uniform`` and ``train``.
     """
     if isinstance(recognizer, Segmenter):
-        return _judge_pixels(recognizer, images, config, looks or Looks(window=config.segmentation.window))
+        looks = looks or Looks(window=config.segmentation.window)
+        return _judge_pixels(recognizer, images, config, looks, _named(priors))
     device = recognizer.classifier.weight.device
     biases = {name: recognizer.log_prior(given) for name, given in _named(priors)}
     counts, shots = recognizer.card.class_counts, config.shots
@@ -105,14 +106,20 @@ def scored(recognizer: Recognizer, images: ImageSet) -> tuple[Tensor, Tensor]:
     return summed(scores), labels
 
 
-def _judge_pixels(segmenter: Segmenter, images: ImageSet, config: Config, looks: Looks) -> dict[str, dict[str, Any]]:
+def _judge_pixels(
+    segmenter: Segmenter,
+    images: ImageSet,
+    config: Config,
+    looks: Looks,
+    wanted: Sequence[tuple[str, str | Sequence[float]]],
+) -> dict[str, dict[str, Any]]:
     """Look at one image at a time, so that what comes out depends on neither batches nor processes."""
     device = segmenter.classifier.weight.device
     segmenter.encoder.eval()
     card, held = segmenter.card, images.images
     assert isinstance(held, SceneImages)
     classes = len(card.class_names)
-    priors = {prior: segmenter.log_prior(prior) for prior in ("uniform", "train")}
+    priors = {name: segmenter.log_prior(given) for name, given in wanted}
     counted = {prior: torch.zeros(6, classes, dtype=torch.int64, device=device) for prior in priors}
     # pixels of a class that were missed, and pixels taken for it, an image
     wrong = torch.zeros(len(images), classes, dtype=torch.int64, device=device)
