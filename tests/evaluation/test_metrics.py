@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from longtail.config import Shots
-from longtail.evaluation.metrics import metrics, tally
+from longtail.evaluation.metrics import confusions, metrics, tally
 from longtail.objectives import log_prior
 
 
@@ -41,3 +41,13 @@ def test_a_prior_moves_predictions_to_the_head() -> None:
     scores, labels, counts = torch.tensor([[0.0, 1.0], [0.0, 5.0]]), torch.tensor([1, 1]), [90, 10]
     assert metrics(tally(scores, labels), counts, Shots())["top1"] == 100
     assert metrics(tally(scores, labels, log_prior(counts)), counts, Shots())["top1"] == 50
+
+
+def test_which_class_is_taken_for_which() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 4 + [2] * 2)
+    predicted = torch.tensor([0] * 8 + [1] * 2 + [0, 0, 0, 1] + [2, 0])
+    found = confusions(labels, predicted, [100, 10, 1])
+    assert [(entry["class"], entry["taken_for"], entry["images"]) for entry in found] == [(1, 0, 3), (0, 1, 2)]
+    assert found[0]["share"] == pytest.approx(75)
+    assert [entry["to_larger"] for entry in found] == [True, False]
+    assert confusions(labels, labels, [100, 10, 1]) == []

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,8 @@ def test_class_names_are_text(tiny: Config, tmp_path: Path) -> None:
     )
     fit(config, tmp_path / "run", quiet=True)
     text = run_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert "<script" not in text
+    assert text.count("<script") == 1  # the page's own, which sorts
+    assert "<script>alert" not in text
     assert "&lt;script&gt;" in text
     assert "שלום 🐘" in text
 
@@ -49,3 +52,20 @@ def test_class_names_are_text(tiny: Config, tmp_path: Path) -> None:
 def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match="holds no recogniser"):
         run_report(tmp_path)
+
+
+def test_the_table_of_classes_sorts_in_a_browser(tiny: Config, tmp_path: Path) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("needs Debian's chromium")
+    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+    page = run_report(tmp_path / "run")
+    clicks = "<script>const b = document.querySelectorAll('th button')[{column}]; {clicks}</script></body>"
+    for column, number, expected in ((0, 1, [str(i) for i in range(10)]), (0, 2, [str(i) for i in range(9, -1, -1)])):
+        clicked = tmp_path / "clicked.html"
+        text = page.read_text(encoding="utf-8")
+        clicked.write_text(text.replace("</body>", clicks.format(column=column, clicks="b.click();" * number)))
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", clicked.as_uri()]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        table = shown[shown.index('class="sortable"') :]
+        assert re.findall(r"<tr><td>(\d)</td>", table) == expected

@@ -22,7 +22,7 @@ from longtail.evaluation.calibration import (
     rejection_curve,
     reliability,
 )
-from longtail.evaluation.metrics import metrics, tally
+from longtail.evaluation.metrics import confusions, metrics, tally
 from longtail.evaluation.segmentation import pixel_metrics, tally_pixels
 from longtail.objectives.posterior import along, posterior
 from longtail.recognizer import Recognizer
@@ -56,8 +56,8 @@ def judge(
     groups = group_numbers(shots.groups(counts)).to(device)
     counted = {name: torch.zeros(3, len(counts), dtype=torch.int64, device=device) for name in biases}
     trusted: dict[str, Reliability] = {}
-    # of every image: the confidence, and whether it is right
-    sure = {name: torch.zeros(2, len(images), dtype=torch.float64) for name in biases}
+    # of every image: the confidence, whether it is right, and what it is taken for
+    sure = {name: torch.zeros(3, len(images), dtype=torch.float64) for name in biases}
     place, done = torch.arange(rank(), len(images), world_size()), 0
     for scores, labels in _scored(recognizer, images):
         for name, bias in biases.items():
@@ -67,16 +67,18 @@ def judge(
             found = reliability(log_p, labels, groups)
             trusted[name] = found if name not in trusted else added(trusted[name], found)
             best = log_p.max(dim=1)
-            pair = torch.stack([best.values.exp(), (best.indices == labels).to(log_p.dtype)])
-            sure[name][:, place[done : done + len(labels)]] = pair.cpu().double()
+            told = torch.stack([best.values.exp(), best.indices == labels, best.indices])
+            sure[name][:, place[done : done + len(labels)]] = told.cpu().double()
         done += len(labels)
+    each = {name: summed(values.to(device)).cpu() for name, values in sure.items()}
     return {
         name: {
             **metrics(summed(found).cpu(), counts, shots),
             "calibration": {
                 **calibration_metrics(Reliability(*(summed(part).cpu() for part in trusted[name]))),
-                "rejection": rejection_curve(*summed(sure[name].to(device)).cpu()),
+                "rejection": rejection_curve(each[name][0], each[name][1]),
             },
+            "confusions": confusions(images.labels, each[name][2].long(), counts),
         }
         for name, found in counted.items()
     }

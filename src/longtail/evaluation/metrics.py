@@ -82,6 +82,33 @@ def _interval_of_mean(pairs: Sequence[tuple[int, int]]) -> list[float] | None:
     return [100 * max(0.0, mean - half), 100 * min(1.0, mean + half)]
 
 
+def confusions(labels: Tensor, predicted: Tensor, class_counts: Sequence[int], most: int = 20) -> list[dict[str, Any]]:
+    """Return which class is taken for which, those that lose the largest share of their images first.
+
+    Args:
+        labels: (N,) truth.
+        predicted: (N,).
+        class_counts: (C,) training images a class.
+        most: pairs at most; one of a single image is none.
+
+    Returns:
+        ``class``, ``taken_for`` (numbers), ``images``, ``share`` of the class's test images in percent, ``to_larger``
+        (whether the other has more training images).
+    """
+    classes = len(class_counts)
+    present = torch.bincount(labels, minlength=classes)
+    wrong = predicted != labels
+    pairs, counts = torch.unique(labels[wrong] * classes + predicted[wrong], return_counts=True)
+    shares = counts.double() / present[pairs // classes]
+    order = torch.argsort(shares, descending=True, stable=True)
+    listed = []
+    for index in order[counts[order] > 1][:most].tolist():
+        a, b = divmod(int(pairs[index]), classes)
+        entry = {"class": a, "taken_for": b, "images": int(counts[index]), "share": 100 * float(shares[index])}
+        listed.append({**entry, "to_larger": class_counts[b] > class_counts[a]})
+    return listed
+
+
 def mean_of_present(values: Sequence[float | None]) -> float | None:
     """Return the mean of what is not None, or None."""
     present = [value for value in values if value is not None]

@@ -19,6 +19,7 @@ from longtail.evaluation.comparison import COLUMNS, DENSE_COLUMNS, Record, diffe
 from longtail.files import write_text
 from longtail.recognizer import Card, read_card
 from longtail.report import overlays, plots
+from longtail.report.diagnosis import Finding, diagnose
 from longtail.segmenter import palette
 
 
@@ -35,8 +36,9 @@ def run_report(folder: Path) -> Path:
     test = next((line for line in reversed(lines) if line["kind"] == "test"), None)
     if test is None:
         raise LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; --resume the run")
-    shown = _segmented(folder, card, test) if card.task == "segmentation" else _classified(card, config, test)
     epochs = [line for line in lines if line["kind"] == "epoch"]
+    dense = card.task == "segmentation"
+    shown = _segmented(folder, card, test) if dense else _classified(card, config, test, epochs)
     page = _render(
         "run.html.j2",
         title=f"{config.recipe} · {config.method} · seed {config.seed}",
@@ -68,9 +70,12 @@ class _Shown:
     """Captions, and images as addresses that hold them."""
     colors: Sequence[tuple[str, str]] = ()
     """Classes with the colours that they have in these images."""
+    findings: Sequence[Finding] = ()
+    confusions: Sequence[Sequence[str]] = ()
+    """Rows of a table: class, what it is taken for, how often."""
 
 
-def _classified(card: Card, config: Config, test: Mapping[str, Any]) -> _Shown:
+def _classified(card: Card, config: Config, test: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> _Shown:
     groups = config.shots.groups(card.class_counts)
     judged = test[card.predicts_under]
     accuracy, intervals = judged["per_class"], judged.get("per_class_interval", [None] * len(groups))
@@ -97,6 +102,16 @@ def _classified(card: Card, config: Config, test: Mapping[str, Any]) -> _Shown:
         classes=[
             [card.class_names[i], f"{card.class_counts[i]:,}", groups[i], accuracy[i], _interval(intervals[i])]
             for i in order
+        ],
+        findings=diagnose(card, config, epochs, test) if epochs else (),
+        confusions=[
+            [
+                f"{card.class_names[a]} ({card.class_counts[a]:,})",
+                f"{card.class_names[b]} ({card.class_counts[b]:,})",
+                f"{entry['share']:.0f} % ({entry['images']})",
+            ]
+            for entry in judged.get("confusions", ())
+            for a, b in [(entry["class"], entry["taken_for"])]
         ],
     )
 
