@@ -18,7 +18,7 @@ from tests.conftest import TINY, Command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"inspect", "split", "train", "evaluate", "rebalance", "predict", "compare", "recipes"}
+COMMANDS = {"inspect", "split", "train", "evaluate", "rebalance", "predict", "export", "serve", "compare", "recipes"}
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

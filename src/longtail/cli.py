@@ -37,6 +37,7 @@ commands:
   rebalance RUN          a new head on a run's encoder: cRT, learnable weight scaling, τ-normalisation
   predict RUN IMAGES…    classes and probabilities of image files, or of all images in folders; labels of their pixels
   export RUN             one ONNX file with preprocessing, labels and prior inside
+  serve RUN              a local page to drop images on
   compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
   recipes                what there is to train
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rebalance": _rebalance,
         "predict": _predict,
         "export": _export,
+        "serve": _serve,
         "compare": _compare,
         "recipes": _recipes,
     }
@@ -564,6 +566,18 @@ def _export(arguments: list[str]) -> None:
         print(f"{made.path}: takes (N, {height}, {width}, {channels}) uint8, prior {given.prior}")
         what = "images" if given.images else "random images"
         print(f"largest difference of a probability from PyTorch's on {made.images} {what}: {made.difference:.1e}")
+
+
+def _serve(arguments: list[str]) -> None:
+    from longtail.options import Serve
+
+    given = _parse(Serve, "serve", arguments)
+    _check_run(given.run)
+    if not 0 <= given.port <= 65_535:
+        raise LongtailError(f"--port {given.port}: expected 0 to 65535")
+    from longtail.serve import serve
+
+    serve(given.run, given.host, given.port, None if given.root is None else str(given.root), given.quiet)
 
 
 def _segment(segmenter: Segmenter, files: list[Path], given: Predict) -> None:

@@ -139,6 +139,22 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serve:
+    """A local page to drop images on: classes with probabilities, a choice of prior, the nearest training images."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, or of a recogniser."""
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is seen from this machine alone."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    root: Path | None = None
+    """Where the training images are now, if not where they were."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compare:
     """Several methods × seeds under one recipe: longtail compare [RECIPE] [OPTIONS]."""
 

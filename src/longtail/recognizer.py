@@ -266,6 +266,10 @@ class Recognizer(ModelHubMixin, library_name="longtail", tags=["longtail"]):
         pixels = torch.stack([to_square(image, self.card.stored_size, self.card.channels) for image in images])
         return to_float(center(pixels, self.card.image_size))
 
+    def prepared(self, image: Image.Image) -> Tensor:
+        """Return an image as the network sees it, (1, channels, S, S) in [0, 1]."""
+        return self._prepared([image]).to(self.classifier.weight.device)
+
     def to(self, device: torch.device | str) -> Recognizer:
         """Move to ``device``."""
         self.encoder.to(device)

@@ -15,7 +15,7 @@ from longtail.config import Config, read_config
 from longtail.data.scenes import thirds
 from longtail.engine.books import read_metrics
 from longtail.errors import LongtailError
-from longtail.evaluation.comparison import COLUMNS, DENSE_COLUMNS, Record, differences, run_name, table
+from longtail.evaluation.comparison import COLUMNS, DENSE_COLUMNS, Record, columns, differences, run_name, table
 from longtail.files import write_text
 from longtail.recognizer import Card, read_card
 from longtail.report import overlays, plots
@@ -179,7 +179,15 @@ def comparison_report(records: Sequence[Record], out: Path, match: str) -> Path:
     figure = plots.comparison(records)
     plots.save_png(figure, out / "comparison.png")
     header, rows = table(records)
-    runs = [(record, f"{run_name(record.method, record.seed, record.imbalance)}/report.html") for record in records]
+    shown = columns(records)
+    runs = [
+        (
+            record,
+            f"{run_name(record.method, record.seed, record.imbalance)}/report.html",
+            [*(getattr(record, name) for name, _ in shown), record.seconds],
+        )
+        for record in records
+    ]
     page = _render(
         "comparison.html.j2",
         title=f"Comparison · {out.name}",
@@ -188,6 +196,8 @@ def comparison_report(records: Sequence[Record], out: Path, match: str) -> Path:
         differences=differences(records),
         seeds=len({record.seed for record in records}),
         match=match,
+        columns=shown,
+        dense=shown == DENSE_COLUMNS,
         figure=Markup(plots.svg(figure)),
         runs=runs,
     )
