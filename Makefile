@@ -1,9 +1,10 @@
 # make demo   train and compare seven methods on real images, with nothing but Python ≥ 3.10 and make at hand
 # make test   lint, types, tests
+# make docs   the documentation as a site, in site/
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: .venv/.installed
 	$(BIN)/longtail compare digits-lt --methods ce,la,ldam,paco,bcl,proco,gml --seeds 5 --jobs 2
@@ -14,6 +15,9 @@ test: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
 
+docs: .venv/.installed
+	$(BIN)/zensical build --strict
+
 # installed once, and again when what is to be installed has changed
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,4 +26,4 @@ test: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from longtail.config import load_recipe, recipe_names
 from longtail.evaluation.comparison import Record, differences, imbalances_of, markdown, methods_of, summarize
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,19 @@ def refreshed(text: str) -> str:
             shown = "\n".join(markdown(records, results.get("baseline")))
         return f"<!-- {kind}: {path} -->\n{shown}\n<!-- end -->"
 
+    text = re.sub(r"<!-- recipes -->\n.*?<!-- end -->", lambda _: recipes(), text, flags=re.DOTALL)
     return re.sub(r"<!-- (table|features): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def recipes() -> str:
+    """Return every recipe with its header."""
+    lines = ["<!-- recipes -->"]
+    for recipe in map(load_recipe, recipe_names()):
+        about = recipe.about
+        lines += [f"## {recipe.name}", "", f"{about.summary[0].upper()}{about.summary[1:]}. Source: {about.paper}.", ""]
+        lines += [f"Expected: {about.expected}.", ""] if about.expected else []
+        lines += ["```", about.command, "```", ""]
+    return "\n".join([*lines[:-1], "<!-- end -->"])
 
 
 def features(results: dict[str, Any]) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,33 @@ def test_the_examples_of_the_docs_run(page: str) -> None:
     exec(compile(code, page, "exec"), {})
 
 
+def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
+    zensical = Path(sys.executable).with_name("zensical")
+    if not zensical.exists():
+        pytest.skip("needs the extra docs")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    done = subprocess.run(
+        [zensical, "build", "--strict"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No issues found" in done.stdout + done.stderr
+    for name in ("index.html", "api/index.html", "evidence/index.html", "figures/methods.svg"):
+        assert (tmp_path / "site" / name).is_file()
+    assert "gml_loss" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        if not target.startswith("https://"):
+            assert ((ROOT / page).parent / target.partition("#")[0]).exists(), target
+
+
 def test_every_command_that_is_named_exists(command: Command) -> None:
     named = set(re.findall(r"longtail (\w+)", README)) & COMMANDS
     assert named == COMMANDS
@@ -116,6 +146,6 @@ def test_every_command_that_is_named_exists(command: Command) -> None:
         assert command(name, "--help")[0] == 0
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", README):
-        if target in {"demo", "test"}:
+        if target in {"demo", "test", "docs"}:
             assert f"\n{target}:" in makefile
     assert json.loads((ROOT / "benchmarks" / "results" / "digits-lt.json").read_text())["command"] in makefile
