@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longtail.estimator import LongTailClassifier
     from longtail.memory import ClassQueues
     from longtail.nn.heads import CosineClassifier
     from longtail.objectives import ClassPrior, GMLLoss
@@ -13,13 +14,14 @@ if TYPE_CHECKING:
     from longtail.segmenter import Segmenter
 
 __version__ = "0.1.0"
-__all__ = ["ClassPrior", "ClassQueues", "CosineClassifier", "GMLLoss", "Recognizer", "Segmenter"]
+__all__ = ["ClassPrior", "ClassQueues", "CosineClassifier", "GMLLoss", "LongTailClassifier", "Recognizer", "Segmenter"]
 
 _HOMES = {
     "ClassPrior": "longtail.objectives",
     "ClassQueues": "longtail.memory",
     "CosineClassifier": "longtail.nn.heads",
     "GMLLoss": "longtail.objectives",
+    "LongTailClassifier": "longtail.estimator",
     "Recognizer": "longtail.recognizer",
     "Segmenter": "longtail.segmenter",
 }

@@ -1,0 +1,155 @@
+"""scikit-learn's own checks, and long-tailed digits."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from longtail import LongTailClassifier
+
+Array = np.ndarray[Any, Any]
+
+
+@parametrize_with_checks(  # type: ignore[untyped-decorator]
+    [LongTailClassifier(method, hidden=32, epochs=5) for method in ("ce", "la", "gml")]
+)
+def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+def long_tailed(seed: int, imbalance: float = 40.0) -> tuple[Array, Array, Array, Array]:
+    """Digits of which 9 has forty times fewer than 0; and balanced ones to be tested on."""
+    X, y = load_digits(return_X_y=True)  # noqa: N806
+    rng = np.random.default_rng(seed)
+    train, test = [], []
+    for digit in range(10):
+        places = rng.permutation(np.flatnonzero(y == digit))
+        test.append(places[:50])
+        train.append(places[50 : 50 + max(2, int(120 * imbalance ** (-digit / 9)))])
+    a, b = np.concatenate(train), np.concatenate(test)
+    return X[a], y[a], X[b], y[b]
+
+
+def test_logit_adjustment_finds_the_tail() -> None:
+    gained = []
+    for seed in range(3):
+        X, y, held_out, truth = long_tailed(seed)  # noqa: N806
+        ce = LongTailClassifier("ce", hidden=128, prior="train", random_state=seed).fit(X, y)
+        la = LongTailClassifier("la", hidden=128, random_state=seed).fit(X, y)
+        scores = [balanced_accuracy_score(truth, model.predict(held_out)) for model in (ce, la)]
+        gained.append(100 * (scores[1] - scores[0]))
+    assert np.mean(gained) > 2
+
+
+def test_gml_fits() -> None:
+    X, y, held_out, truth = long_tailed(0)  # noqa: N806
+    model = LongTailClassifier("gml", hidden=64, random_state=0).fit(X, y)
+    la = LongTailClassifier("la", hidden=64, random_state=0).fit(X, y)
+    gml, other = (balanced_accuracy_score(truth, fitted.predict(held_out)) for fitted in (model, la))
+    assert gml > other - 0.05
+    assert model.class_counts_.tolist() == np.bincount(y).tolist()
+
+
+def test_without_a_hidden_layer() -> None:
+    X, y, held_out, truth = long_tailed(0)  # noqa: N806
+    for method in ("ce", "la", "gml"):
+        model = LongTailClassifier(method, hidden=0, random_state=0).fit(X, y)
+        assert balanced_accuracy_score(truth, model.predict(held_out)) > 0.7
+
+
+def test_labels_may_be_words_and_a_model_is_kept() -> None:
+    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+    words = np.array([f"digit {label}" for label in y])
+    model = LongTailClassifier(hidden=32, random_state=0).fit(X, words)
+    assert model.predict(held_out)[0] in set(words)
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict_proba(held_out), model.predict_proba(held_out))
+    assert clone(model).get_params() == model.get_params()
+
+
+def test_in_a_pipeline_and_a_search() -> None:
+    X, y, *_ = long_tailed(0, 5)  # noqa: N806
+    pipeline = make_pipeline(StandardScaler(), LongTailClassifier(hidden=32, epochs=3, random_state=0))
+    search = GridSearchCV(pipeline, {"longtailclassifier__method": ["ce", "la"]}, cv=3, scoring="balanced_accuracy")
+    search.fit(X, y)
+    assert search.best_score_ > 0.8
+    assert cross_val_score(search.best_estimator_, X, y, cv=3).min() > 0.8
+
+
+def test_priors() -> None:
+    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+    model = LongTailClassifier("la", hidden=64, random_state=0).fit(X, y)
+    uniform = model.predict_log_proba(held_out)
+    model.set_params(prior="train")
+    logs = uniform + np.log(model.class_counts_ / model.class_counts_.sum())
+    expected = logs - np.log(np.exp(logs).sum(axis=1, keepdims=True))
+    assert np.allclose(model.predict_log_proba(held_out), expected)
+    model.set_params(prior=[1e-9] * 9 + [1])
+    assert (model.predict(held_out) == 9).mean() > 0.9
+    for prior in ("even", [1, 2], [0] * 10, [np.nan] * 10):
+        model.set_params(prior=prior)
+        with pytest.raises(ValueError, match="prior: expected"):
+            model.predict(held_out)
+
+
+def test_the_same_seed_the_same_model_and_nobodys_random_numbers_are_moved() -> None:
+    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+    np.random.seed(7)
+    torch.manual_seed(7)
+    before = np.random.get_state(legacy=False)["state"]["key"].copy(), torch.get_rng_state()
+    a, b, c = (LongTailClassifier(hidden=32, epochs=2, random_state=seed).fit(X, y) for seed in (1, 1, 2))
+    assert np.array_equal(before[0], np.random.get_state(legacy=False)["state"]["key"])
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert np.array_equal(a.predict_proba(held_out), b.predict_proba(held_out))
+    assert not np.array_equal(a.predict_proba(held_out), c.predict_proba(held_out))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "svm"}, "method: expected one of ce, la, gml, got 'svm'"),
+        ({"hidden": -1}, "hidden: expected an integer of at least 0"),
+        ({"epochs": 0}, "epochs: expected an integer of at least 1"),
+        ({"batch_size": 1}, "batch_size: expected an integer of at least 2"),
+        ({"learning_rate": 0}, "learning_rate: expected a number above 0"),
+        ({"prior": "none"}, "prior: expected uniform, train or 10 frequencies"),
+    ],
+)
+def test_parameters_out_of_range(change: dict[str, Any], message: str) -> None:
+    X, y, *_ = long_tailed(0)  # noqa: N806
+    with pytest.raises(ValueError, match=message):
+        LongTailClassifier(**change).fit(X, y)
+
+
+def test_embeddings_that_are_none() -> None:
+    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+    model = LongTailClassifier(hidden=16, epochs=1, random_state=0).fit(X, y)
+    with pytest.raises(ValueError, match="X has 3 features, but LongTailClassifier is expecting 64"):
+        model.predict(held_out[:, :3])
+    X[3, 4] = np.nan
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        model.fit(X, y)
+    with pytest.raises(ValueError, match="y: expected samples of at least two classes"):
+        model.fit(held_out, np.zeros(len(held_out)))
+
+
+def test_samples_that_hardly_are() -> None:
+    for X, y in (  # noqa: N806
+        (np.array([[1.0], [2.0]]), [0, 1]),
+        (np.ones((5, 3)), [0, 0, 1, 1, 1]),
+        (np.random.default_rng(0).normal(size=(7, 4)), list("aabbccc")),
+    ):
+        for method in ("ce", "la", "gml"):
+            model = LongTailClassifier(method, hidden=8, epochs=1, batch_size=2, random_state=0).fit(X, y)
+            assert np.isfinite(model.predict_proba(X)).all()
