@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from longtail import ClassQueues, GMLLoss, Recognizer
@@ -21,7 +23,19 @@ from tests.conftest import TINY, Command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = {"inspect", "split", "train", "evaluate", "rebalance", "predict", "export", "serve", "compare", "recipes"}
+COMMANDS = {
+    "inspect",
+    "split",
+    "train",
+    "evaluate",
+    "rebalance",
+    "predict",
+    "export",
+    "serve",
+    "embed",
+    "compare",
+    "recipes",
+}
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -97,8 +111,15 @@ def test_the_recognizer_snippet(
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "1.jpg").write_bytes((photos / "cat" / "1.png").read_bytes())
     space: dict[str, object] = {}
-    exec(compile(SNIPPETS[1], "README.md", "exec"), space)
+    exec(compile(SNIPPETS[2], "README.md", "exec"), space)
     assert isinstance(space["recognizer"], Recognizer)
+
+
+def test_the_embeddings_snippet() -> None:
+    digits = load_digits()
+    space: dict[str, Any] = {"embeddings": digits.data[:300], "labels": digits.target[:300]}
+    exec(compile(SNIPPETS[1], "README.md", "exec"), space)
+    assert space["model"].score(digits.data[300:600], digits.target[300:600]) > 0.9
 
 
 # what Lightning says about its own use of torch, and about a loader for a few images

@@ -32,6 +32,7 @@ Long-tailed recognition and segmentation: train on images whose classes differ w
 commands:
   inspect SOURCE         what a set's tail looks like, and what is wrong with the set
   split SOURCE           share a set without splits out over train, val and test
+  embed SOURCE           embeddings of a set's images by any network, for heads of one's own
   train [RECIPE]         train, evaluate and keep a recogniser; any field of the recipe is a flag
   evaluate RUN           metrics of a run on its test set
   rebalance RUN          a new head on a run's encoder: cRT, learnable weight scaling, τ-normalisation
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands: dict[str, Callable[[list[str]], None]] = {
         "inspect": _inspect,
         "split": _split,
+        "embed": _embed,
         "train": _train,
         "evaluate": _evaluate,
         "rebalance": _rebalance,
@@ -344,6 +346,36 @@ def _split(arguments: list[str]) -> None:
         if made["short"]:
             print(f"too few images for every split: {', '.join(made['short'])}")
         print(f"split: {given.out}; longtail train --data {given.out} --data.root {made['root']}")
+
+
+def _embed(arguments: list[str]) -> None:
+    from longtail.options import Embed
+
+    data, rest = _source("embed", arguments)
+    given = _parse(Embed, "embed SOURCE", rest, Embed(data=data))
+    if given.out.suffix.lower() != ".npz":
+        raise LongtailError(f"--out {given.out}: expected a name that ends in .npz")
+    for path in (given.json, given.out):
+        _check_json(path)
+    from longtail.config import checked_section
+    from longtail.embedding import embed
+    from longtail.files import write_made
+
+    made = embed(
+        checked_section(given.data, "data"),
+        given.model,
+        given.out,
+        seed=given.seed,
+        pretrained=given.pretrained,
+        batch_size=given.batch_size,
+        say=lambda line: None if given.quiet else print(line, file=sys.stderr),
+    )
+    if given.json:
+        write_made(given.json, made)
+    if not given.quiet:
+        splits = [[split, f"{made[split]:,}"] for split in ("train", "val", "test") if split in made]
+        _print_table(["split", "images"], splits)
+        print(f"embeddings of width {made['width']}: {given.out}")
 
 
 def _show_metrics(judged: dict[str, Any]) -> None:

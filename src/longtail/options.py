@@ -200,6 +200,30 @@ class Inspect:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Embeddings of a set's images in one .npz file: longtail embed SOURCE --model NAME --out FILE.npz [OPTIONS].
+
+    SOURCE is what longtail inspect takes. The file has train, val and test with their labels, and class_names.
+    """
+
+    data: Data
+    model: str = "resnet50"
+    """A timm model, or the folder of a run, whose encoder is used."""
+    pretrained: str = "timm"
+    """Weights of a timm model: timm (its own, downloaded at first use), a file of them, or none."""
+    out: Path = Path("embeddings.npz")
+    """The file."""
+    batch_size: int = 64
+    """Images at a time."""
+    seed: int = 0
+    """Seed of the split and of a named set's tail, as in training."""
+    json: Path | None = None
+    """Write the counts to this file too."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """Share a set without splits out, every class by itself: longtail split SOURCE --out FILE.csv [OPTIONS].
 

@@ -1,0 +1,84 @@
+"""Embeddings of real digits and of a folder, written, read, and fitted on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longtail import LongTailClassifier, Recognizer
+from longtail.config import Config, Data
+from longtail.data.sources import load_data
+from longtail.embedding import embed, load_embeddings
+from longtail.engine.fit import fit
+from longtail.errors import LongtailError
+from tests.conftest import Command
+
+
+def test_by_the_encoder_of_a_run(tiny: Config, tmp_path: Path) -> None:
+    fit(tiny.replace(method="la", network="conv8", epochs=10), tmp_path / "run", quiet=True)
+    made = embed(tiny.data, str(tmp_path / "run"), tmp_path / "e.npz")
+    found = load_embeddings(tmp_path / "e.npz")
+    data = load_data(tiny.data, 0)
+    assert made == {"classes": 10, "train": len(data.train), "test": len(data.test), "width": 64}
+    assert np.array_equal(found["train_labels"], data.train.labels.numpy())
+    assert found["class_names"].tolist() == list(data.class_names)
+    recognizer = Recognizer.load(tmp_path / "run")
+    pixels = data.test.images.take(data.test.ids.argsort()[:5]).float() / 255
+    rows = data.test.ids.argsort()[:5].numpy()
+    assert np.allclose(found["test"][rows], recognizer.encoder(pixels).detach().numpy(), atol=1e-4)
+    model = LongTailClassifier(hidden=64, random_state=0).fit(found["train"], found["train_labels"])
+    assert model.score(found["test"], found["test_labels"]) > 0.6
+
+
+def test_by_a_timm_model_on_the_command_line(photos: Path, tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "e.npz"
+    code, shown, err = command(
+        "embed", photos, "--model", "test_resnet", "--pretrained", "none", "--data.val_fraction", "0.2", "--out", out
+    )
+    assert code == 0, err
+    assert "train" in shown
+    found = load_embeddings(out)
+    assert found["train"].shape[1] == found["val"].shape[1] > 8
+    assert found["class_names"].tolist() == ["cat", "dog", "emu"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "resnet1"], "network 'resnet1' is not known"),
+        (["--model", "test_resnet", "--out", "e.txt"], "expected a name that ends in .npz"),
+        (["--model", "test_resnet", "--pretrained", "no.pth"], "there is no such file"),
+    ],
+)
+def test_what_cannot_be_embedded(photos: Path, command: Command, flags: list[str], message: str) -> None:
+    code, _, err = command("embed", photos, *flags)
+    assert (code, message in err, len(err.splitlines())) == (2, True, 1), err
+
+
+def test_segmentations_have_none(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(LongtailError, match="masks: has a label for every pixel"):
+        embed(Data(source="masks", root=str(scenes)), "test_resnet", tmp_path / "e.npz", pretrained="none")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": np.full((3, 4), np.nan)}, "train: expected .* some of them not finite"),
+        ({"test": np.zeros((2, 5))}, r"test: expected \(N, 4\) finite numbers, got \(2, 5\)"),
+        ({"test": None}, "has no array 'test'"),
+        ({"train_labels": np.zeros(9)}, "train_labels: expected one label for each of 3 rows"),
+        ({"class_names": np.array([object()])}, "cannot be read as embeddings"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    arrays: dict[str, Any] = {"train": np.zeros((3, 4)), "train_labels": np.zeros(3), "test": np.zeros((2, 4))}
+    arrays |= {"test_labels": np.zeros(2), **change}
+    np.savez(tmp_path / "e.npz", **{name: values for name, values in arrays.items() if values is not None})
+    with pytest.raises(LongtailError, match=message):
+        load_embeddings(tmp_path / "e.npz")
+    (tmp_path / "text.npz").write_text("none")
+    with pytest.raises(LongtailError, match=r"text\.npz"):
+        load_embeddings(tmp_path / "text.npz")
