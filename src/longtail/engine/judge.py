@@ -55,7 +55,9 @@ def judge(
     counts, shots = recognizer.card.class_counts, config.shots
     groups = group_numbers(shots.groups(counts)).to(device)
     counted = {name: torch.zeros(3, len(counts), dtype=torch.int64, device=device) for name in biases}
-    trusted: dict[str, Reliability] = {}
+    none = torch.zeros(0, dtype=torch.int64, device=device)  # a process may have no image at all
+    nothing = reliability(torch.zeros(0, len(counts), device=device), none, groups)
+    trusted = dict.fromkeys(biases, nothing)
     # of every image: the confidence, whether it is right, and what it is taken for
     sure = {name: torch.zeros(3, len(images), dtype=torch.float64) for name in biases}
     place, done = torch.arange(rank(), len(images), world_size()), 0
@@ -64,13 +66,12 @@ def judge(
             bias = None if bias is None else bias.to(device)
             counted[name] += tally(scores, labels, bias)
             log_p = posterior(scores, bias)
-            found = reliability(log_p, labels, groups)
-            trusted[name] = found if name not in trusted else added(trusted[name], found)
+            trusted[name] = added(trusted[name], reliability(log_p, labels, groups))
             best = log_p.max(dim=1)
             told = torch.stack([best.values.exp(), best.indices == labels, best.indices])
             sure[name][:, place[done : done + len(labels)]] = told.cpu().double()
         done += len(labels)
-    each = {name: summed(values.to(device)).cpu() for name, values in sure.items()}
+    each = {name: summed(values.to(device)).cpu() if world_size() > 1 else values for name, values in sure.items()}
     return {
         name: {
             **metrics(summed(found).cpu(), counts, shots),
