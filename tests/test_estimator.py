@@ -22,9 +22,10 @@ Array = np.ndarray[Any, Any]
 
 
 @parametrize_with_checks(  # type: ignore[untyped-decorator]
-    [LongTailClassifier(method, hidden=32, epochs=5) for method in ("ce", "la", "gml")]
+    [LongTailClassifier(method, hidden=32, epochs=5, learning_rate=1e-2) for method in ("ce", "la", "gml")]
 )
-def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
+def test_scikit_learns_own_checks(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtail.estimator._LEAST_STEPS", 60)  # enough for them, and a fifth of the time
     check(estimator)
 
 
@@ -108,11 +109,40 @@ def test_the_same_seed_the_same_model_and_nobodys_random_numbers_are_moved() -> 
     np.random.seed(7)
     torch.manual_seed(7)
     before = np.random.get_state(legacy=False)["state"]["key"].copy(), torch.get_rng_state()
+    place = np.random.get_state(legacy=False)["state"]["pos"]
     a, b, c = (LongTailClassifier(hidden=32, epochs=2, random_state=seed).fit(X, y) for seed in (1, 1, 2))
     assert np.array_equal(before[0], np.random.get_state(legacy=False)["state"]["key"])
     assert torch.equal(before[1], torch.get_rng_state())
     assert np.array_equal(a.predict_proba(held_out), b.predict_proba(held_out))
     assert not np.array_equal(a.predict_proba(held_out), c.predict_proba(held_out))
+    LongTailClassifier(hidden=32).fit(X, y)
+    assert np.array_equal(before[0], np.random.get_state(legacy=False)["state"]["key"])
+    assert place == np.random.get_state(legacy=False)["state"]["pos"]
+
+
+def test_a_feature_that_never_varied_says_nothing() -> None:
+    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+    wide = np.c_[X, np.full(len(X), 123456.7)]  # of which NumPy's deviation is not quite 0
+    model = LongTailClassifier(hidden=32, random_state=0).fit(wide, y)
+    same, other = (model.predict(np.c_[held_out, np.full(len(held_out), 123456.7 + by)]) for by in (0, 1e-3))
+    assert np.array_equal(same, other)
+    plain = LongTailClassifier(hidden=32, random_state=0).fit(X, y).predict(held_out)
+    small = LongTailClassifier(hidden=32, random_state=0).fit(X * 1e-14, y).predict(held_out * 1e-14)
+    assert (small == plain).mean() > 0.99  # one that varies little says as much as any
+
+
+def test_scores_add_up() -> None:
+    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+    for chosen in (y < 10, y < 2):
+        for prior in ("uniform", "train"):
+            model = LongTailClassifier("ce", hidden=32, prior=prior, random_state=0).fit(X[chosen], y[chosen])
+            scores, probabilities = model.decision_function(held_out), model.predict_proba(held_out)
+            assert np.allclose(np.log(probabilities), model.predict_log_proba(held_out))
+            assert np.array_equal(model.predict(held_out), probabilities.argmax(axis=1))
+            if scores.ndim == 1:
+                assert np.allclose(1 / (1 + np.exp(-scores)), probabilities[:, 1])
+            else:
+                assert np.array_equal(scores.argmax(axis=1), probabilities.argmax(axis=1))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +153,9 @@ def test_the_same_seed_the_same_model_and_nobodys_random_numbers_are_moved() -> 
         ({"epochs": 0}, "epochs: expected an integer of at least 1"),
         ({"batch_size": 1}, "batch_size: expected an integer of at least 2"),
         ({"learning_rate": 0}, "learning_rate: expected a number above 0"),
+        ({"weight_decay": -1}, "weight_decay: expected a number of at least 0"),
+        ({"method": "gml", "queue_size": 0}, "queue_size: expected an integer of at least 1"),
+        ({"method": "gml", "queue_size": 3}, "size: expected at least 10 classes × 2 slots, got 3"),
         ({"prior": "none"}, "prior: expected uniform, train or 10 frequencies"),
     ],
 )

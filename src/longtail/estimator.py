@@ -45,10 +45,10 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         scale: a score is scale · cos, in [−scale, scale].
         temperature: of the mixture at the start (gml).
         embedding_dim: width of the mixture's embeddings (gml).
-        queue_size: slots of the queues; one a sample, at most 2048, if not given (gml).
+        queue_size: slots of the queues; one a sample, at most 1024, if not given (gml).
         queue_minimum: least slots a class (gml).
         prior: class frequencies that predictions assume: uniform, train, or C frequencies in the order of ``classes_``.
-        random_state: seed, generator or None, as scikit-learn takes them; a caller's own random numbers stay.
+        random_state: seed, RandomState, or None for other numbers at every fit; NumPy's and torch's global ones stay.
         device: auto, cpu or cuda, to train on; predictions are made with NumPy.
 
     Attributes:
@@ -119,8 +119,12 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.class_counts_ = np.bincount(labels)
         self._log_prior()  # refused before the training
         self._mean, deviation = X.mean(axis=0), X.std(axis=0)
-        self._deviation = np.where(deviation > 1e-12, deviation, 1.0)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        # rounding gives a constant feature a deviation too, in proportion to its size
+        varies = (np.ptp(X, axis=0) > 1e-12 * np.abs(X).max(axis=0)) & (deviation > 0)
+        self._deviation = np.where(varies, deviation, 1.0)
+        # for None scikit-learn would draw from NumPy's global state, and move it
+        draws = np.random.RandomState() if self.random_state is None else check_random_state(self.random_state)
+        seed = int(draws.randint(2**31 - 1))
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         standard = torch.from_numpy((X - self._mean) / self._deviation).float().to(name)
         # a caller's own random numbers are not ours to move
@@ -134,12 +138,16 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
         least = {"hidden": 0, "epochs": 1, "batch_size": 2, "embedding_dim": 1, "queue_minimum": 1}
+        if self.queue_size is not None:
+            least["queue_size"] = 1
         for name, low in least.items():
             if not isinstance(getattr(self, name), int | np.integer) or getattr(self, name) < low:
                 raise ValueError(f"{name}: expected an integer of at least {low}, got {getattr(self, name)!r}")
         for name in ("learning_rate", "scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a number of at least 0, got {self.weight_decay!r}")
 
     def _train(self, standard: Tensor, labels: Tensor) -> tuple[nn.Sequential, CosineClassifier]:
         """Return the hidden layer and the classifier."""
@@ -158,20 +166,24 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         trained: list[nn.Module] = [layers, classifier]
         mixture: tuple[GMLLoss, ProjectionMLP, ProjectionMLP, ClassQueues] | None = None
         if self.method == "gml":
-            size = self.queue_size or max(min(2048, count), self.queue_minimum * classes)
+            size = self.queue_size or max(min(1024, count), self.queue_minimum * classes)
             queues = ClassQueues(counts, size, self.queue_minimum, width, device=standard.device)
             criterion = GMLLoss(counts, self.temperature, validate=False)
             query, key = ProjectionMLP(features, self.embedding_dim), ProjectionMLP(width, self.embedding_dim)
             mixture = (criterion, query, key, queues)
-            trained += mixture[:3]
-        for module in (*trained, prior):
+            trained += mixture[1:3]
+        undecayed: list[nn.Module] = [] if mixture is None else [mixture[0]]  # τ
+        for module in (*trained, *undecayed, prior):
             module.to(standard.device).train()
         # of at least two samples each, which BatchNorm needs
         steps = max(1, min(-(-count // self.batch_size), count // 2))
         self.n_iter_ = max(self.epochs, -(-_LEAST_STEPS // steps))
         total, done = self.n_iter_ * steps, 0
-        parameters = [p for module in trained for p in module.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for module in modules for p in module.parameters()], "weight_decay": decay}
+            for modules, decay in ((trained, self.weight_decay), (undecayed, 0.0))
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         log_prior = None if self.method == "ce" else prior.log
         for _ in range(self.n_iter_):
             for chosen in torch.randperm(count).to(standard.device).tensor_split(steps):
