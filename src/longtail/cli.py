@@ -206,12 +206,14 @@ def _train(arguments: list[str]) -> None:
 
     from longtail.engine.evaluate import described
     from longtail.engine.fit import fit
-    from longtail.engine.processes import rank
+    from longtail.engine.processes import leave, rank
     from longtail.files import write_made
     from longtail.report import run_report
 
     run = fit(config, out, resume=given.resume, overwrite=given.overwrite, quiet=given.quiet)
-    if rank() > 0:
+    first = rank() == 0
+    leave()
+    if not first:
         return
     page = run_report(out)
     judged = described(run.judged, run.card)

@@ -78,6 +78,16 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Part from the other processes, once nothing is left to do together.
+
+    A process that ends with its connections open may be ended by one of their threads instead, with an abort.
+    """
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def summed(tensor: Tensor) -> Tensor:
     """Return the sum over all processes."""
     if world_size() > 1:
