@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from longtail.cli import main
 from longtail.config import Config, load_recipe
+from longtail.recognizer import Card
 
 # no test asks a network for anything; the library reads this once, when it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,6 +44,22 @@ def cifar_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("needs CIFAR-100 in ../shared/data/cifar100")
     return folder
+
+
+def small_card(class_names: tuple[str, ...], class_counts: tuple[int, ...], **changes: Any) -> Card:
+    """What is known of a recogniser of grey 8 × 8 images."""
+    values: dict[str, Any] = {
+        "class_names": class_names,
+        "class_counts": class_counts,
+        "network": "conv8-tiny",
+        "scale": 30.0,
+        "mean": (0.5,),
+        "std": (0.5,),
+        "image_size": 8,
+        "stored_size": 8,
+        "predicts_under": "uniform",
+    }
+    return Card(**(values | changes))
 
 
 Command = Callable[..., tuple[int, str, str]]

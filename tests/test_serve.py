@@ -28,10 +28,10 @@ from starlette.testclient import TestClient
 from longtail.config import load_recipe
 from longtail.engine.evaluate import open_finished
 from longtail.engine.fit import fit
-from longtail.recognizer import Card, Recognizer
+from longtail.recognizer import Recognizer
 from longtail.serve import build_app
 from longtail.serve.app import MOST_BYTES, known_images
-from tests.conftest import Command
+from tests.conftest import Command, small_card
 
 NAMES = ("<img src=x onerror=alert(1)>", 'a "quote" & more', "שלום 🐘")
 
@@ -178,17 +178,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     from longtail.nn import CosineClassifier, Encoder
 
     torch.manual_seed(0)
-    card = Card(
-        class_names=NAMES,
-        class_counts=(90, 9, 1),
-        network="conv8-tiny",
-        scale=30.0,
-        mean=(0.5,),
-        std=(0.5,),
-        image_size=8,
-        stored_size=8,
-        predicts_under="uniform",
-    )
+    card = small_card(NAMES, (90, 9, 1))
     encoder = Encoder("conv8-tiny", [0.5], [0.5])
     recognizer = Recognizer(encoder, CosineClassifier(encoder.num_features, 3), card)
     app = build_app(recognizer, None, 'run <b>"1"</b>')

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longtail.errors import LongtailError, StoppedError, nearest
+from longtail.printing import print_table, show_metrics, show_predictions, show_trust
 
 if TYPE_CHECKING:
     from longtail.config import Data, Recipe
-    from longtail.options import Evaluate, Predict
+    from longtail.options import Looking, Predict
     from longtail.recognizer import Recognizer
     from longtail.segmenter import Looks, Segmenter
 
@@ -174,22 +175,6 @@ def _check_json(path: Path | None) -> None:
         _check_folder(path.parent)
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for index, row in enumerate([header, *rows]):
-        cells = [
-            cell.ljust(w) if i == 0 or left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-        if index == 0:
-            print("  ".join("─" * width for width in widths))
-
-
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.1f}"
-
-
 def _train(arguments: list[str]) -> None:
     from longtail.config import checked, load_recipe
     from longtail.options import Train
@@ -219,7 +204,7 @@ def _train(arguments: list[str]) -> None:
     judged = described(run.judged, run.card)
     if given.json:
         write_made(given.json, judged)
-    _show_metrics(judged)
+    show_metrics(judged)
     print(f"{run.student_passes:,} student passes in {run.seconds:.0f} s", end="")
     print(f", the teacher took {run.teacher_seconds:.0f} s" if run.teacher_seconds else "")
     print(f"recogniser: {out / 'recognizer'}\nreport:     {page}")
@@ -288,7 +273,7 @@ def _inspect(arguments: list[str]) -> None:
         ["smallest classes", ", ".join(f"{name} {count:,}" for name, count in found.least)],
     ]
     rows += [[f"{side} in pixels", f"{v[0]} to {v[2]}, median {v[1]}"] for side, v in found.sides.items()]
-    _print_table([found.source, "found"], [[a, b] for a, b in rows], left=True)
+    print_table([found.source, "found"], [[a, b] for a, b in rows], left=True)
     print()
     print("\n".join(histogram(found.class_counts, found.counted)))
     problems = [
@@ -344,7 +329,7 @@ def _split(arguments: list[str]) -> None:
     if given.json:
         write_made(given.json, made)
     if not given.quiet:
-        _print_table(["split", "images"], [[split, f"{count:,}"] for split, count in made["images"].items()])
+        print_table(["split", "images"], [[split, f"{count:,}"] for split, count in made["images"].items()])
         if made["short"]:
             print(f"too few images for every split: {', '.join(made['short'])}")
         print(f"split: {given.out}; longtail train --data {given.out} --data.root {made['root']}")
@@ -376,24 +361,8 @@ def _embed(arguments: list[str]) -> None:
         write_made(given.json, made)
     if not given.quiet:
         splits = [[split, f"{made[split]:,}"] for split in ("train", "val", "test") if split in made]
-        _print_table(["split", "images"], splits)
+        print_table(["split", "images"], splits)
         print(f"embeddings of width {made['width']}: {given.out}")
-
-
-def _show_metrics(judged: dict[str, Any]) -> None:
-    from longtail.evaluation.comparison import DENSE_COLUMNS
-
-    named = {name: name.replace("_", " ") for name in ("balanced_accuracy", "top1", "top5", "many", "medium", "few")}
-    if "mean_iou" in judged:
-        named = {**dict(DENSE_COLUMNS), "top1": "pixel accuracy"}
-    if "target_accuracy" in judged:
-        named = {"target_accuracy": "accuracy at target", **named}
-    names, header = list(named), ["prior", *named.values()]
-    rows = [
-        ["training" if prior == "train" else prior, *(_percent(values[name]) for name in names)]
-        for prior, values in judged["priors"].items()
-    ]
-    _print_table(header, rows)
 
 
 def _evaluate(arguments: list[str]) -> None:
@@ -410,34 +379,11 @@ def _evaluate(arguments: list[str]) -> None:
     if given.json:
         write_made(given.json, judged)
     if not given.quiet:
-        _show_metrics(judged)
-        _show_trust(judged)
+        show_metrics(judged)
+        show_trust(judged)
 
 
-def _show_trust(judged: dict[str, Any]) -> None:
-    """Print how far the probabilities can be trusted, and what was estimated."""
-    if "calibration" in judged:
-        found = judged["calibration"]
-        of_groups = ", ".join(f"{name} {values['ece']:.1f}" for name, values in found["groups"].items())
-        print(
-            f"calibration under the {judged['prior']} prior: error {found['ece']:.1f} % ({of_groups}), of classes "
-            f"{found['class_ece']:.2f} %, NLL {found['nll']:.3f}, Brier {found['brier']:.3f}"
-        )
-    for method, entry in judged.get("estimates", {}).items():
-        rows = list(zip(entry["frequencies"], entry["low"], entry["high"], judged["class_names"], strict=True))
-        shown = ", ".join(f"{name} {q:.3f} ({low:.3f} to {high:.3f})" for q, low, high, name in sorted(rows)[:-4:-1])
-        print(f"class frequencies by {method}, the largest with 95 % intervals: {shown}")
-    if "conformal" in judged:
-        sets = judged["conformal"]
-        for name in ("all", "many", "medium", "few"):
-            if name in sets:
-                print(
-                    f"sets for {100 * sets['coverage']:g} % of each class, {name}: hold the truth in "
-                    f"{sets[name]['covered']:.1f} %, {sets[name]['size']:.1f} classes each"
-                )
-
-
-def _looks(given: Evaluate | Predict) -> Looks | None:
+def _looks(given: Looking) -> Looks | None:
     """Return how an image is to be segmented, where that was said."""
     from longtail.segmenter import Looks
 
@@ -465,7 +411,7 @@ def _rebalance(arguments: list[str]) -> None:
     if given.json:
         write_made(given.json, judged)
     if not given.quiet:
-        _show_metrics(judged)
+        show_metrics(judged)
         print(f"recogniser: {out / 'recognizer'}")
 
 
@@ -501,10 +447,10 @@ def _predict(arguments: list[str]) -> None:
     predictions = recognizer.predict(files, prior=_prior(given.prior, recognizer), coverage=given.coverage)
     best = predictions.top(given.top)
     sets: Sequence[list[str] | None] = predictions.sets or [None] * len(files)
-    _show_predictions(given, files, best, sets)
+    show_predictions(given, files, best, sets)
     if predictions.prior is not None and not given.quiet:
         found = {"em": dataclasses.asdict(predictions.prior)}
-        _show_trust({"estimates": found, "class_names": predictions.class_names})
+        show_trust({"estimates": found, "class_names": predictions.class_names})
 
 
 def _predict_deployed(given: Predict) -> None:
@@ -519,55 +465,15 @@ def _predict_deployed(given: Predict) -> None:
         raise LongtailError(f"{given.run}: --coverage and what is for segmentation need the run, not its ONNX file")
     files = find_images(given.images)
     probabilities = model.predict(files)
-    if given.prior not in {"uniform", "train"}:
-        if given.prior == "estimate":
-            raise LongtailError(f"{given.run}: --prior estimate needs the run, not its ONNX file")
-        from longtail.evaluation.priors import read_prior
-
-        prior = read_prior(Path(given.prior), model.class_names)
-    else:
-        prior = [1.0] * len(model.class_names) if given.prior == "uniform" else [float(n) for n in model.class_counts]
-    probabilities = model.under(probabilities, prior)
+    if given.prior == "estimate":
+        raise LongtailError(f"{given.run}: --prior estimate needs the run, not its ONNX file")
+    probabilities = model.under(probabilities, model.frequencies(given.prior))
     order = (-probabilities).argsort(axis=1, kind="stable")[:, : given.top]
     best = [
         [(model.class_names[c], float(row[c])) for c in chosen]
         for row, chosen in zip(probabilities, order, strict=True)
     ]
-    _show_predictions(given, files, best, [None] * len(files))
-
-
-def _show_predictions(
-    given: Predict, files: Sequence[Path], best: Sequence[list[tuple[str, float]]], sets: Sequence[list[str] | None]
-) -> None:
-    if given.json:
-        from longtail.files import write_made
-
-        write_made(
-            given.json,
-            [
-                {
-                    "path": str(file),
-                    "class": row[0][0],
-                    "probability": row[0][1],
-                    "top": [{"class": name, "probability": value} for name, value in row],
-                    **({} if names is None else {"set": names}),
-                }
-                for file, row, names in zip(files, best, sets, strict=True)
-            ],
-        )
-    if not given.quiet:
-        rows = [
-            [
-                str(file),
-                row[0][0],
-                f"{row[0][1]:.3f}",
-                ", ".join(f"{name} {value:.3f}" for name, value in row[1:]),
-                *([] if names is None else [", ".join(names) or "none"]),
-            ]
-            for file, row, names in zip(files, best, sets, strict=True)
-        ]
-        header = ["path", "class", "probability", "next"]
-        _print_table(header if given.coverage is None else [*header, "set"], rows)
+    show_predictions(given, files, best, [None] * len(files))
 
 
 def _export(arguments: list[str]) -> None:
@@ -649,7 +555,7 @@ def _segment(segmenter: Segmenter, files: list[Path], given: Predict) -> None:
             [row["path"], row["labels"], ", ".join(f"{n} {v:.3f}" for n, v in list(row["shares"].items())[: given.top])]
             for row in rows
         ]
-        _print_table(["path", "labels", "largest shares"], shown, left=True)
+        print_table(["path", "labels", "largest shares"], shown, left=True)
         print(f"labels (value 1 is {names[0]}) and overlays: {out}")
 
 
@@ -704,7 +610,7 @@ def _compare(arguments: list[str]) -> None:
     page = comparison_report(records, out, given.match)
     if given.json:
         write_made(given.json, as_json_lines(records) if given.json.suffix == ".jsonl" else as_json(records))
-    _print_table(*table(records))
+    print_table(*table(records))
     print(f"accuracy in %, mean ± standard deviation over {given.seeds} seed{'s' * (given.seeds != 1)}; ", end="")
     print("equal student passes" if given.match == "passes" else "equal epochs")
     for difference in differences(records):
@@ -748,4 +654,4 @@ def _recipes(arguments: list[str]) -> None:
     if not given.quiet:
         rows = [[r.name, r.about.summary, r.about.expected or "–"] for r in recipes]
         width = max(len(row[1]) for row in rows)
-        _print_table(["recipe", "what".ljust(width), "expected"], [[a, b.ljust(width), c] for a, b, c in rows])
+        print_table(["recipe", "what".ljust(width), "expected"], [[a, b.ljust(width), c] for a, b, c in rows])

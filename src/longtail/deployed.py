@@ -12,6 +12,7 @@ from PIL import Image
 
 from longtail.data.pictures import open_image, squared, upright
 from longtail.errors import LongtailError
+from longtail.evaluation.priors import read_prior
 
 Array = np.ndarray[Any, Any]
 
@@ -78,15 +79,21 @@ class DeployedModel:
             probabilities: (N, C), this file's.
             prior: (C,) frequencies.
         """
-        classes = len(self.class_names)
-        mine: Any = self.prior
-        if mine == "uniform":
-            mine = [1.0] * classes
-        elif mine == "train":
-            mine = self.class_counts
-        weighed = probabilities.astype(np.float64) * (np.asarray(prior) / np.asarray(mine, dtype=np.float64))
+        weighed = probabilities.astype(np.float64) * (np.asarray(prior) / np.asarray(self.frequencies(self.prior)))
         changed: Array = weighed / weighed.sum(axis=1, keepdims=True)
         return changed
+
+    def frequencies(self, prior: str | Sequence[float]) -> Sequence[float]:
+        """Return (C,) class frequencies, not normalised: of ``uniform``, of ``train``, of a file, or as they are given.
+
+        Raises:
+            LongtailError: the file cannot be read, or does not fit the classes.
+        """
+        if not isinstance(prior, str):
+            return prior
+        if prior == "uniform":
+            return [1.0] * len(self.class_names)
+        return self.class_counts if prior == "train" else read_prior(Path(prior), self.class_names)
 
     def _run(self, batch: Sequence[Array]) -> Array:
         (probabilities,) = self._session.run(None, {"images": np.stack(batch)})

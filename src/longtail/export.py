@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import longtail
+from longtail.data.pictures import open_image, upright
 from longtail.errors import LongtailError
 from longtail.files import write_whole
 from longtail.objectives.posterior import along, posterior
 from longtail.recognizer import Recognizer
-from longtail.segmenter import Segmenter
+from longtail.segmenter import Segmenter, load_kept
 
 PARITY = 1e-4
 """Largest difference of a probability between the file and PyTorch that an export goes through with."""
@@ -84,8 +85,6 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError:
         raise LongtailError("export: needs the extra onnx: pip install 'longtail[onnx]'") from None
-    from longtail.segmenter import load_kept
-
     recognizer = load_kept(folder)
     card = recognizer.card
     height, width = card.shape or (card.image_size, card.image_size)
@@ -140,15 +139,13 @@ def _images(recognizer: Recognizer, size: tuple[int, int], files: Sequence[Path]
     if not files:
         drawn = torch.rand(_TRIED, *size, channels, generator=torch.Generator().manual_seed(0))
         return (drawn * 255).to(torch.uint8)
-    from longtail.data.pictures import open_image, upright
-
     made = []
     for file in (list(files) * 2)[: max(2, min(len(files), _TRIED))]:
         if isinstance(recognizer, Segmenter):
             image = upright(open_image(file)).resize(size[::-1])
             made.append(torch.from_numpy(np.array(image)))
         else:
-            made.append((recognizer._prepared([open_image(file)])[0].permute(1, 2, 0) * 255).round().to(torch.uint8))
+            made.append((recognizer.prepared(open_image(file))[0].permute(1, 2, 0) * 255).round().to(torch.uint8))
     return torch.stack(made)
 
 

@@ -31,7 +31,19 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Looking:
+    """How an image is segmented."""
+
+    window: int | None = None
+    """Segmentation: side of a square that slides over an image; the whole image at once if not given."""
+    flip: Flag = False
+    """Segmentation: look at the mirrored image too."""
+    scales: tuple[float, ...] = (1.0,)
+    """Segmentation: sizes at which an image is looked at, as shares of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Looking):
     """Metrics of a run on its test set, in percent."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -49,12 +61,6 @@ class Evaluate:
     needs validation images."""
     root: Path | None = None
     """Where the images are now, if not where they were."""
-    window: int | None = None
-    """Segmentation: side of a square that slides over an image; the whole image at once if not given."""
-    flip: Flag = False
-    """Segmentation: look at the mirrored image too."""
-    scales: tuple[float, ...] = (1.0,)
-    """Segmentation: sizes at which an image is looked at, as shares of its own."""
     json: Path | None = None
     """Write the metrics, per class too, to this file."""
     quiet: Flag = False
@@ -87,7 +93,7 @@ class Rebalance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predict:
+class Predict(Looking):
     """Classes and probabilities of images, or of a segmentation labels of their pixels as PNG files."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -104,12 +110,6 @@ class Predict:
     """Classes shown an image."""
     out: Path | None = None
     """Segmentation: folder of the label images and overlays (default: segmented)."""
-    window: int | None = None
-    """Segmentation: side of a square that slides over an image; the whole image at once if not given."""
-    flip: Flag = False
-    """Segmentation: look at the mirrored image too."""
-    scales: tuple[float, ...] = (1.0,)
-    """Segmentation: sizes at which an image is looked at, as shares of its own."""
     json: Path | None = None
     """Write the table to this file too."""
     quiet: Flag = False

@@ -53,6 +53,30 @@ def test_every_method_trains(segmenting: Config, tmp_path: Path, method: str) ->
     assert (run.teacher_seconds > 0) == (method == "gml")
 
 
+@pytest.mark.parametrize(
+    "network", ["segformer:test_efficientnet:8", "upernet:test_convnext:8", "segformer:resnet10t:8", "upernet:mit_b0:8"]
+)
+def test_every_kind_of_network_trains(segmenting: Config, tmp_path: Path, network: str) -> None:
+    run = fit(segmenting.replace(network=network, epochs=1), tmp_path / "run", quiet=True)
+    again = Segmenter.load(tmp_path / "run")
+    assert again.card.network == network
+    assert run.metrics["images"] == 6
+
+
+def test_a_comparison(scenes: Path, tmp_path: Path, command: Command) -> None:
+    flags = ["--network", "upernet:test_efficientnet:8", "--pretrained", "none", "--epochs", "1", "--batch_size", "4"]
+    code, shown, err = command(
+        *("compare", "--data", scenes, *flags, "--data.workers", "0", "--methods", "ce,la"),
+        *("--seeds", "2", "--out", tmp_path / "out", "--quiet"),
+    )
+    assert code == 0, err
+    for part in ("tail IoU", "mean class accuracy", "mean IoU, la − ce", "tail IoU, la − ce"):
+        assert part in shown
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "n/a" not in page
+    assert "boundary IoU" in page
+
+
 def test_it_learns(segmenting: Config, tmp_path: Path) -> None:
     config = segmenting.replace(method="gml", epochs=40, validate_every=40, segmentation={"scale": (0.8, 1.25)})
     run = fit(config, tmp_path / "run", quiet=True)

@@ -86,6 +86,9 @@ def test_a_target_of_its_own(run: Path, tmp_path: Path) -> None:
         (10 if name == "3" else 1) / 19 * value for name, value in zip(names, judged["per_class"], strict=True)
     )
     assert judged["target_accuracy"] == pytest.approx(expected)
+    with_sets = evaluate(run, str(tmp_path / "p.json"), coverage=0.9)
+    assert with_sets["prior"] == "given"
+    assert with_sets["top1"] == judged["top1"]
     uniform = evaluate(run, target="uniform")
     assert uniform["target_accuracy"] == pytest.approx(uniform["balanced_accuracy"])
 

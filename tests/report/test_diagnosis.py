@@ -7,25 +7,11 @@ from typing import Any
 import pytest
 
 from longtail.config import Config
-from longtail.recognizer import Card
 from longtail.report.diagnosis import diagnose
+from tests.conftest import small_card
 
 GOOD = {"many": 90.0, "medium": 85.0, "few": 70.0, "balanced_accuracy": 82.0, "calibration": {"ece": 3.0}}
 LINES = [{"classifier": 0.5, "temperature": 0.1, "queue_fill": 1.0}] * 16
-
-
-def card(predicts_under: str = "uniform") -> Card:
-    return Card(
-        class_names=("a", "b"),
-        class_counts=(90, 9),
-        network="conv8",
-        scale=30.0,
-        mean=(0.5,),
-        std=(0.5,),
-        image_size=8,
-        stored_size=8,
-        predicts_under=predicts_under,  # type: ignore[arg-type]
-    )
 
 
 def findings(
@@ -35,7 +21,7 @@ def findings(
     **config: Any,
 ) -> list[str]:
     judged = {"uniform": {**GOOD, **(found or {})}, "train": {**GOOD, **(found or {})}}
-    told = diagnose(card(under), Config(**config), lines or LINES, judged)
+    told = diagnose(small_card(("a", "b"), (90, 9), predicts_under=under), Config(**config), lines or LINES, judged)
     return [f"{finding.what} {finding.measured} {finding.advice}" for finding in told]
 
 

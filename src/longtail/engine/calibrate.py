@@ -31,13 +31,14 @@ def calibrated(recognizer: Recognizer, images: ImageSet, config: Config) -> Reco
     plain.card = dataclasses.replace(card, predicts_under="uniform")
     scores = plain.free(scores)
     probabilities = posterior(scores).exp()
-    held_out = HeldOut(
+    found = (
         labels,
         probabilities.argmax(dim=1),
         probabilities.gather(1, labels[:, None])[:, 0],
         fit_bias(scores, labels, bias),
     )
-    return Recognizer(recognizer.encoder, recognizer.classifier, card, held_out)
+    # on the host, as it is after loading
+    return Recognizer(recognizer.encoder, recognizer.classifier, card, HeldOut(*(tensor.cpu() for tensor in found)))
 
 
 def _group_temperatures(scores: Tensor, labels: Tensor, bias: Tensor, card: Card, config: Config) -> tuple[float, ...]:

@@ -83,8 +83,10 @@ def evaluate(
         raise LongtailError(f"{run}: is a segmenter: --target, --coverage and --prior estimate are for whole images")
     wanted = None if target is None else frequencies(target, card, imbalance)
     given: dict[str, Sequence[float]] = {} if wanted is None else {"target": wanted}
+    known = None
     if prior == "estimate" or coverage is not None:
-        scores, labels = (tensor.cpu() for tensor in scored(recognizer, data.test))
+        found_scores, found_labels = scored(recognizer, data.test)
+        known = scores, labels = found_scores.cpu(), found_labels.cpu()
         if prior == "estimate":
             estimates = _estimates(recognizer, scores, labels, wanted)
             more["estimates"] = {entry.method: dataclasses.asdict(entry) for entry in estimates}
@@ -95,9 +97,9 @@ def evaluate(
                 given["estimate" if entry.method == "em" else entry.method] = effective
         if coverage is not None:
             more["conformal"] = _conformal(recognizer, scores, labels, coverage, config)
-    elif prior not in {"uniform", "train"}:
+    if prior not in {"uniform", "train", "estimate"}:
         given["given"], prior = frequencies(prior, card), "given"
-    judged = judge(recognizer, data.test, config, looks, given)
+    judged = judge(recognizer, data.test, config, looks, given, known)
     if wanted is not None:
         for found in judged.values():
             seen = [(q, value) for q, value in zip(wanted, found["per_class"], strict=True) if value is not None]

@@ -371,7 +371,8 @@ class _Trainer:
         """Keep the weights that are best on the validation set; a tie keeps the earlier ones."""
         student = _kept(method, average)
         as_in_the_first(student)
-        result = judge(self._recognizer(student, {}, {}), images, self.config)[method.predicts_under(self.config)]
+        kept = self._recognizer(student, {}, {})
+        result = judge(kept, images, self.config, brief=True)[method.predicts_under(self.config)]
         names = ("mean_iou", "tail", "balanced_accuracy", "top1")
         shown: dict[str, Any] = {name: result[name] for name in names if name in result}
         score = next(iter(shown.values()))

@@ -37,6 +37,8 @@ def judge(
     config: Config,
     looks: Looks | None = None,
     priors: Mapping[str, Sequence[float]] | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    brief: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return the metrics of a split under several priors, every image seen once.
 
@@ -46,11 +48,13 @@ def judge(
         config: of the run.
         looks: how often an image is looked at, of a segmenter.
         priors: class frequencies by name, besides ``uniform`` and ``train``.
+        known: what :func:`scored` made of the split already, so that no image goes through the network twice.
+        brief: accuracies alone, as a look at the validation images needs them; of a classifier.
     """
     if isinstance(recognizer, Segmenter):
         looks = looks or Looks(window=config.segmentation.window)
         return _judge_pixels(recognizer, images, config, looks, _named(priors))
-    device = recognizer.classifier.weight.device
+    device = recognizer.classifier.weight.device if known is None else known[0].device
     biases = {name: recognizer.log_prior(given) for name, given in _named(priors)}
     counts, shots = recognizer.card.class_counts, config.shots
     groups = group_numbers(shots.groups(counts)).to(device)
@@ -61,27 +65,32 @@ def judge(
     # of every image: the confidence, whether it is right, and what it is taken for
     sure = {name: torch.zeros(3, len(images), dtype=torch.float64) for name in biases}
     place, done = torch.arange(rank(), len(images), world_size()), 0
-    for scores, labels in _scored(recognizer, images):
+    for scores, labels in _scored(recognizer, images) if known is None else [known]:
         for name, bias in biases.items():
-            bias = None if bias is None else bias.to(device)
+            bias = None if bias is None else bias.to(scores.device)
             counted[name] += tally(scores, labels, bias)
+            if brief:
+                continue
             log_p = posterior(scores, bias)
             trusted[name] = added(trusted[name], reliability(log_p, labels, groups))
             best = log_p.max(dim=1)
             told = torch.stack([best.values.exp(), best.indices == labels, best.indices])
             sure[name][:, place[done : done + len(labels)]] = told.cpu().double()
         done += len(labels)
+    judged = {name: metrics(summed(found).cpu(), counts, shots) for name, found in counted.items()}
+    if brief:
+        return judged
     each = {name: summed(values.to(device)).cpu() if world_size() > 1 else values for name, values in sure.items()}
     return {
         name: {
-            **metrics(summed(found).cpu(), counts, shots),
+            **found,
             "calibration": {
                 **calibration_metrics(Reliability(*(summed(part).cpu() for part in trusted[name]))),
                 "rejection": rejection_curve(each[name][0], each[name][1]),
             },
             "confusions": confusions(images.labels, each[name][2].long(), counts),
         }
-        for name, found in counted.items()
+        for name, found in judged.items()
     }
 
 
