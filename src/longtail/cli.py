@@ -449,7 +449,7 @@ def _predict(arguments: list[str]) -> None:
     sets: Sequence[list[str] | None] = predictions.sets or [None] * len(files)
     show_predictions(given, files, best, sets)
     if predictions.prior is not None and not given.quiet:
-        found = {"em": dataclasses.asdict(predictions.prior)}
+        found = {predictions.prior.method: dataclasses.asdict(predictions.prior)}
         show_trust({"estimates": found, "class_names": predictions.class_names})
 
 

@@ -58,6 +58,8 @@ def show_trust(judged: dict[str, Any]) -> None:
         rows = list(zip(entry["frequencies"], entry["low"], entry["high"], judged["class_names"], strict=True))
         shown = ", ".join(f"{name} {q:.3f} ({low:.3f} to {high:.3f})" for q, low, high, name in sorted(rows)[:-4:-1])
         print(f"class frequencies by {method}, the largest with 95 % intervals: {shown}")
+        if entry.get("pull") is not None:
+            print(f"  pulled, as by {entry['pull']:g} times the images, {_towards(entry['power'])}")
     if "conformal" in judged:
         sets = judged["conformal"]
         for name in ("all", "many", "medium", "few"):
@@ -66,6 +68,10 @@ def show_trust(judged: dict[str, Any]) -> None:
                     f"sets for {100 * sets['coverage']:g} % of each class, {name}: hold the truth in "
                     f"{sets[name]['covered']:.1f} %, {sets[name]['size']:.1f} classes each"
                 )
+
+
+def _towards(power: float) -> str:
+    return "to all classes alike" if power == 0 else f"to the training frequencies to the power {power:.2f}"
 
 
 def show_predictions(

@@ -27,7 +27,7 @@ from longtail.data.pictures import open_image
 from longtail.data.views import center, to_float
 from longtail.errors import LongtailError
 from longtail.evaluation.calibration import conformal_thresholds
-from longtail.evaluation.priors import EstimatedPrior, estimate_em
+from longtail.evaluation.priors import EstimatedPrior, estimate_map
 from longtail.files import write_json, write_text, write_whole
 from longtail.modelcard import model_card
 from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, LinearClassifier, ProjectionMLP
@@ -99,6 +99,8 @@ class HeldOut(NamedTuple):
     """(M,) float32, the probability of the label."""
     bias: Tensor
     """(C,) float32, what their scores lack, see :func:`~longtail.evaluation.calibration.fit_bias`."""
+    halves: Tensor
+    """(2, C) float32, the same as each half of the images of every class says it: by how far it can be believed."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class Recognizer(ModelHubMixin, library_name="longtail", tags=["longtail"]):
             images: files, Pillow images, arrays (H, W) or (H, W, channels) of uint8, or a tensor (N, channels, H, W)
                 of uint8, or of floats in [0, 1].
             prior: how frequent the classes are where the images come from: ``uniform``, ``train`` (as in the training
-                set), C frequencies, or ``estimate``: from these images themselves (:func:`estimate_em`).
+                set), C frequencies, or ``estimate``: from these images themselves (:meth:`estimated`).
             batch_size: images at a time.
             coverage: share of each class's images that have it in their conformal set, in (0, 1); no sets if not given.
 
@@ -221,13 +223,33 @@ class Recognizer(ModelHubMixin, library_name="longtail", tags=["longtail"]):
         scores = torch.cat(parts) if parts else torch.empty(0, len(self.card.class_names))
         estimated = None
         if isinstance(prior, str) and prior == "estimate":
-            if len(scores) == 0:
-                raise LongtailError("prior estimate: there are no images to estimate it from")
-            lacking = torch.zeros(scores.shape[1]) if self.held_out is None else self.held_out.bias
-            estimated = estimate_em(scores + lacking)
-            bias = torch.tensor(estimated.frequencies).log() + lacking
+            estimated = self.estimated(scores)
+            bias = self.log_prior(self.effective(estimated))
         in_set = None if thresholds is None else posterior(scores).exp() >= thresholds.to(scores)
         return Predictions(posterior(scores, bias).exp(), self.card.class_names, estimated, in_set)
+
+    def estimated(self, scores: Tensor, weights: Tensor | None = None) -> EstimatedPrior:
+        """Return the class frequencies of images from their scores: :func:`~longtail.evaluation.priors.estimate_map`.
+
+        Args:
+            scores: (N, C) as :meth:`scores` gives them.
+            weights: (N,) how much each image counts; alike if not given.
+
+        Raises:
+            LongtailError: there is no image.
+        """
+        if len(scores) == 0:
+            raise LongtailError("prior estimate: there are no images to estimate it from")
+        known = self.held_out
+        bias, halves = (None, None) if known is None else (known.bias.numpy(), known.halves.numpy())
+        return estimate_map(scores.cpu().numpy(), self.card.class_counts, bias, halves, weights)
+
+    def effective(self, estimated: EstimatedPrior) -> list[float]:
+        """Return (C,) frequencies to predict under: the estimated, and with them what the scores lack."""
+        if self.held_out is None:
+            return estimated.frequencies
+        lacking: Tensor = torch.tensor(estimated.frequencies, dtype=torch.float64) * self.held_out.bias.double().exp()
+        return lacking.tolist()
 
     def thresholds(self, coverage: float) -> Tensor:
         """Return (C,) probabilities under the uniform prior from which on a class is in a conformal set."""
@@ -410,7 +432,8 @@ def _held_out(path: Path, classes: int) -> HeldOut | None:
         raise LongtailError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
     labels = found.labels
     lengths = {len(found.predicted), len(found.true_probability), len(labels)}
-    if len(lengths) > 1 or found.bias.shape != (classes,) or not bool(((labels >= 0) & (labels < classes)).all()):
+    shapes = found.bias.shape, found.halves.shape
+    if len(lengths) > 1 or shapes != ((classes,), (2, classes)) or not bool(((labels >= 0) & (labels < classes)).all()):
         raise LongtailError(f"{path}: is not of the {classes} classes of config.json")
     return found
 

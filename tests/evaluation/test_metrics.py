@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from longtail.config import Shots
-from longtail.evaluation.metrics import confusions, metrics, tally
+from longtail.evaluation.metrics import confusions, metrics, mistakes, tally
 from longtail.objectives import log_prior
 
 
@@ -51,3 +51,19 @@ def test_which_class_is_taken_for_which() -> None:
     assert found[0]["share"] == pytest.approx(75)
     assert [entry["to_larger"] for entry in found] == [True, False]
     assert confusions(labels, labels, [100, 10, 1]) == []
+
+
+def test_the_surest_mistakes_of_each_kind() -> None:
+    #                        0    1    2    3    4    5
+    labels = torch.tensor([2, 2, 0, 1, 1, 0])
+    predicted = torch.tensor([0, 0, 2, 0, 1, 1])
+    confidence = torch.tensor([0.5, 0.9, 0.8, 0.7, 0.99, 0.6])
+    found = mistakes(labels, predicted, confidence, [100, 90, 5])
+    # a class's surest alone, and nothing that is right
+    assert [(entry["image"], entry["taken_for"]) for entry in found["to_larger"]] == [(1, 0)]
+    assert [(entry["image"], entry["taken_for"]) for entry in found["to_smaller"]] == [(2, 2)]
+    assert [(entry["image"], entry["class"]) for entry in found["alike"]] == [(3, 1), (5, 0)]
+    assert found["alike"][0]["confidence"] == pytest.approx(70)
+    assert mistakes(labels, labels, confidence, [100, 90, 5]) == {"to_larger": [], "to_smaller": [], "alike": []}
+    many = mistakes(torch.arange(50), torch.zeros(50, dtype=torch.int64), torch.rand(50), [1] * 50, most=8)
+    assert len(many["alike"]) == 8

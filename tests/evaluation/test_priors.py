@@ -12,6 +12,7 @@ from longtail.errors import LongtailError
 from longtail.evaluation.priors import (
     estimate_bbse,
     estimate_em,
+    estimate_map,
     long_tailed_prior,
     read_prior,
 )
@@ -57,6 +58,52 @@ def test_weights_count_images_as_often_as_they_say() -> None:
     assert estimate_em(scores, weights).frequencies == pytest.approx(
         estimate_em(scores.repeat(weights, axis=0)).frequencies, abs=1e-5
     )
+
+
+COUNTS = [100, 30, 3]  # training images of the three classes
+
+
+def test_map_takes_the_images_at_their_word_where_they_say_enough() -> None:
+    prior = np.array([0.15, 0.8, 0.05])  # no power of the training frequencies
+    scores, _ = drawn(prior, 20_000, 0)
+    found = estimate_map(scores, COUNTS, np.zeros(3), np.zeros((2, 3)))
+    assert found.frequencies == pytest.approx(prior, abs=0.02)
+    assert found.pull is not None
+    assert found.pull <= 0.03
+    assert all(low <= q <= high for q, low, high in zip(prior, found.low, found.high, strict=True))
+
+
+@pytest.mark.parametrize("power", [1.0, 0.0, -1.0])
+def test_map_is_nearer_than_em_where_the_tail_is_a_power_of_the_training_sets(power: float) -> None:
+    # 30 classes side by side on a line, a spread apart, and corrections of their scores that are noise
+    counts = 100.0 ** (-np.arange(30) / 29)
+    prior = counts**power / (counts**power).sum()
+    distances, held = [], []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        points = rng.choice(30, 3000, p=prior) + rng.normal(size=3000)
+        scores = -((points[:, None] - np.arange(30)) ** 2) / 2
+        halves = 0.3 * rng.normal(size=(2, 30))
+        found = estimate_map(scores, counts, halves.mean(axis=0), halves)
+        plain = estimate_em(scores + halves.mean(axis=0))
+        # scores that nothing corrects are believed of the tail's direction and steepness alone
+        bare = estimate_map(scores + halves.mean(axis=0), counts)
+        assert bare.pull == 10
+        distances.append([np.abs(np.array(entry.frequencies) - prior).sum() for entry in (found, bare, plain)])
+        held += [low <= q <= high for q, low, high in zip(prior, found.low, found.high, strict=True)]
+    ours, uncorrected, plain_ones = np.mean(distances, axis=0)
+    assert max(ours, uncorrected) < 0.5 * plain_ones
+    assert np.mean(held) > 0.9  # promised: 0.95
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_map_of_hardly_any_image_stays_near_to_no_prior(images: int) -> None:
+    scores = np.array([[0.0, -1.0, -9.0]] * images)
+    for corrections in ((), (np.zeros(3), np.zeros((2, 3)))):
+        found = estimate_map(scores, COUNTS, *corrections)
+        assert sum(found.frequencies) == pytest.approx(1)
+        assert min(found.frequencies) > 0
+        assert found.frequencies[2] > 0.001
 
 
 def test_bbse_finds_the_truth_whatever_the_scores_scale() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longtail.config import Config
+from longtail.engine.books import read_metrics
 from longtail.engine.fit import fit
 from longtail.errors import LongtailError
 from longtail.report import run_report
@@ -29,6 +30,12 @@ def test_a_runs_page(tiny: Config, tmp_path: Path) -> None:
     ):
         assert part in text
     assert text.count("<svg") == 7
+    # every mistake that is told has its picture, and the page needs no test image
+    test = next(line for line in reversed(read_metrics(tmp_path / "run" / "metrics.jsonl")) if line["kind"] == "test")
+    shown = [entry for entries in test["uniform"]["mistakes"].values() for entry in entries]
+    assert shown
+    assert text.count("<figcaption>") == len(shown)
+    assert text.count("data:image/png;base64,") == len(shown)
     # self-contained: nothing is fetched
     assert not re.search(r"""(src|href)=["']https?:""", text)
 

@@ -90,11 +90,11 @@ def evaluate(
         if prior == "estimate":
             estimates = _estimates(recognizer, scores, labels, wanted)
             more["estimates"] = {entry.method: dataclasses.asdict(entry) for entry in estimates}
-            lacking = torch.zeros(scores.shape[1]) if recognizer.held_out is None else recognizer.held_out.bias
-            for entry in estimates:
-                # what the scores lack is added to them along with the prior
-                effective = (torch.tensor(entry.frequencies, dtype=torch.float64) * lacking.double().exp()).tolist()
-                given["estimate" if entry.method == "em" else entry.method] = effective
+            given |= {_row(entry): recognizer.effective(entry) for entry in estimates}
+            if wanted is not None and recognizer.held_out is not None:
+                # what an estimate is to be measured by: the truth, with the same correction of the scores
+                truth = EstimatedPrior("target, corrected", list(wanted), [], [])
+                given[truth.method] = recognizer.effective(truth)
         if coverage is not None:
             more["conformal"] = _conformal(recognizer, scores, labels, coverage, config)
     if prior not in {"uniform", "train", "estimate"}:
@@ -128,6 +128,10 @@ def frequencies(text: str, card: Card, imbalance: float = 100.0) -> list[float]:
     return read_prior(Path(text), card.class_names)
 
 
+def _row(estimate: EstimatedPrior) -> str:
+    return "estimate" if estimate.method == "map" else estimate.method
+
+
 def _estimates(
     recognizer: Recognizer, scores: Tensor, labels: Tensor, wanted: Sequence[float] | None
 ) -> list[EstimatedPrior]:
@@ -139,7 +143,10 @@ def _estimates(
         weights = weights * len(labels) / weights.sum()
         drawn = torch.multinomial(weights, len(labels), replacement=True, generator=torch.Generator().manual_seed(0))
     held_out = recognizer.held_out
-    found = [estimate_em(scores if held_out is None else scores + held_out.bias, weights)]
+    found = [
+        recognizer.estimated(scores, weights),
+        estimate_em(scores if held_out is None else scores + held_out.bias, weights),
+    ]
     if held_out is not None and len(held_out.labels.unique()) == scores.shape[1]:
         guesses = scores.argmax(dim=1)[drawn]
         found.append(estimate_bbse(guesses, held_out.labels, held_out.predicted, scores.shape[1]))

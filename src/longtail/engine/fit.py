@@ -40,6 +40,7 @@ from longtail.engine.processes import (
 )
 from longtail.engine.schedule import rate
 from longtail.engine.teacher import Teacher, given_teacher, trained_teacher
+from longtail.engine.thumbnails import keep_thumbnails
 from longtail.errors import LongtailError, StoppedError
 from longtail.files import write_text
 from longtail.methods import method_class
@@ -435,6 +436,8 @@ class _Trainer:
         kept.card = dataclasses.replace(kept.card, metrics=judged["uniform"])
         if rank() == 0:
             kept.save(self.out / "recognizer")
+            if config.recipe != "teacher":
+                keep_thumbnails(self.out, self.data.test, judged[kept.card.predicts_under].get("mistakes", {}))
         log.add({"kind": "test", "step": books.step, **judged})
         wait_for_all()
         return Run(self.out, config, kept.card, judged, books.student_passes, trained["seconds"], teacher_seconds)

@@ -22,7 +22,7 @@ from longtail.evaluation.calibration import (
     rejection_curve,
     reliability,
 )
-from longtail.evaluation.metrics import confusions, metrics, tally
+from longtail.evaluation.metrics import confusions, metrics, mistakes, tally
 from longtail.evaluation.segmentation import pixel_metrics, tally_pixels
 from longtail.objectives.posterior import along, posterior
 from longtail.recognizer import Recognizer
@@ -89,6 +89,7 @@ def judge(
                 "rejection": rejection_curve(each[name][0], each[name][1]),
             },
             "confusions": confusions(images.labels, each[name][2].long(), counts),
+            "mistakes": mistakes(images.labels, each[name][2].long(), each[name][0], counts),
         }
         for name, found in judged.items()
     }

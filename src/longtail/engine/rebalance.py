@@ -32,6 +32,7 @@ from longtail.engine.calibrate import calibrated
 from longtail.engine.choices import build_views
 from longtail.engine.evaluate import open_finished
 from longtail.engine.judge import judge
+from longtail.engine.thumbnails import keep_thumbnails
 from longtail.errors import LongtailError
 from longtail.evaluation.metrics import metrics, tally
 from longtail.files import write_text
@@ -120,6 +121,7 @@ def rebalance(run: Path, out: Path, settings: Settings, data_root: str | None = 
         raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
     made.card = dataclasses.replace(made.card, metrics=judged["uniform"])
     made.save(out / "recognizer")
+    keep_thumbnails(out, data.test, judged[made.card.predicts_under]["mistakes"])
     write_text(out / "config.yaml", config.to_yaml())
     write_text(out / "metrics.jsonl", json.dumps({"kind": "test", "step": 0, **judged}) + "\n")
     return judged

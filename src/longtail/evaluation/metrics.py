@@ -109,6 +109,55 @@ def confusions(labels: Tensor, predicted: Tensor, class_counts: Sequence[int], m
     return listed
 
 
+KINDS_OF_MISTAKES = ("to_larger", "to_smaller", "alike")
+"""A class is taken for one at least twice as large in training, one at most half as large, or one in between."""
+
+
+def mistakes(
+    labels: Tensor, predicted: Tensor, confidence: Tensor, class_counts: Sequence[int], most: int = 8
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the surest mistakes of each kind, of every class its surest alone, so that many classes are seen.
+
+    Args:
+        labels: (N,) truth.
+        predicted: (N,).
+        confidence: (N,) probability of what is predicted, in [0, 1].
+        class_counts: (C,) training images a class.
+        most: mistakes at most of a kind.
+
+    Returns:
+        For each of :data:`KINDS_OF_MISTAKES` entries of ``image`` (its place in the set), ``class``, ``taken_for``
+        (numbers) and ``confidence`` (in percent), the surest first.
+    """
+    counts = torch.tensor(class_counts, dtype=torch.float64)
+    ratio = counts[predicted] / counts[labels]
+    wrong = predicted != labels
+    kinds = {
+        "to_larger": wrong & (ratio >= 2),
+        "to_smaller": wrong & (ratio <= 0.5),
+        "alike": wrong & (ratio > 0.5) & (ratio < 2),
+    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind, chosen in kinds.items():
+        places = torch.nonzero(chosen).flatten()
+        places = places[torch.argsort(confidence[places], descending=True, stable=True)]
+        # the first of each class is its surest
+        first = torch.full((len(class_counts),), len(places)).scatter_reduce_(
+            0, labels[places], torch.arange(len(places)), "amin"
+        )
+        surest = places[first[first < len(places)].sort().values[:most]]
+        found[kind] = [
+            {
+                "image": place,
+                "class": int(labels[place]),
+                "taken_for": int(predicted[place]),
+                "confidence": 100 * float(confidence[place]),
+            }
+            for place in surest.tolist()
+        ]
+    return found
+
+
 def mean_of_present(values: Sequence[float | None]) -> float | None:
     """Return the mean of what is not None, or None."""
     present = [value for value in values if value is not None]

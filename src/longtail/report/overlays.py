@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from longtail.data.scenes import Scene, SceneImages
 from longtail.engine.evaluate import open_finished
 from longtail.errors import LongtailError
+from longtail.report.addresses import address
 from longtail.segmenter import Segmenter, overlay
 
 _MISSED, _TAKEN, _OTHER = (204, 51, 68), (51, 102, 204), (150, 150, 150)
@@ -74,4 +74,4 @@ def _address(image: Image.Image) -> str:
     image.thumbnail((1920, 1920))
     held = io.BytesIO()
     image.save(held, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
+    return address(held.getvalue(), "jpeg")

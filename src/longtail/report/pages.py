@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 from longtail.config import Config, read_config
 from longtail.data.scenes import thirds
 from longtail.engine.books import read_metrics
+from longtail.engine.thumbnails import thumbnail
 from longtail.errors import LongtailError
 from longtail.evaluation.comparison import COLUMNS, DENSE_COLUMNS, Record, columns, differences, run_name, table
 from longtail.files import write_text
 from longtail.recognizer import Card, read_card
 from longtail.report import overlays, plots
+from longtail.report.addresses import embedded
 from longtail.report.diagnosis import Finding, diagnose
 from longtail.segmenter import palette
 
@@ -38,7 +40,7 @@ def run_report(folder: Path) -> Path:
         raise LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; --resume the run")
     epochs = [line for line in lines if line["kind"] == "epoch"]
     dense = card.task == "segmentation"
-    shown = _segmented(folder, card, test) if dense else _classified(card, config, test, epochs)
+    shown = _segmented(folder, card, test) if dense else _classified(folder, card, config, test, epochs)
     page = _render(
         "run.html.j2",
         title=f"{config.recipe} · {config.method} · seed {config.seed}",
@@ -73,9 +75,13 @@ class _Shown:
     findings: Sequence[Finding] = ()
     confusions: Sequence[Sequence[str]] = ()
     """Rows of a table: class, what it is taken for, how often."""
+    mistakes: Sequence[tuple[str, Sequence[tuple[str, Markup, str]]]] = ()
+    """Headings, each with images as addresses that hold them, their captions, and these as text alone."""
 
 
-def _classified(card: Card, config: Config, test: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> _Shown:
+def _classified(
+    folder: Path, card: Card, config: Config, test: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
+) -> _Shown:
     groups = config.shots.groups(card.class_counts)
     judged = test[card.predicts_under]
     accuracy, intervals = judged["per_class"], judged.get("per_class_interval", [None] * len(groups))
@@ -113,7 +119,34 @@ def _classified(card: Card, config: Config, test: Mapping[str, Any], epochs: Seq
             for entry in judged.get("confusions", ())
             for a, b in [(entry["class"], entry["taken_for"])]
         ],
+        mistakes=_mistakes(folder, card, judged.get("mistakes", {})),
     )
+
+
+_KINDS = {
+    "to_larger": "A rare class taken for a more frequent one",
+    "to_smaller": "A frequent class taken for a rarer one",
+    "alike": "Between classes of like frequency",
+}
+
+
+def _mistakes(
+    folder: Path, card: Card, mistakes: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[tuple[str, list[tuple[str, Markup, str]]]]:
+    """Return a run's surest mistakes by kind, those whose picture is there."""
+    shown = []
+    for kind, entries in mistakes.items():
+        pictures = []
+        for entry in entries:
+            file = thumbnail(folder, entry["image"])
+            if file is not None:
+                truth, guess = card.class_names[entry["class"]], card.class_names[entry["taken_for"]]
+                sure = f"{entry['confidence']:.0f} %"
+                caption = Markup("{}<br><span class=soft>taken for</span> {}, {}").format(truth, guess, sure)
+                pictures.append((embedded(file), caption, f"{truth}, taken for {guess}, {sure}"))
+        if pictures:
+            shown.append((_KINDS[kind], pictures))
+    return shown
 
 
 def _segmented(folder: Path, card: Card, test: Mapping[str, Any]) -> _Shown:
