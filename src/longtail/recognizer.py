@@ -427,9 +427,15 @@ def _held_out(path: Path, classes: int) -> HeldOut | None:
     if not path.is_file():
         return None
     try:
-        found = HeldOut(**load_file(path))
-    except (SafetensorError, OSError, TypeError) as error:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
         raise LongtailError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if set(tensors) != set(HeldOut._fields):
+        raise LongtailError(
+            f"{path}: holds {', '.join(sorted(tensors))}, expected {', '.join(HeldOut._fields)}: another version's; "
+            "train again with --resume, or remove it and do without"
+        )
+    found = HeldOut(**tensors)
     labels = found.labels
     lengths = {len(found.predicted), len(found.true_probability), len(labels)}
     shapes = found.bias.shape, found.halves.shape

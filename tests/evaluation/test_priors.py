@@ -97,13 +97,12 @@ def test_map_is_nearer_than_em_where_the_tail_is_a_power_of_the_training_sets(po
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
-def test_map_of_hardly_any_image_stays_near_to_no_prior(images: int) -> None:
+def test_map_rules_no_class_out_by_a_handful_of_images(images: int) -> None:
     scores = np.array([[0.0, -1.0, -9.0]] * images)
     for corrections in ((), (np.zeros(3), np.zeros((2, 3)))):
         found = estimate_map(scores, COUNTS, *corrections)
         assert sum(found.frequencies) == pytest.approx(1)
-        assert min(found.frequencies) > 0
-        assert found.frequencies[2] > 0.001
+        assert found.frequencies[2] > 0.01
 
 
 def test_bbse_finds_the_truth_whatever_the_scores_scale() -> None:

@@ -127,7 +127,7 @@ def estimate_em(scores: Any, weights: Any = None, tolerance: float = 1e-7, steps
 
 
 def estimate_map(
-    scores: Any, class_counts: Sequence[float], bias: Any = None, halves: Any = None, weights: Any = None
+    scores: Any, class_counts: Any, bias: Any = None, halves: Any = None, weights: Any = None
 ) -> EstimatedPrior:
     """Estimate class frequencies by maximum a posteriori, with as much of a prior as makes them foretell new images.
 
@@ -158,6 +158,7 @@ def estimate_map(
     order = np.random.default_rng(0).permutation(len(scores))
     sides = [order[::2], order[1::2]]
     follows, pull = (True, _PULLS[0]) if halves is None else _chosen(scores, parts, counted, log_counts, sides)
+    pull = max(pull, _LEAST * scores.shape[1] / len(scores))
 
     def estimate(lacking: Array, chosen: Places) -> tuple[float, Array]:
         likelihood, share = _likelihood(scores[chosen] + lacking), counted[chosen] / counted[chosen].sum()
@@ -177,6 +178,7 @@ def estimate_map(
 
 _PULLS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 _POWERS = np.linspace(-2, 2, 81)
+_LEAST = 0.5  # images a class that the pull counts for at least: a handful of images foretells its like too well
 _CHOOSING = 10_000  # images that are enough to choose by
 
 
