@@ -46,10 +46,25 @@ def test_train_evaluate_predict(command: Command, tmp_path: Path) -> None:
         "config.yaml",
         "metrics.jsonl",
         "last.ckpt",
+        "mistakes",
         "recognizer",
         "report.html",
     }
     trained = json.loads(table.read_text())
+    (run / "report.html").unlink()
+    code, out, _ = command("report", run, "--json", tmp_path / "records.json")
+    assert code == 0
+    assert (run / "report.html").is_file()
+    assert json.loads((tmp_path / "records.json").read_text())[0]["method"] == "gml"
+    for arguments, message in (
+        ([], "expected the folder of a run"),
+        ([tmp_path / "none"], "there is no such run folder"),
+        ([run, "--out", tmp_path / "page.html"], "is for several runs"),
+        ([run, run, "--out", tmp_path], "is a folder, expected a file"),
+    ):
+        code, _, err = command("report", *arguments)
+        assert code == 2
+        assert message in err
     code, out, _ = command("evaluate", run, "--json", tmp_path / "judged.json", "--prior", "train")
     judged = json.loads((tmp_path / "judged.json").read_text())
     assert code == 0

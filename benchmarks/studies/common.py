@@ -21,7 +21,7 @@ from longtail.config import Config, load_recipe
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import load_data
 from longtail.engine.choices import resolve
-from longtail.engine.compare import finished, record
+from longtail.engine.finished import finished, record
 from longtail.engine.fit import Run, fit
 from longtail.evaluation.comparison import Record, markdown
 

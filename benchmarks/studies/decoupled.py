@@ -25,8 +25,8 @@ from features import load_gml
 
 from longtail.config import read_config
 from longtail.engine.books import read_metrics
-from longtail.engine.compare import finished, record
 from longtail.engine.evaluate import open_finished
+from longtail.engine.finished import finished, record
 from longtail.engine.judge import judge
 from longtail.engine.rebalance import How, Settings, rebalance
 from longtail.evaluation.comparison import Record, markdown

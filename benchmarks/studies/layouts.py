@@ -24,7 +24,7 @@ import torch
 from longtail.config import Config, load_recipe
 from longtail.data.sources import load_data
 from longtail.engine.choices import resolve
-from longtail.engine.compare import finished, record
+from longtail.engine.finished import finished, record
 from longtail.engine.fit import fit
 from longtail.evaluation.comparison import markdown
 from longtail.methods.gml import GML

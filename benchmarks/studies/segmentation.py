@@ -20,7 +20,7 @@ from common import Variant, parser, study
 
 from longtail.config import load_recipe
 from longtail.data.dataset import LongTailedData
-from longtail.engine.compare import record
+from longtail.engine.finished import record
 from longtail.engine.fit import Run
 from longtail.evaluation.comparison import DENSE_COLUMNS, Record
 

@@ -41,6 +41,7 @@ commands:
   export RUN             one ONNX file with preprocessing, labels and prior inside
   serve RUN              a local page to drop images on
   compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
+  report RUN…            a run's page written anew; of several runs a page that sets them side by side
   recipes                what there is to train
 
 `longtail COMMAND --help` lists a command's options. First steps: longtail train digits-lt
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "export": _export,
         "serve": _serve,
         "compare": _compare,
+        "report": _report,
         "recipes": _recipes,
     }
     try:
@@ -616,6 +618,41 @@ def _compare(arguments: list[str]) -> None:
     for difference in differences(records):
         print(difference)
     print(f"report: {page}")
+
+
+def _report(arguments: list[str]) -> None:
+    from longtail.options import Report
+
+    given = _parse(Report, "report", arguments)
+    if not given.runs:
+        raise LongtailError("report: expected the folder of a run, or of several")
+    for run in given.runs:
+        _check_run(run)
+    page = given.out or Path("comparison.html")
+    if len(given.runs) == 1 and given.out is not None:
+        raise LongtailError(f"--out {given.out}: is for several runs; the page of one is {given.runs[0]}/report.html")
+    if page.is_dir():
+        raise LongtailError(f"--out {page}: is a folder, expected a file")
+    _check_folder(page.parent)
+    _check_json(given.json)
+
+    from longtail.engine.compare import as_json
+    from longtail.engine.finished import read_finished, record
+    from longtail.evaluation.comparison import differences, table
+    from longtail.files import write_made
+    from longtail.report import run_report, runs_report
+
+    if len(given.runs) == 1:
+        records, page = [record(read_finished(given.runs[0]))], run_report(given.runs[0])
+    else:
+        records = runs_report(given.runs, page)
+    if given.json:
+        write_made(given.json, as_json(records))
+    if not given.quiet:
+        print_table(*table(records))
+        for difference in differences(records):
+            print(difference)
+        print(f"report: {page}")
 
 
 def _factors(text: str | None) -> list[float | None]:

@@ -155,6 +155,20 @@ class Serve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run's page written anew, or of several runs a page that sets them side by side: longtail report RUN…."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN…")]
+    """Folders of finished runs over the same classes, whatever else they differ in."""
+    out: Path | None = None
+    """The page of several runs (default: comparison.html)."""
+    json: Path | None = None
+    """Write one record a run to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Compare:
     """Several methods × seeds under one recipe: longtail compare [RECIPE] [OPTIONS]."""
 

@@ -120,7 +120,7 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path: Path, jobs: str) -> None
     assert "the same command without --overwrite goes on from there" in said
     ended = subprocess.run([*command], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "resumed at step" in ended.stderr or jobs == "2"
+    assert "1/4" in ended.stderr
     assert len((out / "records.jsonl").read_text().splitlines()) == 4
 
 

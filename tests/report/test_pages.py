@@ -11,7 +11,7 @@ from longtail.config import Config
 from longtail.engine.books import read_metrics
 from longtail.engine.fit import fit
 from longtail.errors import LongtailError
-from longtail.report import run_report
+from longtail.report import run_report, runs_report
 from tests.conftest import save_image
 
 
@@ -59,6 +59,56 @@ def test_class_names_are_text(tiny: Config, tmp_path: Path) -> None:
 def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match="holds no recogniser"):
         run_report(tmp_path)
+
+
+def test_any_runs_side_by_side(tiny: Config, tmp_path: Path) -> None:
+    changes: dict[str, dict[str, object]] = {
+        "la": {"method": "la"},
+        "la-again": {"method": "la", "seed": 1},
+        "warm": {"method": "ce", "schedule": {"warmup": 0.1}},
+        "ce": {"method": "ce"},
+    }
+    for name, change in changes.items():
+        fit(tiny.replace(**change), tmp_path / name, quiet=True)
+    run_report(tmp_path / "la")
+    page = tmp_path / "pages" / "side.html"
+    records = runs_report([tmp_path / name for name in changes], page)
+    # seeds of one setting are one row; a setting beyond the method names it
+    assert [record.method for record in records] == ["la", "la", "ce, warmup 0.1", "ce"]
+    text = page.read_text(encoding="utf-8")
+    for part in ("What differs", "schedule.warmup", "ce − la", "Accuracy along the tail", 'href="../la/report.html"'):
+        assert part in text
+    assert text.count("href=") == 1  # the others have no page to go to
+    assert len(re.findall(r"<tr><td>\d</td>", text)) == 10
+    runs_report([tmp_path / "la", tmp_path / "ce"], page)
+    assert "second − first" in page.read_text(encoding="utf-8")
+
+
+def test_runs_that_do_not_go_together(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace(method="la")
+    fit(config, tmp_path / "one", quiet=True)
+    for index, name in enumerate("abc"):
+        for number in range(4):
+            save_image(tmp_path / "photos" / name / f"{number}.png", seed=10 * index + number)
+    fit(config.replace(data={"source": "folder", "root": str(tmp_path / "photos")}), tmp_path / "two", quiet=True)
+    with pytest.raises(LongtailError, match=r"two: is not of the classes and the task of .*one"):
+        runs_report([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
+    (tmp_path / "two" / "metrics.jsonl").unlink()
+    with pytest.raises(LongtailError, match=r"metrics.jsonl: has no test metrics; --resume the run"):
+        runs_report([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
+    with pytest.raises(LongtailError, match=r"photos: has no config.yaml: expected the folder of a run"):
+        runs_report([tmp_path / "one", tmp_path / "photos"], tmp_path / "page.html")
+    # the same run twice is told by its folder
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    records = runs_report([tmp_path / "one", tmp_path / "copy"], tmp_path / "page.html")
+    assert [Path(record.method).name for record in records] == ["one", "copy"]
+
+
+def test_a_run_without_metrics(tiny: Config, tmp_path: Path) -> None:
+    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(LongtailError, match=r"metrics.jsonl: has no test metrics; --resume the run"):
+        run_report(tmp_path / "run")
 
 
 def test_the_table_of_classes_sorts_in_a_browser(tiny: Config, tmp_path: Path) -> None:

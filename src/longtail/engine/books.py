@@ -22,6 +22,9 @@ from longtail.engine.processes import rank, summed, world_size
 from longtail.errors import LongtailError
 from longtail.files import write_text
 
+# its thread is of no use to bars that are moved by hand, and what starting it raises, a stop by a signal too, is lost
+tqdm.monitor_interval = 0
+
 
 class Books:
     """What a run counts. The sums stay on the device: reading one makes the host wait."""

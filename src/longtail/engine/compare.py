@@ -15,23 +15,23 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from longtail.config import Config, read_config
+from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.data.named import BALANCED
 from longtail.data.sources import load_data
-from longtail.engine.books import read_metrics
 from longtail.engine.choices import resolve
 from longtail.engine.files import FORMAT
-from longtail.engine.fit import Run, fit
+from longtail.engine.finished import finished, record
+from longtail.engine.fit import fit
+from longtail.engine.processes import StopSignals
 from longtail.errors import LongtailError, StoppedError, nearest
-from longtail.evaluation.comparison import DENSE_COLUMNS, Record, columns, run_name
+from longtail.evaluation.comparison import Record, columns, run_name
 from longtail.files import write_json, write_text
 from longtail.methods import METHODS, method_class
-from longtail.recognizer import read_card
 
 Match = Literal["passes", "epochs"]
 
@@ -159,14 +159,14 @@ def compare(
     write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
     records: dict[Planned, Record] = {}
     ended = _in_turn(runs, out, quiet) if jobs == 1 else _side_by_side(runs, out, jobs)
-    for planned, record in ended:
-        records[planned] = record
+    for planned, entry in ended:
+        records[planned] = entry
         in_order = [records[run] for run in runs if run in records]
         write_text(out / "records.jsonl", as_json_lines(in_order))
         what = f"{planned.config.method} seed {planned.config.seed}"
         what += "" if planned.imbalance is None else f" imbalance {planned.imbalance:g}"
-        name, title = columns([record])[0]
-        say(f"{len(records)}/{len(runs)} {what}: {title} {getattr(record, name):.1f} %, {record.seconds:.0f} s")
+        name, title = columns([entry])[0]
+        say(f"{len(records)}/{len(runs)} {what}: {title} {getattr(entry, name):.1f} %, {entry.seconds:.0f} s")
     return [records[run] for run in runs]
 
 
@@ -187,8 +187,12 @@ def _train(planned: Planned, out: Path, quiet: bool) -> Record:
 
 def _in_turn(runs: Sequence[Planned], out: Path, quiet: bool) -> Iterator[tuple[Planned, Record]]:
     try:
-        for planned in runs:
-            yield planned, _train(planned, out, quiet)
+        # a signal outside a training's steps is noted, and heard before the next training or at its first step
+        with StopSignals(quiet) as signals:
+            for ended, planned in enumerate(runs):
+                if signals.name:
+                    raise StoppedError(signals.name, f"after {ended} of {len(runs)} runs")
+                yield planned, _train(planned, out, quiet)
     finally:
         _loaded.clear()
 
@@ -220,34 +224,23 @@ def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tup
             raise
 
 
-_stopped: list[StoppedError] = []  # what this worker was told
-_at_work: list[Planned] = []  # what it has in hand
+_signals = StopSignals(quiet=True, patient=True)  # what this worker was told; killed, it would leave its locks behind
 
 
 def _train_in_worker(planned: Planned, out: Path) -> Record:
     # a run that was handed to this worker already must not start after the one that was stopped
-    if _stopped:
-        raise _stopped[0]
-    _at_work.append(planned)
+    if _signals.name:
+        raise StoppedError(_signals.name, "between two trainings")
     try:
         return _train(planned, out, quiet=True)
     except StoppedError as stop:
-        _stopped.append(stop)
+        _signals.name = stop.name
         raise
-    finally:
-        _at_work.clear()
-
-
-def _note_stop(number: int, _frame: FrameType | None) -> None:
-    """Stop outside a training, which notes signals itself; a worker that were killed would leave its locks behind."""
-    _stopped.append(StoppedError(signal.Signals(number).name, "between two trainings"))
-    if _at_work:
-        raise _stopped[-1]
 
 
 def _start_worker(threads: int) -> None:
     os.setsid()  # a terminal's signals reach the comparison alone, which hands them on
-    signal.signal(signal.SIGTERM, _note_stop)
+    _signals.__enter__()
     torch.set_num_threads(threads)
 
 
@@ -274,39 +267,6 @@ def _signals_handed_on() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def finished(folder: Path, config: Config) -> Run | None:
-    """Return a run that ended with these very settings."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    if not lines or lines[-1]["kind"] != "test" or read_config(folder / "config.yaml") != config:
-        return None
-    card = read_card(folder)
-    return Run(
-        folder,
-        config,
-        card,
-        {prior: lines[-1][prior] for prior in ("uniform", "train")},
-        card.trained["student_passes"],
-        card.trained["seconds"],
-        card.trained["teacher_seconds"],
-    )
-
-
-def record(run: Run) -> Record:
-    """Return what ``--json`` holds of a run."""
-    shown = ("balanced_accuracy", "top1", "many", "medium", "few", *(name for name, _ in DENSE_COLUMNS))
-    values: dict[str, Any] = {name: run.metrics.get(name) for name in shown}
-    return Record(
-        method=run.config.method,
-        seed=run.config.seed,
-        epochs=run.card.trained["epochs"],
-        predicts_under=run.card.predicts_under,
-        student_passes=run.student_passes,
-        seconds=run.seconds,
-        teacher_seconds=run.teacher_seconds,
-        **values,
-    )
 
 
 def as_json(records: Sequence[Record]) -> list[dict[str, object]]:

@@ -120,21 +120,34 @@ def one_line_of_a_lost_process() -> Iterator[None]:
 class StopSignals:
     """SIGTERM and SIGINT ask for a stop at the end of the step; the second one ends the process at once.
 
-    Several processes agree on the step, since each waits for the others in the middle of it.
+    Several processes agree on the step, since each waits for the others in the middle of it. Nothing is raised where a
+    signal comes: in the middle of a library's code that would be taken for an error of its own, or lost. Of two, one
+    inside the other, the inner hears what the outer was told before, and the outer what the inner was told.
+
+    Args:
+        quiet: say nothing.
+        patient: let no further signal end the process either.
     """
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.name = quiet, ""
+    def __init__(self, quiet: bool, patient: bool = False) -> None:
+        self.quiet, self.patient, self.name = quiet, patient, ""
         self._before: dict[int, Any] = {}
+        self._outer: StopSignals | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                before = signal.signal(number, self._note)
+                self._before[number] = before
+                outer = getattr(before, "__self__", None)
+                if isinstance(outer, StopSignals):
+                    self._outer, self.name = outer, self.name or outer.name
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        if self._outer is not None:  # what came after the last step is for whoever goes on
+            self._outer.name = self._outer.name or self.name
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -143,7 +156,8 @@ class StopSignals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        self._restore()
+        if not self.patient:
+            self._restore()
         if not self.quiet and rank() == 0:
             print(f"\nlongtail: {self.name}: finishing this step, then saving", file=sys.stderr, flush=True)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,22 @@ from matplotlib.figure import Figure
 from longtail.config import Config, read_config
 from longtail.data.scenes import thirds
 from longtail.engine.books import read_metrics
+from longtail.engine.finished import labelled, read_finished, record
+from longtail.engine.fit import Run
 from longtail.engine.thumbnails import thumbnail
 from longtail.errors import LongtailError
-from longtail.evaluation.comparison import COLUMNS, DENSE_COLUMNS, Record, columns, differences, run_name, table
-from longtail.files import write_text
+from longtail.evaluation.comparison import (
+    COLUMNS,
+    DENSE_COLUMNS,
+    Record,
+    columns,
+    differences,
+    imbalances_of,
+    methods_of,
+    run_name,
+    table,
+)
+from longtail.files import write_made, write_text
 from longtail.recognizer import Card, read_card
 from longtail.report import overlays, plots
 from longtail.report.addresses import embedded
@@ -141,7 +154,7 @@ def _mistakes(
             file = thumbnail(folder, entry["image"])
             if file is not None:
                 truth, guess = card.class_names[entry["class"]], card.class_names[entry["taken_for"]]
-                sure = f"{entry['confidence']:.0f} %"
+                sure = f"{entry['confidence']:.0f}\N{NO-BREAK SPACE}%"
                 caption = Markup("{}<br><span class=soft>taken for</span> {}, {}").format(truth, guess, sure)
                 pictures.append((embedded(file), caption, f"{truth}, taken for {guess}, {sure}"))
         if pictures:
@@ -207,32 +220,121 @@ def _curves(epochs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:
     return figures
 
 
+_MATCHED = {
+    "passes": "The same seeds for every method. Equal compute: every method has the same number of student passes "
+    "(images through the student, forward and backward).",
+    "epochs": "The same seeds for every method. Equal epochs: a method with more views a step has more student passes.",
+}
+
+
 def comparison_report(records: Sequence[Record], out: Path, match: str) -> Path:
     """Write ``report.html`` and ``comparison.png`` of a comparison and return the page's path."""
+    folders = [Path(run_name(record.method, record.seed, record.imbalance)) for record in records]
+    runs = [read_finished(out / folder) for folder in folders]
     figure = plots.comparison(records)
     plots.save_png(figure, out / "comparison.png")
+    links = [f"{folder}/report.html" for folder in folders]
+    _comparison(records, runs, links, out / "report.html", f"Comparison · {out.name}", _MATCHED[match])
+    return out / "report.html"
+
+
+def runs_report(folders: Sequence[Path], page: Path) -> list[Record]:
+    """Write a page that sets finished runs side by side, whatever made them, and return their records.
+
+    A record's method is what sets the run apart, see :func:`longtail.engine.finished.labelled`.
+
+    Args:
+        folders: of the runs, two or more.
+        page: the file to write.
+
+    Raises:
+        LongtailError: a run has not ended, or they are not over the same classes.
+    """
+    found = labelled(folders)
+    records = [replace(record(run), method=label) for run, label in zip(found.runs, found.labels, strict=True)]
+    links = [
+        Path(os.path.relpath(run.folder / "report.html", page.parent)).as_posix()
+        if (run.folder / "report.html").is_file()
+        else ""
+        for run in found.runs
+    ]
+    names = ", ".join(run.folder.name for run in found.runs)
+    title = f"{len(found.runs)} runs" if len(names) > 60 else names
+    _comparison(records, found.runs, links, page, title, "", found.settings)
+    return records
+
+
+def _comparison(
+    records: Sequence[Record],
+    runs: Sequence[Run],
+    links: Sequence[str],
+    page: Path,
+    title: str,
+    note: str,
+    settings: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     header, rows = table(records)
     shown = columns(records)
-    runs = [
-        (
-            record,
-            f"{run_name(record.method, record.seed, record.imbalance)}/report.html",
-            [*(getattr(record, name) for name, _ in shown), record.seconds],
-        )
-        for record in records
-    ]
-    page = _render(
+    dense = shown == DENSE_COLUMNS
+    classes = _class_by_class(records, runs) if imbalances_of(records) == [None] else None
+    along = None
+    if classes is not None:
+        unit = "IoU, %" if dense else "accuracy, %"
+        along = plots.along_the_tail(classes.means, classes.names, classes.window, unit)
+    text = _render(
         "comparison.html.j2",
-        title=f"Comparison · {out.name}",
+        title=title,
         header=header,
         rows=rows,
         differences=differences(records),
         seeds=len({record.seed for record in records}),
-        match=match,
+        note=note,
         columns=shown,
-        dense=shown == DENSE_COLUMNS,
-        figure=Markup(plots.svg(figure)),
-        runs=runs,
+        dense=dense,
+        settings=settings or {},
+        classes=classes,
+        figure=Markup(plots.svg(plots.comparison(records))),
+        along=None if along is None else Markup(plots.svg(along)),
+        runs=[
+            (entry, link, [*(getattr(entry, name) for name, _ in shown), entry.seconds])
+            for entry, link in zip(records, links, strict=True)
+        ],
     )
-    write_text(out / "report.html", page)
-    return out / "report.html"
+    write_made(page, text)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Every class under every method, in order of frequency, head first."""
+
+    names: Sequence[str]
+    means: Mapping[str, Sequence[float | None]]
+    """Mean over seeds, by method."""
+    window: int
+    """Neighbours that a line through them is smoothed over."""
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def _class_by_class(records: Sequence[Record], runs: Sequence[Run]) -> _Classes | None:
+    """Return accuracy or IoU of every class; None where runs had other training sets, whose tails differ."""
+    card = runs[0].card
+    if any(run.card.class_counts != card.class_counts for run in runs):
+        return None
+    order, names, counts, _ = _head_first(card, [""] * len(card.class_names))
+    means: dict[str, list[float | None]] = {}
+    for method in methods_of(records):
+        found = [run.metrics["per_class"] for run, entry in zip(runs, records, strict=True) if entry.method == method]
+        means[method] = [
+            None if any(values[i] is None for values in found) else sum(values[i] for values in found) / len(found)
+            for i in order
+        ]
+    methods = list(means)
+    rows = []
+    for place, (name, count) in enumerate(zip(names, counts, strict=True)):
+        values = [means[method][place] for method in methods]
+        gained = [] if len(methods) != 2 else [None if None in values else values[1] - values[0]]  # type: ignore[operator]
+        rows.append([name, f"{count:,}", *values, *gained])
+    counted = "training pixels" if card.task == "segmentation" else "training images"
+    header = ["class", counted, *methods, *(["second − first"] if len(methods) == 2 else [])]
+    return _Classes(names, means, 1 if len(names) <= 30 else len(names) // 10, header, rows)

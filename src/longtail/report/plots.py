@@ -151,7 +151,9 @@ def comparison(records: Sequence[Record]) -> Figure:
     methods, factors = methods_of(records), imbalances_of(records)
     names = [entry for entry in columns(records) if all(getattr(record, entry[0]) is not None for record in records)]
     width = max(2.4, 0.42 * len(methods))
-    figure = Figure(figsize=(width * len(names) + 0.6, 3.4 * len(factors)), layout="constrained")
+    shown = [(name if len(name) <= 28 else f"{name[:27]}…").replace("$", r"\$") for name in methods]
+    height = 3.4 + 0.06 * max(0, max(map(len, shown)) - 10)  # room for names that stand aslant
+    figure = Figure(figsize=(width * len(names) + 0.6, height * len(factors)), layout="constrained")
     place = {method: position for position, method in enumerate(methods)}
     for (row, factor), (column, (name, title)) in itertools.product(enumerate(factors), enumerate(names)):
         here = [record for record in records if record.imbalance == factor]
@@ -175,12 +177,33 @@ def comparison(records: Sequence[Record]) -> Figure:
                 capsize=min(5, 22 / len(methods)),
                 lw=2,
             )
-        axes.set_xticks(range(len(methods)), methods, rotation=0 if len(methods) <= 5 else 60)
+        upright = len(methods) <= 5 and max(map(len, shown)) <= 10
+        axes.set_xticks(range(len(methods)), shown, rotation=0 if upright else 60, ha="center" if upright else "right")
         axes.set_xlim(-0.6, len(methods) - 0.4)
         axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
         axes.set_title(title if factor is None else f"{title}, imbalance {factor:g}")
         if column == 0:
             axes.set_ylabel("accuracy, %: mean and deviation over seeds")
+    return figure
+
+
+def along_the_tail(
+    lines: Mapping[str, Sequence[float | None]], names: Sequence[str], window: int, label: str
+) -> Figure:
+    """Draw a value of every class, head first, a line a method; each point the mean over ``window`` classes around."""
+    figure, axes = _axes(height=3.2)
+    for index, (name, values) in enumerate(lines.items()):
+        points = []
+        for place in range(len(values)):
+            near = values[max(0, place - window // 2) : place + window // 2 + 1]
+            present = [value for value in near if value is not None]
+            points.append(sum(present) / len(present) if present else float("nan"))
+        color, dot = _LINES[index % len(_LINES)], "o" if window == 1 else ""
+        axes.plot(points, color=color, linewidth=1.4, marker=dot, markersize=3, label=name.replace("$", r"\$"))
+    axes.set_ylim(0, min(101, 1.05 * axes.get_ylim()[1]))
+    axes.set_ylabel(label)
+    _name_classes(axes, names)
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
