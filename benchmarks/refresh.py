@@ -37,15 +37,16 @@ def refreshed(text: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         kind, path = found[1], found[2]
-        if kind == "features":
-            shown = features(json.loads((ROOT / path).read_text(encoding="utf-8")))
+        if kind in {"features", "priors"}:
+            results = json.loads((ROOT / path).read_text(encoding="utf-8"))
+            shown = features(results) if kind == "features" else priors(results)
         else:
             results, records = read(Path(path).name)
             shown = "\n".join(markdown(records, results.get("baseline")))
         return f"<!-- {kind}: {path} -->\n{shown}\n<!-- end -->"
 
     text = re.sub(r"<!-- recipes -->\n.*?<!-- end -->", lambda _: recipes(), text, flags=re.DOTALL)
-    return re.sub(r"<!-- (table|features): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|features|priors): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def recipes() -> str:
@@ -91,6 +92,21 @@ def features(results: dict[str, Any]) -> str:
         lines.append(f"| {measure} | {' | '.join(cells)} |")
     lines += ["", f"- temperature learned: {cell(found['temperature'], 3)}"]
     lines += [f"- correlation of spread and log count: {cell(found['correlation of spread and log count'], 2)}"]
+    return "\n".join(lines)
+
+
+def priors(results: dict[str, Any]) -> str:
+    """Return the accuracies of the study of the priors as a table of Markdown."""
+    found = {title: values for title, values in results["mean and deviation"].items() if title != "recogniser"}
+    columns = [name for name in next(iter(found.values())) if not name.startswith("held by")]
+    lines = [f"| the target's frequencies | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for title, values in found.items():
+        cells = [f"{mean:.1f} ± {deviation or 0:.1f}" for mean, deviation in (values[name] for name in columns)]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += ["", "| intervals that hold the truth, % of the classes | map | em | bbse |", "| --- | --- | --- | --- |"]
+    for title, values in found.items():
+        cells = [f"{values[f'held by {method}'][0]:.0f}" for method in ("map", "em", "bbse")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

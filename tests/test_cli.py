@@ -244,3 +244,26 @@ def test_a_comparison_over_imbalances(command: Command, tmp_path: Path) -> None:
         assert message in said
         assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_a_shell_completes(command: Command) -> None:
+    code, script, _ = command("completion", "bash")
+    assert code == 0
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(map(repr, words))
+        asked = f'{script}\nCOMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n_longtail\necho "${{COMPREPLY[@]}}"'
+        return set(subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout.split())
+
+    assert completed("longtail", "re") == {"rebalance", "recipes", "report"}
+    assert completed("longtail", "train", "cifar") == {"cifar10-lt", "cifar100-lt"}
+    assert "--data.imbalance" in completed("longtail", "train", "cifar100-lt", "--data.")
+    assert completed("longtail", "serve", "run", "--p") == {"--port"}
+    for shell, part in (("zsh", "bashcompinit"), ("fish", "-l imbalances")):
+        code, script, _ = command("completion", shell)
+        assert code == 0
+        assert part in script
+    for arguments in ((), ("tcsh",)):
+        code, _, err = command("completion", *arguments)
+        assert code == 2
+        assert "bash, zsh, fish" in err

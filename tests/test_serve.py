@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -160,6 +161,26 @@ def test_fifty_at_once(server: Any) -> None:
     assert urllib.request.urlopen(address).status == 200
 
 
+def test_a_hundred_megabytes_are_not_taken_in(server: Any) -> None:
+    process, address = server
+    # who says how much is coming is refused before it comes; who sends it all the same finds the line closed
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as line:
+        line.sendall(f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Length: {100 * 2**20}\r\n\r\n".encode())
+        assert b" 413 " in line.recv(4096)
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen(f"{address}/predict", data=bytes(100 * 2**20), timeout=60)
+    status = Path(f"/proc/{process.pid}/status")
+    if status.is_file():
+        peak = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+        now = re.search(r"VmRSS:\s+(\d+)", status.read_text())
+        assert peak is not None
+        assert now is not None
+        assert int(peak[1]) - int(now[1]) < 60 * 1024  # nor kept, nor read to its end
+    with urllib.request.urlopen(f"{address}/predict", data=picture(), timeout=60) as answered:
+        assert answered.status == 200
+
+
 def test_a_port_that_is_taken(run: Path, command: Command) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -188,6 +209,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     page = TestClient(app).get("/").text
     data = ",".join(map(str, picture()))
     drop = f"add([new File([new Uint8Array([{data}])], 'a.png', {{type: 'image/png'}})]);"
+    drop += "add([new File([new Uint8Array(100 * 2 ** 20)], 'large.png')]);"
     script = f"<script>window.alert = () => document.title = 'ran'; {drop}</script></body>"
     clicked = page.replace("</body>", script)
     app.router.routes.append(Route("/dropped", lambda _: HTMLResponse(clicked)))
@@ -215,3 +237,4 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert "<title>ran</title>" not in shown
     assert "run &lt;b&gt;" in shown
     assert results.count('class="bar"') == 3
+    assert "the upload: has more than 20 MiB" in results

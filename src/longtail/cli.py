@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ commands:
   compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
   report RUN…            a run's page written anew; of several runs a page that sets them side by side
   recipes                what there is to train
+  completion SHELL       a script that lets bash, zsh or fish complete all this
 
 `longtail COMMAND --help` lists a command's options. First steps: longtail train digits-lt
 Your own images (a folder with one sub-folder a class, a list, a table): longtail train --data photos/
@@ -55,20 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "inspect": _inspect,
-        "split": _split,
-        "embed": _embed,
-        "train": _train,
-        "evaluate": _evaluate,
-        "rebalance": _rebalance,
-        "predict": _predict,
-        "export": _export,
-        "serve": _serve,
-        "compare": _compare,
-        "report": _report,
-        "recipes": _recipes,
-    }
+    commands = _commands()
     try:
         if not given or given[0] in {"-h", "--help"}:
             print(DESCRIPTION, end="")
@@ -96,6 +85,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # the reader of our output (head, for one) has left: not an error, and nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    return {
+        "inspect": _inspect,
+        "split": _split,
+        "embed": _embed,
+        "train": _train,
+        "evaluate": _evaluate,
+        "rebalance": _rebalance,
+        "predict": _predict,
+        "export": _export,
+        "serve": _serve,
+        "compare": _compare,
+        "report": _report,
+        "recipes": _recipes,
+        "completion": _completion,
+    }
 
 
 def _parse(kind: type[Parsed], command: str, arguments: list[str], default: Parsed | None = None) -> Parsed:
@@ -692,3 +699,27 @@ def _recipes(arguments: list[str]) -> None:
         rows = [[r.name, r.about.summary, r.about.expected or "–"] for r in recipes]
         width = max(len(row[1]) for row in rows)
         print_table(["recipe", "what".ljust(width), "expected"], [[a, b.ljust(width), c] for a, b, c in rows])
+
+
+def _completion(arguments: list[str]) -> None:
+    from longtail.completion import SHELLS, script
+    from longtail.config import recipe_names
+    from longtail.data.naming import NAMED
+
+    if arguments[:1] in (["-h"], ["--help"]):
+        print('usage: longtail completion bash | zsh | fish\n\nIn ~/.bashrc: eval "$(longtail completion bash)"')
+        return
+    if len(arguments) != 1:
+        raise LongtailError(f"completion: expected one of {', '.join(SHELLS)}")
+    named = {"train": recipe_names(), "compare": recipe_names(), "inspect": NAMED, "split": NAMED, "embed": NAMED}
+    words: dict[str, list[str]] = {}
+    for name, command in _commands().items():
+        if name == "completion":
+            words[name] = list(SHELLS)
+            continue
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            command(["--help"])
+        flags = re.findall(r"(?<![\w-])--[a-z][\w.-]*", shown.getvalue())
+        words[name] = [*sorted(named.get(name, [])), *dict.fromkeys(flag.rstrip(".-") for flag in flags)]
+    print(script(arguments[0], words), end="")

@@ -317,24 +317,36 @@ class _Classes:
 
 
 def _class_by_class(records: Sequence[Record], runs: Sequence[Run]) -> _Classes | None:
-    """Return accuracy or IoU of every class; None where runs had other training sets, whose tails differ."""
-    card = runs[0].card
-    if any(run.card.class_counts != card.class_counts for run in runs):
+    """Return accuracy or IoU of every class; None where the runs' training sets have other tails.
+
+    Where every seed has another class in the head, places in the tail stand for the classes.
+    """
+    tails = [_head_first(run.card, [""] * len(run.card.class_names)) for run in runs]
+    order, names, _, _ = tails[0]
+    places = list(zip(*(tail[2] for tail in tails), strict=True))
+    if any(max(counts) > 1 + 1.2 * min(counts) for counts in places):
         return None
-    order, names, counts, _ = _head_first(card, [""] * len(card.class_names))
+    alike = all(tail[0] == order for tail in tails)
+    if not alike:
+        names = [str(place + 1) for place in range(len(order))]
     means: dict[str, list[float | None]] = {}
     for method in methods_of(records):
-        found = [run.metrics["per_class"] for run, entry in zip(runs, records, strict=True) if entry.method == method]
+        found = [
+            [run.metrics["per_class"][index] for index in tail[0]]
+            for run, tail, entry in zip(runs, tails, records, strict=True)
+            if entry.method == method
+        ]
         means[method] = [
-            None if any(values[i] is None for values in found) else sum(values[i] for values in found) / len(found)
-            for i in order
+            None if any(value is None for value in values) else sum(values) / len(values)
+            for values in zip(*found, strict=True)
         ]
     methods = list(means)
     rows = []
-    for place, (name, count) in enumerate(zip(names, counts, strict=True)):
+    for place, (name, counts) in enumerate(zip(names, places, strict=True)):
         values = [means[method][place] for method in methods]
         gained = [] if len(methods) != 2 else [None if None in values else values[1] - values[0]]  # type: ignore[operator]
-        rows.append([name, f"{count:,}", *values, *gained])
-    counted = "training pixels" if card.task == "segmentation" else "training images"
-    header = ["class", counted, *methods, *(["second − first"] if len(methods) == 2 else [])]
+        rows.append([name, f"{round(sum(counts) / len(counts)):,}", *values, *gained])
+    counted = "training pixels" if runs[0].card.task == "segmentation" else "training images"
+    gain = ["second − first"] if len(methods) == 2 else []
+    header = ["class" if alike else "place in the tail", counted, *methods, *gain]
     return _Classes(names, means, 1 if len(names) <= 30 else len(names) // 10, header, rows)

@@ -135,7 +135,9 @@ def build_app(recognizer: Recognizer, known: Known | None = None, title: str = "
 
     turns = asyncio.Semaphore(_AT_ONCE)
     pages = Environment(loader=PackageLoader("longtail.serve", "."), autoescape=True, trim_blocks=True)
-    page = pages.get_template("page.html.j2").render(title=title, card=recognizer.card, neighbours=known is not None)
+    page = pages.get_template("page.html.j2").render(
+        title=title, card=recognizer.card, neighbours=known is not None, most_bytes=MOST_BYTES
+    )
 
     async def home(_: Request) -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"})
