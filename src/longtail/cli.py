@@ -412,16 +412,18 @@ def _rebalance(arguments: list[str]) -> None:
     from longtail.engine.rebalance import Settings, rebalance
     from longtail.files import write_made
     from longtail.recognizer import Recognizer
+    from longtail.report import run_report
 
     settings = Settings(given.how, epochs=given.epochs, views=given.views, tau=given.tau)
     judged = described(
         rebalance(given.run, out, settings, None if given.root is None else str(given.root)), Recognizer.load(out).card
     )
+    page = run_report(out)
     if given.json:
         write_made(given.json, judged)
     if not given.quiet:
         show_metrics(judged)
-        print(f"recogniser: {out / 'recognizer'}")
+        print(f"recogniser: {out / 'recognizer'}\nreport:     {page}")
 
 
 def _check_run(folder: Path) -> None:

@@ -115,6 +115,7 @@ def test_a_rebalanced_run_is_a_run(command: Command, tmp_path: Path) -> None:
         code, shown, said = command("rebalance", run, "--how", how, "--views", "1", "--epochs", "1")
         assert code == 0, said
         assert "uniform" in shown
+        assert "surest mistakes" in (tmp_path / f"run-{how}" / "report.html").read_text(encoding="utf-8")
         out = tmp_path / f"run-{how}"
         recognizer = Recognizer.load(out)
         assert recognizer.card.head == "linear"

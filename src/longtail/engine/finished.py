@@ -99,7 +99,8 @@ def labelled(folders: Sequence[Path]) -> Labelled:
     apart = [name for name in names if name not in {"seed", "data.seed", "recipe"}]
     labels = []
     for each in values:
-        others = [name for name in apart if name != "method" and str(each[name]) != str(values[0][name])]
+        plain = {**values[0], "head": "its own"}
+        others = [name for name in apart if name != "method" and str(each[name]) != str(plain[name])]
         labels.append(", ".join([each["method"], *(f"{name.rpartition('.')[2]} {each[name]}" for name in others)]))
     twice = collections.Counter(zip(labels, (run.config.seed for run in runs), strict=True)).most_common(1)[0][1] > 1
     return Labelled(runs, [str(run.folder) for run in runs] if twice else labels, settings)

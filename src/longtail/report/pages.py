@@ -207,6 +207,8 @@ def _head_first(card: Card, groups: Sequence[str]) -> tuple[list[int], list[str]
 
 
 def _curves(epochs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:
+    if not epochs:  # a new head alone was trained
+        return []
     numbers, last = [line["epoch"] for line in epochs], epochs[-1]
     terms = ("classifier", "contrast", "mixture", "temperature_likelihood", "distillation")
     losses = {name: [line[name] for line in epochs] for name in terms if name in last}
