@@ -27,7 +27,7 @@ from longtail.data.pictures import open_image
 from longtail.data.views import center, to_float
 from longtail.errors import LongtailError
 from longtail.evaluation.calibration import conformal_thresholds
-from longtail.evaluation.priors import EstimatedPrior, estimate_map
+from longtail.evaluation.shift import EstimatedPrior, estimate_map
 from longtail.files import write_json, write_text, write_whole
 from longtail.modelcard import model_card
 from longtail.nn import CosineClassifier, Encoder, JoinedClassifier, LinearClassifier, ProjectionMLP
@@ -229,7 +229,7 @@ class Recognizer(ModelHubMixin, library_name="longtail", tags=["longtail"]):
         return Predictions(posterior(scores, bias).exp(), self.card.class_names, estimated, in_set)
 
     def estimated(self, scores: Tensor, weights: Tensor | None = None) -> EstimatedPrior:
-        """Return the class frequencies of images from their scores: :func:`~longtail.evaluation.priors.estimate_map`.
+        """Return the class frequencies of images from their scores: :func:`~longtail.evaluation.shift.estimate_map`.
 
         Args:
             scores: (N, C) as :meth:`scores` gives them.

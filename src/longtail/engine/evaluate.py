@@ -15,7 +15,8 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.sources import load_data
 from longtail.engine.judge import judge, scored
 from longtail.errors import LongtailError
-from longtail.evaluation.priors import EstimatedPrior, estimate_bbse, estimate_em, long_tailed_prior, read_prior
+from longtail.evaluation.priors import long_tailed_prior, read_prior
+from longtail.evaluation.shift import EstimatedPrior, estimate_bbse, estimate_em
 from longtail.objectives import posterior
 from longtail.recognizer import Card, Recognizer
 from longtail.segmenter import Looks, Segmenter, load_kept
