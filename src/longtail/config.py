@@ -69,8 +69,9 @@ class Data:
     test_per_class: Positive = 50
     """Test images a class that digits-lt holds out."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each class that a set without splits holds out, to pick the epoch and to calibrate with. Of digits-lt
-    and CIFAR it is taken before the tail is made: a balanced set, and fewer images in the head than elsewhere."""
+    """Share of each class's training images that a set without validation images holds out, to pick the epoch and to
+    calibrate with. Of digits-lt and CIFAR it is taken before the tail is made: a balanced set, and fewer images in the
+    head than elsewhere."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of each class that a set without a test split holds out."""
     min_images: Positive = 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +215,21 @@ def test_sixteen_bits_keep_their_grey(tmp_path: Path) -> None:
 
 def test_transparent_pixels_are_white() -> None:
     assert to_square(Image.new("RGBA", (9, 9), (10, 20, 30, 0)), 9).unique().tolist() == [255]
+
+
+def test_a_set_with_a_test_split_holds_validation_images_out_of_its_training_images(
+    photos: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "split" / "train")
+    for index, name in enumerate(("cat", "dog", "emu")):
+        save_image(tmp_path / "split" / "test" / name / "0.png", seed=900 + index)
+    save_image(tmp_path / "split" / "train" / "fox" / "0.png", seed=990)
+    save_image(tmp_path / "split" / "test" / "fox" / "0.png", seed=991)
+    for source in ("folder", "hub"):
+        config = Data(source=source, root=str(tmp_path / "split"), val_fraction=0.25)
+        data = load_data(config, seed=0)
+        assert data.val is not None
+        assert torch.bincount(data.val.labels, minlength=4).tolist() == [3, 2, 1, 0]
+        assert data.class_counts == [9, 4, 2, 1]  # a class of one image keeps it
+        assert len(data.test) == 4
+        assert load_data(Data(source=source, root=str(tmp_path / "split")), seed=0).val is None

@@ -217,8 +217,10 @@ def hub(config: Data, seed: int) -> LongTailedData:
     train = rows["train"]
     names = train.names or [str(index) for index in range(int(train.labels.max()) + 1)]
     positions = {name: torch.arange(len(part.labels)) for name, part in parts.items() if part is not None}
-    if parts["test"] is None:
-        assignment, _ = stratified(train.labels, len(names), config.val_fraction, config.test_fraction, seed)
+    untested = config.test_fraction if parts["test"] is None else 0.0
+    unvalidated = config.val_fraction if parts["val"] is None else 0.0
+    if untested or unvalidated:
+        assignment, _ = stratified(train.labels, len(names), unvalidated, untested, seed)
         for value, name in ((2, "test"), (1, "val"), (0, "train")):
             chosen = torch.nonzero(assignment == value).flatten()
             if len(chosen):

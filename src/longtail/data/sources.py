@@ -166,10 +166,10 @@ def _from_listing(listing: Listing, config: Data, seed: int) -> LongTailedData:
         raise LongtailError(f"{listing.root}: expected at least two classes, found '{names[0]}' alone")
     remarks = list(listing.remarks)
     splits = dict(listing.splits)
-    if "all" in splits or "test" not in splits:
+    if "val" in splits and config.val_fraction > 0:
+        remarks.append("data.val_fraction is not used: the set has validation images of its own")
+    if "all" in splits or "test" not in splits or (config.val_fraction > 0 and "val" not in splits):
         splits = _split(splits, listing, config, seed, remarks)
-    elif config.val_fraction > 0 and "val" not in splits:
-        remarks.append("data.val_fraction is not used: the set has splits of its own")
     splits["train"] = _with_tail(splits["train"], names, config, seed)
     _least(splits["train"], listing, config)
     size = config.image_size or _natural_size(listing.root, splits["train"].names)
@@ -192,23 +192,24 @@ def _from_listing(listing: Listing, config: Data, seed: int) -> LongTailedData:
 def _split(
     splits: dict[str, Entries], listing: Listing, config: Data, seed: int, remarks: list[str]
 ) -> dict[str, Entries]:
-    """Hold a test split out of what there is, and a validation split where one is asked for."""
+    """Hold a test split out of what there is, where it has none, and a validation split where one is asked for."""
     whole = splits.pop("all") if "all" in splits else splits.pop("train")
+    untested = 0.0 if "test" in splits else config.test_fraction
     classes = len(listing.class_names)
     counts = torch.bincount(whole.labels, minlength=classes).tolist()
     alone = next((index for index, count in enumerate(counts) if count < 2), None)
-    if alone is not None:
+    if alone is not None and untested > 0:
         raise LongtailError(
             f"class '{listing.class_names[alone]}' has {counts[alone]} image{'s' * (counts[alone] != 1)} "
             f"below {listing.root}: at least 2 are expected, one to train on and one to test on; "
             "add images or remove the class"
         )
     wanted = 0.0 if "val" in splits else config.val_fraction
-    assignment, short = stratified(whole.labels, classes, wanted, config.test_fraction, seed)
+    assignment, short = stratified(whole.labels, classes, wanted, untested, seed)
     if short:
         shown = ", ".join(listing.class_names[index] for index in short[:5]) + ("…" if len(short) > 5 else "")
         remarks.append(f"{len(short)} classes have too few images for every split ({shown})")
-    made = {"train": 0, "val": 1, "test": 2} if wanted > 0 else {"train": 0, "test": 2}
+    made = {"train": 0} | ({"val": 1} if wanted > 0 else {}) | ({"test": 2} if untested > 0 else {})
     return {**splits, **{name: whole.at(torch.nonzero(assignment == value).flatten()) for name, value in made.items()}}
 
 

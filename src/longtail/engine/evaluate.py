@@ -91,11 +91,11 @@ def evaluate(
         if prior == "estimate":
             estimates = _estimates(recognizer, scores, labels, wanted)
             more["estimates"] = {entry.method: dataclasses.asdict(entry) for entry in estimates}
-            given |= {_row(entry): recognizer.effective(entry) for entry in estimates}
             if wanted is not None and recognizer.held_out is not None:
                 # what an estimate is to be measured by: the truth, with the same correction of the scores
                 truth = EstimatedPrior("target, corrected", list(wanted), [], [])
                 given[truth.method] = recognizer.effective(truth)
+            given |= {_row(entry): recognizer.effective(entry) for entry in estimates}
         if coverage is not None:
             more["conformal"] = _conformal(recognizer, scores, labels, coverage, config)
     if prior not in {"uniform", "train", "estimate"}:

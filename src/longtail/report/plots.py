@@ -19,7 +19,10 @@ from longtail.evaluation.comparison import Record, columns, imbalances_of, metho
 GROUP_COLORS = {"many": "#4477aa", "medium": "#b8860b", "few": "#cc5566"}
 GROUP_COLORS |= dict(zip(("head", "middle", "tail"), GROUP_COLORS.values(), strict=True))
 _INK = "#808890"  # legible on white and on near-black, since the page follows the reader's choice
-_LINES = ("#4477aa", "#cc5566", "#228833", "#b8860b", "#aa3377", "#66aacc")
+_LINES = (
+    *("#4477aa", "#cc5566", "#228833", "#b8860b", "#aa3377", "#66aacc"),
+    *("#808890", "#e07b39", "#6655cc", "#99aa33", "#dd88bb"),
+)
 
 
 def _axes(width: float = 8.0, height: float = 2.8) -> tuple[Figure, Axes]:
