@@ -11,6 +11,7 @@ from PIL import Image
 
 from longtail.data.dataset import ImageSet
 from longtail.data.pictures import upright
+from longtail.errors import LongtailError
 
 SIDE = 96
 """Longest side in pixels."""
@@ -24,19 +25,28 @@ def keep_thumbnails(run: Path, images: ImageSet, mistakes: Mapping[str, Sequence
         run: the folder of the run.
         images: the test set.
         mistakes: by kind, see :func:`longtail.evaluation.metrics.mistakes`.
+
+    Raises:
+        LongtailError: the folder cannot be written.
     """
     folder = run / "mistakes"
     shutil.rmtree(folder, ignore_errors=True)
-    chosen = {entry["image"] for entries in mistakes.values() for entry in entries}
-    if chosen:
-        folder.mkdir()
-    for index in chosen:
-        image = upright(images.images.open_or_another(index))
-        image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-        if max(image.size) <= _LOSSLESS:
-            image.save(folder / f"{index}.png")
-        else:
-            image.save(folder / f"{index}.jpg", quality=80)
+    pictures = {
+        entry["image"]: upright(images.images.open_or_another(entry["image"]))
+        for entries in mistakes.values()
+        for entry in entries
+    }
+    try:
+        if pictures:
+            folder.mkdir()
+        for index, image in pictures.items():
+            image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+            if max(image.size) <= _LOSSLESS:
+                image.save(folder / f"{index}.png")
+            else:
+                image.save(folder / f"{index}.jpg", quality=80)
+    except OSError as error:
+        raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
 def thumbnail(run: Path, index: int) -> Path | None:
