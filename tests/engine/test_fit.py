@@ -43,7 +43,7 @@ def test_a_run_leaves_everything(tiny: Config, tmp_path: Path, method: str) -> N
     config = tiny.replace(method=method, gml={"distillation_weight": 1.0})
     run = fit(config, tmp_path / "run", quiet=True)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "last.ckpt", "recognizer"}
+    assert names == {"config.yaml", "metrics.jsonl", "last.ckpt", "recognizer", "mistakes"}
     assert {path.name for path in (tmp_path / "run" / "recognizer").iterdir()} == {
         "model.safetensors",
         "config.json",

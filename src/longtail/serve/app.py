@@ -226,6 +226,7 @@ def _listen(host: str, port: int) -> Any:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(128)  # who comes as soon as the address is told, waits rather than is refused
     except (OSError, OverflowError) as error:
         listening.close()
         raise LongtailError(f"--host {host} --port {port}: cannot be listened at: {error}") from None
