@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -704,7 +703,7 @@ def _recipes(arguments: list[str]) -> None:
 
 
 def _completion(arguments: list[str]) -> None:
-    from longtail.completion import SHELLS, script
+    from longtail.completion import SHELLS, gathered, script
     from longtail.config import recipe_names
     from longtail.data.naming import NAMED
 
@@ -714,14 +713,4 @@ def _completion(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise LongtailError(f"completion: expected one of {', '.join(SHELLS)}")
     named = {"train": recipe_names(), "compare": recipe_names(), "inspect": NAMED, "split": NAMED, "embed": NAMED}
-    words: dict[str, list[str]] = {}
-    for name, command in _commands().items():
-        if name == "completion":
-            words[name] = list(SHELLS)
-            continue
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            command(["--help"])
-        flags = re.findall(r"(?<![\w-])--[a-z][\w.-]*", shown.getvalue())
-        words[name] = [*sorted(named.get(name, [])), *dict.fromkeys(flag.rstrip(".-") for flag in flags)]
-    print(script(arguments[0], words), end="")
+    print(script(arguments[0], gathered(_commands(), {**named, "completion": SHELLS})), end="")

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from longtail.errors import LongtailError
 
 SHELLS = ("bash", "zsh", "fish")
+
+
+def gathered(
+    commands: Mapping[str, Callable[[list[str]], None]], named: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    """Return what can follow each command: the names given for it, and the flags that its help tells."""
+    words: dict[str, list[str]] = {}
+    for name, command in commands.items():
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            command(["--help"])
+        flags = re.findall(r"(?<![\w-])--[a-z][\w.-]*", shown.getvalue())
+        words[name] = [*sorted(named.get(name, [])), *dict.fromkeys(flag.rstrip(".-") for flag in flags)]
+    return words
 
 
 def script(shell: str, words: Mapping[str, Sequence[str]]) -> str:

@@ -59,7 +59,7 @@ def show_trust(judged: dict[str, Any]) -> None:
         shown = ", ".join(f"{name} {q:.3f} ({low:.3f} to {high:.3f})" for q, low, high, name in sorted(rows)[:-4:-1])
         print(f"class frequencies by {method}, the largest with 95 % intervals: {shown}")
         if entry.get("pull") is not None:
-            print(f"  pulled, as by {entry['pull']:g} times the images, {_towards(entry['power'])}")
+            print(f"  pulled, as by {entry['pull']:.2g} times the images, {_towards(entry['power'])}")
     if "conformal" in judged:
         sets = judged["conformal"]
         for name in ("all", "many", "medium", "few"):

@@ -32,7 +32,7 @@ def keep_thumbnails(run: Path, images: ImageSet, mistakes: Mapping[str, Sequence
     folder = run / "mistakes"
     shutil.rmtree(folder, ignore_errors=True)
     pictures = {
-        entry["image"]: upright(images.images.open_or_another(entry["image"]))
+        entry["image"]: _small(images.images.open_or_another(entry["image"]))
         for entries in mistakes.values()
         for entry in entries
     }
@@ -40,13 +40,18 @@ def keep_thumbnails(run: Path, images: ImageSet, mistakes: Mapping[str, Sequence
         if pictures:
             folder.mkdir()
         for index, image in pictures.items():
-            image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
             if max(image.size) <= _LOSSLESS:
                 image.save(folder / f"{index}.png")
             else:
                 image.save(folder / f"{index}.jpg", quality=80)
     except OSError as error:
         raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _small(image: Image.Image) -> Image.Image:
+    small = upright(image)
+    small.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return small
 
 
 def thumbnail(run: Path, index: int) -> Path | None:
