@@ -1,19 +1,25 @@
-# make demo   train and compare seven methods on real images, with nothing but Python ≥ 3.10 and make at hand
-# make test   lint, types, tests
-# make docs   the documentation as a site, in site/
+# make demo      train and compare seven methods on real images, with nothing but Python ≥ 3.10 and make at hand
+# make test      lint, types, and the tests but for those marked slow
+# make test-all  lint, types, all tests
+# make docs      the documentation as a site, in site/
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test docs clean
+.PHONY: demo test test-all lint docs clean
 
 demo: .venv/.installed
 	$(BIN)/longtail compare digits-lt --methods ce,la,ldam,paco,bcl,proco,gml --seeds 5 --jobs 2
 
-test: .venv/.installed
+test: lint
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest -n 2
+
+lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
 
 docs: .venv/.installed
 	$(BIN)/zensical build --strict

@@ -1,10 +1,10 @@
-"""How fast do images become views, and how long does it take to open a long list?
+"""How many views per second does the data pipeline make, and how long does it take to read a long list?
 
-- 32 × 32, one thread: crop, flip, AutoAugment, Cutout, normalise; an image at a time with torchvision's transforms on
-  Pillow images, as the released code has them, beside the batched path, where every image draws its own parameters.
-- 224 × 224 from JPEG files of 500 × 375, one core: decoding and the recipe of ImageNet-LT, beside torchvision's own
+- 32 × 32, one thread: crop, flip, AutoAugment, Cutout, normalise; one image at a time with torchvision's transforms on
+  Pillow images, as in the released code, and batched, with random parameters of each image's own.
+- 224 × 224 from JPEG files of 500 × 375, one core: decoding and the recipe of ImageNet-LT, and torchvision's own
   pipeline with the same transforms in the same order.
-- Waiting: the share of a CIFAR-LT training step (ResNet-32 student, ResNet-56 teacher) that goes into making its batch.
+- Waiting: the fraction of a CIFAR-LT training step (ResNet-32 student, ResNet-56 teacher) spent on making its batch.
 - Opening: lists as long as ImageNet-LT's and iNaturalist 2018's, in a process of its own.
 
 Command: python benchmarks/data.py [--rounds 5]
@@ -33,10 +33,9 @@ from torchvision import transforms
 
 from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, ImageSet
 from longtail.data.images import FileImages
-from longtail.data.loaders import TrainLoader
-from longtail.data.per_image import PerImageView
-from longtail.data.views import build_view
-from longtail.nn.backbones import Normalize
+from longtail.data.loader import TrainLoader
+from longtail.data.transforms import PerImageTransform, build_transform
+from longtail.nn.encoder import Normalize
 
 LISTS = {
     "ImageNet-LT": (115_846, 1000, "train/n{0:08}/n{0:08}_{1}.JPEG"),
@@ -46,19 +45,19 @@ OPEN = r"""
 import re, sys, time
 from pathlib import Path
 import torch
-from longtail.data.listing import listed
+from longtail.data.listing import read_splits
 
 def resident(field):
     return int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 before, started = resident("VmRSS"), time.perf_counter()
-made = listed({"train": Path(sys.argv[1])}, Path("."))
-print(time.perf_counter() - started, (resident("VmHWM") - before) / 1024, len(made.splits["all"]))
+listing = read_splits({"train": Path(sys.argv[1])}, Path("."))
+print(time.perf_counter() - started, (resident("VmHWM") - before) / 1024, len(listing.splits["all"]))
 """
 
 
 class Cutout:
-    """The released code's, as everybody's: a mask in NumPy."""
+    """The Cutout of the released code: a mask in NumPy."""
 
     def __call__(self, image: Tensor) -> Tensor:
         height, width = image.shape[1:]
@@ -69,12 +68,12 @@ class Cutout:
 
 
 def per_second(function: Callable[[], int], seconds: float = 1.0) -> float:
-    """Return what a function makes a second."""
+    """Return how many images or views a function that returns their number makes per second."""
     function()
-    started, made = time.perf_counter(), 0
+    started, count = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        made += function()
-    return made / (time.perf_counter() - started)
+        count += function()
+    return count / (time.perf_counter() - started)
 
 
 def small(rounds: int) -> None:
@@ -90,7 +89,8 @@ def small(rounds: int) -> None:
             Cutout(),
         ]
     )
-    view, normalize, ids = build_view("cifar", 32), Normalize(CIFAR_MEAN, CIFAR_STD), torch.arange(2048)
+    view, normalize, ids = build_transform("cifar", 32), Normalize(CIFAR_MEAN, CIFAR_STD), torch.arange(2048)
+    assert not isinstance(view, PerImageTransform)
 
     def one_by_one() -> int:
         torch.stack([released(image) for image in pillow[:256]])
@@ -126,7 +126,7 @@ def photographs(rounds: int, folder: Path) -> None:
     )
     labels = torch.zeros(64, dtype=torch.int64)
     images = ImageSet(FileImages(folder, names, 256, labels=labels), labels, torch.arange(64))
-    loader = TrainLoader(images, 64, [PerImageView("imagenet", 224)], seed=0, workers=0)
+    loader = TrainLoader(images, 64, [build_transform("imagenet", 224)], seed=0, workers=0)
     epoch = iter(range(10**9))
 
     def ours() -> int:
@@ -142,26 +142,26 @@ def photographs(rounds: int, folder: Path) -> None:
 
 
 def show(rows: dict[str, Callable[[], int]], rounds: int, unit: str) -> None:
-    """Measure turn by turn, so that a slow minute of the machine hits all rows alike."""
-    found: dict[str, list[float]] = {name: [] for name in rows}
+    """Measure the rows in turn, so that a slow minute of the machine affects all of them."""
+    rates: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(rounds):
         for name, function in rows.items():
-            found[name].append(per_second(function))
-    first = statistics.median(next(iter(found.values())))
-    for name, values in found.items():
+            rates[name].append(per_second(function))
+    first = statistics.median(next(iter(rates.values())))
+    for name, values in rates.items():
         median = statistics.median(values)
         print(f"{name:44}{median:12,.0f} {unit:9}{median / first:8.2f} ×", flush=True)
 
 
 def waiting(rounds: int) -> None:
     torch.set_num_threads(2)
-    made = Step()
+    training = Step()
     shares = []
     for _ in range(3 * rounds):
         started = time.perf_counter()
-        batch = made.draw()
+        batch = training.draw()
         drawn = time.perf_counter()
-        made.step(batch)
+        training.step(batch)
         shares.append((drawn - started) / (time.perf_counter() - started))
     print(f"{'waiting for data, share of a CIFAR-LT step':44}{100 * statistics.median(shares):12.1f} %")
 
@@ -170,8 +170,8 @@ def opening(folder: Path) -> None:
     for name, (lines, classes, style) in LISTS.items():
         path = folder / f"{name}.txt"
         path.write_text("".join(f"{style.format(i % classes, i)} {i % classes}\n" for i in range(lines)))
-        done = subprocess.run([sys.executable, "-c", OPEN, str(path)], capture_output=True, text=True, check=True)
-        seconds, mib, read = re.split(r"\s+", done.stdout.strip())
+        result = subprocess.run([sys.executable, "-c", OPEN, str(path)], capture_output=True, text=True, check=True)
+        seconds, mib, read = re.split(r"\s+", result.stdout.strip())
         assert int(read) == lines
         print(f"{f'opening {name}, {lines:,} lines':44}{float(seconds):12.2f} s{float(mib):10.0f} MiB")
 
@@ -179,14 +179,14 @@ def opening(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="timings of each row, a second each; the median counts")
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread, median of {given.rounds} rounds")
-    small(given.rounds)
+    print(f"torch {torch.__version__}, one thread, median of {args.rounds} rounds")
+    small(args.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        photographs(given.rounds, Path(folder))
+        photographs(args.rounds, Path(folder))
         opening(Path(folder))
-    waiting(given.rounds)
+    waiting(args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The most memory that a call takes, from the books that Linux keeps of a process."""
+"""Peak memory of a call, as Linux records it for a process."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 
 
 def resident(field: str) -> int:
-    """Return VmRSS (now) or VmHWM (at most) in kB."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found.group(1))
+    """Return the resident size in kB: VmRSS (current) or VmHWM (peak)."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match.group(1))
 
 
 def peak_mib(function: Callable[[], object]) -> float:
-    """Return by how much a call raises this process's resident size at most, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5")  # the highest size is counted anew from here
+    """Return the peak resident size of this process during a call minus the size before it, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     function()
     return (resident("VmHWM") - before) / 1024
 
 
 def elsewhere(code: str) -> float:
-    """Return the number that a piece of code prints, run in a process of its own beside these files."""
+    """Return the number that Python code prints when it runs in a new process in this folder."""
     folder = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
-    return float(done.stdout)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
+    return float(result.stdout)

@@ -1,6 +1,6 @@
-"""Put the tables of benchmarks/results into README.md and docs, and draw the plots of docs/figures.
+"""Write the tables of benchmarks/results to README.md and docs, and plot the figures of docs/figures.
 
-A table stands between ``<!-- table: PATH -->`` and ``<!-- end -->``; a test holds the pages against the results.
+A table is between ``<!-- table: PATH -->`` and ``<!-- end -->``; a test compares the pages with the results.
 
 Command: python benchmarks/refresh.py
 """
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from longtail.config import load_recipe, recipe_names
-from longtail.evaluation.comparison import Record, differences, imbalances_of, markdown, methods_of, summarize
+from longtail.experiments.records import Record, differences, imbalances_of, markdown, methods_of, summarize
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
@@ -29,28 +29,28 @@ COLORS = {"ce": "#808890", "la": "#4477aa", "bcl": "#228833", "proco": "#b8860b"
 def read(name: str) -> tuple[dict[str, Any], list[Record]]:
     """Return a results file and its records."""
     results: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return results, [Record(**record) for record in results["records"]]
+    return results, [Record.from_dict(record) for record in results["records"]]
 
 
 def refreshed(text: str) -> str:
-    """Return a page with every table written anew."""
+    """Return the text of a page with up-to-date tables."""
 
-    def table(found: re.Match[str]) -> str:
-        kind, path = found[1], found[2]
+    def table(match: re.Match[str]) -> str:
+        kind, path = match[1], match[2]
         if kind in {"features", "priors"}:
             results = json.loads((ROOT / path).read_text(encoding="utf-8"))
-            shown = features(results) if kind == "features" else priors(results)
+            lines = features(results) if kind == "features" else priors(results)
         else:
             results, records = read(Path(path).name)
-            shown = "\n".join(markdown(records, results.get("baseline")))
-        return f"<!-- {kind}: {path} -->\n{shown}\n<!-- end -->"
+            lines = "\n".join(markdown(records, results.get("baseline")))
+        return f"<!-- {kind}: {path} -->\n{lines}\n<!-- end -->"
 
     text = re.sub(r"<!-- recipes -->\n.*?<!-- end -->", lambda _: recipes(), text, flags=re.DOTALL)
     return re.sub(r"<!-- (table|features|priors): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def recipes() -> str:
-    """Return every recipe with its header."""
+    """Return the headers of all recipes as Markdown."""
     lines = ["<!-- recipes -->"]
     for recipe in map(load_recipe, recipe_names()):
         about = recipe.about
@@ -61,8 +61,8 @@ def recipes() -> str:
 
 
 def features(results: dict[str, Any]) -> str:
-    """Return what the study of the features found as two tables of Markdown."""
-    found = results["mean and deviation"]
+    """Return the results of the study of the features as two tables of Markdown."""
+    values = results["mean and deviation"]
 
     def cell(pair: list[float | None], digits: int) -> str:
         mean, deviation = pair
@@ -81,44 +81,44 @@ def features(results: dict[str, Any]) -> str:
         for share in ("0.25", "0.5", "1")
     ]
     for title, name, digits in rows:
-        cells = [cell(found[name][group], digits) for group in ("many", "medium", "few")]
+        cells = [cell(values[name][group], digits) for group in ("many", "medium", "few")]
         if name.startswith("accuracy"):
-            title += f" (all: {cell(found[name]['balanced_accuracy'], 1)})"
+            title += f" (all: {cell(values[name]['balanced_accuracy'], 1)})"
         lines.append(f"| {title} | {' | '.join(cells)} |")
     names = ("ce", "la", "gml")
     lines += ["", f"| features of the student | {' | '.join(names)} |", "| --- | --- | --- | --- |"]
-    for measure in found["geometry ce"]:
-        cells = [cell(found[f"geometry {name}"][measure], 3) for name in names]
+    for measure in values["geometry ce"]:
+        cells = [cell(values[f"geometry {name}"][measure], 3) for name in names]
         lines.append(f"| {measure} | {' | '.join(cells)} |")
-    lines += ["", f"- temperature learned: {cell(found['temperature'], 3)}"]
-    lines += [f"- correlation of spread and log count: {cell(found['correlation of spread and log count'], 2)}"]
+    lines += ["", f"- temperature learned: {cell(values['temperature'], 3)}"]
+    lines += [f"- correlation of spread and log count: {cell(values['correlation of spread and log count'], 2)}"]
     return "\n".join(lines)
 
 
 def priors(results: dict[str, Any]) -> str:
-    """Return the accuracies of the study of the priors as a table of Markdown."""
-    found = {title: values for title, values in results["mean and deviation"].items() if title != "recogniser"}
-    columns = [name for name in next(iter(found.values())) if not name.startswith("held by")]
+    """Return the accuracies of the study of the priors as two tables of Markdown."""
+    rows = {title: values for title, values in results["mean and deviation"].items() if title != "recogniser"}
+    columns = [name for name in next(iter(rows.values())) if not name.startswith("held by")]
     lines = [f"| the target's frequencies | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
-    for title, values in found.items():
+    for title, values in rows.items():
         cells = [f"{mean:.1f} ± {deviation or 0:.1f}" for mean, deviation in (values[name] for name in columns)]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", "| intervals that hold the truth, % of the classes | map | em | bbse |", "| --- | --- | --- | --- |"]
-    for title, values in found.items():
+    for title, values in rows.items():
         cells = [f"{values[f'held by {method}'][0]:.0f}" for method in ("map", "em", "bbse")]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def bare(axes: Axes, title: str) -> None:
-    """Take away what says nothing."""
+def style(axes: Axes, title: str) -> None:
+    """Set the title, small labels, and only the left and bottom spines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
 
 
 def methods(figure: Figure) -> None:
-    """Draw every run of the methods' study as a dot, and each method's mean."""
+    """Plot every run of the study of the methods as a dot, and the mean of each method."""
     files = {
         "methods-cifar-100.json": "CIFAR-100-LT, imbalance 100",
         "methods-cifar-10.json": "CIFAR-100-LT, imbalance 10",
@@ -129,41 +129,45 @@ def methods(figure: Figure) -> None:
         _, records = read(name)
         names = methods_of(records)
         for row, method in enumerate(names):
-            values = [r.balanced_accuracy for r in records if r.method == method]
+            accuracies = [r.metrics["balanced_accuracy"] for r in records if r.method == method]
+            values = [accuracy for accuracy in accuracies if accuracy is not None]
             color = COLORS.get(method, "#9977aa")
             axes.plot(values, [row] * len(values), "o", color=color, markersize=3.5, alpha=0.6)
             axes.plot(statistics.fmean(values), row, "|", color=color, markersize=16, markeredgewidth=2)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel("balanced accuracy, %", fontsize=8)
-        bare(axes, title)
+        style(axes, title)
 
 
 def parts(figure: Figure) -> None:
-    """Draw every variant's paired difference from distilled logit adjustment with its t-interval."""
+    """Plot the paired difference of every variant from distilled logit adjustment with its t-interval."""
     for column, (name, title) in enumerate(
         {"parts-cifar.json": "CIFAR-100-LT", "parts-digits.json": "digits-lt"}.items()
     ):
         axes = figure.add_subplot(1, 2, column + 1)
         results, records = read(name)
-        found = differences(records, results["baseline"])
-        for row, difference in enumerate(found):
+        gaps = differences(records, results["baseline"])
+        for row, difference in enumerate(gaps):
             assert difference.low is not None
             assert difference.high is not None
-            sure = not difference.low <= 0 <= difference.high
+            significant = not difference.low <= 0 <= difference.high
             axes.plot(
-                [difference.low, difference.high], [row, row], color="#cc5566" if sure else "#9098a0", linewidth=1.5
+                [difference.low, difference.high],
+                [row, row],
+                color="#cc5566" if significant else "#9098a0",
+                linewidth=1.5,
             )
-            axes.plot(difference.mean, row, "o", color="#cc5566" if sure else "#606870", markersize=4)
+            axes.plot(difference.mean, row, "o", color="#cc5566" if significant else "#606870", markersize=4)
         axes.axvline(0, color="#9098a0", linewidth=0.8, linestyle=":")
-        axes.set_yticks(range(len(found)), [difference.method for difference in found])
+        axes.set_yticks(range(len(gaps)), [difference.method for difference in gaps])
         axes.invert_yaxis()
         axes.set_xlabel(f"points ahead of {results['baseline']}, 95 % interval", fontsize=8)
-        bare(axes, title)
+        style(axes, title)
 
 
 def imbalance(figure: Figure) -> None:
-    """Draw accuracy against the imbalance factor, over all classes and over the two smallest groups."""
+    """Plot balanced accuracy and accuracy of the few classes against the imbalance factor."""
     _, records = read("imbalance-fashion.json")
     for column, (name, title) in enumerate({"balanced_accuracy": "balanced accuracy, %", "few": "few, %"}.items()):
         axes = figure.add_subplot(1, 2, column + 1)
@@ -180,13 +184,13 @@ def imbalance(figure: Figure) -> None:
                 )
         axes.set_xscale("log")
         axes.set_xlabel("imbalance factor", fontsize=8)
-        bare(axes, title)
+        style(axes, title)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, frameon=False)
 
 
 def queues(figure: Figure) -> None:
-    """Draw accuracy and time against K and k_m."""
+    """Plot accuracy and time against K and k_m."""
     _, records = read("queues-digits.json")
     for row, (field, label) in enumerate({"balanced_accuracy": "balanced accuracy, %", "seconds": "seconds"}.items()):
         for column, name in enumerate(("K", "k_m")):
@@ -204,7 +208,7 @@ def queues(figure: Figure) -> None:
             axes.set_xlabel(name, fontsize=8)
             if field == "seconds":
                 axes.set_ylim(bottom=0)
-            bare(axes, label)
+            style(axes, label)
 
 
 PLOTS: dict[str, tuple[Callable[[Figure], None], tuple[float, float], Sequence[str]]] = {
@@ -220,10 +224,10 @@ def main() -> None:
         page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
     FIGURES.mkdir(exist_ok=True)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longtail"}):
-        for name, (draw, size, needed) in PLOTS.items():
-            if all((RESULTS / file).is_file() for file in needed):
+        for name, (plot, size, files) in PLOTS.items():
+            if all((RESULTS / file).is_file() for file in files):
                 figure = Figure(figsize=size, layout="constrained")
-                draw(figure)
+                plot(figure)
                 figure.savefig(FIGURES / f"{name}.svg", facecolor="white", metadata={"Date": None})
 
 

@@ -1,13 +1,18 @@
-"""What does a GML training step cost beside its networks alone, and beside the student's pass over one view?
+"""Time and memory of a training step, relative to its networks alone.
 
-CIFAR-100-LT's shapes: ResNet-32 student, ResNet-56 teacher, batch 128, 4096 slots, distillation. Every layout of the
-views has three rows: its networks alone as they are (the student's forward and backward, the teacher's forward, all
-views in one pass, channels_last); its networks as the step passes them (a view at a time, the teacher's BatchNorm
-folded); and the whole step (all terms, queue push, optimiser). The method's own overhead is what the step costs beyond
-its networks, less what cross-entropy's step costs beyond its own. All are timed in one run, turn by turn, so that a
-slow minute of the machine hits all rows alike. Peak memory is that of one step in a process of its own, after a first.
+cifar: the shapes of CIFAR-100-LT, ResNet-32 student, ResNet-56 teacher, batch 128, 4096 slots, distillation. Every
+layout of the views has three rows: its plain networks (forward and backward pass of the student, forward pass of the
+teacher, all views in one pass, channels_last); its networks as the step uses them (a view at a time, BatchNorm of the
+teacher folded); and the step (all loss terms, queue push, optimizer). The overhead of GML is the time of its step
+beyond its networks, minus the same of a cross-entropy step. Peak memory is that of one step in a new process, after a
+first step.
 
-Command: python benchmarks/step.py [--rounds 12]
+digits: digits-lt, conv8, batch 64. Every method has two rows, in milliseconds per step: networks and losses on one
+batch, forward and backward; and the training loop as the trainer counts its seconds (loader, step, tracker).
+
+All rows are timed in turn in one process, so that other load on the machine affects all of them equally.
+
+Command: python benchmarks/step.py [--rounds 12] [--only cifar|digits]
 """
 
 from __future__ import annotations
@@ -16,8 +21,10 @@ import argparse
 import dataclasses
 import functools
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from peak import elsewhere, peak_mib
@@ -27,11 +34,14 @@ from longtail.config import Config, load_recipe
 from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, ImageSet
 from longtail.data.images import ArrayImages
 from longtail.data.imbalance import profile_counts
-from longtail.data.loaders import Batch, TrainLoader
-from longtail.data.views import build_view
-from longtail.methods import method_class
+from longtail.data.loader import Batch, TrainLoader
+from longtail.data.sources import load_data
+from longtail.data.transforms import build_transform
 from longtail.methods.gml import GML
 from longtail.nn import CosineClassifier, Encoder, FrozenEncoder
+from longtail.registry import METHODS, TASKS
+from longtail.training.auto_config import auto_config
+from longtail.training.trainer import fit
 
 LAYOUTS: dict[str, Callable[[Config], Config]] = {
     "ce, one view": lambda config: config.replace(method="ce"),
@@ -40,41 +50,42 @@ LAYOUTS: dict[str, Callable[[Config], Config]] = {
     "teacher cached": lambda config: config.replace(teacher={"cache": 4}),
     "teacher cached, one student view": lambda config: config.replace(teacher={"cache": 4}, gml={"share_query": True}),
 }
+DIGITS_EPOCHS = 10
 
 
-def timed(function: Callable[[], object]) -> float:
+def time_call(function: Callable[[], object]) -> float:
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 class Step:
-    """A layout's step and its networks alone."""
+    """The training step of a layout, and its networks alone."""
 
     def __init__(self, layout: str = "paper: three views") -> None:
         torch.manual_seed(0)
         self.config = config = LAYOUTS[layout](load_recipe("cifar100-lt").config)
         counts = profile_counts("exponential", 500, 100, 100)
         labels = torch.repeat_interleave(torch.arange(100), torch.tensor(counts))
-        # noise costs what photographs cost: no operation here looks at the content
+        # noise: no operation here depends on the contents of the images
         pixels = torch.randint(0, 256, (len(labels), 3, 32, 32), dtype=torch.uint8)
         images = ImageSet(ArrayImages(pixels), labels, torch.arange(len(labels)))
         self.student = Encoder("resnet32", CIFAR_MEAN, CIFAR_STD)
         self.teacher = Encoder("resnet56", CIFAR_MEAN, CIFAR_STD).eval().requires_grad_(False)
         self.teacher.to(memory_format=torch.channels_last)
         self.folded = FrozenEncoder(self.teacher)
-        kind = method_class(config.method)
-        parts = (self.teacher, CosineClassifier(64, 100)) if kind.needs_teacher(config) else ()
-        self.method = kind(config, self.student, counts, *parts)
+        method_class = METHODS[config.method]
+        parts = (self.teacher, CosineClassifier(64, 100)) if method_class.needs_teacher(config) else ()
+        self.method = method_class(config, self.student, counts, *parts)
         self.method.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.method.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-        self.views, self.passes = len(kind.views(config)), kind.student_views(config)
-        self.loader = TrainLoader(images, 128, [build_view("cifar", 32)] * self.views, seed=0)
-        if kind.needs_teacher(config):
-            for _ in range(60):  # full queues, without the teacher's passes that the engine fills them with
-                drawn = torch.randint(len(labels), (128,))
+        self.views, self.passes = len(method_class.views(config)), method_class.num_student_views(config)
+        self.loader = TrainLoader(images, 128, [build_transform("cifar", 32)] * self.views, seed=0)
+        if method_class.needs_teacher(config):
+            for _ in range(60):  # fills the queues without the teacher passes of the trainer
+                rows = torch.randint(len(labels), (128,))
                 assert isinstance(self.method, GML)
-                self.method.queues.push(torch.randn(128, 64), labels[drawn], drawn)
+                self.method.queues.push(torch.randn(128, 64), labels[rows], rows)
         self.method.train()
         self.positions = torch.randperm(len(labels))[:128]
 
@@ -86,10 +97,11 @@ class Step:
 
     def networks(self, batch: Batch, teacher: nn.Module) -> None:
         if self.config.method == "gml" and not self.config.teacher.cache:
-            views = [batch.views[0]] if self.config.gml.share_key else [batch.views[0], batch.views[-1]]
+            shared = GML.shares_key_view(self.config)
+            views = [batch.views[0]] if shared else [batch.views[0], batch.views[-1]]
             with torch.no_grad():
                 teacher(torch.cat(views))
-        if teacher is self.teacher:  # plain
+        if teacher is self.teacher:
             features: Tensor = self.student(torch.cat(batch.views[: self.passes]))
         else:
             features = self.method.encode(batch.views[: self.passes])
@@ -105,42 +117,118 @@ class Step:
 def peak(layout: str) -> None:
     """Print the peak of one step in MiB."""
     torch.set_num_threads(2)
-    made = Step(layout)
-    batch = made.draw()
-    made.step(batch)
-    print(peak_mib(lambda: made.step(batch)))
+    training = Step(layout)
+    batch = training.draw()
+    training.step(batch)
+    print(peak_mib(lambda: training.step(batch)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=12, help="timings of each row; the median counts")
-    parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    made = {layout: Step(layout) for layout in LAYOUTS}
-    batches = {layout: each.draw() for layout, each in made.items()}
+class Digits:
+    """A method on digits-lt: its networks and losses on one batch, and the training loop."""
+
+    def __init__(self, method: str, folder: Path) -> None:
+        self.folder = folder / method
+        recipe = load_recipe("digits-lt").config
+        config = recipe.replace(method=method, epochs=DIGITS_EPOCHS, device="cpu", teacher={"epochs": 1})
+        self.data = data = load_data(config.data, config.seed)
+        config, _ = auto_config(config, data)
+        self.config = config
+        method_class = METHODS[method]
+        torch.manual_seed(0)
+        teacher, classifier = None, None
+        if method_class.needs_teacher(config):
+            teacher = Encoder(config.network, data.mean, data.std).eval().requires_grad_(False)
+            classifier = CosineClassifier(teacher.num_features, len(data.class_names))
+        student = Encoder(config.network, data.mean, data.std)
+        self.method = method_class(config, student, data.class_counts, teacher, classifier)
+        self.method.to(memory_format=torch.channels_last)
+        transforms = TASKS[data.task].build_transforms(config, data, method_class.views(config))
+        loader = TrainLoader(data.train, config.batch_size, transforms, config.seed)
+
+        def draw(splits: Sequence[Tensor], number: int) -> Iterator[Batch]:
+            return loader.batches(splits, -1 - number, only=[len(transforms) - 1])
+
+        self.method.init_memory(draw, data.train.labels)
+        self.method.train()
+        self.batch = next(loader.epoch(0))
+        self.steps = loader.steps * DIGITS_EPOCHS
+
+    def networks_and_losses(self) -> float:
+        """Return milliseconds per step of forward and backward passes on one batch."""
+
+        def run() -> None:
+            for _ in range(self.steps):
+                self.method.zero_grad(set_to_none=True)
+                torch.stack(list(self.method(self.batch).values())).sum().backward()
+
+        return 1000 * time_call(run) / self.steps
+
+    def training_loop(self) -> float:
+        """Return milliseconds per step of the trainer, without evaluation and teacher."""
+        return 1000 * fit(self.config, self.folder, overwrite=True, quiet=True, data=self.data).seconds / self.steps
+
+
+def time_digits(rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows: dict[tuple[str, str], Callable[[], float]] = {}
+        for method in ("la", "gml"):
+            digits = Digits(method, Path(folder))
+            rows[method, "networks and losses"] = digits.networks_and_losses
+            rows[method, "training loop"] = digits.training_loop
+        times: dict[tuple[str, str], list[float]] = {name: [] for name in rows}
+        for turn in range(rounds + 1):
+            for name, function in rows.items():
+                milliseconds = function()
+                if turn:  # the first is a warm-up
+                    times[name].append(milliseconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    print(f"{'digits-lt, conv8, batch 64':32}{'':22}{'ms':>9}{'beyond':>12}")
+    for (method, row), median in medians.items():
+        base = medians[method, "networks and losses"]
+        beyond = f"{100 * (median / base - 1):.1f} %" if row == "training loop" else ""
+        print(f"{method if not beyond else '':32}{row:22}{median:9.2f}{beyond:>12}", flush=True)
+
+
+def time_cifar(rounds: int) -> None:
+    trainings = {layout: Step(layout) for layout in LAYOUTS}
+    batches = {layout: each.draw() for layout, each in trainings.items()}
     rows: dict[tuple[str, str], Callable[[], object]] = {}
-    for layout, each in made.items():
+    for layout, each in trainings.items():
         batch = batches[layout]
         rows[layout, "plain networks"] = functools.partial(each.networks, batch, each.teacher)
         rows[layout, "networks"] = functools.partial(each.networks, batch, each.folded)
         rows[layout, "step"] = functools.partial(each.step, batch)
-    rows["augmentation of three views", ""] = made["paper: three views"].draw
+    rows["augmentation of three views", ""] = trainings["paper: three views"].draw
     for function in rows.values():
         function()
     times: dict[tuple[str, str], list[float]] = {name: [] for name in rows}
-    for _ in range(given.rounds):
+    for _ in range(rounds):
         for name, function in rows.items():
-            times[name].append(timed(function))
+            times[name].append(time_call(function))
     medians = {name: statistics.median(values) for name, values in times.items()}
     unit = medians["ce, one view", "plain networks"]
-    print(f"torch {torch.__version__}, {given.threads} threads, batch 128, median of {given.rounds} rounds")
-    print(f"{'':38}{'':16}{'seconds':>9}{'× one view':>12}{'beyond networks':>17}{'peak MiB':>10}")
+    print(
+        f"{'CIFAR-100-LT, batch 128':38}{'':16}{'seconds':>9}{'× one view':>12}{'beyond networks':>17}{'peak MiB':>10}"
+    )
     for (layout, row), median in medians.items():
         beyond = f"{100 * (median / medians[layout, 'networks'] - 1):.1f} %" if row == "step" else ""
         peak = f"{elsewhere(f'from step import peak; peak({layout!r})'):.0f}" if row == "step" else ""
-        shown = layout if row in {"plain networks", ""} else ""
-        print(f"{shown:38}{row:16}{median:9.3f}{median / unit:12.2f}{beyond:>17}{peak:>10}", flush=True)
+        title = layout if row in {"plain networks", ""} else ""
+        print(f"{title:38}{row:16}{median:9.3f}{median / unit:12.2f}{beyond:>17}{peak:>10}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=12, help="timings of each row; the median is reported")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=["cifar", "digits"], help="one of the two parts; both if not given")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, median of {args.rounds} rounds")
+    if args.only != "digits":
+        time_cifar(args.rounds)
+    if args.only != "cifar":
+        time_digits(args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What the tests share: real digits, a network of 2,000 parameters, and folders of images."""
+"""Shared by the tests: real digits, a network of 2,000 parameters, folders of images, and the command line."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from longtail.cli import main
 from longtail.config import Config, load_recipe
-from longtail.recognizer import Card
+from longtail.inference.model_config import ModelConfig
 
 # no test asks a network for anything; the library reads this once, when it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +27,24 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logger() -> Iterator[None]:
+    """Undo what a command does to the package's logger, so that the next test can see its messages."""
+    logger = logging.getLogger("longtail")
+    state = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = state
+
+
+@pytest.fixture
+def random_seed() -> int:
+    """A seed that is another one in every run; LONGTAIL_TEST_SEED repeats a run that has failed."""
+    text = os.environ.get("LONGTAIL_TEST_SEED")
+    seed = int.from_bytes(os.urandom(4), "big") if text is None else int(text)
+    print(f"LONGTAIL_TEST_SEED={seed}")  # which pytest shows with a failure
+    return seed
 
 
 @pytest.fixture
@@ -46,8 +65,8 @@ def cifar_folder() -> Path:
     return folder
 
 
-def small_card(class_names: tuple[str, ...], class_counts: tuple[int, ...], **changes: Any) -> Card:
-    """What is known of a recogniser of grey 8 × 8 images."""
+def small_card(class_names: tuple[str, ...], class_counts: tuple[int, ...], **changes: Any) -> ModelConfig:
+    """Return the configuration of a model of grey 8 × 8 images."""
     values: dict[str, Any] = {
         "class_names": class_names,
         "class_counts": class_counts,
@@ -59,7 +78,7 @@ def small_card(class_names: tuple[str, ...], class_counts: tuple[int, ...], **ch
         "stored_size": 8,
         "predicts_under": "uniform",
     }
-    return Card(**(values | changes))
+    return ModelConfig(**(values | changes))
 
 
 Command = Callable[..., tuple[int, str, str]]
@@ -141,6 +160,6 @@ def segmenting(scenes: Path) -> Config:
     return config.replace(
         data={"source": "masks", "root": str(scenes), "workers": 0},
         gml={"queue_size": 64, "queue_minimum": 4, "embedding_dim": 8},
-        segmentation={"crop": (48, 64), "points": 16},
+        segmentation={"crop": (48, 64), "pixels_per_image": 16},
         optimizer={"learning_rate": 0.1},
     )

@@ -24,8 +24,8 @@ Array = np.ndarray[Any, Any]
 @parametrize_with_checks(  # type: ignore[untyped-decorator]
     [LongTailClassifier(method, hidden=32, epochs=5, learning_rate=1e-2) for method in ("ce", "la", "gml")]
 )
-def test_scikit_learns_own_checks(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longtail.estimator._LEAST_STEPS", 60)  # enough for them, and a fifth of the time
+def test_scikit_learn_estimator_checks(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtail.estimator.MIN_STEPS", 60)  # enough for the checks, in a fifth of the time
     check(estimator)
 
 
@@ -35,47 +35,47 @@ def long_tailed(seed: int, imbalance: float = 40.0) -> tuple[Array, Array, Array
     rng = np.random.default_rng(seed)
     train, test = [], []
     for digit in range(10):
-        places = rng.permutation(np.flatnonzero(y == digit))
-        test.append(places[:50])
-        train.append(places[50 : 50 + max(2, int(120 * imbalance ** (-digit / 9)))])
+        indices = rng.permutation(np.flatnonzero(y == digit))
+        test.append(indices[:50])
+        train.append(indices[50 : 50 + max(2, int(120 * imbalance ** (-digit / 9)))])
     a, b = np.concatenate(train), np.concatenate(test)
     return X[a], y[a], X[b], y[b]
 
 
-def test_logit_adjustment_finds_the_tail() -> None:
-    gained = []
+def test_logit_adjustment_improves_the_tail() -> None:
+    gains = []
     for seed in range(3):
-        X, y, held_out, truth = long_tailed(seed)  # noqa: N806
+        X, y, X_test, truth = long_tailed(seed)  # noqa: N806
         ce = LongTailClassifier("ce", hidden=128, prior="train", random_state=seed).fit(X, y)
         la = LongTailClassifier("la", hidden=128, random_state=seed).fit(X, y)
-        scores = [balanced_accuracy_score(truth, model.predict(held_out)) for model in (ce, la)]
-        gained.append(100 * (scores[1] - scores[0]))
-    assert np.mean(gained) > 2
+        scores = [balanced_accuracy_score(truth, model.predict(X_test)) for model in (ce, la)]
+        gains.append(100 * (scores[1] - scores[0]))
+    assert np.mean(gains) > 2
 
 
 def test_gml_fits() -> None:
-    X, y, held_out, truth = long_tailed(0)  # noqa: N806
+    X, y, X_test, truth = long_tailed(0)  # noqa: N806
     model = LongTailClassifier("gml", hidden=64, random_state=0).fit(X, y)
     la = LongTailClassifier("la", hidden=64, random_state=0).fit(X, y)
-    gml, other = (balanced_accuracy_score(truth, fitted.predict(held_out)) for fitted in (model, la))
+    gml, other = (balanced_accuracy_score(truth, fitted.predict(X_test)) for fitted in (model, la))
     assert gml > other - 0.05
     assert model.class_counts_.tolist() == np.bincount(y).tolist()
 
 
 def test_without_a_hidden_layer() -> None:
-    X, y, held_out, truth = long_tailed(0)  # noqa: N806
+    X, y, X_test, truth = long_tailed(0)  # noqa: N806
     for method in ("ce", "la", "gml"):
         model = LongTailClassifier(method, hidden=0, random_state=0).fit(X, y)
-        assert balanced_accuracy_score(truth, model.predict(held_out)) > 0.7
+        assert balanced_accuracy_score(truth, model.predict(X_test)) > 0.7
 
 
-def test_labels_may_be_words_and_a_model_is_kept() -> None:
-    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+def test_labels_may_be_words_and_a_model_can_be_pickled() -> None:
+    X, y, X_test, _ = long_tailed(0)  # noqa: N806
     words = np.array([f"digit {label}" for label in y])
     model = LongTailClassifier(hidden=32, random_state=0).fit(X, words)
-    assert model.predict(held_out)[0] in set(words)
+    assert model.predict(X_test)[0] in set(words)
     again = pickle.loads(pickle.dumps(model))
-    assert np.array_equal(again.predict_proba(held_out), model.predict_proba(held_out))
+    assert np.array_equal(again.predict_proba(X_test), model.predict_proba(X_test))
     assert clone(model).get_params() == model.get_params()
 
 
@@ -89,56 +89,60 @@ def test_in_a_pipeline_and_a_search() -> None:
 
 
 def test_priors() -> None:
-    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+    X, y, X_test, _ = long_tailed(0)  # noqa: N806
     model = LongTailClassifier("la", hidden=64, random_state=0).fit(X, y)
-    uniform = model.predict_log_proba(held_out)
+    uniform = model.predict_log_proba(X_test)
     model.set_params(prior="train")
     logs = uniform + np.log(model.class_counts_ / model.class_counts_.sum())
     expected = logs - np.log(np.exp(logs).sum(axis=1, keepdims=True))
-    assert np.allclose(model.predict_log_proba(held_out), expected)
+    assert np.allclose(model.predict_log_proba(X_test), expected)
     model.set_params(prior=[1e-9] * 9 + [1])
-    assert (model.predict(held_out) == 9).mean() > 0.9
-    for prior in ("even", [1, 2], [0] * 10, [np.nan] * 10):
+    assert (model.predict(X_test) == 9).mean() > 0.9
+    by_label = dict(zip(range(10), [1e-9] * 9 + [1], strict=True))
+    last = model.predict_proba(X_test)
+    model.set_params(prior=by_label)
+    assert np.array_equal(model.predict_proba(X_test), last)
+    for prior in ("even", [1, 2], [0] * 10, [np.nan] * 10, {**by_label, 3: 0}):
         model.set_params(prior=prior)
-        with pytest.raises(ValueError, match="prior: expected"):
-            model.predict(held_out)
+        with pytest.raises(ValueError, match=r"prior.*: .*expected"):
+            model.predict(X_test)
 
 
-def test_the_same_seed_the_same_model_and_nobodys_random_numbers_are_moved() -> None:
-    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+def test_a_seed_determines_the_model_and_global_random_states_stay() -> None:
+    X, y, X_test, _ = long_tailed(0)  # noqa: N806
     np.random.seed(7)
     torch.manual_seed(7)
     before = np.random.get_state(legacy=False)["state"]["key"].copy(), torch.get_rng_state()
-    place = np.random.get_state(legacy=False)["state"]["pos"]
+    position = np.random.get_state(legacy=False)["state"]["pos"]
     a, b, c = (LongTailClassifier(hidden=32, epochs=2, random_state=seed).fit(X, y) for seed in (1, 1, 2))
     assert np.array_equal(before[0], np.random.get_state(legacy=False)["state"]["key"])
     assert torch.equal(before[1], torch.get_rng_state())
-    assert np.array_equal(a.predict_proba(held_out), b.predict_proba(held_out))
-    assert not np.array_equal(a.predict_proba(held_out), c.predict_proba(held_out))
+    assert np.array_equal(a.predict_proba(X_test), b.predict_proba(X_test))
+    assert not np.array_equal(a.predict_proba(X_test), c.predict_proba(X_test))
     LongTailClassifier(hidden=32).fit(X, y)
     assert np.array_equal(before[0], np.random.get_state(legacy=False)["state"]["key"])
-    assert place == np.random.get_state(legacy=False)["state"]["pos"]
+    assert position == np.random.get_state(legacy=False)["state"]["pos"]
 
 
-def test_a_feature_that_never_varied_says_nothing() -> None:
-    X, y, held_out, _ = long_tailed(0)  # noqa: N806
-    wide = np.c_[X, np.full(len(X), 123456.7)]  # of which NumPy's deviation is not quite 0
+def test_a_constant_feature_is_ignored() -> None:
+    X, y, X_test, _ = long_tailed(0)  # noqa: N806
+    wide = np.c_[X, np.full(len(X), 123456.7)]  # whose standard deviation is not quite 0 in NumPy
     model = LongTailClassifier(hidden=32, random_state=0).fit(wide, y)
-    same, other = (model.predict(np.c_[held_out, np.full(len(held_out), 123456.7 + by)]) for by in (0, 1e-3))
+    same, other = (model.predict(np.c_[X_test, np.full(len(X_test), 123456.7 + by)]) for by in (0, 1e-3))
     assert np.array_equal(same, other)
-    plain = LongTailClassifier(hidden=32, random_state=0).fit(X, y).predict(held_out)
-    small = LongTailClassifier(hidden=32, random_state=0).fit(X * 1e-14, y).predict(held_out * 1e-14)
-    assert (small == plain).mean() > 0.99  # one that varies little says as much as any
+    plain = LongTailClassifier(hidden=32, random_state=0).fit(X, y).predict(X_test)
+    small = LongTailClassifier(hidden=32, random_state=0).fit(X * 1e-14, y).predict(X_test * 1e-14)
+    assert (small == plain).mean() > 0.99  # a feature of small scale counts as much as any
 
 
 def test_scores_add_up() -> None:
-    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+    X, y, X_test, _ = long_tailed(0)  # noqa: N806
     for chosen in (y < 10, y < 2):
         for prior in ("uniform", "train"):
             model = LongTailClassifier("ce", hidden=32, prior=prior, random_state=0).fit(X[chosen], y[chosen])
-            scores, probabilities = model.decision_function(held_out), model.predict_proba(held_out)
-            assert np.allclose(np.log(probabilities), model.predict_log_proba(held_out))
-            assert np.array_equal(model.predict(held_out), probabilities.argmax(axis=1))
+            scores, probabilities = model.decision_function(X_test), model.predict_proba(X_test)
+            assert np.allclose(np.log(probabilities), model.predict_log_proba(X_test))
+            assert np.array_equal(model.predict(X_test), probabilities.argmax(axis=1))
             if scores.ndim == 1:
                 assert np.allclose(1 / (1 + np.exp(-scores)), probabilities[:, 1])
             else:
@@ -156,7 +160,7 @@ def test_scores_add_up() -> None:
         ({"weight_decay": -1}, "weight_decay: expected a number of at least 0"),
         ({"method": "gml", "queue_size": 0}, "queue_size: expected an integer of at least 1"),
         ({"method": "gml", "queue_size": 3}, "size: expected at least 10 classes × 2 slots, got 3"),
-        ({"prior": "none"}, "prior: expected uniform, train or 10 frequencies"),
+        ({"prior": "none"}, "prior 'none': expected uniform, train, forward, backward or a file"),
     ],
 )
 def test_parameters_out_of_range(change: dict[str, Any], message: str) -> None:
@@ -165,19 +169,19 @@ def test_parameters_out_of_range(change: dict[str, Any], message: str) -> None:
         LongTailClassifier(**change).fit(X, y)
 
 
-def test_embeddings_that_are_none() -> None:
-    X, y, held_out, _ = long_tailed(0)  # noqa: N806
+def test_wrong_embeddings_raise() -> None:
+    X, y, X_test, _ = long_tailed(0)  # noqa: N806
     model = LongTailClassifier(hidden=16, epochs=1, random_state=0).fit(X, y)
     with pytest.raises(ValueError, match="X has 3 features, but LongTailClassifier is expecting 64"):
-        model.predict(held_out[:, :3])
+        model.predict(X_test[:, :3])
     X[3, 4] = np.nan
     with pytest.raises(ValueError, match="Input X contains NaN"):
         model.fit(X, y)
     with pytest.raises(ValueError, match="y: expected samples of at least two classes"):
-        model.fit(held_out, np.zeros(len(held_out)))
+        model.fit(X_test, np.zeros(len(X_test)))
 
 
-def test_samples_that_hardly_are() -> None:
+def test_tiny_data_sets() -> None:
     for X, y in (  # noqa: N806
         (np.array([[1.0], [2.0]]), [0, 1]),
         (np.ones((5, 3)), [0, 0, 1, 1, 1]),

@@ -9,7 +9,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -27,12 +26,14 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from longtail.config import load_recipe
-from longtail.engine.evaluate import open_finished
-from longtail.engine.fit import fit
-from longtail.recognizer import Recognizer
+from longtail.data.dataset import LongTailedData
+from longtail.inference.recognizer import Recognizer
 from longtail.serve import build_app
-from longtail.serve.app import MOST_BYTES, known_images
+from longtail.serve.app import MOST_BYTES, reference_images
+from longtail.tasks.loading import load_run
+from longtail.training.trainer import fit
 from tests.conftest import Command, small_card
+from tests.processes import start_longtail
 
 NAMES = ("<img src=x onerror=alert(1)>", 'a "quote" & more', "שלום 🐘")
 
@@ -63,33 +64,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def loaded(run: Path) -> tuple[Recognizer, LongTailedData]:
+    recognizer, _, data = load_run(run)
+    assert isinstance(recognizer, Recognizer)
+    return recognizer, data
+
+
 @pytest.fixture(scope="module")
 def client(run: Path) -> TestClient:
-    recognizer, _, data = open_finished(run)
-    return TestClient(build_app(recognizer, known_images(recognizer, data.train), "digits"))
+    recognizer, data = loaded(run)
+    return TestClient(build_app(recognizer, reference_images(recognizer, data.train), "digits"))
 
 
 def test_an_answer(client: TestClient, run: Path) -> None:
-    told = client.post("/predict", content=picture()).json()
+    response = client.post("/predict", content=picture()).json()
     with Image.open(io.BytesIO(picture())) as image:
         expected = Recognizer.load(run).predict(image).top(5)[0]
-    assert [entry["class"] for entry in told["top"]] == [name for name, _ in expected]
-    assert told["top"][0]["probability"] == pytest.approx(expected[0][1], abs=1e-5)
-    assert told["calibrated"]
-    assert set(told["set"]) <= {str(digit) for digit in range(10)}
-    assert len(told["nearest"]) == 5
-    assert told["nearest"][0]["image"].startswith("data:image/png;base64,")
-    cosines = [entry["cosine"] for entry in told["nearest"]]
+    assert [entry["class"] for entry in response["top"]] == [name for name, _ in expected]
+    assert response["top"][0]["probability"] == pytest.approx(expected[0][1], abs=1e-5)
+    assert response["calibrated"]
+    assert set(response["set"]) <= {str(digit) for digit in range(10)}
+    assert len(response["nearest"]) == 5
+    assert response["nearest"][0]["image"].startswith("data:image/png;base64,")
+    cosines = [entry["cosine"] for entry in response["nearest"]]
     assert cosines == sorted(cosines, reverse=True)
     other = client.post("/predict?prior=train", content=picture()).json()
-    assert other["top"] != told["top"]
+    assert other["top"] != response["top"]
 
 
 def test_a_training_image_is_its_own_nearest(run: Path) -> None:
-    recognizer, _, data = open_finished(run)
-    client = TestClient(build_app(recognizer, known_images(recognizer, data.train)))
+    recognizer, data = loaded(run)
+    client = TestClient(build_app(recognizer, reference_images(recognizer, data.train)))
     held = io.BytesIO()
-    data.train.images.open_or_another(7).save(held, "PNG")
+    data.train.images.open_with_fallback(7).save(held, "PNG")
     nearest = client.post("/predict", content=held.getvalue()).json()["nearest"][0]
     assert nearest["cosine"] == pytest.approx(1, abs=1e-4)
     assert nearest["class"] == data.class_names[int(data.train.labels[7])]
@@ -109,10 +116,11 @@ def zipped() -> bytes:
         (b"none", 400, "is not an image"),
         (zipped(), 400, "is not an image"),
         (picture()[:-40], 400, "is damaged"),
-        (bomb(50_000, 50_000), 400, "larger than Pillow takes for safe"),
+        (bomb(50_000, 50_000), 400, "larger than Pillow decodes safely"),
         (bomb(8_000, 8_000), 400, "has 8000 × 8000 pixels"),
         (b"\0" * (MOST_BYTES + 1), 413, "has more than 20 MiB"),
     ],
+    ids=["empty", "text", "archive", "cut", "bomb", "too many pixels", "too many bytes"],
 )
 def test_what_is_refused(client: TestClient, body: bytes, code: int, message: str) -> None:
     refused = client.post("/predict", content=body)
@@ -137,11 +145,10 @@ def test_other_requests(client: TestClient) -> None:
 
 @pytest.fixture
 def server(run: Path) -> Any:
-    command = [sys.executable, "-m", "longtail", "serve", str(run), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        yield process, line.split()[0] if line else ""
+    with start_longtail("serve", run, "--port", "0") as process:
+        while "\n" not in process.stdout and process.poll() is None:
+            time.sleep(0.01)
+        yield process, process.stdout.split()[0] if process.stdout else process.stderr
         process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
 
@@ -199,9 +206,9 @@ def test_in_a_browser(tmp_path: Path) -> None:
     from longtail.nn import CosineClassifier, Encoder
 
     torch.manual_seed(0)
-    card = small_card(NAMES, (90, 9, 1))
+    config = small_card(NAMES, (90, 9, 1))
     encoder = Encoder("conv8-tiny", [0.5], [0.5])
-    recognizer = Recognizer(encoder, CosineClassifier(encoder.num_features, 3), card)
+    recognizer = Recognizer(encoder, CosineClassifier(encoder.num_features, 3), config)
     app = build_app(recognizer, None, 'run <b>"1"</b>')
     from starlette.responses import HTMLResponse
     from starlette.routing import Route

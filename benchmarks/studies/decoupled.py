@@ -1,8 +1,8 @@
-"""What do the methods that touch only a trained encoder's head make of cross-entropy, of gml, and of distillation?
+"""Methods that change only the head of a trained encoder, on encoders of cross-entropy, gml and distilled runs.
 
 Post-hoc logit adjustment, τ-normalisation (τ = 1: CIFAR-100-LT has no validation images to choose it with), learnable
-weight scaling and classifier re-training, and gml's mixture joined with its classifier (gml.join_weight), on finished
-runs of benchmarks/studies/methods.py (plain) and of parts.py (distilled; digits). No encoder is trained.
+weight scaling and classifier re-training, and the ensemble of gml's mixture and classifier (gml.ensemble_weight), on
+finished runs of benchmarks/studies/methods.py (plain) and of parts.py (distilled; digits). No encoder is trained.
 
 Commands:
     python benchmarks/studies/decoupled.py plain --seeds 3          (--out FOLDER of those runs, --root DATA)
@@ -23,16 +23,15 @@ import torch
 from common import parser, write
 from features import load_gml
 
-from longtail.config import read_config
-from longtail.engine.books import read_metrics
-from longtail.engine.evaluate import open_finished
-from longtail.engine.finished import finished, record
-from longtail.engine.judge import judge
-from longtail.engine.rebalance import How, Settings, rebalance
-from longtail.evaluation.comparison import Record, markdown
-from longtail.recognizer import Recognizer
+from longtail.experiments.rebalance import RebalanceMethod, RebalanceSettings, rebalance
+from longtail.experiments.records import Record, markdown, run_record
+from longtail.inference.recognizer import Recognizer
+from longtail.tasks.evaluate import evaluate_split
+from longtail.tasks.loading import load_run
+from longtail.training.metric_log import read_metrics
+from longtail.training.run_io import read_finished
 
-HEADS: dict[str, dict[str, dict[str, How]]] = {
+HEADS: dict[str, dict[str, dict[str, RebalanceMethod]]] = {
     "plain": {
         "ce": {"τ-normalisation": "tau", "LWS": "lws", "cRT": "crt"},
         "la": {},
@@ -41,57 +40,57 @@ HEADS: dict[str, dict[str, dict[str, How]]] = {
     "distilled": {"la distilled": {"cRT": "crt"}, "gml distilled": {"cRT": "crt"}},
     "digits": {"la distilled": {"cRT": "crt"}, "gml distilled": {"cRT": "crt"}},
 }
-JOINED = (0.5, 1.0)
+ENSEMBLE_WEIGHTS = (0.5, 1.0)
 
 
-def joined(folder: Path, root: str | None, weight: float) -> dict[str, Any]:
-    """Return the metrics of a finished run of gml with its mixture joined to its classifier."""
-    recognizer, config, data = open_finished(folder, root)
-    method = load_gml(folder, data, config.replace(gml={"join_weight": weight}))
+def ensemble_metrics(folder: Path, root: str | None, weight: float) -> dict[str, Any]:
+    """Return the metrics of a finished run of gml that predicts with the ensemble of mixture and classifier."""
+    model, config, data = load_run(folder, root)
+    method = load_gml(folder, data, config.replace(gml={"ensemble_weight": weight}))
     head = method.head(method.classifier)
-    return judge(Recognizer(method.encoder, head, recognizer.card), data.test, config)["uniform"]
+    return evaluate_split(Recognizer(method.encoder, head, model.config), data.test, config)["uniform"]
 
 
-def judged_by(entry: Record, judged: dict[str, Any], method: str) -> Record:
-    """Return a run's record with the metrics of another head or prior."""
-    values = {name: judged[name] for name in ("balanced_accuracy", "top1", "many", "medium", "few")}
-    return dataclasses.replace(entry, method=method, predicts_under="uniform", **values)
+def with_metrics(entry: Record, metrics: dict[str, Any], method: str) -> Record:
+    """Return a record with the metrics of another head or prior."""
+    values = {name: metrics[name] for name in ("balanced_accuracy", "top1", "many", "medium", "few")}
+    return dataclasses.replace(entry, method=method, predicts_under="uniform", metrics=values)
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("study", choices=list(HEADS))
-    given = options.parse_args()
-    torch.set_num_threads(given.threads)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
     records: list[Record] = []
-    for seed in range(given.seeds):
-        for method, heads in HEADS[given.study].items():
-            folder: Path = given.out / f"{method.replace(' ', '-')}-seed{seed}"
-            run = finished(folder, read_config(folder / "config.yaml"))
-            assert run is not None, folder
-            plain = dataclasses.replace(record(run), method=method)
+    for seed in range(args.seeds):
+        for method, heads in HEADS[args.study].items():
+            folder: Path = args.out / f"{method.replace(' ', '-')}-seed{seed}"
+            run = read_finished(folder)
+            plain = dataclasses.replace(run_record(run), method=method)
             records.append(plain)
             if method == "ce":
-                records.append(judged_by(plain, run.judged["uniform"], "ce + post-hoc la"))
+                records.append(with_metrics(plain, run.test_metrics["uniform"], "ce + post-hoc la"))
             if method.startswith("gml"):
                 records += [
-                    judged_by(plain, joined(folder, given.root, weight), f"{method}, joined at {weight:g}")
-                    for weight in JOINED
+                    with_metrics(plain, ensemble_metrics(folder, args.root, weight), f"{method}, joined at {weight:g}")
+                    for weight in ENSEMBLE_WEIGHTS
                 ]
-            for name, how in heads.items():
-                out = folder.with_name(f"{folder.name}-{how}")
+            for name, rebalance_method in heads.items():
+                out = folder.with_name(f"{folder.name}-{rebalance_method}")
                 if not (out / "metrics.jsonl").is_file():
                     shutil.rmtree(out, ignore_errors=True)
-                    rebalance(folder, out, Settings(how), given.root)
-                judged = read_metrics(out / "metrics.jsonl")[-1]["uniform"]
-                records.append(judged_by(plain, judged, f"{method} + {name}"))
-                print(f"{method} + {name} seed {seed}: {judged['balanced_accuracy']:.2f}", file=sys.stderr, flush=True)
-    command = f"python benchmarks/studies/decoupled.py {given.study} --seeds {given.seeds}"
+                    rebalance(folder, out, RebalanceSettings(method=rebalance_method), args.root)
+                metrics = read_metrics(out / "metrics.jsonl")[-1]["uniform"]
+                records.append(with_metrics(plain, metrics, f"{method} + {name}"))
+                accuracy = metrics["balanced_accuracy"]
+                print(f"{method} + {name} seed {seed}: {accuracy:.2f}", file=sys.stderr, flush=True)
+    command = f"python benchmarks/studies/decoupled.py {args.study} --seeds {args.seeds}"
     budget = "the encoders of the studies above; heads: 4 augmented views of every image, 10 passes or 2,000 steps"
-    baseline = "la" if given.study == "plain" else "la distilled"
+    baseline = "la" if args.study == "plain" else "la distilled"
     print("\n".join(markdown(records, baseline)))
-    if given.json:
-        write(given.json, command, budget, records, baseline)
+    if args.json:
+        write(args.json, command, budget, records, baseline)
 
 
 if __name__ == "__main__":

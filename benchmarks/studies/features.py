@@ -1,9 +1,9 @@
-"""Does the mixture describe the features, in the head and in the tail?
+"""How well the mixture models the features, by shot group.
 
-Of finished runs of ce, la and gml on CIFAR-100-LT (benchmarks/studies/methods.py makes them) and their test images, by
-shot group: the held-out log-likelihood of embeddings under one component a class and under the mixture, how many
-components a test image uses, the spread within classes, alignment and uniformity, neural collapse, and the accuracy of
-the mixture's posterior alone and joined with the classifier's. Nothing is trained.
+For finished runs of ce, la and gml on CIFAR-100-LT (from benchmarks/studies/methods.py) and their test images: the
+log-likelihood of embeddings under one component per class and under the mixture, the effective number of components of
+an image, the spread within classes, alignment and uniformity, neural collapse, and the accuracy of the mixture's
+posterior alone and of its ensemble with the classifier. Nothing is trained.
 
 Command:
     python benchmarks/studies/features.py --seeds 3      (--out FOLDER of those runs, --root DATA)
@@ -25,21 +25,22 @@ from common import parser
 from torch import Tensor
 
 from longtail.data.dataset import LongTailedData
-from longtail.engine.evaluate import open_finished
-from longtail.engine.files import load_checkpoint
-from longtail.engine.rebalance import plain_features
-from longtail.evaluation.metrics import metrics, tally
+from longtail.evaluation.metrics import classification_metrics, count_correct
+from longtail.experiments.rebalance import plain_features
+from longtail.losses import class_log_likelihood
+from longtail.losses.von_mises_fisher import concentration, log_bessel_ratio
 from longtail.methods.gml import GML
 from longtail.nn import Encoder
-from longtail.objectives import class_log_likelihood
-from longtail.objectives.von_mises_fisher import concentration, log_bessel_ratio
+from longtail.tasks.loading import load_run
+from longtail.training.checkpoint import load_checkpoint
 
 GROUPS = ("many", "medium", "few")
-Draw = Callable[[Tensor, Tensor, list[str]], None]
+PlotEmbeddings = Callable[[Tensor, Tensor, list[str]], None]
+"""Plots (N, D) embeddings with (N,) labels and the shot groups of the classes."""
 
 
 def log_density(cosine: Tensor, kappa: Tensor, dim: int) -> Tensor:
-    """Return log vMF at a cosine to the mean direction, against the sphere's surface."""
+    """Return the log density of von Mises–Fisher on the unit sphere at a cosine to the mean direction."""
     order = dim / 2 - 1
     normaliser = -log_bessel_ratio(kappa, order) - dim / 2 * math.log(2 * math.pi)
     return kappa * cosine + normaliser
@@ -47,7 +48,7 @@ def log_density(cosine: Tensor, kappa: Tensor, dim: int) -> Tensor:
 
 @torch.no_grad()
 def likelihoods(z: Tensor, keys: Tensor, key_labels: Tensor, classes: int, tau: float) -> dict[str, Tensor]:
-    """Return (N, C) log p(z|c) of three models, each a density on the sphere, fitted on the keys."""
+    """Return (N, C) log p(z|c) of three models fitted on the keys, each a density on the unit sphere."""
     dim = z.shape[1]
     counts = torch.bincount(key_labels, minlength=classes).clamp(min=1)
     mean = torch.zeros(classes, dim, dtype=z.dtype).index_add(0, key_labels, keys) / counts[:, None]
@@ -62,7 +63,7 @@ def likelihoods(z: Tensor, keys: Tensor, key_labels: Tensor, classes: int, tau: 
 
 @torch.no_grad()
 def components(z: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor, tau: float) -> Tensor:
-    """Return (N,) exp(entropy of the responsibilities of the own class's components)."""
+    """Return (N,) exp(entropy of the responsibilities) over the components of the image's own class."""
     scores = (z @ keys.t() / tau).masked_fill(labels[:, None] != key_labels[None], -math.inf)
     log_share = F.log_softmax(scores, dim=1)
     used: Tensor = torch.special.entr(log_share.exp()).sum(dim=1).exp()
@@ -105,7 +106,7 @@ def by_group(values: Tensor, labels: Tensor, groups: list[str]) -> dict[str, flo
 
 
 def load_gml(folder: Path, data: LongTailedData, config: Any) -> GML:
-    """Return the whole method as it was at the end of its run."""
+    """Return the method, with its queues, from the checkpoint at the end of its run."""
     network = config.network if config.teacher.network == "auto" else config.teacher.network
     teacher = Encoder(network, data.mean, data.std)
     method = GML(config, Encoder(config.network, data.mean, data.std), data.class_counts, teacher.eval())
@@ -115,18 +116,16 @@ def load_gml(folder: Path, data: LongTailedData, config: Any) -> GML:
 
 
 @torch.no_grad()
-def look(
-    folder: Path, seed: int, root: str | None, tsne: Callable[[Tensor, Tensor, list[str]], None] | None
-) -> dict[str, Any]:
-    """Return what is measured of one seed."""
-    found: dict[str, Any] = {}
+def measure(folder: Path, seed: int, root: str | None, plot: PlotEmbeddings | None) -> dict[str, Any]:
+    """Return the measurements of one seed."""
+    results: dict[str, Any] = {}
     for name in ("ce", "la", "gml"):
         run = folder / f"{name}-seed{seed}"
-        recognizer, config, data = open_finished(run, root)
+        model, config, data = load_run(run, root)
         groups = config.shots.groups(data.class_counts)
-        features, labels = plain_features(recognizer, data.test)
+        features, labels = plain_features(model, data.test)
         few = torch.tensor([group == "few" for group in groups])
-        found[f"geometry {name}"] = geometry(features, labels, recognizer.classifier.weight.detach(), few)
+        results[f"geometry {name}"] = geometry(features, labels, model.classifier.weight.detach(), few)
         if name != "gml":
             continue
         method = load_gml(run, data, config)
@@ -136,39 +135,39 @@ def look(
         keys, key_labels = method.key_mlp(slots.features[kept]).double(), slots.labels[kept]
         tau, classes = method.mixture.temperature.item(), len(groups)
         models = likelihoods(z, keys, key_labels, classes, tau)
-        found["temperature"] = tau
-        scores = recognizer.classifier(features).double()
-        for model, likelihood in models.items():
+        results["temperature"] = tau
+        scores = model.classifier(features).double()
+        for title, likelihood in models.items():
             own = likelihood.gather(1, labels[:, None])[:, 0]
-            found[f"log-likelihood {model}"] = by_group(own, labels, groups)
-            found[f"accuracy {model}"] = accuracy(likelihood, labels, data, config)
-        found["accuracy classifier"] = accuracy(scores, labels, data, config)
+            results[f"log-likelihood {title}"] = by_group(own, labels, groups)
+            results[f"accuracy {title}"] = accuracy(likelihood, labels, data, config)
+        results["accuracy classifier"] = accuracy(scores, labels, data, config)
         for share in (0.25, 0.5, 1.0):
-            found[f"accuracy classifier + {share:g} mixture"] = accuracy(
+            results[f"accuracy classifier + {share:g} mixture"] = accuracy(
                 scores + share * models["mixture"], labels, data, config
             )
-        found["components"] = by_group(components(z, labels, keys, key_labels, tau), labels, groups)
+        results["components"] = by_group(components(z, labels, keys, key_labels, tau), labels, groups)
         count = torch.bincount(key_labels, minlength=classes)
-        found["keys"] = {g: count[torch.tensor([n == g for n in groups])].double().mean().item() for g in GROUPS}
+        results["keys"] = {g: count[torch.tensor([n == g for n in groups])].double().mean().item() for g in GROUPS}
         spread = torch.stack([1 - z[labels == c].mean(dim=0).norm() for c in range(classes)])
-        found["spread"] = by_group(spread[labels], labels, groups)
+        results["spread"] = by_group(spread[labels], labels, groups)
         log_count = torch.tensor(data.class_counts).double().log()
-        found["correlation of spread and log count"] = float(torch.corrcoef(torch.stack([spread, log_count]))[0, 1])
-        if tsne is not None:
-            tsne(z, labels, groups)
-    return found
+        results["correlation of spread and log count"] = float(torch.corrcoef(torch.stack([spread, log_count]))[0, 1])
+        if plot is not None:
+            plot(z, labels, groups)
+    return results
 
 
 def accuracy(scores: Tensor, labels: Tensor, data: LongTailedData, config: Any) -> dict[str, float]:
-    """Return balanced accuracy and that of the shot groups, under the uniform prior."""
-    found = metrics(tally(scores, labels), data.class_counts, config.shots)
-    return {name: found[name] for name in ("balanced_accuracy", *GROUPS)}
+    """Return balanced accuracy and the accuracy of the shot groups, under the uniform prior."""
+    metrics = classification_metrics(count_correct(scores, labels), data.class_counts, config.shots)
+    return {name: metrics[name] for name in ("balanced_accuracy", *GROUPS)}
 
 
-def draw(path: Path) -> Draw:
-    """Return what draws a t-SNE of five classes of the head and five of the tail."""
+def tsne_plot(path: Path) -> PlotEmbeddings:
+    """Return a function that plots a t-SNE of five head classes and five tail classes to a file."""
 
-    def drawn(z: Tensor, labels: Tensor, groups: list[str]) -> None:
+    def plot(z: Tensor, labels: Tensor, groups: list[str]) -> None:
         from matplotlib.figure import Figure
         from sklearn.manifold import TSNE
 
@@ -189,37 +188,37 @@ def draw(path: Path) -> Draw:
         axes.legend(fontsize=7, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0))
         figure.savefig(path, dpi=110)
 
-    return drawn
+    return plot
 
 
 def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and deviation over seeds of every value."""
+    """Return mean and standard deviation over seeds of every value."""
 
-    def joined(values: list[Any]) -> Any:
+    def combine(values: list[Any]) -> Any:
         if isinstance(values[0], dict):
-            return {key: joined([value[key] for value in values]) for key in values[0]}
+            return {key: combine([value[key] for value in values]) for key in values[0]}
         return [round(statistics.fmean(values), 4), round(statistics.stdev(values), 4) if len(values) > 1 else None]
 
-    made: dict[str, Any] = joined(seeds)
-    return made
+    means: dict[str, Any] = combine(seeds)
+    return means
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--plot", type=Path)
-    given = options.parse_args()
-    torch.set_num_threads(given.threads)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
     seeds = []
-    for seed in range(given.seeds):
-        seeds.append(look(given.out, seed, given.root, draw(given.plot) if given.plot and seed == 0 else None))
-    made = {
-        "command": f"python benchmarks/studies/features.py --seeds {given.seeds}",
-        "seeds": given.seeds,
+    for seed in range(args.seeds):
+        seeds.append(measure(args.out, seed, args.root, tsne_plot(args.plot) if args.plot and seed == 0 else None))
+    results = {
+        "command": f"python benchmarks/studies/features.py --seeds {args.seeds}",
+        "seeds": args.seeds,
         "mean and deviation": summary(seeds),
     }
-    print(json.dumps(made, indent=1, ensure_ascii=False))
-    if given.json:
-        given.json.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(results, indent=1, ensure_ascii=False))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

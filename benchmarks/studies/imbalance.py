@@ -1,9 +1,10 @@
-"""What becomes of each method as the imbalance grows to thousands?
+"""Accuracy of each method for imbalance factors up to thousands.
 
-Fashion-MNIST (Debian's package dataset-fashion-mnist) has 6,000 images a class, enough for a tail of one image under a
-head of thousands. Images at 14 × 14, so that two cores suffice; every factor has about as many student passes.
+Fashion-MNIST (Debian's package dataset-fashion-mnist) has 6,000 images per class, enough for a tail class of one image
+and a head class of thousands. Images have 14 × 14 pixels, so that two cores suffice; the number of student passes is
+about the same for every factor.
 
-CIFAR-100's largest class has 500 images, so that an imbalance of 500 is the most that it can have.
+The classes of CIFAR-100 have 500 images, so its largest imbalance factor is 500.
 
 Commands:
     python benchmarks/studies/imbalance.py fashion --seeds 3      (--fashion FOLDER where it is not Debian's)
@@ -34,7 +35,7 @@ FACTORS = (10, 100, 500, 1000, 5000)
 
 
 def convert(fashion: Path, out: Path) -> Path:
-    """Write the set as Parquet in the Hub's layout, which the library reads, and return its folder."""
+    """Write the data set as Parquet in the layout of the Hugging Face Hub, and return its folder."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -50,7 +51,7 @@ def convert(fashion: Path, out: Path) -> Path:
             Image.fromarray(image).save(buffer, "PNG")
             images.append({"bytes": buffer.getvalue()})
         paths[split].parent.mkdir(parents=True, exist_ok=True)
-        # a digit before the name keeps the set's own order of classes
+        # names are sorted; the digit keeps the order of the labels
         names = [f"{label} {NAMES[label]}" for label in labels.tolist()]
         parquet.write_table(pa.table({"image": images, "label": names}), paths[split])
     return out
@@ -64,19 +65,19 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("study", choices=["fashion", "cifar"])
     options.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    given = options.parse_args()
-    command = f"python benchmarks/studies/imbalance.py {given.study} --seeds {given.seeds}"
-    if given.study == "cifar":
-        base = cifar(given.root, CIFAR_EPOCHS, 500)
+    args = options.parse_args()
+    command = f"python benchmarks/studies/imbalance.py {args.study} --seeds {args.seeds}"
+    if args.study == "cifar":
+        base = cifar(args.root, CIFAR_EPOCHS, 500)
         budget = (
             f"ResNet-8, {CIFAR_EPOCHS} epochs of one student view, batch 128, crop and mirror, one-cycle; "
             f"gml's teacher: ResNet-14, {CIFAR_EPOCHS} epochs"
         )
-        study(base, METHODS, given, command=command, budget=budget, baseline="la")
+        study(base, METHODS, args, command=command, budget=budget, baseline="la")
         return
     base = load_recipe("digits-lt").config
     data: dict[str, Any] = {"source": "hub", "profile": "exponential", "class_order": "index", "image_size": 14}
-    root = str(convert(given.fashion, given.out / "set"))
+    root = str(convert(args.fashion, args.out / "set"))
     base = base.replace(data={**data, "augment": "cifar-plain", "root": root})
     factors = {}
     for factor in FACTORS:
@@ -86,7 +87,7 @@ def main() -> None:
     study(
         base,
         METHODS,
-        given,
+        args,
         command=command,
         budget=f"Fashion-MNIST at 14 × 14, head of 6,000 images; conv8 student and teacher, about {PASSES:,} student "
         "passes, batch 64, one-cycle, crop and mirror",

@@ -1,8 +1,8 @@
-"""What does each layout of GML's views do to accuracy, at equal student passes?
+"""Accuracy of GML with different layouts of its views, at equal student passes.
 
-Every layout sees as many images through the student, forward and backward, as the paper's: one with a single student
-view has twice the epochs. Seeds are paired, the teacher of a seed is the same for all layouts. What is done is not done
-again, so the study can be stopped at any time.
+Every layout passes as many images through the student, forward and backward, as the paper's: one with a single student
+view trains for twice the epochs. Seeds are paired, and the teacher of a seed is the same for all layouts. Finished runs
+are not repeated, so the study can be stopped at any time.
 
 Commands:
     python benchmarks/studies/layouts.py digits --out runs/layouts-digits --json benchmarks/results/layouts-digits.json
@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import train
 
 from longtail.config import Config, load_recipe
 from longtail.data.sources import load_data
-from longtail.engine.choices import resolve
-from longtail.engine.finished import finished, record
-from longtail.engine.fit import fit
-from longtail.evaluation.comparison import markdown
+from longtail.experiments.records import markdown, run_record
 from longtail.methods.gml import GML
 
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -41,7 +39,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def base(name: str, root: str | None) -> Config:
-    """Return the study's recipe: digits-lt as it is, or CIFAR-100-LT on a budget for two cores."""
+    """Return the recipe of the study: digits-lt with fewer epochs, or CIFAR-100-LT on a budget for two cores."""
     if name == "digits":
         return load_recipe("digits-lt").config.replace(epochs=100, gml={"distillation_weight": 0.0})
     config = load_recipe("cifar100-lt").config
@@ -56,33 +54,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(2)
-    config = base(given.study, given.root)
-    assert isinstance(config.epochs, int)
-    config = config.replace(teacher={"epochs": config.teacher.epochs or config.epochs})
+    config = base(args.study, args.root)
+    epochs = config.epochs
+    assert isinstance(epochs, int)
+    config = config.replace(teacher={"epochs": config.teacher.epochs or epochs})
     records = []
-    for seed in range(given.seeds):
+    for seed in range(args.seeds):
         data = load_data(config.data, seed)
         for layout, changes in LAYOUTS.items():
-            run = config.replace(seed=seed, **changes)
-            assert isinstance(run.epochs, int)
-            run = resolve(run.replace(epochs=run.epochs * 2 // GML.student_views(run)), data)
-            folder = given.out / f"{layout.replace(' ', '-').replace(',', '')}-seed{seed}"
-            done = finished(folder, run) or fit(
-                run, folder, resume=True, quiet=True, teachers=given.out / "teachers", data=data
-            )
-            records.append(dataclasses.replace(record(done), method=layout))
-            print(f"{layout} seed {seed}: {records[-1].balanced_accuracy:.2f}", file=sys.stderr, flush=True)
-    made = {
-        "command": f"python benchmarks/studies/layouts.py {given.study} --seeds {given.seeds}",
+            changed = config.replace(seed=seed, **changes)
+            changed = changed.replace(epochs=epochs * 2 // GML.num_student_views(changed))
+            folder = args.out / f"{layout.replace(' ', '-').replace(',', '')}-seed{seed}"
+            run = train(changed, folder, args.out / "teachers", data)
+            records.append(dataclasses.replace(run_record(run), method=layout))
+            print(f"{layout} seed {seed}: {records[-1].metrics['balanced_accuracy']:.2f}", file=sys.stderr, flush=True)
+    results = {
+        "command": f"python benchmarks/studies/layouts.py {args.study} --seeds {args.seeds}",
         "torch": torch.__version__,
         "baseline": "paper",
-        "records": [dataclasses.asdict(entry) for entry in records],
+        "records": [entry.to_dict() for entry in records],
     }
-    print("\n".join(markdown(records, made["baseline"])))
-    if given.json:
-        given.json.write_text(json.dumps(made, indent=1) + "\n")
+    print("\n".join(markdown(records, results["baseline"])))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

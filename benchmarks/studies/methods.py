@@ -1,7 +1,7 @@
-"""Which method is ahead, under one recipe, at equal steps and student passes?
+"""Comparison of the methods with one recipe, at equal steps and student passes.
 
-All methods get one student view an image and the same epochs; GML has a teacher besides, whose training is not counted
-as the student's and stands in a column of its own.
+All methods have one student view per image and the same epochs. GML also has a teacher; its training time is in a
+separate column.
 
 Commands:
     python benchmarks/studies/methods.py digits --seeds 5
@@ -24,25 +24,25 @@ EPOCHS = {100: 16, 10: 8}  # so that both imbalances have about the same number 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("study", choices=["digits", "cifar"])
-    options.add_argument("--methods", default=",".join(METHODS), help="names, with commas between them")
+    options.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas")
     options.add_argument("--imbalance", type=int, default=100, choices=list(EPOCHS))
-    given = options.parse_args()
-    command = f"python benchmarks/studies/methods.py {given.study}"
-    if given.study == "digits":
+    args = options.parse_args()
+    command = f"python benchmarks/studies/methods.py {args.study}"
+    if args.study == "digits":
         base, budget = digits(), "digits-lt as it is: conv8, 200 epochs of one student view, batch 64"
     else:
-        epochs = EPOCHS[given.imbalance]
-        base = cifar(given.root, epochs, given.imbalance)
-        command += f" --imbalance {given.imbalance}"
+        epochs = EPOCHS[args.imbalance]
+        base = cifar(args.root, epochs, args.imbalance)
+        command += f" --imbalance {args.imbalance}"
         budget = (
             f"ResNet-8, {epochs} epochs of one student view, batch 128, crop and mirror, one-cycle; "
             f"gml's teacher: ResNet-14, {epochs} epochs"
         )
-    if given.methods != ",".join(METHODS):
-        command += f" --methods {given.methods}"
-    command += f" --seeds {given.seeds}"
-    chosen = {name: METHODS[name] for name in given.methods.split(",")}
-    study(base, chosen, given, command=command, budget=budget, baseline="la")
+    if args.methods != ",".join(METHODS):
+        command += f" --methods {args.methods}"
+    command += f" --seeds {args.seeds}"
+    chosen = {name: METHODS[name] for name in args.methods.split(",")}
+    study(base, chosen, args, command=command, budget=budget, baseline="la")
 
 
 if __name__ == "__main__":

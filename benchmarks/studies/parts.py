@@ -1,7 +1,7 @@
-"""What is each part of GML worth, and what is left of its lead once the rivals have its teacher and its views?
+"""Ablation of GML, and comparison with other methods that have its teacher and its views.
 
-One part at a time is taken away or exchanged; every variant makes the same steps and student passes. Rivals are given
-the distillation from the same teacher, and, in the variants named so, a second student view with a classifier term.
+One part at a time is removed or replaced; every variant has the same steps and student passes. The other methods are
+distilled from the same teacher and, in the variants "two views", have a second student view with a classification loss.
 
 Commands:
     python benchmarks/studies/parts.py digits --seeds 5
@@ -20,7 +20,7 @@ FULL: dict[str, Any] = {"method": "gml", "gml": DISTILLED}
 
 
 def gml(**changes: Any) -> dict[str, Any]:
-    """Return GML with distillation and these settings of its own changed."""
+    """Return GML with distillation and with changes of its own settings."""
     return {"method": "gml", "gml": {**DISTILLED, **changes}}
 
 
@@ -30,13 +30,13 @@ PARTS: dict[str, Variant] = {
     "bcl distilled": {"method": "bcl", "classifier": DISTILLED},
     "gml": {"method": "gml"},
     "gml distilled": FULL,
-    "gml: no logit adjustment": {**FULL, "classifier": {"adjust": False}},
-    "gml: plain queue": gml(queues="plain"),
+    "gml: no logit adjustment": {**FULL, "classifier": {"logit_adjustment": False}},
+    "gml: plain queue": gml(queues="shared"),
 }
 
-# ideas for a way past logit adjustment with distillation
+# extensions, to improve on logit adjustment with distillation
 IDEAS: dict[str, Variant] = {
-    "gml: borrowed spread": gml(borrow=4),
+    "gml: borrowed spread": gml(feature_transfer=4),
     "gml: both keys": {**gml(keys="both"), "teacher": {"cache": 0}},
 }
 
@@ -49,33 +49,33 @@ MORE: dict[str, Variant] = {
     "gml: no self-pairs": gml(self_pairs="none"),
 }
 
-# the set of digits is small enough to ask it more
+# digits-lt is small enough for more variants
 SMALL: dict[str, Variant] = {
     "gml: self-pairs for τ": gml(self_pairs="both"),
     "gml: 16 keys a class": gml(queue_minimum=16),
 }
 
-# at half the epochs: two student views a step, the classifier's term on both
+# half the epochs: two student views per step, with the classification loss on both
 TWO_VIEWS: dict[str, Variant] = {
     "two views: la distilled": {"method": "la", "classifier": {**DISTILLED, "views": 2}},
     "two views: gml distilled": {**gml(share_query=False), "classifier": {"every_view": True}},
-    "two views: gml on both": {**gml(share_query=False, mix_all=True), "classifier": {"every_view": True}},
+    "two views: gml on both": {**gml(share_query=False, query_all_views=True), "classifier": {"every_view": True}},
 }
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("study", choices=["digits", "cifar"])
-    given = options.parse_args()
-    small = given.study == "digits"
-    base = digits() if small else cifar(given.root)
+    args = options.parse_args()
+    small = args.study == "digits"
+    base = digits() if small else cifar(args.root)
     assert isinstance(base.epochs, int)
     two_views = {name: {**variant, "epochs": base.epochs // 2} for name, variant in TWO_VIEWS.items()}
     variants = PARTS | MORE | (SMALL if small else {}) | IDEAS | two_views
     nets = "conv8 student and teacher, batch 64" if small else "ResNet-8 student, ResNet-14 teacher, batch 128"
     budget = f"{nets}, {base.epochs} epochs of one student view, or half as many of two"
-    command = f"python benchmarks/studies/parts.py {given.study} --seeds {given.seeds}"
-    study(base, variants, given, command=command, budget=budget, baseline="la distilled")
+    command = f"python benchmarks/studies/parts.py {args.study} --seeds {args.seeds}"
+    study(base, variants, args, command=command, budget=budget, baseline="la distilled")
 
 
 if __name__ == "__main__":

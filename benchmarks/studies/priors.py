@@ -1,8 +1,8 @@
-"""Class frequencies where they are not the training set's: what is an estimate of them worth?
+"""Accuracy under label shift with the true class frequencies and with estimated ones.
 
-Logit adjustment on CIFAR-100-LT with 50 validation images a class. The test set is weighed to other frequencies, and
-the accuracy there told under the uniform prior, the true one, and every estimate: maximum a posteriori (what
-``--prior estimate`` does), EM and black-box, with the validation images and without.
+Logit adjustment on CIFAR-100-LT with 50 validation images per class. The test set is weighted to other class
+frequencies, and accuracy is computed under the uniform prior, the true one, and every estimate: maximum a posteriori
+(``--prior estimate``), EM and black-box shift estimation, with the validation images and without.
 
 Command:
     python benchmarks/studies/priors.py --seeds 3      (--out FOLDER of the runs, --root DATA, --json FILE)
@@ -22,8 +22,8 @@ from common import parser, train
 
 from longtail.config import load_recipe
 from longtail.data.sources import load_data
-from longtail.engine.evaluate import evaluate
-from longtail.evaluation.priors import long_tailed_prior
+from longtail.evaluation.class_frequencies import resolve_class_frequencies
+from longtail.experiments.evaluate import evaluate
 
 BUDGET = "ResNet-20, logit adjustment, 40 epochs, batch 128, crop and mirror, one-cycle; 50 validation images a class."
 COLUMNS = {
@@ -36,58 +36,63 @@ COLUMNS = {
 }
 
 
-def targets(names: tuple[str, ...], counts: list[int], seed: int) -> dict[str, list[float]]:
-    """Return class frequencies by a name that says what they are."""
-    forward = torch.tensor(long_tailed_prior(counts, "forward", 100))
+def test_priors(names: tuple[str, ...], counts: list[int], seed: int) -> dict[str, list[float]]:
+    """Return class frequencies of the test set by their title in the table."""
+
+    def frequencies(spec: str, imbalance: float) -> list[float]:
+        return resolve_class_frequencies(spec, names, counts, imbalance=imbalance)
+
+    forward = torch.tensor(frequencies("forward", 100))
     shuffled = forward[torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))]
     return {
         "the training set's tail, 100": forward.tolist(),
         "all classes alike": [1 / len(names)] * len(names),
-        "its reverse, 10": long_tailed_prior(counts, "backward", 10),
-        "its reverse, 100": long_tailed_prior(counts, "backward", 100),
+        "its reverse, 10": frequencies("backward", 10),
+        "its reverse, 100": frequencies("backward", 100),
         "a tail in another order, 100": shuffled.tolist(),
     }
 
 
-def look(run: Path, seed: int, names: tuple[str, ...], counts: list[int]) -> dict[str, dict[str, float]]:
-    """Return the accuracy at every target under every prior, and how well the estimates' intervals hold the truth."""
-    found: dict[str, dict[str, float]] = {}
+def measure(run: Path, seed: int, names: tuple[str, ...], counts: list[int]) -> dict[str, dict[str, float]]:
+    """Return accuracies for every test prior under every prior, and how often intervals contain the true frequency."""
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        # the same recogniser without what it made of its validation images
-        bare = Path(folder) / "bare"
-        shutil.copytree(run, bare, ignore=shutil.ignore_patterns("last.ckpt", "validation.safetensors"))
-        for title, wanted in targets(names, counts, seed).items():
+        # the same model without the statistics of its validation images
+        without_validation = Path(folder) / "without-validation"
+        shutil.copytree(run, without_validation, ignore=shutil.ignore_patterns("last.ckpt", "validation.safetensors"))
+        for title, frequencies in test_priors(names, counts, seed).items():
             file = Path(folder) / "target.json"
-            file.write_text(json.dumps(dict(zip(names, wanted, strict=True))))
-            judged = evaluate(run, "estimate", target=str(file))
-            found[title] = {column: judged["priors"][prior]["target_accuracy"] for prior, column in COLUMNS.items()}
-            without = evaluate(bare, "estimate", target=str(file))
+            file.write_text(json.dumps(dict(zip(names, frequencies, strict=True))))
+            metrics = evaluate(run, "estimate", test_prior=str(file))
+            results[title] = {column: metrics["priors"][prior]["target_accuracy"] for prior, column in COLUMNS.items()}
+            uncorrected = evaluate(without_validation, "estimate", test_prior=str(file))
             for prior in ("estimate", "em"):
-                found[title][f"{COLUMNS[prior]}, no validation"] = without["priors"][prior]["target_accuracy"]
-            for method, entry in judged["estimates"].items():
-                held = [low <= q <= high for q, low, high in zip(wanted, entry["low"], entry["high"], strict=True)]
-                found[title][f"held by {method}"] = 100 * sum(held) / len(held)
-    return found
+                results[title][f"{COLUMNS[prior]}, no validation"] = uncorrected["priors"][prior]["target_accuracy"]
+            for method, entry in metrics["estimates"].items():
+                bounds = zip(frequencies, entry["low"], entry["high"], strict=True)
+                contained = [low <= frequency <= high for frequency, low, high in bounds]
+                results[title][f"held by {method}"] = 100 * sum(contained) / len(contained)
+    return results
 
 
 def main() -> None:
-    given = parser(__doc__).parse_args()
-    torch.set_num_threads(given.threads)
+    args = parser(__doc__).parse_args()
+    torch.set_num_threads(args.threads)
     base = load_recipe("cifar100-lt").config.replace(
         method="la",
         network="resnet20",
         epochs=40,
         validate_every=10,
-        data={"root": given.root, "augment": "cifar-plain", "val_fraction": 0.1},
+        data={"root": args.root, "augment": "cifar-plain", "val_fraction": 0.1},
         schedule={"name": "one-cycle", "warmup": 0.0},
     )
     seeds = []
-    for seed in range(given.seeds):
+    for seed in range(args.seeds):
         config = base.replace(seed=seed)
         data = load_data(config.data, seed)
-        run = train(config, given.out / f"la-seed{seed}", given.out / "teachers", data)
+        run = train(config, args.out / f"la-seed{seed}", args.out / "teachers", data)
         seeds.append({"recogniser": {"balanced accuracy": run.metrics["balanced_accuracy"]}})
-        seeds[-1] |= look(run.folder, seed, data.class_names, data.class_counts)
+        seeds[-1] |= measure(run.folder, seed, data.class_names, data.class_counts)
     summary: dict[str, Any] = {
         title: {
             name: [
@@ -99,15 +104,15 @@ def main() -> None:
         }
         for title in seeds[0]
     }
-    made = {
-        "command": f"python benchmarks/studies/priors.py --seeds {given.seeds}",
+    results = {
+        "command": f"python benchmarks/studies/priors.py --seeds {args.seeds}",
         "budget": BUDGET,
         "mean and deviation": summary,
         "seeds": seeds,
     }
-    print(json.dumps(made["mean and deviation"], indent=1, ensure_ascii=False))
-    if given.json:
-        given.json.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(results["mean and deviation"], indent=1, ensure_ascii=False))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

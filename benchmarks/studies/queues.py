@@ -1,4 +1,4 @@
-"""How many keys, and how many at least a class: accuracy, time and memory against K and k_m.
+"""Accuracy and training time for different queue sizes K and minimum sizes per class k_m.
 
 Commands:
     python benchmarks/studies/queues.py --seeds 3
@@ -20,12 +20,12 @@ MINIMA: dict[str, Variant] = {
 
 def main() -> None:
     options = parser(__doc__)
-    given = options.parse_args()
+    args = options.parse_args()
     study(
         digits(),
         SIZES | MINIMA,
-        given,
-        command=f"python benchmarks/studies/queues.py --seeds {given.seeds}",
+        args,
+        command=f"python benchmarks/studies/queues.py --seeds {args.seeds}",
         budget="conv8 student and teacher, 200 epochs of one student view, batch 64; k_m = 2 along K, K = 400 along "
         "k_m",
         baseline="K = 400",

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all."""
+"""Atomic writing of files: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from safetensors import SafetensorError
 from longtail.errors import LongtailError
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``path``, bring it to the disk, and put it in ``path``'s place in one move.
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a temporary file beside ``path``, flush it to disk, and rename it to ``path``.
+
+    Args:
+        path: the file; overwritten if it exists.
+        write: called with the path of the temporary file, which it writes.
 
     Raises:
-        LongtailError: the file cannot be written; what was at ``path`` before is untouched.
+        LongtailError: the file cannot be written; an existing file is unchanged.
     """
-    if path.exists() and not path.is_file():  # /dev/stdout, for one: nothing to put anything in the place of
+    if path.exists() and not path.is_file():  # a device such as /dev/stdout, which cannot be replaced
         write(path)
         return
     partial = path.with_name(f".{path.name}.partial")
@@ -33,31 +37,35 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk torch and safetensors say so their way
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what torch and safetensors raise
         partial.unlink(missing_ok=True)
         raise LongtailError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
-    """Write a text file whole; a name that is not UTF-8 is told by its escapes, which JSON and YAML read."""
+    """Write a text file in UTF-8, atomically; surrogates of undecodable file names become escapes by default."""
 
     def write(partial: Path) -> None:
         partial.write_text(text, encoding="utf-8", errors=errors)
 
-    write_whole(path, write)
+    atomic_write(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
+    """Write a JSON file, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_made(path: Path, value: Any) -> None:
-    """Write what ``--json`` asks for, text as it is and all else as JSON, making its folder if need be."""
+def write_json_output(path: Path, value: Any) -> None:
+    """Write the output file of ``--json``: a string as it is, any other value as JSON. Creates the folder.
+
+    Raises:
+        LongtailError: the folder or the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise LongtailError(f"{path.parent}: cannot be made: {error.strerror}") from None
+        raise LongtailError(f"{path.parent}: cannot be created: {error.strerror}") from None
     if isinstance(value, str):
         write_text(path, value)
     else:

@@ -1,6 +1,6 @@
 """Class-wise first-in-first-out queues of teacher features.
 
-Legend: K slots in all, K_c of class c, D width, B samples of a push. A shared queue is one for all classes.
+Legend: C classes, K slots in total, K_c of class c, D feature width, B samples of a push.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from longtail.distributed import gather_padded
 
 
 class Slots(NamedTuple):
-    """Every slot, filled or not."""
+    """All slots of a queue, filled or not."""
 
     features: Tensor
-    """(K, D); zeros where never filled."""
+    """(K, D); zeros where unfilled."""
     labels: Tensor
-    """(K,) int64; −1 where never filled."""
+    """(K,) int64; −1 where unfilled."""
     ids: Tensor
-    """(K,) int64 image ids; −1 where never filled."""
+    """(K,) int64 image ids; −1 where unfilled."""
 
 
 def queue_sizes(class_counts: Sequence[int], size: int, minimum: int) -> list[int]:
-    """Share ``size`` slots out: K_c ≈ k_m + p(c) · (K − C · k_m), exactly ``size`` in all.
+    """Return the number of slots of each class, K_c ≈ k_m + p(c) · (K − C · k_m), exactly ``size`` in total.
 
     Args:
-        class_counts: (C,) training images a class.
+        class_counts: (C,) training images of each class.
         size: K.
-        minimum: k_m, the least a class gets.
+        minimum: k_m, the smallest number of slots of a class, at least 1.
 
     Raises:
         ValueError: fewer than C · k_m slots, or no images at all.
@@ -50,20 +51,25 @@ def queue_sizes(class_counts: Sequence[int], size: int, minimum: int) -> list[in
 
 
 class ClassQueues:
-    """A first-in-first-out queue a class, in one block of memory.
+    """One first-in-first-out queue of features for each class, in a single block of memory.
 
-    It is not a module, on purpose: DistributedDataParallel overwrites a module's buffers with rank 0's at every
-    forward, where every rank must keep the queue that it filled. Under several processes a push gathers the samples
-    of all ranks first, so that all hold the same queue, equal to one process with the whole batch.
+    It is not an ``nn.Module``, so that DistributedDataParallel does not overwrite its tensors by those of rank 0 in
+    every forward pass. Under several processes a push gathers the samples of all processes first: all hold the same
+    queues, equal to those of one process with the whole batch.
 
     Args:
-        class_counts: (C,) training images a class; decides how the slots are shared out.
-        size: K, slots in all.
-        minimum: k_m, slots that every class gets.
-        dim: D, width of the features.
-        device: where the queue lies.
+        class_counts: (C,) training images of each class; they determine the slots of each class, see
+            :func:`queue_sizes`.
+        size: K, slots in total.
+        minimum: k_m, the smallest number of slots of a class.
+        dim: D, feature width.
+        device: device of the tensors.
         dtype: type of the features.
-        shared: one queue for all classes, as MoCo's, of which no class has a sure share; ``minimum`` does not count.
+        shared: keep one queue for all classes, as MoCo does, without a guaranteed number of slots for any class;
+            ``minimum`` is ignored.
+
+    Raises:
+        ValueError: fewer than C · k_m slots, or no images at all.
 
     Source: Suh & Seo, ICML 2023, arXiv 2305.01160, section 4.
     """
@@ -84,21 +90,21 @@ class ClassQueues:
         self.sizes = torch.tensor([size] if shared else queue_sizes(counts, size, minimum), device=device)
         self.starts = self.sizes.cumsum(0) - self.sizes
         self._pushed = torch.zeros(len(self.sizes), dtype=torch.int64, device=device)
-        # one row more than there are slots: samples that a push itself makes too old are written there, since
-        # leaving them out would give the tensors a size that the host must wait for
+        # an extra row receives the samples that are not kept: selecting those to keep would give tensors of a size
+        # that depends on values, for which the host would have to wait
         self._features = torch.zeros(size + 1, dim, device=device, dtype=dtype)
         self._labels = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
         self._ids = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def push(self, features: Tensor, labels: Tensor, ids: Tensor, room: int | None = None) -> None:
-        """Append samples; within a class the oldest make room, and a later sample of a push is the newer one.
+    def push(self, features: Tensor, labels: Tensor, ids: Tensor, max_local_batch: int | None = None) -> None:
+        """Append samples; those of a class replace its oldest ones. Later samples of a push count as newer.
 
         Args:
             features: (B, dim).
-            labels: (B,) int64 in [0, C); a sample of label −1 is left out.
+            labels: (B,) int64 in [0, C); a sample with label −1 is ignored.
             ids: (B,) int64 image ids.
-            room: under several processes, the most samples that any of them pushes now; B on all if not given.
+            max_local_batch: under several processes, the largest B of any of them; None if B is the same on all.
 
         Raises:
             ValueError: a shape or type is not as above.
@@ -110,54 +116,28 @@ class ClassQueues:
                 raise ValueError(
                     f"{name}: expected shape ({len(features)},) of int64, got {tuple(tensor.shape)} of {tensor.dtype}"
                 )
-        self._append(*(_gather(*pair, room) for pair in ((features, 0), (labels, -1), (ids, -1))))
-
-    def _append(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
-        queues = len(self.sizes)
-        # one queue more than there are takes the samples that are left out, last in order
-        index = torch.where(labels < 0, queues, 0 if self.shared else labels)
+        features, labels, ids = (
+            gather_padded(tensor, fill_value, max_local_batch)
+            for tensor, fill_value in ((features, 0), (labels, -1), (ids, -1))
+        )
+        num_queues = len(self.sizes)
+        # ignored samples get an index after the last queue, and so come last in the order
+        index = torch.where(labels < 0, num_queues, 0 if self.shared else labels)
         order = torch.argsort(index, stable=True)
         labels, index = labels[order], index[order]
-        new = self._pushed.new_zeros(queues + 1).scatter_add_(0, index, torch.ones_like(index))
-        rank = torch.arange(len(labels), device=labels.device) - (new.cumsum(0) - new)[index]
-        queue = index.clamp(max=queues - 1)
-        slots = self.starts[queue] + (self._pushed[queue] + rank) % self.sizes[queue]
-        too_old = rank < new[index] - self.sizes[queue]
+        new = self._pushed.new_zeros(num_queues + 1).scatter_add_(0, index, torch.ones_like(index))
+        position = torch.arange(len(labels), device=labels.device) - (new.cumsum(0) - new)[index]  # within its queue
+        queue = index.clamp(max=num_queues - 1)
+        slots = self.starts[queue] + (self._pushed[queue] + position) % self.sizes[queue]
+        too_old = position < new[index] - self.sizes[queue]
         slots = torch.where(too_old | (labels < 0), self.size, slots)
         self._features[slots] = features[order].to(self._features.dtype)
         self._labels[slots] = labels
         self._ids[slots] = ids[order]
-        self._pushed += new[:queues]
-
-    def rebuilt(
-        self, class_counts: Tensor | Sequence[int] | None = None, size: int | None = None, minimum: int | None = None
-    ) -> ClassQueues:
-        """Return queues for other counts, more or fewer classes, or another size; what is not given stays.
-
-        Every class keeps the newest of its samples that its new share of the slots has room for.
-        """
-        other = ClassQueues(
-            self.class_counts if class_counts is None else class_counts,
-            self.size if size is None else size,
-            self.minimum if minimum is None else minimum,
-            self.dim,
-            device=self._features.device,
-            dtype=self._features.dtype,
-            shared=self.shared,
-        )
-        features, labels, ids = self.slots()
-        queue = torch.repeat_interleave(torch.arange(len(self.sizes), device=self.sizes.device), self.sizes)
-        # a queue's oldest sample lies where the next one will go
-        age = (torch.arange(self.size, device=self.sizes.device) - self.starts[queue] - self._pushed[queue]) % (
-            self.sizes[queue]
-        )
-        order = torch.argsort(age, stable=True)
-        kept = torch.where(labels < len(other.class_counts), labels, -1)
-        other._append(features[order], kept[order], ids[order])
-        return other
+        self._pushed += new[:num_queues]
 
     def slots(self) -> Slots:
-        """Return every slot; label −1 marks those never filled. No copy, and no wait for an accelerator."""
+        """Return views of all slots; unfilled ones have label −1. Needs no synchronisation with an accelerator."""
         return Slots(self._features[: self.size], self._labels[: self.size], self._ids[: self.size])
 
     @property
@@ -171,22 +151,22 @@ class ClassQueues:
 
     @property
     def labels(self) -> Tensor:
-        """(filled,) their labels."""
+        """(filled,) labels of the filled slots."""
         return self._labels[: self.size][self._filled]
 
     @property
     def ids(self) -> Tensor:
-        """(filled,) their image ids."""
+        """(filled,) image ids of the filled slots."""
         return self._ids[: self.size][self._filled]
 
     @property
     def fill(self) -> Tensor:
-        """The share of the slots that is filled, a scalar."""
+        """The fraction of the slots that is filled, a scalar in [0, 1]."""
         return self._filled.float().mean()
 
     @property
     def turnovers(self) -> Tensor:
-        """How often, on average over the classes, a whole queue was pushed since the start, a scalar."""
+        """Samples pushed since the start per slot, averaged over the queues, a scalar."""
         return (self._pushed / self.sizes).mean()
 
     def __len__(self) -> int:
@@ -194,7 +174,7 @@ class ClassQueues:
         return int(self._filled.sum())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the contents; :meth:`load_state_dict` restores them exactly."""
+        """Return copies of the contents; :meth:`load_state_dict` restores them exactly."""
         return {
             "features": self._features[: self.size].clone(),
             "labels": self._labels[: self.size].clone(),
@@ -207,11 +187,11 @@ class ClassQueues:
         """Restore the contents.
 
         Raises:
-            ValueError: they come from queues of other sizes or another width.
+            ValueError: the state is of queues of other sizes or another feature width.
         """
         if state["sizes"].tolist() != self.sizes.tolist() or state["features"].shape[1] != self.dim:
             raise ValueError(
-                f"state: expected queues of {self.size} slots × {self.dim} shared out as here, "
+                f"state: expected queues of {self.size} slots × {self.dim} with as many slots per class as here, "
                 f"got {tuple(state['features'].shape)}"
             )
         self._features[: self.size].copy_(state["features"])
@@ -220,22 +200,11 @@ class ClassQueues:
         self._pushed.copy_(state["pushed"])
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> ClassQueues:
-        """Replace every tensor by ``function`` of it, as ``nn.Module`` does when it moves."""
+        """Replace every tensor by ``function`` of it, as ``nn.Module`` does when it is moved."""
         for name in ("sizes", "starts", "_pushed", "_features", "_labels", "_ids"):
             setattr(self, name, function(getattr(self, name)))
         return self
 
     def to(self, device: torch.device | str) -> ClassQueues:
-        """Move to ``device``."""
+        """Move the tensors to ``device``, and return the queues themselves."""
         return self.apply(lambda tensor: tensor.to(device))
-
-
-def _gather(tensor: Tensor, filler: int, room: int | None) -> Tensor:
-    """Return the samples of all ranks, in the order of the ranks; a rank that is short fills up."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return tensor
-    if room is not None and room > len(tensor):
-        tensor = torch.cat([tensor, tensor.new_full((room - len(tensor), *tensor.shape[1:]), filler)])
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor.contiguous())
-    return torch.cat(gathered)

@@ -1,7 +1,7 @@
-"""Random numbers as a function of what they are for, never of what was drawn before.
+"""Counter-based random numbers: a function of integer keys, not of a state that earlier draws have changed.
 
-A draw is named by integers (seed, epoch, image id, …) and hashed, so that a resumed run, another batch
-order or another number of processes gives every image the very same crop.
+The keys (seed, epoch, image id, …) are hashed, so that a resumed run, another batch order or another number of
+processes gives every image the same random crop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*keys: int) -> int:
-    """Return a 63-bit integer that depends on every one of ``keys`` (splitmix64, chained)."""
+    """Return a 63-bit hash of the integers ``keys`` (chained splitmix64)."""
     state = 0
     for key in keys:
         state = (state + _GOLDEN + (key & _MASK)) & _MASK
@@ -27,7 +27,7 @@ def mix(*keys: int) -> int:
 
 
 def generator(*keys: int) -> torch.Generator:
-    """Return a CPU generator seeded by ``keys``."""
+    """Return a CPU generator seeded with the hash of ``keys``."""
     return torch.Generator().manual_seed(mix(*keys))
 
 
@@ -36,17 +36,17 @@ def _signed(value: int) -> int:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    # int64 shifts keep the sign; the mask makes the shift a logical one
+    # int64 shifts are arithmetic; the mask makes them logical
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform(ids: Tensor, draws: int, *keys: int) -> Tensor:
-    """Draw ``draws`` numbers for every image.
+    """Draw uniform random numbers for each image.
 
     Args:
-        ids: (B,) int64, the images.
-        draws: numbers an image.
-        keys: what the draw is for: seed, epoch, view, ….
+        ids: (B,) int64 image ids.
+        draws: number of draws for each image.
+        keys: keys that distinguish this use from others: seed, epoch, view, ….
 
     Returns:
         (B, draws) float32 in [0, 1), on the device of ``ids``; row i depends on ``ids[i]`` and ``keys`` alone.

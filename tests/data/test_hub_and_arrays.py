@@ -14,10 +14,10 @@ from PIL import Image
 from longtail.config import Config, Data
 from longtail.data.dataset import from_arrays
 from longtail.data.images import EncodedImages
-from longtail.data.naming import source_of
+from longtail.data.source_spec import source_of
 from longtail.data.sources import load_data
-from longtail.engine.fit import fit
 from longtail.errors import LongtailError
+from longtail.training.trainer import fit
 
 
 def png(seed: int, side: int = 40) -> bytes:
@@ -90,7 +90,7 @@ def test_arrays(shape: tuple[int, ...], tiny: Config, tmp_path: Path) -> None:
     assert len(data.mean) == (3 if 3 in shape else 1)
     assert data.class_counts == [14, 13, 13]
     run = fit(tiny.replace(method="la", epochs=30, data={"augment": "none"}), tmp_path / "run", data=data, quiet=True)
-    assert run.card.class_names == ("low", "mid", "high")
+    assert run.model_config.class_names == ("low", "mid", "high")
     assert run.metrics["balanced_accuracy"] > 60
 
 

@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtail.data.imbalance import (
-    class_order,
     gini,
+    hold_out_balanced,
     imbalance_factor,
     long_tailed,
     permuted_by_class,
     profile_counts,
-    stratified,
+    rank_classes,
+    resolve_profile,
+    stratified_split,
     subsample,
 )
 
@@ -81,10 +83,10 @@ def test_long_tailed_sets_are_nested(profile: str, ranks: str) -> None:
     kept = [set(long_tailed(order, names, profile, factor, ranks, 2).tolist()) for factor in (100, 10, 1)]
     assert kept[0] < kept[1] < kept[2]
     counts = torch.bincount(labels[torch.tensor(sorted(kept[0]))], minlength=6).tolist()
-    head_first = class_order(ranks, names, 2)
-    assert [counts[index] for index in head_first] == profile_counts(profile, 200, 6, 100)
+    ranked = rank_classes(ranks, names, 2)
+    assert [counts[index] for index in ranked] == profile_counts(profile, 200, 6, 100)
     if ranks == "name":
-        assert [names[index] for index in head_first] == sorted(names)
+        assert [names[index] for index in ranked] == sorted(names)
 
 
 def test_a_class_with_fewer_images_than_the_profile_wants_keeps_all() -> None:
@@ -105,8 +107,8 @@ def test_splits_leave_every_class_of_three_an_image_in_each(
     counts: list[int], val: float, test: float, seed: int
 ) -> None:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    assignment, short = stratified(labels, len(counts), val, test, seed)
-    again, _ = stratified(labels, len(counts), val, test, seed)
+    assignment, short = stratified_split(labels, len(counts), val, test, seed)
+    again, _ = stratified_split(labels, len(counts), val, test, seed)
     assert torch.equal(assignment, again)
     for index, count in enumerate(counts):
         shares = torch.bincount(assignment[labels == index], minlength=3).tolist()
@@ -120,6 +122,22 @@ def test_splits_leave_every_class_of_three_an_image_in_each(
                 assert share <= max(1, round(count * wanted))
         else:
             assert (index in short) == (count == 1 or val > 0)
+
+
+def test_a_held_out_split_is_balanced_and_leaves_the_rest() -> None:
+    order = [torch.arange(10), torch.arange(10, 15)]
+    held_out, rest = hold_out_balanced(order, 0.4)
+    assert held_out is not None
+    assert held_out.tolist() == [0, 1, 10, 11]
+    assert [len(positions) for positions in rest] == [8, 3]
+    assert hold_out_balanced(order, 0.0)[0] is None
+
+
+def test_the_tail_is_made_of_balanced_sets_unless_a_profile_is_asked_for() -> None:
+    assert resolve_profile("auto", balanced=True) == "exponential"
+    assert resolve_profile("auto", balanced=False) == "natural"
+    assert resolve_profile("natural", balanced=True) == "natural"
+    assert resolve_profile("step", balanced=False) == "step"
 
 
 def test_gini_and_factor() -> None:

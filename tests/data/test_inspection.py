@@ -1,4 +1,4 @@
-"""A set with planted faults, each found; and what a set without any shows."""
+"""A set with planted faults, each reported, and sets without any."""
 
 from __future__ import annotations
 
@@ -48,26 +48,36 @@ def faulty(photos: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_every_planted_fault_is_found(faulty: Path) -> None:
-    found = inspect(Data(source="folder", root=str(faulty)), 0, Shots())
-    reasons = {entry["path"].rpartition("/")[2]: entry["reason"] for entry in found.unreadable}
+def test_every_planted_fault_is_reported(faulty: Path) -> None:
+    inspection = inspect(Data(source="folder", root=str(faulty)), 0, Shots())
+    reasons = {entry["path"].rpartition("/")[2]: entry["reason"] for entry in inspection.unreadable}
     assert set(reasons) == {"half.png", "empty.jpg", "text.jpg", "bomb.png"}
-    assert "larger than Pillow takes for safe" in reasons["bomb.png"]
+    assert "larger than Pillow decodes safely" in reasons["bomb.png"]
     assert reasons["empty.jpg"] == "is empty"
-    assert [sorted(group) for group in found.duplicates] == [
+    assert [sorted(group) for group in inspection.duplicates] == [
         ["train: train/cat/train-0.png", "train: train/cat/twin.png"]
     ]
-    assert [sorted(group) for group in found.leaks] == [["test: test/dog/leak.png", "train: train/dog/train-1.png"]]
-    errors = "\n".join(found.errors)
+    assert [sorted(group) for group in inspection.leaks] == [
+        ["test: test/dog/leak.png", "train: train/dog/train-1.png"]
+    ]
+    errors = "\n".join(inspection.errors)
     for text in ("notes.txt: is not an image by its name", "class 'fox' is not among", "'Cat' and 'cat' differ only"):
         assert text in errors
-    assert found.sides["width"] == [16, 20, 20]
-    assert found.class_counts[found.class_names.index("cat")] == 13
-    assert found.imbalance_factor == 13.0
+    assert inspection.sides["width"] == [16, 20, 20]
+    assert inspection.class_counts[inspection.class_names.index("cat")] == 13
+    assert inspection.imbalance_factor == 13.0
+    assert (inspection.counted, inspection.group_names) == ("training images", ("many", "medium", "few"))
 
 
-def test_the_command_tells_all(faulty: Path, command: Command, tmp_path: Path) -> None:
-    table, plot = tmp_path / "found.json", tmp_path / "deep" / "tail.png"
+def test_masks_are_counted_in_pixels(scenes: Path) -> None:
+    inspection = inspect(Data(source="masks", root=str(scenes)), 0, Shots())
+    assert inspection.counted == "training pixels"
+    assert inspection.to_dict()["group_sizes"] == {"head": 1, "middle": 1, "tail": 1}
+    assert inspection.splits == {"train": 12, "val": 4, "test": 6}
+
+
+def test_the_command_reports_everything(faulty: Path, command: Command, tmp_path: Path) -> None:
+    table, plot = tmp_path / "inspection.json", tmp_path / "deep" / "tail.png"
     code, out, err = command("inspect", faulty, "--json", table, "--plot", plot)
     assert code == 0, err
     for text in ("imbalance factor", "13.0", "unreadable: train: train/emu/bomb.png", "in two splits", "same content"):
@@ -108,7 +118,7 @@ def test_the_histogram_falls_from_head_to_tail() -> None:
         (["split", "nowhere", "--out", "x.csv"], "there is no such folder"),
         (["train", "--data"], "--data: expected a named set"),
         (["train", "--data", "x.txt"], "x.txt: cannot be read"),
-        (["train", "--data", "hub:nobody/nothing"], "could not be had from the Hub"),
+        (["train", "--data", "hub:nobody/nothing"], "could not be loaded from the Hub"),
     ],
 )
 def test_bad_input(

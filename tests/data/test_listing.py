@@ -14,8 +14,8 @@ import torch
 
 from longtail.config import Data
 from longtail.data.images import FileImages
-from longtail.data.listing import names_by_folder, numbered, read_list
-from longtail.data.naming import source_of
+from longtail.data.listing import Entries, encode_labels, names_by_folder, read_list
+from longtail.data.source_spec import source_of
 from longtail.data.sources import load_data, read_listing
 from longtail.data.splits import write_split
 from longtail.errors import LongtailError
@@ -97,7 +97,7 @@ def test_published_layouts(tmp_path: Path, layout: str) -> None:
     assert data.class_names == names
     assert (data.val is None) == (source == "inat2018")
     assert data.train.images.take(torch.tensor([0])).shape == (1, 3, 32, 32)
-    # it is told that these are not the sets as they were published
+    # a remark says that these are not the sets as they were published
     assert f"not {source} as it was published" in data.remarks[0]
     assert f"train {sum(counts)}, published" in data.remarks[0]
 
@@ -152,7 +152,7 @@ def test_tables(tmp_path: Path) -> None:
         (
             "path,label\na.png,0.5\n",
             {},
-            "row 1: column 'label' holds '0.5', expected an integer or a class name; integers",
+            "row 1: column 'label' holds '0.5', expected an integer or a class name; use integers",
         ),
         ("path,label\na.png,0\nb.png,nan\n", {}, "row 2: column 'label' holds 'nan'"),
         ("path,label\na.png,\n", {}, "row 1: column 'label' holds nothing"),
@@ -188,7 +188,7 @@ def test_lists_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> N
         load_data(Data(source="list", train=str(tmp_path / "list.txt")), seed=0)
 
 
-def test_a_wrong_root_is_told_by_the_part_that_fails(tmp_path: Path) -> None:
+def test_of_a_wrong_root_the_part_that_fails_is_named(tmp_path: Path) -> None:
     imagenet_lt(tmp_path)
     (tmp_path / "train").rename(tmp_path / "Train")
     with pytest.raises(LongtailError, match=r"12 of 12 files are missing .*has no 'train'; perhaps you meant Train\?"):
@@ -197,14 +197,15 @@ def test_a_wrong_root_is_told_by_the_part_that_fails(tmp_path: Path) -> None:
         load_data(Data(source="imagenet-lt", root=str(tmp_path / "val")), seed=0)
 
 
-def test_what_is_tested_must_not_be_trained_on(tmp_path: Path) -> None:
+def test_test_images_must_not_be_trained_on(tmp_path: Path) -> None:
     imagenet_lt(tmp_path)
     text = (tmp_path / "ImageNet_LT_test.txt").read_text()
     (tmp_path / "ImageNet_LT_test.txt").write_text(text + "train/n00/n00_0.JPEG 0\n")
     (tmp_path / "ImageNet_LT_val.txt").write_text((tmp_path / "ImageNet_LT_val.txt").read_text() * 2)
     listing = read_listing(Data(source="imagenet-lt", root=str(tmp_path)))
     assert listing.errors == [
-        "1 file is listed in train and again in test (train/n00/n00_0.JPEG): what is tested must not be trained on"
+        "1 file is listed in train and again in test (train/n00/n00_0.JPEG): "
+        "test and validation images must not be trained on"
     ]
     assert "val: 6 entries name a file that is listed already, and are left out" in listing.remarks
     assert len(listing.splits["val"]) == 6
@@ -250,9 +251,9 @@ def test_other_splits_are_numbered_as_training_is(tmp_path: Path) -> None:
 def test_a_split_that_was_written_down_is_read_again(tmp_path: Path) -> None:
     tree(tmp_path / "images", {f"{name}/{i}.png": int(name) + i for name in ("3", "17", "25") for i in range(6)})
     (tmp_path / "images" / "3").rename(tmp_path / "images" / "train")  # a class called train is no split
-    made = write_split(Data(source="folder", root=str(tmp_path / "images")), tmp_path / "s.csv", 0.2, 0.2, 0)
-    assert made["images"] == {"train": 12, "val": 3, "test": 3}
-    data = load_data(Data(source="list", train=str(tmp_path / "s.csv"), root=made["root"]), seed=0)
+    split = write_split(Data(source="folder", root=str(tmp_path / "images")), tmp_path / "s.csv", 0.2, 0.2, 0)
+    assert split["images"] == {"train": 12, "val": 3, "test": 3}
+    data = load_data(Data(source="list", train=str(tmp_path / "s.csv"), root=split["root"]), seed=0)
     assert data.class_names == ("17", "25", "train")
     assert data.class_counts == [4, 4, 4]
     assert data.val is not None
@@ -275,7 +276,7 @@ def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
 
 def test_links_in_circles_and_names_that_are_not_utf8(photos: Path) -> None:
     (photos / "cat" / "loop.png").symlink_to(photos / "cat" / "loop.png")
-    with pytest.raises(LongtailError, match=r"loop\.png: is a link that leads nowhere, or in a circle"):
+    with pytest.raises(LongtailError, match=r"loop\.png: is a broken or circular link"):
         load_data(Data(source="folder", root=str(photos)), seed=0)
     (photos / "cat" / "loop.png").unlink()
     (photos / "up").symlink_to(photos)  # a class folder that holds the classes: not images, but no circle to run in
@@ -292,14 +293,14 @@ def test_an_image_that_breaks_is_replaced_and_too_many_are_not(tmp_path: Path) -
     names = [f"{c}/{i}.png" for c in range(2) for i in range(5)]
     labels = torch.tensor([0] * 5 + [1] * 5)
     (tmp_path / "0/4.png").write_bytes(b"gone bad")
-    images = FileImages(tmp_path, names, 16, labels=labels, broken_share=0.1)
+    images = FileImages(tmp_path, names, 16, labels=labels, max_unreadable_fraction=0.1)
     taken = images.take(torch.arange(10))
     assert torch.equal(taken[4], taken[0])  # the next of its class
-    assert list(images.broken) == [4]
-    assert "4.png: is not an image" in images.broken[4]
+    assert list(images.unreadable) == [4]
+    assert "4.png: is not an image" in images.unreadable[4]
     (tmp_path / "1/2.png").write_bytes(b"")
     with pytest.raises(
-        LongtailError, match=r"2 of 10 images cannot be read, more than data.broken_share 0.1; the first"
+        LongtailError, match=r"2 of 10 images cannot be read, more than data.max_unreadable_fraction 0.1; the first"
     ):
         images.take(torch.arange(10))
     with pytest.raises(LongtailError, match="is not an image"):
@@ -319,12 +320,10 @@ def test_long_lists_take_little_memory(tmp_path: Path, lines: int, classes: int)
     tracemalloc.stop()
     assert len(names) == lines
     assert peak < 200 * 2**20
-    assert numbered(labels)[0].shape == (lines,)
+    assert encode_labels(labels)[0].shape == (lines,)
 
 
 def test_names_come_from_folders_only_where_they_tell_classes_apart() -> None:
-    from longtail.data.listing import Entries
-
     assert names_by_folder(Entries(["a/x.png", "b/y.png"], torch.tensor([0, 1])), 2) == ["a", "b"]
     assert names_by_folder(Entries(["a/x.png", "b/y.png", "c/z.png"], torch.tensor([0, 1, 1])), 2) == ["0", "1"]
     assert names_by_folder(Entries(["x.png", "y.png"], torch.tensor([0, 1])), 2) == ["0", "1"]

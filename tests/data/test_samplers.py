@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from longtail.data.samplers import SAMPLERS, class_shares, epoch_order
+from longtail.data.samplers import class_shares, epoch_order
+from longtail.errors import LongtailError
+from longtail.registry import SAMPLERS
 
 COUNTS = torch.tensor([400, 90, 10])
 LABELS = torch.repeat_interleave(torch.arange(3), COUNTS)[
@@ -37,7 +39,7 @@ def test_classes_are_shown_as_often_as_they_should(sampler: str, epoch: int, exp
         assert abs(got - want) < 5 * math.sqrt(want * (1 - want) / 20_000) + 1e-9
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["instance", "class", "sqrt", "progressive", "deferred"])
 def test_an_epoch_is_a_function_of_seed_and_number(sampler: str) -> None:
     once = epoch_order(LABELS, sampler, 3, 10, epochs=11)
     assert torch.equal(once, epoch_order(LABELS, sampler, 3, 10, epochs=11))
@@ -54,6 +56,10 @@ def test_images_of_a_class_are_shown_alike() -> None:
 
 
 def test_a_class_without_images_is_left_out() -> None:
-    given = class_shares(torch.tensor([5, 0, 5]), "class", 0, 1, 0.8)
-    assert given is not None
-    assert given.tolist() == [0.5, 0.0, 0.5]
+    assert class_shares(torch.tensor([5, 0, 5]), 0, 1, 0.8).tolist() == [0.5, 0.0, 0.5]
+
+
+def test_samplers_are_registered_and_others_are_errors() -> None:
+    assert set(SAMPLERS) == {"instance", "class", "sqrt", "progressive", "deferred"}
+    with pytest.raises(LongtailError, match=r"data\.sampler 'sqr' is not known; perhaps you meant sqrt"):
+        epoch_order(LABELS, "sqr", 0, 0)

@@ -11,11 +11,13 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
-from longtail.config import Data
+from longtail.config import Data, Shots
 from longtail.data.dataset import LongTailedData
-from longtail.data.images import FileImages, decode, to_square
-from longtail.data.sources import load_data
+from longtail.data.image_io import open_image
+from longtail.data.images import FileImages, to_square
+from longtail.data.sources import Source, is_balanced, load_data
 from longtail.errors import LongtailError
+from longtail.registry import SOURCES
 from tests.conftest import save_image
 
 
@@ -68,7 +70,7 @@ def test_cifar_from_parquet(cifar_folder: Path) -> None:
 
 @pytest.fixture
 def cifar10_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-10's own layout, at a hundredth of its size; torchvision is told these files' digests."""
+    """CIFAR-10's own layout, at a hundredth of its size; torchvision is given these files' digests."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -180,7 +182,7 @@ def test_a_bad_file_is_named(photos: Path, name: str, content: bytes | None, mes
     whole = (photos / "cat" / "0.png").read_bytes()
     (photos / "cat" / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
     if content is None and memory < 1:
-        # what only decoding can find is found when the image is taken
+        # a damage that only decoding shows is reported when the image is taken
         data = folder(photos, memory_gib=memory)
         part = data.train if f"cat/{name}" in data.train.images.names else data.test  # type: ignore[attr-defined]
         with pytest.raises(LongtailError, match=message):
@@ -202,13 +204,13 @@ def test_a_test_class_that_was_not_trained_is_named(photos: Path, tmp_path: Path
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
 def test_every_mode_becomes_colour(tmp_path: Path, mode: str) -> None:
     path = save_image(tmp_path / ("x.tiff" if mode == "CMYK" else "x.png"), (40, 20), mode=mode)
-    assert decode(path, 32).shape == (3, 32, 32)
-    assert decode(path, 32, channels=1).shape == (1, 32, 32)
+    assert to_square(open_image(path), 32).shape == (3, 32, 32)
+    assert to_square(open_image(path), 32, channels=1).shape == (1, 32, 32)
 
 
 def test_sixteen_bits_keep_their_grey(tmp_path: Path) -> None:
     Image.fromarray(np.full((9, 9), 128 * 257, dtype=np.uint16)).save(tmp_path / "x.png")
-    assert decode(tmp_path / "x.png", 9).unique().tolist() == [128]
+    assert to_square(open_image(tmp_path / "x.png"), 9).unique().tolist() == [128]
     halves = Image.fromarray(np.full((9, 9), 0.5, dtype=np.float32))
     assert to_square(halves, 9).unique().tolist() == [128]
 
@@ -233,3 +235,20 @@ def test_a_set_with_a_test_split_holds_validation_images_out_of_its_training_ima
         assert data.class_counts == [9, 4, 2, 1]  # a class of one image keeps it
         assert len(data.test) == 4
         assert load_data(Data(source=source, root=str(tmp_path / "split")), seed=0).val is None
+
+
+def test_sources_are_registered_by_place() -> None:
+    for name in SOURCES:
+        source = SOURCES[name]
+        assert isinstance(source, Source)
+        assert is_balanced(name) == (name in {"digits-lt", "cifar10-lt", "cifar100-lt"})
+    with pytest.raises(TypeError):
+        Source()
+
+
+def test_groups_follow_the_thresholds() -> None:
+    data = load_data(Data(source="digits-lt", imbalance=50), seed=0)
+    shots = Shots(many_above=50, few_below=20)
+    assert data.groups(shots) == shots.groups(data.class_counts)
+    assert set(data.groups(shots)) == set(data.group_names)
+    assert (data.task, data.counted) == ("classification", "training images")

@@ -1,4 +1,4 @@
-"""IoU against counting by hand; the bands of boundary IoU against a loop."""
+"""IoU against counts in NumPy; the bands of boundary IoU against a loop."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-from longtail.evaluation.segmentation import outlined, pixel_metrics, tally_pixels
+from longtail.evaluation.segmentation import boundary_mask, count_pixels, pixel_metrics
 
 
 def images(count: int = 5, classes: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
     rng = np.random.default_rng(0)
-    made = []
+    pairs = []
     for _ in range(count):
         height, width = rng.integers(20, 40, 2)
         truth = rng.integers(-1, classes, (height // 5 + 1, width // 5 + 1)).repeat(5, 0).repeat(5, 1)[:height, :width]
         predicted = np.where(
             rng.random((height, width)) < 0.3, rng.integers(0, classes, (height, width)), truth.clip(0)
         )
-        made.append((torch.from_numpy(predicted.astype(np.int64)), torch.from_numpy(truth.astype(np.int64))))
-    return made
+        pairs.append((torch.from_numpy(predicted.astype(np.int64)), torch.from_numpy(truth.astype(np.int64))))
+    return pairs
 
 
-def test_against_counting_by_hand() -> None:
-    made, counts = images(), [100, 50, 10, 5]
-    counted = sum((tally_pixels(p, t, 4, 0.05) for p, t in made), torch.zeros(6, 4, dtype=torch.int64))
-    got = pixel_metrics(counted, counts, len(made))
-    predicted = np.concatenate([p.numpy().ravel()[t.numpy().ravel() >= 0] for p, t in made])
-    truth = np.concatenate([t.numpy().ravel()[t.numpy().ravel() >= 0] for _, t in made])
+def test_against_numpy() -> None:
+    pairs, pixel_counts = images(), [100, 50, 10, 5]
+    counts = sum((count_pixels(p, t, 4, 0.05) for p, t in pairs), torch.zeros(6, 4, dtype=torch.int64))
+    got = pixel_metrics(counts, pixel_counts, len(pairs))
+    predicted = np.concatenate([p.numpy().ravel()[t.numpy().ravel() >= 0] for p, t in pairs])
+    truth = np.concatenate([t.numpy().ravel()[t.numpy().ravel() >= 0] for _, t in pairs])
     iou = [100 * np.sum((predicted == c) & (truth == c)) / np.sum((predicted == c) | (truth == c)) for c in range(4)]
     accuracy = [100 * np.mean(predicted[truth == c] == c) for c in range(4)]
     assert got["per_class"] == pytest.approx(iou)
@@ -52,10 +52,10 @@ def naive_band(labels: np.ndarray, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_bands_along_outlines(width: int) -> None:
+def test_bands_along_boundaries(width: int) -> None:
     for predicted, truth in images(2):
         for labels in (predicted, truth):
-            assert np.array_equal(outlined(labels, width).numpy(), naive_band(labels.numpy(), width))
+            assert np.array_equal(boundary_mask(labels, width).numpy(), naive_band(labels.numpy(), width))
 
 
 def test_boundary_iou_against_counting() -> None:
@@ -63,17 +63,17 @@ def test_boundary_iou_against_counting() -> None:
     width = max(1, round(0.05 * float(np.hypot(*truth.shape))))
     known = truth.numpy() >= 0
     bands = [naive_band(labels.numpy(), width) & known for labels in (truth, predicted)]
-    got = pixel_metrics(tally_pixels(predicted, truth, 4, 0.05), [4, 3, 2, 1], 1)["per_class_boundary"]
+    got = pixel_metrics(count_pixels(predicted, truth, 4, 0.05), [4, 3, 2, 1], 1)["per_class_boundary"]
     for index in range(4):
         a, b = bands[0] & (truth.numpy() == index), bands[1] & (predicted.numpy() == index)
         assert got[index] == pytest.approx(100 * (a & b).sum() / (a | b).sum())
 
 
-def test_void_counts_nowhere_and_an_absent_class_is_none() -> None:
+def test_unlabelled_pixels_are_ignored_and_an_absent_class_is_none() -> None:
     truth = torch.full((8, 8), -1)
     truth[:4] = 0
     predicted = torch.zeros(8, 8, dtype=torch.int64)
     predicted[4:] = 1  # where nothing is labelled
-    got = pixel_metrics(tally_pixels(predicted, truth, 3), [3, 2, 1], 1)
+    got = pixel_metrics(count_pixels(predicted, truth, 3), [3, 2, 1], 1)
     assert got["per_class"] == [100.0, None, None]
     assert (got["mean_iou"], got["tail"]) == (100.0, None)

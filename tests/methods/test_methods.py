@@ -1,19 +1,29 @@
-"""A step of every method, looked at from inside."""
+"""What all methods have in common: views, the classification loss, distillation, and messages about wrong settings."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from longtail.config import Config
+from longtail.config import Config, settings_type
 from longtail.data.dataset import LongTailedData
-from longtail.data.loaders import Batch, TrainLoader
+from longtail.data.loader import Batch
 from longtail.data.sources import load_data
-from longtail.data.views import build_view
 from longtail.errors import LongtailError
-from longtail.methods import METHODS, method_class
-from longtail.methods.gml import GML
-from longtail.nn import CosineClassifier, Encoder
+from longtail.losses import distillation, posterior_cross_entropy
+from longtail.methods.base import Method
+from longtail.nn import CosineClassifier
+from longtail.registry import METHODS
+from longtail.training.trainer import fit
+from tests.methods.steps import batches, build_method, new_encoder, new_loader
+from tests.training.runs import equal, fit_in_two, weights
+
+CONTRASTIVE = ("supcon", "paco", "gpaco", "bcl", "proco")
+FOR_IMAGES = [name for name in METHODS if METHODS[name].label_maps != "only"]
 
 
 @pytest.fixture
@@ -21,121 +31,142 @@ def data(tiny: Config) -> LongTailedData:
     return load_data(tiny.data, 0)
 
 
-def encoder() -> Encoder:
-    return Encoder("conv8-tiny", [0.3], [0.4])
-
-
-def gml(config: Config, data: LongTailedData) -> GML:
-    torch.manual_seed(0)
-    teacher = encoder()
-    return GML(config, encoder(), data.class_counts, teacher, CosineClassifier(teacher.num_features, 10))
-
-
-def loader(data: LongTailedData, views: int) -> TrainLoader:
-    return TrainLoader(data.train, 64, [build_view("digits", 8)] * views, seed=0)
-
-
-def test_every_method_in_the_table_is_there() -> None:
-    for name in METHODS:
-        assert method_class(name).__name__ == METHODS[name][1]
+def test_every_registered_method_can_be_imported() -> None:
+    classes = [METHODS[name] for name in METHODS]
+    assert len(set(classes)) == len(classes) > 10
+    assert all(issubclass(method_class, Method) for method_class in classes)
+    # a method's own settings have its name
+    for name, method_class in zip(METHODS, classes, strict=True):
+        assert settings_type(name) is method_class.settings_class
 
 
 @pytest.mark.parametrize("name", ["ce", "la"])
 def test_classifiers_average_over_views(tiny: Config, data: LongTailedData, name: str) -> None:
     config = tiny.replace(classifier={"views": 2})
-    method = method_class(name)(config, encoder(), data.class_counts).eval()
-    assert method.views(config) == ("classification",) * method.student_views(config) == ("classification",) * 2
-    batch = next(loader(data, 2).epoch(0))
+    method = METHODS[name](config, new_encoder(), data.class_counts).eval()
+    assert method.views(config) == ("classification",) * method.num_student_views(config) == ("classification",) * 2
+    batch = next(new_loader(data, 2).epoch(0))
     both = method(batch)["classifier"].item()
-    alone = method_class(name)(tiny, encoder(), data.class_counts).eval()
+    alone = METHODS[name](tiny, new_encoder(), data.class_counts).eval()
     alone.load_state_dict(method.state_dict())
     each = [alone(Batch((view,), batch.labels, batch.ids))["classifier"].item() for view in batch.views]
     assert both == pytest.approx(sum(each) / 2, rel=1e-4)
 
 
-def test_logit_adjustment_is_the_priors_difference(tiny: Config, data: LongTailedData) -> None:
+def test_logit_adjustment_adds_the_log_prior(tiny: Config, data: LongTailedData) -> None:
     torch.manual_seed(0)
-    la = method_class("la")(tiny, encoder(), data.class_counts).eval()
-    ce = method_class("ce")(tiny, encoder(), data.class_counts).eval()
+    la = METHODS["la"](tiny, new_encoder(), data.class_counts).eval()
+    ce = METHODS["ce"](tiny, new_encoder(), data.class_counts).eval()
     ce.load_state_dict(la.state_dict())
-    batch = next(loader(data, 1).epoch(0))
+    batch = next(new_loader(data, 1).epoch(0))
     scores = la.classifier(la.encoder(batch.views[0]))
-    prior = torch.tensor(data.class_counts).float().div(len(data.train)).log()
-    cross_entropy = torch.nn.functional.cross_entropy
-    assert ce(batch)["classifier"].item() == pytest.approx(cross_entropy(scores, batch.labels).item(), rel=1e-5)
-    assert la(batch)["classifier"].item() == pytest.approx(cross_entropy(scores + prior, batch.labels).item(), rel=1e-5)
+    log_prior = torch.tensor(data.class_counts).float().div(len(data.train)).log()
+    assert ce(batch)["classifier"].item() == pytest.approx(F.cross_entropy(scores, batch.labels).item(), rel=1e-5)
+    expected = F.cross_entropy(scores + log_prior, batch.labels).item()
+    assert la(batch)["classifier"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_gml_trains_all_but_the_teacher(tiny: Config, data: LongTailedData) -> None:
-    method = gml(tiny.replace(gml={"distillation_weight": 1.0}), data)
-    source = loader(data, 3)
-    method.fill(lambda splits, r: source.batches(splits, -r - 1), data.train.labels)
-    assert len(method.queues) == method.queues.size == len(data.train)
-    terms = method.train()(next(source.epoch(0)))
-    assert terms.keys() == {"classifier", "mixture", "temperature_likelihood", "distillation"}
-    torch.stack(list(terms.values())).sum().backward()
-    for name, parameter in method.named_parameters():
-        assert parameter.grad is not None, name
-        # a bias before BatchNorm or normalisation may cancel; nothing else is left without a gradient
-        assert parameter.grad.abs().sum() > 0, name
-    teacher = method._frozen[0]
-    assert teacher is not None
-    assert not teacher.training
-    assert not any(p.requires_grad for p in teacher.parameters())
-    assert not any("teacher" in name or "_frozen" in name for name in method.state_dict())
+def test_without_adjustment_the_prior_stays_in_the_scores(tiny: Config, data: LongTailedData) -> None:
+    config = tiny.replace(method="la", classifier={"logit_adjustment": False})
+    method = build_method(config, data).eval()
+    batch = batches(method, data)[0]
+    scores = method.classifier(method.encoder(batch.views[0]))
+    assert method(batch)["classifier"].item() == pytest.approx(F.cross_entropy(scores, batch.labels).item(), rel=1e-5)
+    assert method.predicts_under(config) == "train"
+    assert method.predicts_under(tiny.replace(method="la")) == "uniform"
 
 
-def test_the_teacher_keeps_no_books(tiny: Config, data: LongTailedData, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = gml(tiny.replace(gml={"distillation_weight": 1.0}), data)
-    passes: dict[str, int] = {"teacher": 0, "student": 0}
-    graphs = []
-    for name, module in (("teacher", method._frozen[0]), ("student", method.encoder)):
-        assert module is not None
-
-        def count(_module: object, inputs: tuple[torch.Tensor], output: torch.Tensor, name: str = name) -> None:
-            passes[name] += len(inputs[0])
-            if name == "teacher":
-                graphs.append(output.grad_fn)
-
-        module.register_forward_hook(count)
-    batch = next(loader(data, 3).epoch(0))
-    method(batch)
-    # nothing runs twice: two views each, and the teacher's pass has no graph
-    assert passes == {"teacher": 2 * len(batch.labels), "student": 2 * len(batch.labels)}
-    assert graphs == [None]
+@pytest.mark.parametrize("name", FOR_IMAGES)
+def test_every_method_can_be_distilled_into(tiny: Config, data: LongTailedData, name: str) -> None:
+    section = "gml" if name == "gml" else "classifier"
+    plain = tiny.replace(method=name)
+    assert METHODS[name].needs_teacher(plain) == (name == "gml")
+    teacher = new_encoder()
+    classifier = CosineClassifier(teacher.num_features, 10)
+    config = plain.replace(**{section: {"distillation_weight": 0.5}})
+    method = build_method(config, data, teacher, classifier).eval()
+    batch = batches(method, data)[0]
+    terms = method(batch)
+    with torch.no_grad():
+        teacher_scores = classifier(teacher.eval()(batch.views[0]))
+        scores = method.classifier(method.encoder(batch.views[0]))
+    expected = 0.5 * distillation(scores, teacher_scores).item()
+    assert terms["distillation"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_queues_are_full_before_the_first_step_even_when_larger_than_the_set(
-    tiny: Config, data: LongTailedData
+def test_every_view_can_be_classified(tiny: Config, data: LongTailedData) -> None:
+    config = tiny.replace(method="bcl", bcl={"views": 2}, classifier={"every_view": True})
+    method = build_method(config, data).eval()
+    batch = batches(method, data)[0]
+    each = [
+        posterior_cross_entropy(method.classifier(method.encoder(view)), batch.labels, method.prior.log_prior).item()
+        for view in batch.views
+    ]
+    assert method(batch)["classifier"].item() == pytest.approx(sum(each) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts", "message"),
+    [
+        ({"method": "paco"}, [10], "method paco: compares classes, expected at least 2 with training images, got 1"),
+        ({"method": "bcl"}, [10, 0], "method bcl: compares classes"),
+        ({"method": "supcon"}, [1, 1, 1], r"no image has a positive; set supcon\.views to 2"),
+        ({"method": "proco", "proco": {"embedding_dim": 4}}, [9, 3], r"proco\.embedding_dim 4: .* at least 8"),
+        ({"method": "ldam"}, [9, 0], "method ldam: class 1 has no training image"),
+        ({"gml": {"query_all_views": True, "share_query": True}}, [9, 3], r"gml\.query_all_views: .* one student view"),
+        ({"gml": {"keys": "momentum"}, "teacher": {"cache": 2}}, [9, 3], r"set teacher\.cache to 0"),
+        (
+            {"gml": {"feature_transfer": 2, "queues": "shared"}},
+            [900, 3],
+            r"gml\.feature_transfer 2: needs gml\.queues class, not shared",
+        ),
+        (
+            {"gml": {"ensemble_weight": 1.0}, "optimizer": {"ema_decay": 0.9}},
+            [9, 3],
+            r"gml\.ensemble_weight: .*leave optimizer\.ema_decay out",
+        ),
+        ({"gml": {"feature_transfer": 2}}, [90, 60], r"gml\.feature_transfer: no class is in the shot group few"),
+        (
+            {"gml": {"queue_size": 19}},
+            [10] * 10,
+            r"gml.queue_size 19 with gml.queue_minimum 2: .*10 classes × 2 slots",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(
+    tiny: Config, changes: dict[str, Any], counts: list[int], message: str
 ) -> None:
-    method = gml(tiny.replace(gml={"queue_size": 900}), data)
-    source = loader(data, 3)
-    method.fill(lambda splits, r: source.batches(splits, -r - 1), data.train.labels)
-    assert len(method.queues) == 900
-    # an image in several slots is there in several views
-    slots = method.queues.slots()
-    image = slots.ids.mode().values
-    copies = slots.features[slots.ids == image]
-    assert len(copies) > 1
-    assert len(copies.unique(dim=0)) == len(copies)
+    config = tiny.replace(**changes)
+    with pytest.raises(LongtailError, match=message):
+        METHODS[config.method].check(config, counts)
 
 
-def test_state_holds_the_queues(tiny: Config, data: LongTailedData) -> None:
-    method, other = gml(tiny, data), gml(tiny, data)
-    method(next(loader(data, 3).epoch(0)))
-    other.load_state_dict(method.state_dict())
-    assert torch.equal(other.queues.slots().features, method.queues.slots().features)
-    assert len(other.queues) > 0
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shared queue": {"gml": {"queues": "shared", "queue_size": 100}},
+    "batch alone": {"gml": {"queues": "batch"}},
+    "momentum keys": {"gml": {"keys": "momentum"}},
+    "momentum keys, distilled": {"gml": {"keys": "momentum", "distillation_weight": 1.0}},
+    "both keys": {"gml": {"keys": "both"}},
+    "both keys, distilled": {"gml": {"keys": "both", "distillation_weight": 1.0}},
+    "self-pairs for both": {"gml": {"self_pairs": "both"}},
+    "no self-pairs": {"gml": {"self_pairs": "none"}},
+    "query all views": {"gml": {"query_all_views": True}, "classifier": {"every_view": True}},
+    "feature transfer": {"gml": {"feature_transfer": 3}},
+    "fixed temperature": {"gml": {"learn_temperature": False}},
+    **{name: {"method": name} for name in CONTRASTIVE},
+}
+# the states that a checkpoint has to hold: a moving average and a teacher, random draws in a step, a queue, statistics
+SAMPLE = {"both keys, distilled", "feature transfer", "paco", "proco"}
 
 
-def test_moving_a_method_moves_teacher_and_queues(tiny: Config, data: LongTailedData) -> None:
-    method = gml(tiny, data).to("meta")
-    assert method.queues.slots().features.is_meta
-    teacher = method._frozen[0]
-    assert teacher is not None
-    assert next(teacher.parameters()).is_meta
-
-
-def test_queues_that_do_not_fit_are_named(tiny: Config, data: LongTailedData) -> None:
-    with pytest.raises(LongtailError, match=r"gml.queue_size 19 with gml.queue_minimum 2: .*10 classes × 2 slots"):
-        GML.check(tiny.replace(gml={"queue_size": 19}), data.class_counts)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in VARIANTS]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    config = tiny.replace(**VARIANTS[variant])
+    fit(config, tmp_path / "whole", quiet=True)
+    fit_in_two(config, tmp_path / "cut", 8, monkeypatch)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert (tmp_path / "teachers").exists() == METHODS[config.method].needs_teacher(config)

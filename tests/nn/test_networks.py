@@ -16,26 +16,26 @@ def test_parameters_are_the_published_ones(name: str, millions: float) -> None:
     assert count / 1e6 == pytest.approx(millions, abs=0.03)
 
 
-def test_a_test_networks_size() -> None:
+def test_conv8_tiny_is_small() -> None:
     assert sum(p.numel() for p in build_backbone("conv8-tiny", channels=1).parameters()) < 3000
 
 
 @pytest.mark.parametrize(
     ("name", "channels", "size"), [("conv8", 1, 8), ("resnet20", 3, 32), ("resnet20", 3, 48), ("resnet10t", 3, 64)]
 )
-def test_features_have_the_width_they_say(name: str, channels: int, size: int) -> None:
+def test_features_have_the_announced_width(name: str, channels: int, size: int) -> None:
     encoder = Encoder(name, [0.5] * channels, [0.2] * channels)
     assert encoder(torch.rand(2, channels, size, size)).shape == (2, encoder.num_features)
 
 
-def test_normalisation_is_inside() -> None:
+def test_the_encoder_normalises() -> None:
     encoder = Encoder("resnet20", [0.1, 0.2, 0.3], [0.5, 0.25, 0.2])
     image = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     assert encoder.normalize(image).abs().max() < 1e-6
     assert not any("normalize" in name for name in encoder.state_dict())
 
 
-def test_images_are_brought_to_the_size_a_pretrained_net_knows() -> None:
+def test_images_are_resized() -> None:
     encoder = Encoder("resnet20", [0.5] * 3, [0.2] * 3, resize=48).eval()
     small = torch.rand(1, 3, 32, 32)
     large = torch.nn.functional.interpolate(small, size=48, mode="bilinear", antialias=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from longtail.config import Config
-from longtail.engine.books import read_metrics
-from longtail.engine.fit import fit
 from longtail.errors import LongtailError
 from longtail.report import run_report, runs_report
+from longtail.training.metric_log import read_metrics
+from longtail.training.trainer import fit
 from tests.conftest import save_image
 
 
@@ -19,20 +19,20 @@ def test_a_runs_page(tiny: Config, tmp_path: Path) -> None:
     fit(tiny, tmp_path / "run", quiet=True)
     text = run_report(tmp_path / "run").read_text(encoding="utf-8")
     for part in (
-        "The tail",
+        "Class distribution",
         "Accuracy by class",
         "Loss terms",
         "Reliability",
         "95 % interval",
         "Temperature",
-        "The prior",
+        "Effect of the prior",
         "balanced accuracy",
     ):
         assert part in text
     assert text.count("<svg") == 7
-    # every mistake that is told has its picture, and the page needs no test image
+    # every error that is listed has its picture, and the page needs no test image
     test = next(line for line in reversed(read_metrics(tmp_path / "run" / "metrics.jsonl")) if line["kind"] == "test")
-    shown = [entry for entries in test["uniform"]["mistakes"].values() for entry in entries]
+    shown = [entry for entries in test["uniform"]["errors"].values() for entry in entries]
     assert shown
     assert text.count("<figcaption>") == len(shown)
     assert text.count("data:image/png;base64,") == len(shown)
@@ -57,7 +57,7 @@ def test_class_names_are_text(tiny: Config, tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
-    with pytest.raises(LongtailError, match="holds no recogniser"):
+    with pytest.raises(LongtailError, match="contains no model"):
         run_report(tmp_path)
 
 
@@ -76,14 +76,22 @@ def test_any_runs_side_by_side(tiny: Config, tmp_path: Path) -> None:
     # seeds of one setting are one row; a setting beyond the method names it
     assert [record.method for record in records] == ["la", "la", "ce, warmup 0.1", "ce"]
     text = page.read_text(encoding="utf-8")
-    for part in ("What differs", "schedule.warmup", "ce − la", "Accuracy along the tail", 'href="../la/report.html"'):
+    for part in (
+        "Different settings",
+        "schedule.warmup",
+        "ce − la",
+        "Accuracy along the tail",
+        'href="../la/report.html"',
+    ):
         assert part in text
+    assert "uniform prior, those of ce, warmup 0.1; ce the training prior, as they were trained." in text
     assert text.count("<a href=") == 1  # the others have no page to go to
     # seed 1 has other digits in its head, so places in the tail stand for them
     assert "place in the tail" in text
     assert len(re.findall(r"<tr><td>\d+</td>", text)) == 10
     runs_report([tmp_path / "la", tmp_path / "ce"], page)
     text = page.read_text(encoding="utf-8")
+    assert "uniform prior, those of ce the training prior" in text
     assert "second − first" in text
     assert "place in the tail" not in text
 
@@ -95,14 +103,14 @@ def test_runs_that_do_not_go_together(tiny: Config, tmp_path: Path) -> None:
         for number in range(4):
             save_image(tmp_path / "photos" / name / f"{number}.png", seed=10 * index + number)
     fit(config.replace(data={"source": "folder", "root": str(tmp_path / "photos")}), tmp_path / "two", quiet=True)
-    with pytest.raises(LongtailError, match=r"two: is not of the classes and the task of .*one"):
+    with pytest.raises(LongtailError, match=r"two: has other classes or another task than .*one"):
         runs_report([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
     (tmp_path / "two" / "metrics.jsonl").unlink()
-    with pytest.raises(LongtailError, match=r"metrics.jsonl: has no test metrics; --resume the run"):
+    with pytest.raises(LongtailError, match=r"metrics.jsonl: has no test metrics; use --resume to finish the run"):
         runs_report([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
     with pytest.raises(LongtailError, match=r"photos: has no config.yaml: expected the folder of a run"):
         runs_report([tmp_path / "one", tmp_path / "photos"], tmp_path / "page.html")
-    # the same run twice is told by its folder
+    # the same run twice is labelled by its folder
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     records = runs_report([tmp_path / "one", tmp_path / "copy"], tmp_path / "page.html")
     assert [Path(record.method).name for record in records] == ["one", "copy"]
@@ -111,7 +119,7 @@ def test_runs_that_do_not_go_together(tiny: Config, tmp_path: Path) -> None:
 def test_a_run_without_metrics(tiny: Config, tmp_path: Path) -> None:
     fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    with pytest.raises(LongtailError, match=r"metrics.jsonl: has no test metrics; --resume the run"):
+    with pytest.raises(LongtailError, match=r"metrics.jsonl: has no test metrics; use --resume to finish the run"):
         run_report(tmp_path / "run")
 
 

@@ -1,1 +1,1 @@
-"""Images in, batches out: sources, the tail, views and loaders."""
+"""From images to batches: sources, long-tailed subsampling, augmentation and loading."""

@@ -1,4 +1,4 @@
-"""What every source gives: images, labels, class names and ids, split by split. Legend: N images, S side in pixels."""
+"""What every source returns: images, labels, class names and ids by split. Legend: N images, C classes, S side."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longtail.config import Shots
 from longtail.data.images import ArrayImages, Images
 from longtail.errors import LongtailError
 
@@ -26,9 +27,9 @@ class ImageSet:
 
     images: Images
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64 in [0, C)."""
     ids: Tensor
-    """(N,) int64, one an image, the same in every run."""
+    """(N,) int64, unique per image and the same in every run."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,69 +37,86 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class LongTailedData:
-    """A long-tailed training set with what is needed to judge a model on it."""
+    """A long-tailed training set, with what is needed to train and to evaluate a model on it."""
+
+    task: ClassVar[str] = "classification"
+    """Name of the task in :data:`longtail.registry.TASKS` that learns from it."""
+    counted: ClassVar[str] = "training images"
+    """What :attr:`class_counts` counts."""
+    group_names: ClassVar[tuple[str, ...]] = ("many", "medium", "few")
+    """Names of the groups of classes that metrics are averaged over, from head to tail."""
+    files_checked: ClassVar[bool] = False
+    """Whether loading it has opened every file, so that there is no problem left for an inspection to find."""
 
     train: ImageSet
     val: ImageSet | None
-    """Picks the epoch where there is one."""
+    """Chooses the best epoch and calibrates, where there is one."""
     test: ImageSet
-    """Read once, at the end."""
+    """Evaluated once, after training."""
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
-    """Of the images in [0, 1], a channel; its length is the number of channels."""
+    """Of each channel of the images in [0, 1]; its length is the number of channels."""
     std: tuple[float, ...]
     image_size: int
-    """Side in pixels of what a network sees."""
+    """Side in pixels of the images that a network is given, S."""
     augment: str
-    """The augmentation that suits these images."""
+    """Default augmentation of these images, a name in :data:`longtail.registry.TRANSFORMS`."""
     remarks: tuple[str, ...] = ()
-    """What a user should know of the set before training on it."""
+    """What a user should know about the set before training on it."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A name of the training set: which images, with a look at some of them, under which labels and class names."""
+        """Hash of the training set: ids, labels, class names and the signatures of some 64 images."""
         digest = hashlib.blake2b("\0".join(self.class_names).encode("utf-8", "surrogateescape"), digest_size=8)
         for tensor in (self.train.ids, self.train.labels):
             digest.update(tensor.numpy().tobytes())
         for index in range(0, len(self.train), max(1, len(self.train) // 64)):
-            digest.update(self.train.images.glance(index))
+            digest.update(self.train.images.signature(index))
         return digest.hexdigest()
 
     @property
     def class_counts(self) -> list[int]:
-        """Training images a class."""
+        """Training images of each class, (C,)."""
         counts: list[int] = torch.bincount(self.train.labels, minlength=len(self.class_names)).tolist()
         return counts
 
+    def groups(self, shots: Shots) -> list[str]:
+        """Return the group of each class, C of :attr:`group_names`.
+
+        Args:
+            shots: thresholds between many, medium and few training images.
+        """
+        return shots.groups(self.class_counts)
+
 
 Arrays = tuple[np.ndarray[Any, Any] | Tensor, np.ndarray[Any, Any] | Tensor]
-"""Images (N, H, W), (N, H, W, channels) or (N, channels, H, W) of uint8, and labels (N,) in [0, C)."""
+"""Images (N, S, S), (N, S, S, channels) or (N, channels, S, S) of uint8, and labels (N,) in [0, C)."""
 
 
 def from_arrays(
     train: Arrays, test: Arrays, val: Arrays | None = None, class_names: Sequence[str] | None = None
 ) -> LongTailedData:
-    """Return images that are in memory already, ready for :func:`longtail.engine.fit.fit`.
+    """Return images that are in memory as a data set, ready for :func:`longtail.training.trainer.fit`.
 
     Args:
-        train: images and labels to train on.
-        test: images and labels to be judged on, once.
-        val: images and labels that pick the epoch.
+        train: training images and labels.
+        test: test images and labels, evaluated once.
+        val: validation images and labels.
         class_names: C names; the labels' numbers if not given.
 
     Raises:
-        LongtailError: shapes, types or labels are not as in :data:`Arrays`; the split is named.
+        LongtailError: shapes, types or labels are not as in :data:`Arrays`; the message names the split.
     """
     splits = {"train": train, "test": test} | ({} if val is None else {"val": val})
     pixels: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
     classes = 0
     for name, (images, labels) in splits.items():
-        pixels[name], targets[name] = _pixels(images, name), _labels(labels, len(images), name)
+        pixels[name], targets[name] = _check_pixels(images, name), _check_labels(labels, len(images), name)
         classes = max(classes, int(targets[name].max()) + 1)
     names = tuple(str(index) for index in range(classes)) if class_names is None else tuple(map(str, class_names))
     if len(names) < classes:
-        raise LongtailError(f"class_names: expected at least {classes}, one a label, got {len(names)}")
+        raise LongtailError(f"class_names: expected at least {classes}, one for each label, got {len(names)}")
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in pixels.items()}
     if len(set(shapes.values())) > 1:
         raise LongtailError(f"images: expected one shape in every split, got {shapes}")
@@ -122,7 +140,8 @@ def from_arrays(
     )
 
 
-def _pixels(images: np.ndarray[Any, Any] | Tensor, split: str) -> Tensor:
+def _check_pixels(images: np.ndarray[Any, Any] | Tensor, split: str) -> Tensor:
+    """Return images as (N, channels, S, S) uint8."""
     tensor = torch.as_tensor(images)
     expected = "(N, S, S), (N, S, S, channels) or (N, channels, S, S) of uint8, with 1 or 3 channels"
     if tensor.ndim == 3:
@@ -136,10 +155,11 @@ def _pixels(images: np.ndarray[Any, Any] | Tensor, split: str) -> Tensor:
     return tensor.contiguous()
 
 
-def _labels(labels: np.ndarray[Any, Any] | Tensor, images: int, split: str) -> Tensor:
+def _check_labels(labels: np.ndarray[Any, Any] | Tensor, images: int, split: str) -> Tensor:
+    """Return labels as (images,) int64."""
     tensor = torch.as_tensor(labels)
-    whole = not tensor.is_floating_point() and tensor.dtype != torch.bool
-    if tensor.shape != (images,) or not whole or (images and int(tensor.min()) < 0):
+    integers = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    if tensor.shape != (images,) or not integers or (images and int(tensor.min()) < 0):
         raise LongtailError(
             f"{split} labels: expected {images} integers of at least 0, got {tuple(tensor.shape)} of {tensor.dtype}"
         )

@@ -1,4 +1,7 @@
-"""Pixels: decoded once and held as uint8, or decoded batch by batch. Legend: B images, channels, S side in pixels."""
+"""Collections of images: decoded once and kept in memory, or decoded when they are needed.
+
+Legend: N images, B of them in a batch, S side in pixels.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from longtail.data.pictures import explained, open_image, squared
+from longtail.data.image_io import image_errors, open_image, resize_center_crop
 from longtail.errors import LongtailError
 
 
@@ -23,33 +26,41 @@ class Images(Protocol):
     """A sequence of images of one size."""
 
     lazy: bool
-    """Whether taking images costs time that is worth spending ahead."""
-    broken: dict[int, str]
-    """Images that could not be read, with the reason."""
+    """Whether taking images reads and decodes them, so that it pays to do it ahead of their use."""
+    unreadable: dict[int, str]
+    """Images that could not be read, by position, with the reason."""
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Return N."""
         ...
 
     def take(self, indices: Tensor) -> Tensor:
         """Return (B, channels, S, S) uint8 for (B,) int64 indices."""
         ...
 
-    def open_or_another(self, index: int) -> Image.Image:
-        """Return one image as it is stored, or where it cannot be read another of its class."""
+    def open_with_fallback(self, index: int) -> Image.Image:
+        """Return one image as it is stored, or another of its class where it cannot be read."""
         ...
 
-    def note(self, broken: dict[int, str]) -> None:
-        """Remember images that cannot be read."""
+    def open_sample(self, index: int) -> Any:
+        """Return what a per-image transform of these images takes: the Pillow image, or it with its annotation."""
         ...
 
-    def glance(self, index: int) -> bytes:
-        """Return something that tells an image from another: its size in bytes, or its pixels."""
+    def record_unreadable(self, reasons: dict[int, str]) -> None:
+        """Add images that could not be read, by position, with the reason; raise LongtailError if they are too many."""
+        ...
+
+    def signature(self, index: int) -> bytes:
+        """Return bytes by which a changed image is recognised: its pixels, or the size of its file."""
         ...
 
 
 class ArrayImages:
-    """Images in memory: (N, channels, S, S) uint8."""
+    """Images in memory.
+
+    Args:
+        pixels: (N, channels, S, S) uint8.
+    """
 
     lazy = False
 
@@ -57,7 +68,7 @@ class ArrayImages:
         assert pixels.dtype == torch.uint8
         assert pixels.ndim == 4
         self.pixels = pixels
-        self.broken: dict[int, str] = {}
+        self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -66,35 +77,42 @@ class ArrayImages:
         """Return the images at ``indices``."""
         return self.pixels[indices]
 
-    def open_or_another(self, index: int) -> Image.Image:
+    def open_with_fallback(self, index: int) -> Image.Image:
         """Return one image."""
         pixels = self.pixels[index].permute(1, 2, 0).numpy()
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
-    def note(self, broken: dict[int, str]) -> None:
-        """Nothing in memory is broken."""
-        assert not broken
+    def open_sample(self, index: int) -> Image.Image:
+        """Return one image."""
+        return self.open_with_fallback(index)
 
-    def glance(self, index: int) -> bytes:
+    def record_unreadable(self, reasons: dict[int, str]) -> None:
+        """Do nothing: what is in memory has been read."""
+        assert not reasons
+
+    def signature(self, index: int) -> bytes:
         """Return an image's pixels."""
         return self.pixels[index].numpy().tobytes()
 
 
 class LazyImages(ABC):
-    """Images that are decoded when they are taken, by a few threads (Pillow decodes outside the interpreter's lock).
+    """Images that are decoded when they are taken, by several threads (Pillow decodes outside the interpreter's lock).
 
     Args:
         size: S.
         channels: 3 or 1.
-        labels: (N,) classes, from which a replacement for an image that cannot be read is taken.
-        broken_share: largest share of the images that may turn out unreadable and be replaced.
+        labels: (N,) classes, from which the replacement of an unreadable image is chosen.
+        max_unreadable_fraction: largest fraction of the images that may be unreadable and replaced, in [0, 1).
     """
 
     lazy = True
 
-    def __init__(self, size: int, channels: int = 3, labels: Tensor | None = None, broken_share: float = 0.0) -> None:
-        self.size, self.channels, self.labels, self.broken_share = size, channels, labels, broken_share
-        self.broken: dict[int, str] = {}
+    def __init__(
+        self, size: int, channels: int = 3, labels: Tensor | None = None, max_unreadable_fraction: float = 0.0
+    ) -> None:
+        self.size, self.channels, self.labels = size, channels, labels
+        self.max_unreadable_fraction = max_unreadable_fraction
+        self.unreadable: dict[int, str] = {}
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -104,46 +122,56 @@ class LazyImages(ABC):
         """Return one image as it is stored.
 
         Raises:
-            LongtailError: it cannot be read; it is named.
+            LongtailError: it cannot be read; the message names it.
         """
 
     def take(self, indices: Tensor) -> Tensor:
-        """Return the images at ``indices``."""
-        return _decoded(
-            lambda index: to_square(self.open_or_another(index), self.size, self.channels), indices.tolist()
-        )
+        """Return the images at ``indices``; raises as :meth:`open_with_fallback` does."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return torch.stack(list(pool.map(self._take_one, indices.tolist())))
 
-    def open_or_another(self, index: int) -> Image.Image:
-        """Return an image, or where it cannot be read the next of its class that can.
+    def _take_one(self, index: int) -> Tensor:
+        return to_square(self.open_with_fallback(index), self.size, self.channels)
+
+    def open_with_fallback(self, index: int) -> Image.Image:
+        """Return an image as it is stored, or the next readable one of its class.
 
         Raises:
-            LongtailError: more images than ``broken_share`` cannot be read, or none of the class can.
+            LongtailError: a larger fraction than ``max_unreadable_fraction`` is unreadable, or the whole class is.
         """
         try:
             return self.open(index)
         except LongtailError as error:
-            self.note({index: str(error)})
+            self.record_unreadable({index: str(error)})
         assert self.labels is not None
-        others = torch.nonzero(self.labels == self.labels[index]).flatten().tolist()
-        place = others.index(index)
-        for other in others[place + 1 :] + others[:place]:
-            if other not in self.broken:
+        same_class = torch.nonzero(self.labels == self.labels[index]).flatten().tolist()
+        position = same_class.index(index)
+        for other in same_class[position + 1 :] + same_class[:position]:
+            if other not in self.unreadable:
                 try:
                     return self.open(other)
                 except LongtailError as error:
-                    self.note({other: str(error)})
-        raise LongtailError(f"{self.broken[index]}; and no other image of its class can be read")
+                    self.record_unreadable({other: str(error)})
+        raise LongtailError(f"{self.unreadable[index]}; and no other image of its class can be read")
 
-    def note(self, broken: dict[int, str]) -> None:
-        """Remember images that cannot be read; raise LongtailError when there are too many."""
-        self.broken |= broken
-        if len(self.broken) > self.broken_share * len(self):
-            first = next(iter(self.broken.values()))
-            if self.broken_share == 0:
+    def open_sample(self, index: int) -> Any:
+        """Return what a per-image transform takes: the Pillow image, see :meth:`open_with_fallback`."""
+        return self.open_with_fallback(index)
+
+    def record_unreadable(self, reasons: dict[int, str]) -> None:
+        """Add images that could not be read.
+
+        Raises:
+            LongtailError: a larger fraction than ``max_unreadable_fraction`` is unreadable.
+        """
+        self.unreadable |= reasons
+        if len(self.unreadable) > self.max_unreadable_fraction * len(self):
+            first = next(iter(self.unreadable.values()))
+            if self.max_unreadable_fraction == 0:
                 raise LongtailError(first)
             raise LongtailError(
-                f"{len(self.broken)} of {len(self)} images cannot be read, more than data.broken_share "
-                f"{self.broken_share:g}; the first: {first}"
+                f"{len(self.unreadable)} of {len(self)} images cannot be read, more than data.max_unreadable_fraction "
+                f"{self.max_unreadable_fraction:g}; the first: {first}"
             )
 
 
@@ -152,11 +180,11 @@ class FileImages(LazyImages):
 
     Args:
         root: the folder.
-        names: N paths below it; as text, for a Path takes ten times the memory.
+        names: N paths below it; as strings, since a Path takes ten times the memory.
         size: see :class:`LazyImages`.
         channels: see :class:`LazyImages`.
         labels: see :class:`LazyImages`.
-        broken_share: see :class:`LazyImages`.
+        max_unreadable_fraction: see :class:`LazyImages`.
     """
 
     def __init__(
@@ -166,9 +194,9 @@ class FileImages(LazyImages):
         size: int,
         channels: int = 3,
         labels: Tensor | None = None,
-        broken_share: float = 0.0,
+        max_unreadable_fraction: float = 0.0,
     ) -> None:
-        super().__init__(size, channels, labels, broken_share)
+        super().__init__(size, channels, labels, max_unreadable_fraction)
         self.root, self.names = root, names
 
     def __len__(self) -> int:
@@ -178,66 +206,53 @@ class FileImages(LazyImages):
         """Return the image at ``index``."""
         return open_image(self.root / self.names[index])
 
-    def glance(self, index: int) -> bytes:
-        """Return a file's size."""
+    def signature(self, index: int) -> bytes:
+        """Return the size of a file in bytes, as text; −1 where it is missing."""
         path = self.root / self.names[index]
         return str(path.stat().st_size if path.exists() else -1).encode()
 
 
 class EncodedImages(LazyImages):
-    """Encoded images in the rows of a table (parquet, the Hub's sets).
+    """Encoded images in the rows of a table (Parquet files, data sets of the Hugging Face Hub).
 
     Args:
-        cells: gives the bytes of a row.
+        read_row: returns the encoded image of a row.
         count: N.
         name: of the table, for messages.
         size: see :class:`LazyImages`.
         channels: see :class:`LazyImages`.
         labels: see :class:`LazyImages`.
-        broken_share: see :class:`LazyImages`.
+        max_unreadable_fraction: see :class:`LazyImages`.
     """
 
     def __init__(
         self,
-        cells: Callable[[int], bytes],
+        read_row: Callable[[int], bytes],
         count: int,
         name: str,
         size: int,
         channels: int = 3,
         labels: Tensor | None = None,
-        broken_share: float = 0.0,
+        max_unreadable_fraction: float = 0.0,
     ) -> None:
-        super().__init__(size, channels, labels, broken_share)
-        self.cells, self.count, self.name = cells, count, name
+        super().__init__(size, channels, labels, max_unreadable_fraction)
+        self.read_row, self.count, self.name = read_row, count, name
 
     def __len__(self) -> int:
         return self.count
 
-    def glance(self, index: int) -> bytes:
-        """Return the size of a row's image."""
-        return str(len(self.cells(index))).encode()
-
     def open(self, index: int) -> Image.Image:
         """Return the image of row ``index``."""
-        with explained(f"{self.name}, row {index}"), Image.open(io.BytesIO(self.cells(index))) as image:
+        with image_errors(f"{self.name}, row {index}"), Image.open(io.BytesIO(self.read_row(index))) as image:
             image.load()
         return image
 
-
-Item = TypeVar("Item")
-
-
-def _decoded(function: Callable[[Item], Tensor], items: Sequence[Item]) -> Tensor:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return torch.stack(list(pool.map(function, items)))
-
-
-def decode(path: Path, size: int, channels: int = 3) -> Tensor:
-    """Return an image file as (channels, size, size) uint8: see :func:`to_square`."""
-    return to_square(open_image(path), size, channels)
+    def signature(self, index: int) -> bytes:
+        """Return the number of bytes of a row's image, as text."""
+        return str(len(self.read_row(index))).encode()
 
 
 def to_square(image: Image.Image, size: int, channels: int = 3) -> Tensor:
-    """Return any Pillow image as (channels, size, size) uint8: see :func:`~longtail.data.pictures.squared`."""
-    pixels = torch.from_numpy(np.array(squared(image, size, channels)))
+    """Return a Pillow image as (channels, size, size) uint8, see :func:`~longtail.data.image_io.resize_center_crop`."""
+    pixels = torch.from_numpy(np.array(resize_center_crop(image, size, channels)))
     return pixels.permute(2, 0, 1) if channels == 3 else pixels[None]

@@ -1,6 +1,7 @@
-"""How a set is made long-tailed, and how one without splits gets them.
+"""Making a set long-tailed, and splitting one class by class.
 
-Legend: C classes, n_max images of the largest class, f the imbalance factor, r a class's rank from the head, from 0.
+Legend: N images, C classes, n_max images of the largest class, f the imbalance factor, r a class's rank from the head,
+from 0.
 """
 
 from __future__ import annotations
@@ -17,14 +18,26 @@ from longtail.randomness import generator, mix
 PARETO_POWER = 6
 """Power of the Pareto profile, as ImageNet-LT was drawn with (Liu et al., CVPR 2019)."""
 
-_ORDER, _SPLIT = mix(11), mix(12)  # streams of draws that never meet
+_ORDER, _SPLIT = mix(11), mix(12)  # random streams that never meet
+
+
+def resolve_profile(profile: str, balanced: bool) -> str:
+    """Return natural, exponential, step or pareto for a profile that may be auto.
+
+    Args:
+        profile: as configured; auto is exponential for a balanced set, and natural for one with a tail of its own.
+        balanced: whether the set is balanced as published.
+    """
+    if profile != "auto":
+        return profile
+    return "exponential" if balanced else "natural"
 
 
 def profile_counts(profile: str, largest: int, classes: int, factor: float) -> list[int]:
-    """Return the images of every class, head first.
+    """Return the number of images of every class, head first, (C,).
 
     - exponential: int(n_max · f^(−r/(C−1))), the profile of CIFAR-LT (Cui et al., CVPR 2019);
-    - step: the first half of the classes has n_max, the rest n_max/f (Buda et al., 2018);
+    - step: n_max for the first half of the classes, n_max/f for the rest (Buda et al., 2018);
     - pareto: n_max · (1 + r/(C−1) · (f^(1/a) − 1))^(−a), a power law from n_max to n_max/f; a is :data:`PARETO_POWER`.
 
     Args:
@@ -38,24 +51,30 @@ def profile_counts(profile: str, largest: int, classes: int, factor: float) -> l
         return [largest if 2 * rank < classes else int(largest / factor) for rank in range(classes)]
     if profile == "pareto":
         slope = factor ** (1 / PARETO_POWER) - 1
-        # a part in 10⁹ more, so that the last class is not one short by rounding
+        # larger by one part in 10⁹, so that rounding does not take an image from the last class
         return [int(largest * (1 + rank / last * slope) ** -PARETO_POWER * (1 + 1e-9)) for rank in range(classes)]
     assert profile == "exponential"
     return [int(largest * (1 / factor) ** (rank / last)) for rank in range(classes)]
 
 
-def class_order(order: str, names: Sequence[str], seed: int) -> list[int]:
-    """Return the classes from head to tail: by index, by name, or at random."""
+def rank_classes(order: str, names: Sequence[str], seed: int) -> list[int]:
+    """Return the class indices from head to tail.
+
+    Args:
+        order: index, name or random.
+        names: C class names.
+        seed: of a random order.
+    """
     if order == "name":
         return sorted(range(len(names)), key=lambda index: names[index])
     if order == "random":
-        drawn: list[int] = torch.randperm(len(names), generator=generator(seed, _ORDER)).tolist()
-        return drawn
+        permutation: list[int] = torch.randperm(len(names), generator=generator(seed, _ORDER)).tolist()
+        return permutation
     return list(range(len(names)))
 
 
 def permuted_by_class(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
-    """Return, for every class, the positions of its images in an order that the seed alone decides."""
+    """Return, for each of the C classes, the positions of its images in a random order given by the seed alone."""
     grouped = torch.argsort(labels, stable=True).split(torch.bincount(labels, minlength=classes).tolist())
     return [
         positions[torch.randperm(len(positions), generator=generator(seed, index))]
@@ -64,7 +83,7 @@ def permuted_by_class(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
 
 
 def subsample(order: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Return the positions of the first ``counts[c]`` images of every class, ascending.
+    """Return the positions of the first ``counts[c]`` images of every class c, ascending.
 
     A smaller imbalance factor keeps all the images of a larger one, since both read the same order.
     """
@@ -72,74 +91,90 @@ def subsample(order: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 
 def long_tailed(
-    order: Sequence[Tensor], names: Sequence[str], profile: str, factor: float, ranks: str, seed: int
+    order: Sequence[Tensor], names: Sequence[str], profile: str, factor: float, class_order: str, seed: int
 ) -> Tensor:
     """Return the positions of the images that make a set long-tailed, ascending; nested over factors.
 
-    The head is as large as it can be, and a class that has fewer images than the profile wants keeps all.
+    The head keeps all of its images, and so does a class that has fewer than the profile asks for.
 
     Args:
-        order: each class's positions, see :func:`permuted_by_class`.
-        names: class names.
+        order: positions of the images of every class, see :func:`permuted_by_class`.
+        names: C class names.
         profile: natural (all images), exponential, step or pareto.
-        factor: imbalance factor.
-        ranks: which class is head and which is tail: index, name or random.
-        seed: of random ranks.
+        factor: imbalance factor, at least 1.
+        class_order: which classes are head and which are tail: index, name or random.
+        seed: of a random class order.
 
     Raises:
         LongtailError: the smallest class would have no image.
     """
     if profile == "natural":
         return torch.cat(list(order)).sort().values
-    head_first = class_order(ranks, names, seed)
-    wanted = profile_counts(profile, len(order[head_first[0]]), len(order), factor)
-    if min(wanted) < 1:
+    ranked = rank_classes(class_order, names, seed)
+    counts_by_rank = profile_counts(profile, len(order[ranked[0]]), len(order), factor)
+    if min(counts_by_rank) < 1:
         raise LongtailError(
             f"data.imbalance {factor:g} leaves the smallest class without an image; "
-            f"with {wanted[0]} in the largest it can be at most {wanted[0]}"
+            f"with {counts_by_rank[0]} in the largest it can be at most {counts_by_rank[0]}"
         )
     counts = [0] * len(order)
-    for rank, index in enumerate(head_first):
-        counts[index] = wanted[rank]
+    for rank, index in enumerate(ranked):
+        counts[index] = counts_by_rank[rank]
     return subsample(order, counts)
 
 
-def stratified(labels: Tensor, classes: int, val: float, test: float, seed: int) -> tuple[Tensor, list[int]]:
-    """Share every class out over train, val and test.
-
-    A class of at least 3 images has one in each split that was asked for; one of 2 has one to train on and one to test
-    on; one of 1 is trained on alone.
+def hold_out_balanced(order: Sequence[Tensor], fraction: float) -> tuple[Tensor | None, list[Tensor]]:
+    """Take the same number of images from every class, before a set is made long-tailed.
 
     Args:
-        labels: (N,).
+        order: positions of the images of every class, see :func:`permuted_by_class`.
+        fraction: of the smallest class, in [0, 1); 0 takes none.
+
+    Returns:
+        Positions of the images that are held out (None where none are), and the positions that remain of every class.
+    """
+    if fraction == 0:
+        return None, list(order)
+    count = max(1, round(fraction * min(len(positions) for positions in order)))
+    return torch.cat([positions[:count] for positions in order]), [positions[count:] for positions in order]
+
+
+def stratified_split(labels: Tensor, classes: int, val: float, test: float, seed: int) -> tuple[Tensor, list[int]]:
+    """Split every class into train, val and test.
+
+    A class of at least 3 images has one in each split that is asked for; one of 2 has one in train and one in test; one
+    of 1 is in train.
+
+    Args:
+        labels: (N,) int64.
         classes: C.
-        val: share of each class for validation; 0 makes no such split.
-        test: share of each class for the test; 0 makes no such split.
+        val: fraction of each class for validation; 0 makes no such split.
+        test: fraction of each class for the test; 0 makes no such split.
         seed: decides which images.
 
     Returns:
-        (N,) 0 for train, 1 for val, 2 for test; and the classes that lack an image in one of the splits asked for.
+        (N,) int64, 0 for train, 1 for val, 2 for test; and the classes without an image in one of the splits asked for.
     """
     assignment = torch.zeros(len(labels), dtype=torch.int64)
     short = []
     for index, positions in enumerate(permuted_by_class(labels, classes, mix(seed, _SPLIT))):
         count = len(positions)
-        tested = max(1, round(count * test)) if test > 0 and count >= 2 else 0
-        validated = max(1, round(count * val)) if val > 0 and count >= (3 if test > 0 else 2) else 0
-        while tested + validated > count - 1:  # one stays to train on
-            if tested >= validated:
-                tested -= 1
+        in_test = max(1, round(count * test)) if test > 0 and count >= 2 else 0
+        in_val = max(1, round(count * val)) if val > 0 and count >= (3 if test > 0 else 2) else 0
+        while in_test + in_val > count - 1:  # at least one is for training
+            if in_test >= in_val:
+                in_test -= 1
             else:
-                validated -= 1
-        if (test > 0 and tested == 0) or (val > 0 and validated == 0):
+                in_val -= 1
+        if (test > 0 and in_test == 0) or (val > 0 and in_val == 0):
             short.append(index)
-        assignment[positions[:tested]] = 2
-        assignment[positions[tested : tested + validated]] = 1
+        assignment[positions[:in_test]] = 2
+        assignment[positions[in_test : in_test + in_val]] = 1
     return assignment, short
 
 
 def gini(counts: Sequence[int]) -> float:
-    """Return the Gini coefficient of the class counts: 0 when all are equal, towards 1 when one class has all."""
+    """Return the Gini coefficient of class counts, in [0, 1): 0 when all are equal, near 1 when one class has all."""
     ordered = sorted(counts)
     total, classes = sum(ordered), len(ordered)
     if total == 0:
@@ -149,5 +184,5 @@ def gini(counts: Sequence[int]) -> float:
 
 
 def imbalance_factor(counts: Sequence[int]) -> float:
-    """Return images of the largest class over those of the smallest; inf where one has none."""
+    """Return the images of the largest class over those of the smallest; inf where a class has none."""
     return max(counts) / min(counts) if min(counts) > 0 else math.inf

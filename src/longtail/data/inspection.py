@@ -1,6 +1,6 @@
-"""What a set looks like before it is trained on: its tail, and what is wrong with it. Legend: C classes.
+"""What a set looks like before it is trained on: its class counts, and what is wrong with it. Legend: C classes.
 
-Files are read one after the other; of each no more is kept than a digest and its sides.
+Files are read in chunks; only a digest and the size of each image are kept.
 """
 
 from __future__ import annotations
@@ -15,70 +15,67 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from longtail.config import Data, Shots
 from longtail.data.dataset import LongTailedData
 from longtail.data.imbalance import gini, imbalance_factor
-from longtail.data.scenes import DenseData, thirds
-from longtail.data.sources import LISTINGS, load_data, read_listing
-from longtail.errors import LongtailError
+from longtail.data.listing import Listing
+from longtail.data.sources import load_data, read_listing
+from longtail.registry import SOURCES
 
-_CHUNK = 2048  # files that are under way at once
+_CHUNK = 2048  # files that are read at once
 
 
 @dataclass(kw_only=True)
 class Inspection:
-    """What was found."""
+    """What a set looks like, and its problems."""
 
     source: str
     splits: dict[str, int]
-    """Images a split; ``all`` where there are no splits."""
+    """Number of images by split; ``all`` where there are no splits."""
     class_names: list[str]
+    """(C,)."""
     class_counts: list[int]
-    """(C,) training images a class."""
+    """(C,) training images, or what else :attr:`counted` says, of each class."""
     groups: list[str]
-    """(C,) many, medium or few."""
+    """(C,) the group of each class, one of :attr:`group_names`."""
     imbalance_factor: float | None
-    """Images of the largest class over images of the smallest; None where one has none."""
+    """Count of the largest class over that of the smallest; None where a class has none."""
     gini: float
-    """Of the class counts: 0 when all are equal, towards 1 when one has all."""
+    """Gini coefficient of the class counts: 0 when all are equal, towards 1 when one class has all."""
+    counted: str
+    """What the class counts count: training images, for one."""
+    group_names: tuple[str, ...]
+    """Names of the groups, from head to tail: many, medium and few, for one."""
     sides: dict[str, list[int]] = field(default_factory=dict)
-    """Least, median and largest width and height in pixels."""
+    """Smallest, median and largest width and height in pixels."""
     unreadable: list[dict[str, str]] = field(default_factory=list)
-    """Files that are no images, with the reason."""
+    """Files that cannot be read as images: path and reason."""
     duplicates: list[list[str]] = field(default_factory=list)
     """Groups of files of one split with the same content."""
     leaks: list[list[str]] = field(default_factory=list)
     """Groups of files with the same content in several splits."""
     errors: list[str] = field(default_factory=list)
-    """What keeps the set from being trained on."""
+    """What prevents training on the set."""
     remarks: list[str] = field(default_factory=list)
 
     @property
-    def counted(self) -> str:
-        """What the classes are counted in."""
-        return "training pixels" if "head" in self.groups else "training images"
-
-    @property
-    def group_names(self) -> tuple[str, ...]:
-        """The shot groups, or the thirds by pixels."""
-        return ("head", "middle", "tail") if "head" in self.groups else ("many", "medium", "few")
-
-    @property
     def least(self) -> list[tuple[str, int]]:
-        """The five smallest classes, smallest first."""
+        """The five smallest classes with their counts, smallest first."""
         order = sorted(range(len(self.class_counts)), key=lambda index: self.class_counts[index])
         return [(self.class_names[index], self.class_counts[index]) for index in order[:5]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as ``--json`` holds them."""
+        """Return plain values, as ``--json`` writes them."""
+        values = dataclasses.asdict(self)
+        del values["counted"], values["group_names"]
         return {
-            **dataclasses.asdict(self),
+            **values,
             "images": sum(self.splits.values()),
             "classes": len(self.class_names),
             "group_sizes": {group: self.groups.count(group) for group in self.group_names},
@@ -87,64 +84,70 @@ class Inspection:
 
 
 def inspect(config: Data, seed: int, shots: Shots, tick: Callable[[int], None] = lambda _count: None) -> Inspection:
-    """Look at every image of a set.
+    """Read every image of a set and report its problems.
 
     Args:
         config: which set.
         seed: of the tail and the splits, as in training.
-        shots: thresholds of the groups.
-        tick: told of every batch of images that was looked at.
+        shots: thresholds of the groups of classes.
+        tick: called with the number of images after each chunk that was read.
 
     Raises:
         LongtailError: the set is unknown, or cannot be listed at all.
     """
-    if config.source in LISTINGS:
-        if config.root is not None and not Path(config.root).exists():
-            raise LongtailError(f"data.root '{config.root}': there is no such folder")
-        listing = read_listing(config)
-        trained = listing.splits.get("train", listing.splits.get("all"))
-        assert trained is not None
-        counts = np.bincount(trained.labels.numpy(), minlength=len(listing.class_names))[: len(listing.class_names)]
-        found = _inspection(config, listing.class_names, counts.tolist(), shots)
-        found.splits = {split: len(entries) for split, entries in listing.splits.items()}
-        found.errors, found.remarks = list(listing.errors), list(listing.remarks)
-        files = (
-            (f"{split}: {name}" if split != "all" else name, split, listing.root / name)
-            for split, entries in listing.splits.items()
-            for name in entries.names
-        )
-        _look(found, ((shown, split, path.read_bytes) for shown, split, path in files), tick)
-        return found
+    if SOURCES[config.source].listing is not None:
+        return _inspect_files(read_listing(config), config, shots, tick)
     data = load_data(config, seed)
-    found = _inspection(config, list(data.class_names), data.class_counts, shots)
-    found.remarks = list(data.remarks)
+    inspection = _inspection(config, data.class_names, data.class_counts, data.groups(shots), data)
+    inspection.remarks = list(data.remarks)
     sets = {"train": data.train, "val": data.val, "test": data.test}
-    found.splits = {split: len(images) for split, images in sets.items() if images is not None}
-    if isinstance(data, DenseData):  # every mask was looked at when the set was loaded
-        found.groups = thirds(data.class_counts)
-    else:
-        _look_at_pixels(found, data, tick)
-    return found
+    inspection.splits = {split: len(images) for split, images in sets.items() if images is not None}
+    if not data.files_checked:
+        _compare_pixels(inspection, data, tick)
+    return inspection
 
 
-def _inspection(config: Data, names: Sequence[str], counts: Sequence[int], shots: Shots) -> Inspection:
+def _inspect_files(listing: Listing, config: Data, shots: Shots, tick: Callable[[int], None]) -> Inspection:
+    classes = len(listing.class_names)
+    counts = np.bincount(listing.training.labels.numpy(), minlength=classes)[:classes].tolist()
+    inspection = _inspection(config, listing.class_names, counts, shots.groups(counts), LongTailedData)
+    inspection.splits = {split: len(entries) for split, entries in listing.splits.items()}
+    inspection.errors, inspection.remarks = list(listing.errors), list(listing.remarks)
+    files = (
+        (f"{split}: {name}" if split != "all" else name, split, (listing.root / name).read_bytes)
+        for split, entries in listing.splits.items()
+        for name in entries.names
+    )
+    _read_files(inspection, files, tick)
+    return inspection
+
+
+def _inspection(
+    config: Data,
+    names: Sequence[str],
+    counts: Sequence[int],
+    groups: list[str],
+    kind: LongTailedData | type[LongTailedData],
+) -> Inspection:
     factor = imbalance_factor(counts)
     return Inspection(
         source=config.source,
         splits={},
         class_names=list(names),
         class_counts=list(counts),
-        groups=shots.groups(counts),
+        groups=groups,
         imbalance_factor=factor if np.isfinite(factor) else None,
         gini=gini(counts),
+        counted=kind.counted,
+        group_names=kind.group_names,
     )
 
 
 _File = tuple[str, str, Callable[[], bytes]]
-"""How a file is named, its split, and what reads it."""
+"""Name of a file in messages, its split, and a function that reads it."""
 
 
-def _look(found: Inspection, files: Iterable[_File], tick: Callable[[int], None]) -> None:
+def _read_files(inspection: Inspection, files: Iterable[_File], tick: Callable[[int], None]) -> None:
     widths, heights = collections.Counter[int](), collections.Counter[int]()
     digests: dict[bytes, list[tuple[str, str]]] = {}
     first: dict[bytes, tuple[str, str]] = {}
@@ -152,7 +155,7 @@ def _look(found: Inspection, files: Iterable[_File], tick: Callable[[int], None]
         for chunk in _chunks(files):
             for (shown, split, _), (digest, sides, reason) in zip(chunk, pool.map(_examine, chunk), strict=True):
                 if reason is not None:
-                    found.unreadable.append({"path": shown, "reason": reason})
+                    inspection.unreadable.append({"path": shown, "reason": reason})
                 if sides is not None:
                     widths[sides[0]] += 1
                     heights[sides[1]] += 1
@@ -162,24 +165,24 @@ def _look(found: Inspection, files: Iterable[_File], tick: Callable[[int], None]
                     else:
                         first[digest] = (shown, split)
             tick(len(chunk))
-    _note(found, digests.values(), widths, heights)
+    _add_repeated(inspection, digests.values(), widths, heights)
 
 
-def _note(
-    found: Inspection,
+def _add_repeated(
+    inspection: Inspection,
     groups: Iterable[list[tuple[str, str]]],
     widths: collections.Counter[int],
     heights: collections.Counter[int],
 ) -> None:
     for group in groups:
         names = [name for name, _ in group]
-        (found.leaks if len({split for _, split in group}) > 1 else found.duplicates).append(names)
+        (inspection.leaks if len({split for _, split in group}) > 1 else inspection.duplicates).append(names)
     if widths:
-        found.sides = {"width": _three(widths), "height": _three(heights)}
+        inspection.sides = {"width": _range(widths), "height": _range(heights)}
 
 
-def _three(counter: collections.Counter[int]) -> list[int]:
-    """Return the least, the median and the largest value."""
+def _range(counter: collections.Counter[int]) -> list[int]:
+    """Return the smallest, the median and the largest value."""
     values = sorted(counter)
     half, seen = sum(counter.values()) / 2, 0
     median = values[-1]
@@ -203,7 +206,7 @@ def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
 
 
 def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | None]:
-    """Return a file's digest, its sides, and why it is no image."""
+    """Return a file's digest, its width and height, and why it cannot be read as an image."""
     try:
         content = file[2]()
     except OSError as error:
@@ -218,8 +221,8 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
                 sides = image.size
                 image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return digest, None, f"is larger than Pillow takes for safe ({error})"
-    except Exception as error:  # whatever a decoder says of a file that is none of its kind
+        return digest, None, f"is larger than Pillow decodes safely ({error})"
+    except Exception as error:  # decoders raise all kinds of errors over a damaged file
         return (
             digest,
             None,
@@ -228,10 +231,8 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
     return digest, sides, None
 
 
-def _look_at_pixels(found: Inspection, data: LongTailedData, tick: Callable[[int], None]) -> None:
-    """Images that are decoded already: same pixels, same content."""
-    import torch
-
+def _compare_pixels(inspection: Inspection, data: LongTailedData, tick: Callable[[int], None]) -> None:
+    """Find images with the same pixels, where a set is no folder of files."""
     digests: dict[bytes, list[tuple[str, str]]] = {}
     widths, heights = collections.Counter[int](), collections.Counter[int]()
     for split, images in (("train", data.train), ("val", data.val), ("test", data.test)):
@@ -246,11 +247,18 @@ def _look_at_pixels(found: Inspection, data: LongTailedData, tick: Callable[[int
                 shown = f"{split}: image {int(images.ids[index])} ({data.class_names[int(images.labels[index])]})"
                 digests.setdefault(digest, []).append((shown, split))
             tick(len(indices))
-    _note(found, (group for group in digests.values() if len(group) > 1), widths, heights)
+    _add_repeated(inspection, (group for group in digests.values() if len(group) > 1), widths, heights)
 
 
 def histogram(counts: Sequence[int], counted: str = "training images", width: int = 64, height: int = 6) -> list[str]:
-    """Return the class counts, head first, as lines of text: a bar of block characters a class, on a log scale."""
+    """Return a histogram of the class counts, head first, as lines of text on a log scale.
+
+    Args:
+        counts: (C,) count of each class, in any order.
+        counted: what is counted, for the caption.
+        width: most columns; neighbouring classes share one where there are more classes.
+        height: in lines.
+    """
     ordered = np.array(sorted(counts, reverse=True), dtype=float)
     edges = np.linspace(0, len(ordered), min(width, len(ordered)) + 1).round().astype(int)
     columns = [ordered[a:b].mean() for a, b in itertools.pairwise(edges)]

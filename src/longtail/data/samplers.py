@@ -1,4 +1,8 @@
-"""Which images an epoch shows, and in which order: a function of (seed, epoch), so that nothing is lost on resume.
+"""Which images an epoch shows and in which order: a function of (seed, epoch), so that a resumed run repeats it.
+
+A sampler says what share of an epoch each class gets; :func:`epoch_order` draws the images. It is a function of the
+class counts, the epoch (from 0), the epochs of the training, and the fraction of them after which a deferred sampler
+changes. It returns (C,) float64 that sum to 1, or None where every image is shown once, without replacement.
 
 Legend: N images, C classes, n_c images of class c.
 """
@@ -6,62 +10,69 @@ Legend: N images, C classes, n_c images of class c.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from longtail.randomness import generator, mix
+from longtail.registry import SAMPLERS
 
-_ORDER = mix(1)  # a stream of draws of its own
+_ORDER = mix(1)  # a random stream of its own
 
-SAMPLERS = ("instance", "class", "sqrt", "progressive", "deferred")
+ClassShares = Callable[[Tensor, int, int, float], Tensor | None]
+"""(class counts (C,), epoch, epochs, deferred_from) to the share of each class; see the module."""
 
 
-def class_shares(counts: Tensor, sampler: str, epoch: int, epochs: int, deferred_from: float) -> Tensor | None:
-    """Return each class's share of an epoch, (C,) float64; None where every image is shown once.
+def instance_shares(_class_counts: Tensor, _epoch: int, _epochs: int, _deferred_from: float) -> None:
+    """Show every image once, so that class c gets n_c / N."""
 
-    - instance: n_c / N, every image once;
-    - class: 1 / C, with replacement;
-    - sqrt: √n_c / Σ √n_c (Mahajan et al., 2018);
-    - progressive: from the first to the second along the epochs (Kang et al., ICLR 2020);
-    - deferred: the first, and from a share of the training on the second (Cao et al., NeurIPS 2019).
 
-    Args:
-        counts: (C,) images a class.
-        sampler: one of these.
-        epoch: from 0.
-        epochs: of the training.
-        deferred_from: share of the training after which deferred turns to classes.
-    """
-    present = (counts > 0).double()
-    natural, balanced = counts.double() / counts.sum(), present / present.sum()
-    if sampler == "instance" or (sampler == "deferred" and epoch < math.ceil(deferred_from * epochs)):
+def class_shares(class_counts: Tensor, _epoch: int, _epochs: int, _deferred_from: float) -> Tensor:
+    """Show the classes that have images equally often: 1 / C."""
+    present = (class_counts > 0).double()
+    return present / present.sum()
+
+
+def sqrt_shares(class_counts: Tensor, _epoch: int, _epochs: int, _deferred_from: float) -> Tensor:
+    """Show class c in proportion to √n_c (Mahajan et al., ECCV 2018)."""
+    roots = class_counts.double().sqrt()
+    return roots / roots.sum()
+
+
+def progressive_shares(class_counts: Tensor, epoch: int, epochs: int, deferred_from: float) -> Tensor:
+    """Go linearly from :func:`instance_shares` to :func:`class_shares` along the training (Kang et al., ICLR 2020)."""
+    natural = class_counts.double() / class_counts.sum()
+    progress = epoch / max(epochs - 1, 1)
+    return (1 - progress) * natural + progress * class_shares(class_counts, epoch, epochs, deferred_from)
+
+
+def deferred_shares(class_counts: Tensor, epoch: int, epochs: int, deferred_from: float) -> Tensor | None:
+    """Use :func:`instance_shares`, and :func:`class_shares` late in the training (Cao et al., NeurIPS 2019)."""
+    if epoch < math.ceil(deferred_from * epochs):
         return None
-    if sampler == "sqrt":
-        roots = counts.double().sqrt()
-        return roots / roots.sum()
-    if sampler == "progressive":
-        done = epoch / max(epochs - 1, 1)
-        return (1 - done) * natural + done * balanced
-    return balanced
+    return class_shares(class_counts, epoch, epochs, deferred_from)
 
 
 def epoch_order(
     labels: Tensor, sampler: str, seed: int, epoch: int, epochs: int = 1, deferred_from: float = 0.8
 ) -> Tensor:
-    """Return the positions of the images that an epoch shows, (N,), in their order.
+    """Return the positions of the images that an epoch shows, (N,) int64, in their order.
 
     Args:
         labels: (N,) int64.
-        sampler: see :func:`class_shares`.
+        sampler: a name in :data:`longtail.registry.SAMPLERS`.
         seed: of the training.
         epoch: from 0.
         epochs: of the training.
-        deferred_from: see :func:`class_shares`.
+        deferred_from: fraction of the training after which the deferred sampler shows classes equally often.
+
+    Raises:
+        LongtailError: there is no such sampler.
     """
     draws = generator(seed, _ORDER, epoch)
     counts = torch.bincount(labels)
-    shares = class_shares(counts, sampler, epoch, epochs, deferred_from)
+    shares = SAMPLERS[sampler](counts, epoch, epochs, deferred_from)
     if shares is None:
         return torch.randperm(len(labels), generator=draws)
     # the class first, then one of its images: weights of single images would lose digits where there are millions

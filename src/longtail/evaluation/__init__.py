@@ -1,1 +1,1 @@
-"""Judging: metrics of one run, and comparison of many."""
+"""Metrics of predictions, calibration, and class frequencies under label shift."""

@@ -1,6 +1,6 @@
-"""How far probabilities can be trusted: temperature, reliability, and sets of classes that hold the truth.
+"""Calibration of class probabilities: temperature, reliability, and conformal prediction sets.
 
-Legend: N images, C classes, G shot groups, S bins. Everything is fitted on held-out images that are not the test set's.
+Legend: N images, C classes, G shot groups, S bins. Everything is fitted on held-out images outside the test set.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longtail.objectives import posterior
+from longtail.losses import posterior
 
 BINS = 15
+"""Equally wide bins of confidence."""
 GROUPS = ("many", "medium", "few")
 
 
 def fit_temperature(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None) -> float:
-    """Return T > 0 that makes the labels likeliest under softmax(scores / T + log prior).
+    """Return the T > 0 that maximises the likelihood of the labels under softmax(scores / T + log prior).
 
-    Source: Guo et al., ICML 2017, arXiv 1706.04599, on scores free of the prior.
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, arXiv 1706.04599, here for scores free of
+    the prior.
 
     Args:
         scores: (N, C), N at least 1.
-        labels: (N,) truth.
-        log_prior: (C,) of the images that the scores are of; None is the uniform one.
+        labels: (N,) true classes.
+        log_prior: (C,) log class frequencies of these images; None is the uniform prior.
     """
     scores, labels = scores.double().cpu(), labels.cpu()
     bias = None if log_prior is None else log_prior.double().cpu()
@@ -35,7 +37,7 @@ def fit_temperature(scores: Tensor, labels: Tensor, log_prior: Tensor | None = N
         log_p = posterior(scores / math.exp(logarithm), bias)
         return -float(log_p.gather(1, labels[:, None]).mean())
 
-    # one dimension, and nearly always one minimum: golden section between 1/20 and 20
+    # golden-section search for log T in [−3, 3]; the loss nearly always has one minimum
     low, high, ratio = -3.0, 3.0, (math.sqrt(5) - 1) / 2
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     at_a, at_b = loss(a), loss(b)
@@ -52,17 +54,19 @@ def fit_temperature(scores: Tensor, labels: Tensor, log_prior: Tensor | None = N
 
 
 def fit_bias(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None, strength: float = 1.0) -> Tensor:
-    """Return (C,) what to add to the scores of every class so that the labels are likeliest.
+    """Return the (C,) bias that maximises the likelihood of the labels when it is added to the scores.
 
-    An estimate of class frequencies by maximum likelihood takes every class's scores at their word, and the tail's are
-    too low after most trainings; corrected, it is ahead of black-box estimates (Alexandari et al., *Maximum Likelihood
-    with Bias-Corrected Calibration is Hard-To-Beat at Label Shift Adaptation*, ICML 2020, arXiv 1901.06852).
+    Maximum-likelihood estimates of class frequencies need unbiased scores, and after most trainings those of tail
+    classes are too low. With the correction they are more accurate than black-box estimates (Alexandari et al.,
+    *Maximum Likelihood with Bias-Corrected Calibration is Hard-To-Beat at Label Shift Adaptation*, ICML 2020,
+    arXiv 1901.06852).
 
     Args:
-        scores: (N, C), N at least 1, at their temperature.
-        labels: (N,) truth.
-        log_prior: (C,) of the images that the scores are of; None is the uniform one.
-        strength: of a pull towards 0, as of so many images that say so: a class with few is not believed at once.
+        scores: (N, C), N at least 1, divided by their temperature.
+        labels: (N,) true classes.
+        log_prior: (C,) log class frequencies of these images; None is the uniform prior.
+        strength: weight of the L2 penalty strength/2 · ‖bias‖² beside the summed loss, which keeps the bias of classes
+            with few images small.
     """
     scores, labels = scores.double().cpu(), labels.cpu()
     offset = scores if log_prior is None else scores + log_prior.double().cpu()
@@ -83,31 +87,31 @@ def fit_bias(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None, st
 
 
 class Reliability(NamedTuple):
-    """Sums over images; those of parts of a set add up."""
+    """Sums over images, from which :func:`calibration_metrics` are computed; those of disjoint sets can be added."""
 
     counts: Tensor
-    """(G, S) images by their class's group and the bin of their confidence."""
+    """(G, S) number of images by shot group of the label and bin of the confidence."""
     confidence: Tensor
-    """(G, S) their confidence, the largest probability."""
+    """(G, S) sum of the confidence, the largest class probability."""
     hits: Tensor
-    """(G, S) of them the right ones."""
+    """(G, S) number of correct predictions."""
     nll: Tensor
-    """(G,) −log p(label)."""
+    """(G,) sum of −log p(label), in nats."""
     brier: Tensor
-    """(G,) Σ_c (p_c − [c is the label])²."""
+    """(G,) sum of the Brier score Σ_c (p_c − [c is the label])²."""
     class_confidence: Tensor
-    """(C, S) probability of a class, by its bin."""
+    """(C, S) sum of the class's probability, by its bin."""
     class_hits: Tensor
-    """(C, S) images of the class among them."""
+    """(C, S) number of images of the class, by the bin of its probability."""
 
 
 def reliability(log_probabilities: Tensor, labels: Tensor, group_of: Tensor) -> Reliability:
-    """Return the sums of some images.
+    """Return the calibration sums of images.
 
     Args:
         log_probabilities: (N, C).
-        labels: (N,) truth.
-        group_of: (C,) int64, the number in :data:`GROUPS` of every class.
+        labels: (N,) true classes.
+        group_of: (C,) int64, the index in :data:`GROUPS` of each class's group.
     """
     log_p = log_probabilities.to(torch.float32 if log_probabilities.device.type == "mps" else torch.float64)
     p = log_p.exp()
@@ -116,31 +120,31 @@ def reliability(log_probabilities: Tensor, labels: Tensor, group_of: Tensor) -> 
     cell = group_of[labels] * BINS + _bin(confidence)
     shape = (len(GROUPS), BINS)
 
-    def over_cells(values: Tensor) -> Tensor:
+    def sum_cells(values: Tensor) -> Tensor:
         return p.new_zeros(len(GROUPS) * BINS).index_add_(0, cell, values.to(p.dtype)).view(shape)
 
-    def over_groups(values: Tensor) -> Tensor:
+    def sum_groups(values: Tensor) -> Tensor:
         return p.new_zeros(len(GROUPS)).index_add_(0, group_of[labels], values)
 
-    truth = torch.nn.functional.one_hot(labels, classes).to(p.dtype)
+    one_hot = torch.nn.functional.one_hot(labels, classes).to(p.dtype)
     class_cell = (torch.arange(classes, device=p.device) * BINS + _bin(p)).flatten()
 
-    def over_classes(values: Tensor) -> Tensor:
+    def sum_classes(values: Tensor) -> Tensor:
         return p.new_zeros(classes * BINS).index_add_(0, class_cell, values.flatten()).view(classes, BINS)
 
     return Reliability(
-        over_cells(torch.ones_like(confidence)),
-        over_cells(confidence),
-        over_cells(predicted == labels),
-        over_groups(-log_p.gather(1, labels[:, None])[:, 0]),
-        over_groups(((p - truth) ** 2).sum(dim=1)),
-        over_classes(p),
-        over_classes(truth),
+        sum_cells(torch.ones_like(confidence)),
+        sum_cells(confidence),
+        sum_cells(predicted == labels),
+        sum_groups(-log_p.gather(1, labels[:, None])[:, 0]),
+        sum_groups(((p - one_hot) ** 2).sum(dim=1)),
+        sum_classes(p),
+        sum_classes(one_hot),
     )
 
 
-def added(a: Reliability, b: Reliability) -> Reliability:
-    """Return the sums of both parts."""
+def add_reliability(a: Reliability, b: Reliability) -> Reliability:
+    """Return the sums of two disjoint sets of images together."""
     return Reliability(*(x + y for x, y in zip(a, b, strict=True)))
 
 
@@ -149,31 +153,42 @@ def _bin(p: Tensor) -> Tensor:
 
 
 def calibration_metrics(sums: Reliability) -> dict[str, Any]:
-    """Judge probabilities.
+    """Return calibration metrics.
+
+    Args:
+        sums: of all images of a set.
 
     Returns:
-        ``ece`` (expected calibration error, in percent, over :data:`BINS` bins), ``class_ece`` (the mean over classes
-        of each one's), ``nll`` (nats), ``brier``; ``groups``, the first, third and fourth for each shot group; and
-        ``diagram``, for each group the images, mean confidence and accuracy of every bin.
+        ``ece`` (expected calibration error in percent, over :data:`BINS` bins), ``class_ece`` (mean over the classes of
+        the error of each class's probability), ``nll`` (nats), ``brier``; ``groups`` with ``ece``, ``nll`` and
+        ``brier`` of each shot group that has images; and ``diagram``, the reliability diagram of each such group: for
+        every non-empty bin ``images``, mean ``confidence``, ``accuracy`` and its 95 % ``interval`` [low, high]
+        (Wilson), in percent.
     """
     images = float(sums.counts.sum())
     gap = (sums.confidence.sum(dim=0) - sums.hits.sum(dim=0)).abs().sum()
     class_gap = (sums.class_confidence - sums.class_hits).abs().sum(dim=1).mean()
     groups, diagram = {}, {}
-    for number, name in enumerate(GROUPS):
-        of_group = sums.counts[number]
-        total = float(of_group.sum())
+    for index, name in enumerate(GROUPS):
+        counts = sums.counts[index]
+        total = float(counts.sum())
         if total == 0:
             continue
         groups[name] = {
-            "ece": 100 * float((sums.confidence[number] - sums.hits[number]).abs().sum()) / total,
-            "nll": float(sums.nll[number]) / total,
-            "brier": float(sums.brier[number]) / total,
+            "ece": 100 * float((sums.confidence[index] - sums.hits[index]).abs().sum()) / total,
+            "nll": float(sums.nll[index]) / total,
+            "brier": float(sums.brier[index]) / total,
         }
-        filled = of_group.clamp(min=1)
         diagram[name] = [
-            {"images": int(n), "confidence": 100 * float(c), "accuracy": 100 * float(h)}
-            for n, c, h in zip(of_group, sums.confidence[number] / filled, sums.hits[number] / filled, strict=True)
+            {
+                "images": int(n),
+                "confidence": 100 * (confidence / n),
+                "accuracy": 100 * (hits / n),
+                "interval": list(wilson_interval(hits, n)),
+            }
+            for n, confidence, hits in zip(
+                counts.tolist(), sums.confidence[index].tolist(), sums.hits[index].tolist(), strict=True
+            )
             if n
         ]
     return {
@@ -186,46 +201,66 @@ def calibration_metrics(sums: Reliability) -> dict[str, Any]:
     }
 
 
-def conformal_thresholds(true_probability: Tensor, labels: Tensor, classes: int, coverage: float = 0.9) -> Tensor:
-    """Return (C,) thresholds: the set of classes whose probability reaches theirs holds the truth as promised.
+def conformal_thresholds(true_probability: Tensor, labels: Tensor, num_classes: int, coverage: float = 0.9) -> Tensor:
+    """Return the (C,) probability thresholds of class-conditional conformal prediction sets.
 
-    Of every class by itself, so that the tail is covered as the head is: of images of class c at least ``coverage``
-    have c in their set, whatever the class frequencies are (Vovk, *Conditional validity of inductive conformal
-    predictors*, 2012; Sadinle et al., 2019). A class with too few held-out images to promise that is in every set:
-    threshold 0.
+    The prediction set of an image contains the classes whose probability is at least their threshold. The coverage
+    holds for each class, so for the tail as for the head: at least the fraction ``coverage`` of the images of class c
+    have c in their set, whatever the class frequencies are. A class with too few held-out images for this guarantee has
+    threshold 0, and is in every set.
+
+    Source: Vovk, *Conditional validity of inductive conformal predictors*, 2012; Sadinle et al., *Least Ambiguous
+    Set-Valued Classifiers with Bounded Error Levels*, 2019.
 
     Args:
-        true_probability: (N,) probability of its label for every held-out image.
-        labels: (N,) the labels.
-        classes: C.
-        coverage: share of a class's images, in (0, 1).
+        true_probability: (N,) probability of the true class of each held-out image.
+        labels: (N,) true classes.
+        num_classes: C.
+        coverage: fraction of each class's images, in (0, 1).
     """
-    thresholds = torch.zeros(classes, dtype=torch.float64)
-    # sorted by class and, within one, by probability; the host loops over nothing
+    thresholds = torch.zeros(num_classes, dtype=torch.float64)
+    # sorted by class, and within a class by probability
     order = torch.argsort(true_probability.double(), stable=True)
     order = order[torch.argsort(labels[order], stable=True)]
-    counts = torch.bincount(labels, minlength=classes)
+    counts = torch.bincount(labels, minlength=num_classes)
     starts = counts.cumsum(0) - counts
-    allowed = torch.floor((1 - coverage) * (counts + 1) + 1e-9).long()  # images that may be left out
-    kept = allowed > 0
-    thresholds[kept] = true_probability.double()[order][(starts + allowed - 1)[kept]]
+    allowed = torch.floor((1 - coverage) * (counts + 1) + 1e-9).long()  # images whose set may miss their class
+    enough = allowed > 0
+    thresholds[enough] = true_probability.double()[order][(starts + allowed - 1)[enough]]
     return thresholds
 
 
-def wilson(hits: float, count: float, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % interval of a share, in percent (Wilson, 1927); of no image (0, 100)."""
+def wilson_interval(hits: float, count: float, z: float = 1.96) -> tuple[float, float]:
+    """Return the Wilson score interval of a binomial proportion, in percent; (0, 100) without images.
+
+    Source: Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, 1927.
+
+    Args:
+        hits: number of successes.
+        count: number of trials.
+        z: quantile of the normal distribution; 1.96 gives 95 %.
+    """
     if count == 0:
         return 0.0, 100.0
-    share = hits / count
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    proportion = hits / count
+    centre = (proportion + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(proportion * (1 - proportion) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
-def rejection_curve(confidence: Tensor, right: Tensor, steps: int = 20) -> list[dict[str, float]]:
-    """Return the accuracy in percent over the most confident images, for falling shares of them kept."""
+def rejection_curve(confidence: Tensor, correct: Tensor, steps: int = 20) -> list[dict[str, float]]:
+    """Return the accuracy over the most confident images, for falling fractions of the images.
+
+    Args:
+        confidence: (N,) probability of the predicted class.
+        correct: (N,) bool, whether the prediction is correct.
+        steps: number of points.
+
+    Returns:
+        ``kept`` (fraction of the images) and ``accuracy`` of each point, in percent.
+    """
     order = torch.argsort(confidence, descending=True, stable=True)
-    hits = right[order].double().cumsum(0)
+    hits = correct[order].double().cumsum(0)
     curve = []
     for step in range(steps, 0, -1):
         kept = max(1, round(len(order) * step / steps))
@@ -234,5 +269,5 @@ def rejection_curve(confidence: Tensor, right: Tensor, steps: int = 20) -> list[
 
 
 def group_numbers(groups: Sequence[str]) -> Tensor:
-    """Return (C,) int64, the number in :data:`GROUPS` of every class's group."""
+    """Return (C,) int64, the index in :data:`GROUPS` of each class's group."""
     return torch.tensor([GROUPS.index(group) for group in groups])

@@ -1,6 +1,6 @@
-"""Accuracy where classes differ in frequency. Legend: N images, C classes. Everything is in percent.
+"""Accuracy metrics for classes of different frequency, in percent. Legend: N images, C classes.
 
-Per-class hits and counts are all there is to it, and both add up over batches and processes.
+They are computed from counts of each class, which can be summed over batches and processes.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from longtail.config import Shots
-from longtail.evaluation.calibration import wilson
-from longtail.objectives import posterior
+from longtail.evaluation.calibration import wilson_interval
+from longtail.losses import posterior
 
 
-def tally(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None) -> Tensor:
-    """Return (3, C) int64: images of each class, those where it is the most probable, those where it is in the top 5.
+def count_correct(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None) -> Tensor:
+    """Return (3, C) int64: images of each class, those predicted correctly, those with the class in the top 5.
 
-    Tallies of parts of a test set add up to the tally of the whole.
+    The counts of disjoint parts of a test set can be added.
 
     Args:
         scores: (N, C) log-likelihood scores.
-        labels: (N,) truth.
-        log_prior: (C,) assumed at prediction; None is the uniform one.
+        labels: (N,) true classes.
+        log_prior: (C,) log class frequencies that predictions assume; None is the uniform prior.
     """
     classes = scores.shape[1]
     hits = posterior(scores, log_prior).topk(min(5, classes), dim=1).indices == labels[:, None]
@@ -33,132 +33,142 @@ def tally(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None) -> Te
     return torch.stack([torch.bincount(part, minlength=classes) for part in chosen])
 
 
-def metrics(counted: Tensor, class_counts: Sequence[int], shots: Shots) -> dict[str, Any]:
-    """Judge predictions.
+def classification_metrics(counts: Tensor, class_counts: Sequence[int], shots: Shots) -> dict[str, Any]:
+    """Return accuracy metrics of a test set.
 
     Args:
-        counted: (3, C), a :func:`tally` of a whole test set.
-        class_counts: (C,) training images a class; they make the shot groups.
-        shots: thresholds of the groups.
+        counts: (3, C), :func:`count_correct` of the whole test set.
+        class_counts: (C,) training images of each class, which determine the shot groups.
+        shots: thresholds of the shot groups.
 
     Returns:
-        ``balanced_accuracy`` (mean over the classes that are present), ``top1``, ``top5`` (over images), ``many``,
-        ``medium``, ``few`` (mean over a group's present classes; None where it has none), ``per_class`` (C values,
-        None where a class has no test image), ``images``; and 95 % intervals that know of the test images' number
-        alone: ``intervals`` of the means over classes, ``per_class_interval`` (Wilson's).
+        ``balanced_accuracy`` (mean over the classes with test images), ``top1``, ``top5`` (over images), ``many``,
+        ``medium``, ``few`` (mean over a group's classes with test images; None without any), ``per_class`` (C values,
+        None for a class without test images), ``images``; and 95 % intervals, which cover the sampling of the test
+        images only: ``intervals`` of the means over classes, ``per_class_interval`` (Wilson).
     """
-    present, first, five = counted.tolist()
-    per_class = [100 * h / n if n else None for h, n in zip(first, present, strict=True)]
+    present, top1_hits, top5_hits = counts.tolist()
+    per_class = [100 * h / n if n else None for h, n in zip(top1_hits, present, strict=True)]
     groups, images = shots.groups(class_counts), sum(present)
-    result: dict[str, Any] = {
+    accuracies: dict[str, Any] = {
         "balanced_accuracy": mean_of_present(per_class),
-        "top1": 100 * sum(first) / max(images, 1),
-        "top5": 100 * sum(five) / max(images, 1),
+        "top1": 100 * sum(top1_hits) / max(images, 1),
+        "top5": 100 * sum(top5_hits) / max(images, 1),
     }
     for group in ("many", "medium", "few"):
-        result[group] = mean_of_present([value for value, name in zip(per_class, groups, strict=True) if name == group])
-    pairs = list(zip(first, present, groups, strict=True))
+        values = [value for value, name in zip(per_class, groups, strict=True) if name == group]
+        accuracies[group] = mean_of_present(values)
+    class_hits = list(zip(top1_hits, present, groups, strict=True))
     intervals = {
-        name: _interval_of_mean([(h, n) for h, n, group in pairs if n and name in {group, "balanced_accuracy"}])
+        name: _interval_of_mean([(h, n) for h, n, group in class_hits if n and name in {group, "balanced_accuracy"}])
         for name in ("balanced_accuracy", "many", "medium", "few")
     }
     return {
-        **result,
+        **accuracies,
         "per_class": per_class,
         "images": images,
         "intervals": intervals,
-        "per_class_interval": [list(wilson(h, n)) if n else None for h, n, _ in pairs],
+        "per_class_interval": [list(wilson_interval(h, n)) if n else None for h, n, _ in class_hits],
     }
 
 
 def _interval_of_mean(pairs: Sequence[tuple[int, int]]) -> list[float] | None:
-    """Return the 95 % interval of a mean over classes, in percent, from hits and images of each."""
+    """Return the 95 % interval of a mean over classes, in percent, from (hits, images) of each class."""
     if not pairs:
         return None
     mean = sum(h / n for h, n in pairs) / len(pairs)
-    # a class that is always right is not certain to be: each gets a hit and a miss more
+    # one more hit and one more miss for each class, so that an accuracy of 100 % has a variance too
     variance = sum((h + 1) / (n + 2) * (1 - (h + 1) / (n + 2)) / n for h, n in pairs) / len(pairs) ** 2
-    half = 1.96 * math.sqrt(variance)
-    return [100 * max(0.0, mean - half), 100 * min(1.0, mean + half)]
+    half_width = 1.96 * math.sqrt(variance)
+    return [100 * max(0.0, mean - half_width), 100 * min(1.0, mean + half_width)]
 
 
-def confusions(labels: Tensor, predicted: Tensor, class_counts: Sequence[int], most: int = 20) -> list[dict[str, Any]]:
-    """Return which class is taken for which, those that lose the largest share of their images first.
+def confused_pairs(
+    labels: Tensor, predicted: Tensor, class_counts: Sequence[int], max_pairs: int = 20
+) -> list[dict[str, Any]]:
+    """Return the most confused pairs of classes, by falling share of the true class's images.
 
     Args:
-        labels: (N,) truth.
-        predicted: (N,).
-        class_counts: (C,) training images a class.
-        most: pairs at most; one of a single image is none.
+        labels: (N,) true classes.
+        predicted: (N,) predicted classes.
+        class_counts: (C,) training images of each class.
+        max_pairs: maximum number of pairs; a pair with a single image is left out.
 
     Returns:
-        ``class``, ``taken_for`` (numbers), ``images``, ``share`` of the class's test images in percent, ``to_larger``
-        (whether the other has more training images).
+        For each pair ``class`` and ``predicted`` (class numbers), ``images``, ``share`` of the true class's test images
+        in percent, ``to_larger`` (whether the predicted class has more training images).
     """
     classes = len(class_counts)
     present = torch.bincount(labels, minlength=classes)
     wrong = predicted != labels
-    pairs, counts = torch.unique(labels[wrong] * classes + predicted[wrong], return_counts=True)
-    shares = counts.double() / present[pairs // classes]
+    pairs, pair_counts = torch.unique(labels[wrong] * classes + predicted[wrong], return_counts=True)
+    shares = pair_counts.double() / present[pairs // classes]
     order = torch.argsort(shares, descending=True, stable=True)
-    listed = []
-    for index in order[counts[order] > 1][:most].tolist():
-        a, b = divmod(int(pairs[index]), classes)
-        entry = {"class": a, "taken_for": b, "images": int(counts[index]), "share": 100 * float(shares[index])}
-        listed.append({**entry, "to_larger": class_counts[b] > class_counts[a]})
-    return listed
+    entries = []
+    for index in order[pair_counts[order] > 1][:max_pairs].tolist():
+        true_class, predicted_class = divmod(int(pairs[index]), classes)
+        entries.append(
+            {
+                "class": true_class,
+                "predicted": predicted_class,
+                "images": int(pair_counts[index]),
+                "share": 100 * float(shares[index]),
+                "to_larger": class_counts[predicted_class] > class_counts[true_class],
+            }
+        )
+    return entries
 
 
-KINDS_OF_MISTAKES = ("to_larger", "to_smaller", "alike")
-"""A class is taken for one at least twice as large in training, one at most half as large, or one in between."""
+ERROR_KINDS = ("to_larger", "to_smaller", "alike")
+"""The predicted class has at least twice as many training images as the true one, at most half as many, or neither."""
 
 
-def mistakes(
-    labels: Tensor, predicted: Tensor, confidence: Tensor, class_counts: Sequence[int], most: int = 8
+def most_confident_errors(
+    labels: Tensor, predicted: Tensor, confidence: Tensor, class_counts: Sequence[int], max_errors: int = 8
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the surest mistakes of each kind, of every class its surest alone, so that many classes are seen.
+    """Return the most confident errors of each kind, at most one of each true class.
 
     Args:
-        labels: (N,) truth.
-        predicted: (N,).
-        confidence: (N,) probability of what is predicted, in [0, 1].
-        class_counts: (C,) training images a class.
-        most: mistakes at most of a kind.
+        labels: (N,) true classes.
+        predicted: (N,) predicted classes.
+        confidence: (N,) probability of the predicted class, in [0, 1].
+        class_counts: (C,) training images of each class.
+        max_errors: maximum number of errors of each kind.
 
     Returns:
-        For each of :data:`KINDS_OF_MISTAKES` entries of ``image`` (its place in the set), ``class``, ``taken_for``
-        (numbers) and ``confidence`` (in percent), the surest first.
+        For each of :data:`ERROR_KINDS` entries by falling confidence, with ``image`` (index in the set), ``class`` and
+        ``predicted`` (class numbers) and ``confidence`` (in percent).
     """
-    counts = torch.tensor(class_counts, dtype=torch.float64)
-    ratio = counts[predicted] / counts[labels]
+    train_counts = torch.tensor(class_counts, dtype=torch.float64)
+    ratio = train_counts[predicted] / train_counts[labels]
     wrong = predicted != labels
-    kinds = {
+    masks = {
         "to_larger": wrong & (ratio >= 2),
         "to_smaller": wrong & (ratio <= 0.5),
         "alike": wrong & (ratio > 0.5) & (ratio < 2),
     }
-    found: dict[str, list[dict[str, Any]]] = {}
-    for kind, chosen in kinds.items():
-        places = torch.nonzero(chosen).flatten()
-        places = places[torch.argsort(confidence[places], descending=True, stable=True)]
-        # the first of each class is its surest
-        first = torch.full((len(class_counts),), len(places)).scatter_reduce_(
-            0, labels[places], torch.arange(len(places)), "amin"
+    errors: dict[str, list[dict[str, Any]]] = {}
+    for kind, mask in masks.items():
+        images = torch.nonzero(mask).flatten()
+        images = images[torch.argsort(confidence[images], descending=True, stable=True)]
+        # position of the first image of each class, which is its most confident error
+        first = torch.full((len(class_counts),), len(images)).scatter_reduce_(
+            0, labels[images], torch.arange(len(images)), "amin"
         )
-        surest = places[first[first < len(places)].sort().values[:most]]
-        found[kind] = [
+        chosen = images[first[first < len(images)].sort().values[:max_errors]]
+        errors[kind] = [
             {
-                "image": place,
-                "class": int(labels[place]),
-                "taken_for": int(predicted[place]),
-                "confidence": 100 * float(confidence[place]),
+                "image": image,
+                "class": int(labels[image]),
+                "predicted": int(predicted[image]),
+                "confidence": 100 * float(confidence[image]),
             }
-            for place in surest.tolist()
+            for image in chosen.tolist()
         ]
-    return found
+    return errors
 
 
 def mean_of_present(values: Sequence[float | None]) -> float | None:
-    """Return the mean of what is not None, or None."""
+    """Return the mean of the values that are not None; None if all are."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None

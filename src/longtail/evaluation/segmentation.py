@@ -1,7 +1,7 @@
-"""Judging labels of pixels: counts that add up over a set, and what they say.
+"""Segmentation metrics from counts of pixels, which can be summed over images and processes.
 
-Intersections and unions are summed over the whole set, not averaged over its images, as ADE20K's convention has it.
-Legend: C classes, H and W sides in pixels.
+Intersections and unions are summed over the whole set, not averaged over its images, as for ADE20K.
+Legend: C classes, H and W height and width in pixels.
 """
 
 from __future__ import annotations
@@ -14,78 +14,75 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtail.data.scenes import thirds
+from longtail.data.class_order import frequency_thirds
 from longtail.evaluation.metrics import mean_of_present
 
 
-def tally_pixels(predicted: Tensor, labels: Tensor, classes: int, boundary: float = 0.02) -> Tensor:
-    """Return (6, C) int64 counts of one image; those of a set add up.
+def count_pixels(predicted: Tensor, labels: Tensor, num_classes: int, boundary: float = 0.02) -> Tensor:
+    """Return (6, C) int64 counts of the pixels of one image; those of several images can be added.
 
-    In order: labelled pixels of a class, pixels predicted as it, both; and the same within the bands along outlines.
-    An unlabelled pixel counts nowhere.
+    In order: pixels labelled as a class, pixels predicted as it, both; and the same within the bands along boundaries.
+    Unlabelled pixels are ignored.
 
     Args:
         predicted: (H, W) int64 in [0, C).
         labels: (H, W) int64 in [0, C), −1 where unlabelled.
-        classes: C.
-        boundary: width of the bands as a share of the diagonal, at least a pixel.
+        num_classes: C.
+        boundary: width of the bands as a fraction of the image's diagonal, at least one pixel.
     """
-    known = labels >= 0
+    labelled = labels >= 0
     width = max(1, round(boundary * math.hypot(*labels.shape)))
-    bands = (outlined(labels, width), outlined(predicted, width))
-    everywhere = torch.ones_like(known)
+    bands = (boundary_mask(labels, width), boundary_mask(predicted, width))
+    everywhere = torch.ones_like(labelled)
     counts = []
-    for of_labels, of_predicted in ((everywhere, everywhere), bands):
-        true, found = known & of_labels, known & of_predicted
-        both = true & found & (predicted == labels)
-        counts += [(labels, true), (predicted, found), (labels, both)]
-    return torch.stack([torch.bincount(values[chosen], minlength=classes) for values, chosen in counts])
+    for label_region, predicted_region in ((everywhere, everywhere), bands):
+        label_mask, predicted_mask = labelled & label_region, labelled & predicted_region
+        intersection = label_mask & predicted_mask & (predicted == labels)
+        counts += [(labels, label_mask), (predicted, predicted_mask), (labels, intersection)]
+    return torch.stack([torch.bincount(values[mask], minlength=num_classes) for values, mask in counts])
 
 
-def outlined(labels: Tensor, width: int) -> Tensor:
-    """Return (H, W) bool: which pixels have another label, or the image's border, within ``width`` pixels either way.
+def boundary_mask(labels: Tensor, width: int) -> Tensor:
+    """Return (H, W) bool, True for pixels with another label or the image's border within ``width`` pixels.
 
     Source: the band of boundary IoU, Cheng et al., CVPR 2021, arXiv 2103.16562.
     """
     values = F.pad(labels[None, None].float(), (width,) * 4, value=-2.0)
     side = 2 * width + 1
 
-    def largest(of: Tensor) -> Tensor:  # a square's maximum is that of its columns' maxima
-        return F.max_pool2d(F.max_pool2d(of, (side, 1), stride=1), (1, side), stride=1)
+    def maximum(image: Tensor) -> Tensor:  # over squares: first along columns, then along rows
+        return F.max_pool2d(F.max_pool2d(image, (side, 1), stride=1), (1, side), stride=1)
 
-    return (largest(values) != -largest(-values))[0, 0]
+    return (maximum(values) != -maximum(-values))[0, 0]
 
 
-def pixel_metrics(counted: Tensor, pixel_counts: Sequence[int], images: int) -> dict[str, Any]:
-    """Judge a segmentation, in percent.
+def pixel_metrics(counts: Tensor, pixel_counts: Sequence[int], images: int) -> dict[str, Any]:
+    """Return segmentation metrics of a test set, in percent.
 
     Args:
-        counted: (6, C), :func:`tally_pixels` summed over a test set.
-        pixel_counts: (C,) training pixels a class; they make the thirds.
-        images: of the test set.
+        counts: (6, C), :func:`count_pixels` summed over the test set.
+        pixel_counts: (C,) training pixels of each class, which determine the thirds of the classes.
+        images: number of images in the test set.
 
     Returns:
-        ``mean_iou`` (over the classes that are in the truth or in the prediction), ``head``, ``middle``, ``tail`` (the
-        same over a third), ``boundary_iou``, ``balanced_accuracy`` (mean class accuracy), ``top1`` (pixel accuracy),
-        ``per_class`` (IoU; None for a class in neither), ``per_class_accuracy``, ``per_class_boundary``, ``images``.
+        ``mean_iou`` (over the classes that are labelled or predicted), ``head``, ``middle``, ``tail`` (the same over
+        a third of the classes, by frequency), ``boundary_iou``, ``balanced_accuracy`` (mean class accuracy),
+        ``top1`` (pixel accuracy), ``per_class`` (IoU; None for a class that is neither labelled nor predicted),
+        ``per_class_accuracy``, ``per_class_boundary``, ``images``.
     """
-    true, found, both, band_true, band_found, band_both = counted.tolist()
-    iou, boundary = _iou(true, found, both), _iou(band_true, band_found, band_both)
-    accuracy = [100 * b / t if t else None for t, b in zip(true, both, strict=True)]
-    names = thirds(pixel_counts)
-
-    def of_third(third: str) -> float | None:
-        return mean_of_present([value for value, name in zip(iou, names, strict=True) if name == third])
-
+    labelled, predicted, both, band_labelled, band_predicted, band_both = counts.tolist()
+    iou, boundary = _iou(labelled, predicted, both), _iou(band_labelled, band_predicted, band_both)
+    accuracy = [100 * b / n if n else None for n, b in zip(labelled, both, strict=True)]
+    thirds = frequency_thirds(pixel_counts)
     return {
         "mean_iou": mean_of_present(iou),
         **{
-            third: mean_of_present([v for v, n in zip(iou, names, strict=True) if n == third])
-            for third in ("head", "middle", "tail")
+            name: mean_of_present([value for value, third in zip(iou, thirds, strict=True) if third == name])
+            for name in ("head", "middle", "tail")
         },
         "boundary_iou": mean_of_present(boundary),
         "balanced_accuracy": mean_of_present(accuracy),
-        "top1": 100 * sum(both) / max(sum(true), 1),
+        "top1": 100 * sum(both) / max(sum(labelled), 1),
         "per_class": iou,
         "per_class_accuracy": accuracy,
         "per_class_boundary": boundary,
@@ -93,5 +90,5 @@ def pixel_metrics(counted: Tensor, pixel_counts: Sequence[int], images: int) -> 
     }
 
 
-def _iou(true: Sequence[int], found: Sequence[int], both: Sequence[int]) -> list[float | None]:
-    return [100 * b / (t + f - b) if t + f - b else None for t, f, b in zip(true, found, both, strict=True)]
+def _iou(labelled: Sequence[int], predicted: Sequence[int], both: Sequence[int]) -> list[float | None]:
+    return [100 * b / (n + p - b) if n + p - b else None for n, p, b in zip(labelled, predicted, both, strict=True)]

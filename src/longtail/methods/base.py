@@ -1,57 +1,112 @@
-"""What a method is: encoder, heads and memory, and the loss terms of a step.
+"""What a training method is: encoder, heads and memory, and the loss terms of a step.
 
 Legend: B samples, V student views, F feature width, C classes, H and W sides in pixels.
 
-Every method gives each class a log-likelihood score, adds the log prior, and takes the posterior's cross-entropy. What
-one does differently is in a few hooks: :meth:`Method.loss` for the classifier's scores, :meth:`Method.contrast` for
-what is learned from the features beside it.
+Every method gives each class a log-likelihood score, adds the log prior, and takes the cross-entropy of the posterior.
+What a method does differently is in a few hooks: :meth:`Method.loss` for the scores of the classifier,
+:meth:`Method.auxiliary_loss` for what is learned from the features beside it.
 
-Where every pixel has a label, features are maps, (B, F, h, w), and scores and labels have a row a pixel: (B, C, H, W)
-and (B, H, W). The hooks are the same.
+Where labels are maps, one per pixel, features are maps, (B, F, h, w), and scores and labels have one row per pixel:
+(B, C, H, W) and (B, H, W). The hooks are the same; a :class:`SampleAdapter` translates between the two resolutions.
 """
 
 from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from longtail.config import Config
-from longtail.data.loaders import Batch
-from longtail.nn import CosineClassifier, Encoder, FrozenEncoder, JoinedClassifier
-from longtail.nn.segmentation import to_pixels, to_squares
-from longtail.objectives import ClassPrior, distillation, posterior_cross_entropy
+from longtail.config import Config, Settings
+from longtail.data.loader import Batch
+from longtail.evaluation.class_frequencies import PriorName
+from longtail.losses import ClassPrior, distillation, posterior_cross_entropy
+from longtail.nn import CosineClassifier, Encoder, FrozenEncoder, MixtureEnsembleHead
 
-Prior = Literal["uniform", "train"]
-View = Literal["classification", "contrast"]
-Head = CosineClassifier | JoinedClassifier
+ViewUse = Literal["classification", "contrast"]
+Head = CosineClassifier | MixtureEnsembleHead
 
 _Self = TypeVar("_Self", bound="Method")
 
 
-class Taught(NamedTuple):
-    """What the teacher made of a batch."""
+class TeacherOutput(NamedTuple):
+    """What the teacher computes for a batch."""
 
     features: Tensor | None
     """(B, F) of the key view, where a method has keys; maps (B, F, h, w)."""
     scores: Tensor | None
-    """(B, C) of the classification view, where the method distils; of maps (B, C, h, w)."""
+    """(B, C) of the classification view, where the method distils; maps (B, C, h, w)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem that the figures of a run show."""
+
+    problem: str
+    evidence: str
+    advice: str
+
+
+class Samples(NamedTuple):
+    """Features with their labels and the ids of the images that they come from."""
+
+    features: Tensor
+    """(B, F)."""
+    labels: Tensor
+    """(B,) int64; −1 does not count."""
+    ids: Tensor
+    """(B,) int64."""
+    max_local_batch: int | None = None
+    """Largest B of all processes; None where they are equal."""
+
+
+class SampleAdapter:
+    """What a sample is. Here: one image with one label. A task whose labels are maps gives another one."""
+
+    one_per_image: ClassVar[bool] = True
+
+    def upsample_scores(self, scores: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+        """Return scores at the resolution of the labels."""
+        return scores
+
+    def downsample_labels(self, labels: Tensor) -> Tensor:
+        """Return labels at the resolution of the features."""
+        return labels
+
+    def queries(self, features: Tensor, labels: Tensor, ids: Tensor) -> Samples:
+        """Return the samples that are compared with keys."""
+        return Samples(features, labels, ids)
+
+    def keys(self, features: Tensor, batch: Batch) -> Samples:
+        """Return the samples that become keys."""
+        return Samples(features, batch.labels, batch.ids, batch.max_local_batch)
+
+    def sample_counts(self, class_counts: list[int]) -> list[int]:
+        """Return (C,) class frequencies of queries and keys, as counts."""
+        return class_counts
 
 
 class Method(nn.Module, ABC):
     """An encoder with a cosine classifier, and the losses that train them.
 
     Args:
-        config: the run's settings.
+        config: settings of the run.
         encoder: images to features.
-        class_counts: (C,) training images a class.
+        class_counts: (C,) training images per class.
         teacher: the frozen encoder, in eval mode, where :meth:`needs_teacher`.
         teacher_classifier: its classifier, which distillation needs; (B, F) features to (B, C) scores.
-        draw_counts: (C,) where pixels are drawn, what they are shared out like; ``class_counts`` are then the pixels'.
+        adapter: what a sample is.
     """
+
+    settings_class: ClassVar[type[Settings] | None] = None
+    """The method's own settings, a section of the recipe."""
+    label_maps: ClassVar[Literal["no", "yes", "only"]] = "no"
+    """Whether the method trains networks that label every pixel."""
+    plotted_metrics: ClassVar[Mapping[str, str]] = {}
+    """What of :meth:`metrics_to_log` a report plots over the epochs, with the label of its axis."""
 
     def __init__(
         self,
@@ -60,27 +115,44 @@ class Method(nn.Module, ABC):
         class_counts: list[int],
         teacher: Encoder | None = None,
         teacher_classifier: nn.Module | None = None,
-        draw_counts: list[int] | None = None,  # noqa: ARG002
+        adapter: SampleAdapter | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.adapter = SampleAdapter() if adapter is None else adapter
         self.encoder = encoder
         self.classifier = CosineClassifier(encoder.num_features, len(class_counts), config.classifier.scale)
         self.prior = ClassPrior(class_counts)
-        # not sub-modules: the teacher never changes and stays on disk
-        self._frozen = (None if teacher is None else FrozenEncoder(teacher), teacher_classifier)
+        # not sub-modules: the teacher never changes and stays out of checkpoints
+        self._teacher = (None if teacher is None else FrozenEncoder(teacher), teacher_classifier)
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
-        """Raise LongtailError where the settings do not fit the data; called before anything is made."""
+        """Raise LongtailError where the settings do not fit the data; called before anything is built."""
 
     @classmethod
-    def predicts_under(cls, config: Config) -> Prior:
+    def auto_config(
+        cls,
+        config: Config,
+        class_counts: list[int],  # noqa: ARG003
+        teacher_knows_classes: Callable[[], bool],  # noqa: ARG003
+    ) -> tuple[Config, list[str]]:
+        """Return the configuration with the method's open settings chosen, and the reason of every choice.
+
+        Args:
+            config: settings of the run.
+            class_counts: (C,) training images per class.
+            teacher_knows_classes: tells whether the teacher has a classifier for these classes.
+        """
+        return config, []
+
+    @classmethod
+    def predicts_under(cls, config: Config) -> PriorName:
         """Return the prior under which the method's own predictions are made.
 
         Plain cross-entropy learns p(y|x) with the training prior in it; the others learn scores that are free of it.
         """
-        return "uniform" if config.classifier.adjust else "train"
+        return "uniform" if config.classifier.logit_adjustment else "train"
 
     @classmethod
     def distillation_weight(cls, config: Config) -> float:
@@ -93,108 +165,136 @@ class Method(nn.Module, ABC):
         return cls.distillation_weight(config) > 0
 
     @classmethod
-    def student_views(cls, config: Config) -> int:
-        """Return how many views of an image go through the student, forward and backward, a step."""
+    def num_student_views(cls, config: Config) -> int:
+        """Return how many views of an image go through the student, forward and backward, in a step."""
         return config.classifier.views
 
     @classmethod
-    def classified_views(cls, config: Config) -> int:
-        """Return how many of them, the first, the classifier's term is taken of."""
-        return cls.student_views(config)
+    def num_classified_views(cls, config: Config) -> int:
+        """Return to how many of them, the first, the classification loss is applied."""
+        return cls.num_student_views(config)
 
     @classmethod
-    def views(cls, config: Config) -> tuple[View, ...]:
+    def views(cls, config: Config) -> tuple[ViewUse, ...]:
         """Return what each view of a batch is for, which decides how it is augmented."""
-        classification: View = "classification"
-        return (classification,) * cls.student_views(config)
+        classification: ViewUse = "classification"
+        return (classification,) * cls.num_student_views(config)
+
+    @classmethod
+    def shares_key_view(cls, config: Config) -> bool:  # noqa: ARG003
+        """Return whether the teacher's key view is the classification view."""
+        return False
 
     def encode(self, views: Sequence[Tensor]) -> Tensor:
-        """Return the features of all views, one view's after the other's.
+        """Return the features of all views, one view after the other.
 
-        A pass a view: BatchNorm's statistics are then a view's own, and a CPU's caches hold more of what a layer hands
-        on, which saves a seventh of the time.
+        A pass per view: the statistics of BatchNorm are then those of one view, and a CPU's caches hold more of the
+        activations, which saves a seventh of the time.
         """
         return torch.cat([self.encoder(view) for view in views])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return :meth:`training_step`'s terms; the engine calls this, so that wrappers around the module see it."""
+        """Return the terms of :meth:`training_step`; the trainer calls this, so that wrappers of the module see it."""
         return self.training_step(batch)
 
     def training_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss terms by name, weighted: their sum is what is minimised."""
-        # the teacher first: what it allocates is free again before the student's activations are kept for backward,
-        # which saves memory and, on a CPU, a sixth of the step
-        taught = self.teach(batch)
-        features = self.encode(batch.views[: self.student_views(self.config)])
+        """Return the loss terms by name, weighted: their sum is minimised."""
+        # the teacher first: its memory is free again before the student's activations are kept for backward, which
+        # saves memory and, on a CPU, a sixth of the step
+        teacher_output = self.teacher_outputs(batch)
+        features = self.encode(batch.views[: self.num_student_views(self.config)])
         size = len(batch)
-        views, labels = self.classified_views(self.config), batch.labels
+        views, labels = self.num_classified_views(self.config), batch.labels
         scores = self.classifier(features[: size * views])
-        terms = self.classify(
-            to_pixels(scores, *labels.shape[1:]) if batch.dense else scores,
-            labels.repeat(views, *(1,) * (labels.ndim - 1)),
-            batch,
+        terms = self.classification_loss(
+            self.adapter.upsample_scores(scores, labels), labels.repeat(views, *(1,) * (labels.ndim - 1)), batch
         )
-        terms |= self.contrast(features, scores, batch, taught)
-        if taught.scores is not None:
-            known = (to_squares(labels) if batch.dense else labels) >= 0
+        terms |= self.auxiliary_loss(features, scores, batch, teacher_output)
+        if teacher_output.scores is not None:
             terms["distillation"] = self.distillation_weight(self.config) * distillation(
-                scores[:size], taught.scores, self.config.teacher.distillation_temperature, known
+                scores[:size],
+                teacher_output.scores,
+                self.config.teacher.distillation_temperature,
+                self.adapter.downsample_labels(labels) >= 0,
             )
         return terms
 
     @torch.no_grad()
-    def teach(self, batch: Batch) -> Taught:
-        """Return what the teacher makes of the batch, as far as the method asks for it."""
-        teacher, classifier = self._frozen
+    def teacher_outputs(self, batch: Batch) -> TeacherOutput:
+        """Return what the teacher computes for the batch, as far as the method needs it."""
+        teacher, classifier = self._teacher
         if self.distillation_weight(self.config) == 0:
-            return Taught(None, None)
+            return TeacherOutput(None, None)
         if batch.teacher_scores is not None:
-            return Taught(None, batch.teacher_scores)
+            return TeacherOutput(None, batch.teacher_scores)
         assert teacher is not None
         assert classifier is not None
-        return Taught(None, classifier(teacher(batch.views[0])))
+        return TeacherOutput(None, classifier(teacher(batch.views[0])))
 
     def log_prior(self) -> Tensor | None:
         """Return what is added to the scores in training, (C,)."""
-        return self.prior.log if self.config.classifier.adjust else None
+        return self.prior.log_prior if self.config.classifier.logit_adjustment else None
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Return the loss of (B, C) scores, or (B, C, H, W), a scalar."""
         return posterior_cross_entropy(scores, labels, self.log_prior())
 
-    def classify(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def classification_loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the classifier's term, of the scores of all classified views."""
         return {"classifier": self.loss(scores, labels, batch)}
 
-    def contrast(self, features: Tensor, scores: Tensor, batch: Batch, taught: Taught) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return what is learned from the features beside the classifier.
+    def auxiliary_loss(
+        self,
+        features: Tensor,  # noqa: ARG002
+        scores: Tensor,  # noqa: ARG002
+        batch: Batch,  # noqa: ARG002
+        teacher_output: TeacherOutput,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return the terms that are learned from the features beside the classifier.
 
         Args:
             features: (V · B, F) of all student views.
-            scores: of the classified ones.
-            batch: whose views these are.
-            taught: what the teacher made of it.
+            scores: of the classified views.
+            batch: the batch.
+            teacher_output: what the teacher computes for it.
         """
         return {}
 
     def head(self, classifier: CosineClassifier) -> Head:
-        """Return what the recogniser predicts with: the trained classifier, or its slow average, and what joins it."""
+        """Return the head that predicts: the trained classifier or its moving average, and what joins it."""
         return classifier
 
-    def conditional_entropy(self, means: Mapping[str, float]) -> float | None:
-        """Return the estimate of H(Y|Z) in nats that the mean terms hold, −log p(y|z), where they hold one."""
+    @classmethod
+    def conditional_entropy(cls, config: Config, means: Mapping[str, float], one_per_image: bool) -> float | None:  # noqa: ARG003
+        """Return the estimate of H(Y|Z) in nats that the mean loss terms contain, −log p(y|z); None if they have none.
+
+        Args:
+            config: settings of the run.
+            means: mean loss terms by name.
+            one_per_image: whether a sample is an image.
+        """
         return means.get("classifier")
 
-    def undecayed(self) -> list[nn.Parameter]:
-        """Return the parameters that weight decay must not touch."""
+    @classmethod
+    def diagnose(cls, config: Config, epochs: Sequence[Mapping[str, Any]]) -> list[Finding]:  # noqa: ARG003
+        """Return the problems of this method that the lines of ``metrics.jsonl`` of kind epoch show."""
         return []
 
-    def watched(self) -> dict[str, Tensor]:
-        """Return further scalars worth a line in the log."""
+    @classmethod
+    def advice_for_tail(cls, config: Config) -> str:  # noqa: ARG003
+        """Return which of the method's settings help a tail that is hardly recognised; empty if none does."""
+        return ""
+
+    def no_weight_decay(self) -> list[nn.Parameter]:
+        """Return the parameters that have no weight decay."""
+        return []
+
+    def metrics_to_log(self) -> dict[str, Tensor]:
+        """Return further scalars to log once per epoch."""
         return {}
 
-    def fill(self, draw: Callable[[Sequence[Tensor], int], Iterator[Batch]], labels: Tensor) -> None:
-        """Fill what must not start empty; called once, before the first step.
+    def init_memory(self, draw: Callable[[Sequence[Tensor], int], Iterator[Batch]], labels: Tensor) -> None:
+        """Fill memories that must not start empty; called once, before the first step.
 
         Args:
             draw: gives batches of the training images at some positions, in the last view of a given round.
@@ -203,7 +303,7 @@ class Method(nn.Module, ABC):
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module in self._frozen:
+        for module in self._teacher:
             if module is not None:
                 module._apply(fn)
         return self

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.config import Config
-from longtail.data.loaders import Batch
-from longtail.methods.contrastive import Contrastive, themselves
+from longtail.data.loader import Batch
+from longtail.losses.contrastive import balanced_contrastive_loss
+from longtail.methods.contrastive import Contrastive, ContrastiveSettings, self_mask
 from longtail.nn import Encoder
-from longtail.objectives.contrastive import balanced_contrastive_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class BCLSettings(ContrastiveSettings):
+    """Balanced contrastive learning."""
+
+    section: ClassVar[str] = "bcl"
 
 
 class BCL(Contrastive):
-    """Zhu et al., CVPR 2022, arXiv 2207.09052: classes averaged, and a centre of every class in every batch."""
+    """Zhu et al., CVPR 2022, arXiv 2207.09052: averages over classes, and a centre of every class in every batch."""
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
-        super().__init__(config, encoder, class_counts, *teacher)
+    settings_class = BCLSettings
+
+    def __init__(
+        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
+    ) -> None:
+        super().__init__(config, encoder, class_counts, *teacher, **adapter)
         width = encoder.num_features
-        # the centres are made of the classifier's weights, as in the paper
+        # the centres are computed from the classifier's weights, as in the paper
         self.centres = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, config.contrast.embedding_dim)
+            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, self.settings.embedding_dim)
         )
 
-    def compare(self, embeddings: Tensor, labels: Tensor, _scores: Tensor, _batch: Batch) -> Tensor:
+    def contrastive_loss(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Return the balanced contrastive loss against the batch and the centres."""
         centres = F.normalize(self.centres(F.normalize(self.classifier.weight)))
         classes = torch.arange(len(centres), device=labels.device)
-        # a class that the training set does not have takes no part
-        classes = torch.where(self.prior.counts > 0, classes, -1)
+        # a class without training images takes no part
+        classes = torch.where(self.prior.class_counts > 0, classes, -1)
         keys = torch.cat([embeddings, centres])
         return balanced_contrastive_loss(
             embeddings,
@@ -39,6 +51,6 @@ class BCL(Contrastive):
             keys,
             torch.cat([labels, classes]),
             len(centres),
-            self.config.contrast.temperature,
-            themselves(embeddings, len(keys)),
+            self.settings.temperature,
+            self_mask(embeddings, len(keys)),
         )

@@ -1,11 +1,13 @@
-"""Cross-entropy and logit adjustment: the cosine classifier's likelihood with and without the prior."""
+"""Cross-entropy and logit adjustment: the cosine classifier's likelihood without and with the prior."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from longtail.config import Config
-from longtail.methods.base import Method, Prior
+from longtail.evaluation.class_frequencies import PriorName
+from longtail.methods.base import Method
 
 
 class LogitAdjustment(Method):
@@ -14,31 +16,36 @@ class LogitAdjustment(Method):
     Source: Menon et al., ICLR 2021, arXiv 2007.07314; Ren et al., NeurIPS 2020 (Balanced Softmax).
     """
 
+    label_maps: ClassVar[Literal["no", "yes", "only"]] = "yes"
 
-class Weighted(Method):
-    """A loss over the same scores that is no −log p(y|x) any more."""
+
+class ReweightedLoss(Method):
+    """A loss over the same scores that is not −log p(y|x)."""
 
     @classmethod
-    def predicts_under(cls, _config: Config) -> Prior:
-        """Return the uniform one: what weighs the classes alike leaves no prior in the scores."""
+    def predicts_under(cls, config: Config) -> PriorName:  # noqa: ARG003
+        """Return uniform: a loss that weighs all classes alike leaves no prior in the scores."""
         return "uniform"
 
-    def conditional_entropy(self, _means: Mapping[str, float]) -> None:
-        """Say nothing of it."""
+    @classmethod
+    def conditional_entropy(cls, config: Config, means: Mapping[str, float], one_per_image: bool) -> None:  # noqa: ARG003
+        """Return None."""
         return
 
 
 class CrossEntropy(Method):
-    """Plain cross-entropy: the scores take the training prior in.
+    """Plain cross-entropy: the scores contain the training prior.
 
-    Judged under the uniform prior it is post-hoc logit adjustment (Menon et al., ICLR 2021, arXiv 2007.07314).
+    Evaluated under the uniform prior it is post-hoc logit adjustment (Menon et al., ICLR 2021, arXiv 2007.07314).
     """
 
+    label_maps: ClassVar[Literal["no", "yes", "only"]] = "yes"
+
     @classmethod
-    def predicts_under(cls, _config: Config) -> Prior:
+    def predicts_under(cls, config: Config) -> PriorName:  # noqa: ARG003
         """Return the training prior."""
         return "train"
 
     def log_prior(self) -> None:
-        """Add nothing."""
+        """Return None: nothing is added to the scores."""
         return

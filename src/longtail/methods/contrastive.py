@@ -1,4 +1,4 @@
-"""What the contrastive rivals share: an embedding beside the classifier, and which views are compared.
+"""What the contrastive methods share: an embedding beside the classifier, and the views that are compared.
 
 Legend: B samples, V compared views, F feature width, D embedding width.
 """
@@ -7,101 +7,139 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from longtail.config import Config
-from longtail.data.loaders import Batch
+from longtail.config import Config, Positive, PositiveFloat, Settings, Weight
+from longtail.data.loader import Batch
 from longtail.errors import LongtailError
 from longtail.memory import ClassQueues
-from longtail.methods.base import Method, Taught, View
+from longtail.methods.base import Method, TeacherOutput, ViewUse
 from longtail.nn import Encoder, ProjectionMLP
 
-_Self = TypeVar("_Self", bound="Remembering")
+_Self = TypeVar("_Self", bound="QueueContrastive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveSettings(Settings):
+    """A contrastive loss beside the classifier."""
+
+    weight: Weight = 1.0
+    """Weight of the contrastive loss."""
+    embedding_dim: Positive = 32
+    """Width of the embeddings."""
+    temperature: PositiveFloat = 0.1
+    """Temperature; it is not learned."""
+    views: Positive = 1
+    """Student views that are compared."""
+    share_view: bool = True
+    """Let the classification view be one of them. The papers' recipes compare two more."""
 
 
 class Contrastive(Method):
-    """Logit adjustment on the classification view, and a contrast term on the embeddings of V views.
+    """Logit adjustment on the classification view, and a contrastive loss on the embeddings of V views.
 
-    A process compares the images of its own part of the batch with one another.
+    Each process compares the images of its own part of the batch.
     """
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
-        super().__init__(config, encoder, class_counts, *teacher)
-        self.embed = ProjectionMLP(encoder.num_features, config.contrast.embedding_dim)
+    settings_class: ClassVar[type[ContrastiveSettings]]
+
+    def __init__(
+        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
+    ) -> None:
+        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+        self.settings = config.section(self.settings_class)
+        self.embed = ProjectionMLP(encoder.num_features, self.settings.embedding_dim)
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
         """Raise LongtailError where there is nothing to compare with."""
-        if sum(count > 0 for count in class_counts) < 2:
+        present = sum(count > 0 for count in class_counts)
+        if present < 2:
             raise LongtailError(
-                f"method {config.method}: compares classes, expected at least 2 with training images, got "
-                f"{sum(count > 0 for count in class_counts)}; use a set with more classes"
+                f"method {config.method}: compares classes, expected at least 2 with training images, got {present}; "
+                "use a data set with more classes"
             )
 
     @classmethod
-    def student_views(cls, config: Config) -> int:
-        """Return V, and one more where the classification view is not among them."""
-        return config.contrast.views + (not config.contrast.share_view)
+    def num_student_views(cls, config: Config) -> int:
+        """Return V, plus one where the classification view is not among them."""
+        settings = config.section(cls.settings_class)
+        return settings.views + (not settings.share_view)
 
     @classmethod
-    def classified_views(cls, config: Config) -> int:
+    def num_classified_views(cls, config: Config) -> int:
         """Return 1, or all of them."""
-        return cls.student_views(config) if config.classifier.every_view else 1
+        return cls.num_student_views(config) if config.classifier.every_view else 1
 
     @classmethod
-    def views(cls, config: Config) -> tuple[View, ...]:
-        """Return the classification view and the compared ones."""
-        contrast: View = "contrast"
-        return ("classification", *(contrast,) * (cls.student_views(config) - 1))
+    def views(cls, config: Config) -> tuple[ViewUse, ...]:
+        """Return the classification view and the compared views."""
+        contrast: ViewUse = "contrast"
+        return ("classification", *(contrast,) * (cls.num_student_views(config) - 1))
 
-    def compared(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (V · B, D) embeddings of the compared views and their (V · B,) labels."""
-        views = self.config.contrast.views
-        return self.embed(features[-views * len(batch) :]), batch.labels.repeat(views)
-
-    def contrast(self, features: Tensor, scores: Tensor, batch: Batch, taught: Taught) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return the contrast term, weighed."""
-        embeddings, labels = self.compared(features, batch)
-        return {"contrast": self.config.contrast.weight * self.compare(embeddings, labels, scores, batch)}
+    def auxiliary_loss(
+        self,
+        features: Tensor,
+        scores: Tensor,
+        batch: Batch,
+        teacher_output: TeacherOutput,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return the weighted contrastive loss."""
+        views = self.settings.views
+        embeddings, labels = self.embed(features[-views * len(batch) :]), batch.labels.repeat(views)
+        return {"contrast": self.settings.weight * self.contrastive_loss(embeddings, labels, scores, batch)}
 
     @abstractmethod
-    def compare(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:
-        """Return the contrast term, a scalar.
+    def contrastive_loss(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:
+        """Return the contrastive loss, a scalar.
 
         Args:
             embeddings: (V · B, D) of the compared views.
             labels: (V · B,).
             scores: (·, C) of the classified views.
-            batch: whose views these are.
+            batch: the batch.
         """
 
 
-def themselves(embeddings: Tensor, keys: int) -> Tensor:
-    """Return (V · B, keys) bool, True where a key is the query itself: the first V · B keys are the queries."""
-    return torch.eye(len(embeddings), keys, dtype=torch.bool, device=embeddings.device)
+def self_mask(embeddings: Tensor, num_keys: int) -> Tensor:
+    """Return (V · B, num_keys) bool, True where a key is the query itself: the first V · B keys are the queries."""
+    return torch.eye(len(embeddings), num_keys, dtype=torch.bool, device=embeddings.device)
 
 
-class Remembering(Contrastive):
-    """With one plain queue of the embeddings of earlier steps."""
+@dataclass(frozen=True, kw_only=True)
+class QueueSettings(ContrastiveSettings):
+    """A contrastive loss against a queue of earlier embeddings."""
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
-        super().__init__(config, encoder, class_counts, *teacher)
-        settings = config.contrast
+    queue_size: Positive = 1024
+    """Embeddings of earlier steps that are kept."""
+
+
+class QueueContrastive(Contrastive):
+    """A contrastive method with one queue of the embeddings of earlier steps, for all classes."""
+
+    settings_class: ClassVar[type[QueueSettings]]
+
+    def __init__(
+        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
+    ) -> None:
+        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+        settings = config.section(self.settings_class)
         self.queue = ClassQueues(class_counts, settings.queue_size, dim=settings.embedding_dim, shared=True)
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """Return the queue's contents: part of ``state_dict``, but no buffers."""
+        """Return the contents of the queue: part of ``state_dict``, but not buffers."""
         return self.queue.state_dict()
 
     def set_extra_state(self, state: Any) -> None:
-        """Restore the queue's contents."""
+        """Restore the contents of the queue."""
         self.queue.load_state_dict(state)
 
-    def watched(self) -> dict[str, Tensor]:
-        """Return the share of the queue that is filled."""
+    def metrics_to_log(self) -> dict[str, Tensor]:
+        """Return the filled fraction of the queue."""
         return {"queue_fill": self.queue.fill}
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:

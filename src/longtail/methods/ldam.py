@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from longtail.config import Config
-from longtail.data.loaders import Batch
+from longtail.config import Config, Fraction, Settings
+from longtail.data.loader import Batch
 from longtail.errors import LongtailError
-from longtail.methods.classifier import Weighted
+from longtail.losses.margin import ldam_margins, with_margin
+from longtail.losses.reweighting import effective_number_weights, weighted_cross_entropy
+from longtail.methods.classifier import ReweightedLoss
 from longtail.nn import Encoder
-from longtail.objectives.margin import ldam_margins, with_margin
-from longtail.objectives.reweighting import effective_number_weights, weighted_cross_entropy
 
 
-class LDAM(Weighted):
-    """LDAM-DRW: Cao et al., NeurIPS 2019, arXiv 1906.07413; it weighs classes from ``data.deferred_from`` on."""
+@dataclass(frozen=True, kw_only=True)
+class LDAMSettings(Settings):
+    """Label-distribution-aware margins."""
 
+    section: ClassVar[str] = "ldam"
+
+    max_margin: Annotated[float, Field(ge=0, lt=2)] = 0.5
+    """Margin of the smallest class, in cosines."""
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Overlap of the samples of a class in the late re-weighting [β]."""
+    reweight_from: Fraction = 0.8
+    """Fraction of the training after which classes are re-weighted."""
+
+
+class LDAM(ReweightedLoss):
+    """LDAM-DRW: Cao et al., NeurIPS 2019, arXiv 1906.07413."""
+
+    settings_class = LDAMSettings
     margins: Tensor
     weights: Tensor
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
-        super().__init__(config, encoder, class_counts, *teacher)
-        settings = config.classifier
-        self.register_buffer("margins", ldam_margins(self.prior.counts, settings.largest_margin), persistent=False)
-        weights = effective_number_weights(self.prior.counts, settings.effective_number_beta)
+    def __init__(
+        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
+    ) -> None:
+        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+        settings = config.section(LDAMSettings)
+        self.register_buffer("margins", ldam_margins(self.prior.class_counts, settings.max_margin), persistent=False)
+        weights = effective_number_weights(self.prior.class_counts, settings.beta)
         self.register_buffer("weights", weights, persistent=False)
 
     @classmethod
-    def check(cls, _config: Config, class_counts: list[int]) -> None:
+    def check(cls, config: Config, class_counts: list[int]) -> None:  # noqa: ARG003
         """Raise LongtailError where a class has no image."""
         if min(class_counts) < 1:
             index = class_counts.index(min(class_counts))
-            raise LongtailError(f"method ldam: class {index} has no training image, and so no margin; remove it")
+            raise LongtailError(
+                f"method ldam: class {index} has no training image, so its margin is not defined; remove the class"
+            )
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:
-        """Return cross-entropy with margins, weighed by class late in the training."""
-        late = batch.done >= self.config.data.deferred_from
+        """Return cross-entropy with margins, re-weighted by class late in the training."""
+        late = batch.epoch_fraction >= self.config.section(LDAMSettings).reweight_from
         weights = self.weights if late else torch.ones_like(self.weights)
         return weighted_cross_entropy(with_margin(scores, labels, self.margins, self.classifier.scale), labels, weights)

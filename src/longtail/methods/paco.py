@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from longtail.config import Config
-from longtail.data.loaders import Batch
-from longtail.methods.base import View
-from longtail.methods.contrastive import Remembering, themselves
-from longtail.methods.momentum import Momentum
+from longtail.config import Config, Weight
+from longtail.data.loader import Batch
+from longtail.losses.contrastive import parametric_contrastive_loss
+from longtail.methods.base import ViewUse
+from longtail.methods.contrastive import QueueContrastive, QueueSettings, self_mask
+from longtail.methods.ema import EMAEncoder
 from longtail.nn import Encoder
-from longtail.objectives.contrastive import parametric_contrastive_loss
 
 
-class GPaCo(Remembering):
-    """Cui et al., TPAMI 2023, arXiv 2209.12400: all views are queries and keys, of one encoder; the queue remembers.
+@dataclass(frozen=True, kw_only=True)
+class GPaCoSettings(QueueSettings):
+    """Generalised parametric contrastive learning; its loss has no other term, so weight scales all of it."""
 
-    The classifier has no term of its own: its scores, the log prior added, stand for the class centres.
+    section: ClassVar[str] = "gpaco"
+
+    sample_weight: Weight = 0.05
+    """Weight of a positive sample beside the centre of its class [α]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaCoSettings(GPaCoSettings):
+    """Parametric contrastive learning; its loss has no other term, so weight scales all of it."""
+
+    section: ClassVar[str] = "paco"
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the moving average of the encoder that computes the keys."""
+
+
+class GPaCo(QueueContrastive):
+    """Cui et al., TPAMI 2023, arXiv 2209.12400: all views are queries and keys of one encoder, beside a queue.
+
+    The classifier has no term of its own: its scores, with the log prior added, stand for the class centres.
     """
 
-    @classmethod
-    def classified_views(cls, config: Config) -> int:
-        """Return all of them: a query's own scores stand beside its keys."""
-        return cls.student_views(config)
+    settings_class: ClassVar[type[GPaCoSettings]] = GPaCoSettings
 
-    def classify(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
-        """Return nothing: the scores go into the contrast term."""
+    @classmethod
+    def num_classified_views(cls, config: Config) -> int:
+        """Return all of them: the scores of a query stand beside its keys."""
+        return cls.num_student_views(config)
+
+    def classification_loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
+        """Return nothing: the scores go into the contrastive loss."""
         return {}
 
-    def conditional_entropy(self, _means: object) -> None:
-        """Say nothing of it: the loss is over centres and samples together."""
+    @classmethod
+    def conditional_entropy(cls, config: Config, means: Mapping[str, float], one_per_image: bool) -> None:  # noqa: ARG003
+        """Return None: the loss is over centres and samples together."""
         return
 
-    def compare(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:
-        """Return the parametric contrastive loss of the compared views, whose scores are the last of the classified."""
-        now, now_labels = self.keys(batch, embeddings, labels)
+    def contrastive_loss(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:
+        """Return the parametric contrastive loss of the compared views, whose scores are the last ones."""
+        settings = self.config.section(self.settings_class)
+        batch_keys, batch_labels = self.batch_keys(batch, embeddings, labels)
         slots = self.queue.slots()
-        # a copy: the push below writes into what backward needs
-        keys = torch.cat([embeddings, now, slots.features.clone()])
+        # a copy: the push below overwrites what backward needs
+        keys = torch.cat([embeddings, batch_keys, slots.features.clone()])
         log_prior = self.log_prior()
         adjusted = scores[-len(embeddings) :]
         loss = parametric_contrastive_loss(
@@ -48,34 +75,38 @@ class GPaCo(Remembering):
             embeddings,
             labels,
             keys,
-            torch.cat([labels, now_labels, slots.labels]),
-            self.config.contrast.temperature,
-            self.config.contrast.sample_weight,
-            themselves(embeddings, len(keys)),
+            torch.cat([labels, batch_labels, slots.labels]),
+            settings.temperature,
+            settings.sample_weight,
+            self_mask(embeddings, len(keys)),
         )
-        # one view an image goes into the queue, the newest
-        kept = (now if len(now) else embeddings)[-len(batch) :].detach()
-        self.queue.push(kept, batch.labels, batch.ids, batch.room)
+        # one view per image goes into the queue, the newest
+        newest = (batch_keys if len(batch_keys) else embeddings)[-len(batch) :].detach()
+        self.queue.push(newest, batch.labels, batch.ids, batch.max_local_batch)
         return loss
 
-    def keys(self, batch: Batch, queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def batch_keys(self, batch: Batch, queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return further keys of this batch with their labels: none."""
         return queries[:0].detach(), labels[:0]
 
 
 class PaCo(GPaCo):
-    """Cui et al., ICCV 2021, arXiv 2107.12028: the keys are a slow average's of a view of their own."""
+    """Cui et al., ICCV 2021, arXiv 2107.12028: a momentum encoder computes the keys, from a view of their own."""
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
-        super().__init__(config, encoder, class_counts, *teacher)
-        self.slow = Momentum([self.encoder, self.embed], config.contrast.momentum)
+    settings_class: ClassVar[type[PaCoSettings]] = PaCoSettings
+
+    def __init__(
+        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
+    ) -> None:
+        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+        self.ema = EMAEncoder([self.encoder, self.embed], config.section(PaCoSettings).momentum)
 
     @classmethod
-    def views(cls, config: Config) -> tuple[View, ...]:
-        """Return the student's views and, last, the key's."""
+    def views(cls, config: Config) -> tuple[ViewUse, ...]:
+        """Return the student's views and, last, the key view."""
         return (*super().views(config), "contrast")
 
-    def keys(self, batch: Batch, queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """Return the slow average's embeddings of the key view."""
-        self.slow.update([self.encoder, self.embed])
-        return self.slow(batch.views[-1]), batch.labels
+    def batch_keys(self, batch: Batch, queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return the momentum encoder's embeddings of the key view."""
+        self.ema.update([self.encoder, self.embed])
+        return self.ema(batch.views[-1]), batch.labels

@@ -1,39 +1,50 @@
-"""Probabilistic contrastive learning: a von Mises–Fisher distribution a class, estimated while training.
+"""Probabilistic contrastive learning: a von Mises–Fisher distribution per class, estimated during training.
 
 Legend: B samples, V views, C classes, D embedding width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longtail.config import Config
-from longtail.data.loaders import Batch
+from longtail.data.loader import Batch
+from longtail.distributed import all_reduce_sum
 from longtail.errors import LongtailError
-from longtail.methods.contrastive import Contrastive
+from longtail.losses import posterior_cross_entropy
+from longtail.losses.von_mises_fisher import MIN_DIM, vmf_scores
+from longtail.methods.contrastive import Contrastive, ContrastiveSettings
 from longtail.nn import Encoder
-from longtail.objectives import posterior_cross_entropy
-from longtail.objectives.von_mises_fisher import LEAST_DIM, vmf_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProCoSettings(ContrastiveSettings):
+    """Probabilistic contrastive learning."""
+
+    section: ClassVar[str] = "proco"
 
 
 class ProCo(Contrastive):
     """Du et al., TPAMI 2024, arXiv 2403.06726.
 
-    A class's mean embedding is that over the last epoch and what has passed of this one.
+    The mean embedding of a class is that over the last epoch and the part of this one that has passed.
     """
 
+    settings_class = ProCoSettings
     sums: Tensor
     counts: Tensor
     epoch: Tensor
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
-        super().__init__(config, encoder, class_counts, *teacher)
-        # sums of the last epoch and of this one; the same on all processes, so that buffers are right for them
-        self.register_buffer("sums", torch.zeros(2, len(class_counts), config.contrast.embedding_dim))
+    def __init__(
+        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
+    ) -> None:
+        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+        # sums of the last epoch and of this one; equal in all processes, so they may be buffers
+        self.register_buffer("sums", torch.zeros(2, len(class_counts), self.settings.embedding_dim))
         self.register_buffer("counts", torch.zeros(2, len(class_counts)))
         self.register_buffer("epoch", torch.zeros(()))
 
@@ -41,28 +52,27 @@ class ProCo(Contrastive):
     def check(cls, config: Config, class_counts: list[int]) -> None:
         """Raise LongtailError where the closed form does not hold."""
         super().check(config, class_counts)
-        if config.contrast.embedding_dim < LEAST_DIM:
+        dim = config.section(ProCoSettings).embedding_dim
+        if dim < MIN_DIM:
             raise LongtailError(
-                f"contrast.embedding_dim {config.contrast.embedding_dim}: method proco needs at least {LEAST_DIM}, "
-                "below which its Bessel function is not exact"
+                f"proco.embedding_dim {dim}: method proco needs at least {MIN_DIM}, "
+                "below which its expansion of the Bessel function is not accurate"
             )
 
-    def compare(self, embeddings: Tensor, labels: Tensor, _scores: Tensor, batch: Batch) -> Tensor:
-        """Return the cross-entropy of the posterior under the classes' distributions."""
-        self._note(embeddings.detach().float(), labels, batch.done)
+    def contrastive_loss(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
+        """Return the cross-entropy of the posterior under the distributions of the classes."""
+        self._update(embeddings.detach().float(), labels, batch.epoch_fraction)
         mean = self.sums.sum(dim=0) / self.counts.sum(dim=0).clamp(min=1)[:, None]
-        scores = vmf_scores(embeddings, mean, self.config.contrast.temperature)
-        return posterior_cross_entropy(scores, labels, self.log_prior())
+        log_likelihood = vmf_scores(embeddings, mean, self.settings.temperature)
+        return posterior_cross_entropy(log_likelihood, labels, self.log_prior())
 
-    def _note(self, embeddings: Tensor, labels: Tensor, done: float) -> None:
-        sums = torch.zeros_like(self.sums[1]).index_add_(0, labels, embeddings)
+    def _update(self, embeddings: Tensor, labels: Tensor, epoch_fraction: float) -> None:
+        sums = all_reduce_sum(torch.zeros_like(self.sums[1]).index_add_(0, labels, embeddings))
         counts = torch.zeros_like(self.counts[1]).index_add_(0, labels, torch.ones_like(embeddings[:, 0]))
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(counts)
+        counts = all_reduce_sum(counts)
         # without asking the accelerator which epoch it is
-        goes_on = (self.epoch == done).to(sums.dtype)
+        same_epoch = (self.epoch == epoch_fraction).to(sums.dtype)
         for buffer, new in ((self.sums, sums), (self.counts, counts)):
-            buffer[0] = goes_on * buffer[0] + (1 - goes_on) * buffer[1]
-            buffer[1] = goes_on * buffer[1] + new
-        self.epoch.fill_(done)
+            buffer[0] = same_epoch * buffer[0] + (1 - same_epoch) * buffer[1]
+            buffer[1] = same_epoch * buffer[1] + new
+        self.epoch.fill_(epoch_fraction)

@@ -1,42 +1,70 @@
-"""Focal and class-balanced cross-entropy: samples weighed by how hard they are, or by how rare their class is."""
+"""Focal and class-balanced cross-entropy: samples weighted by how hard they are, or by how rare their class is."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from longtail.config import Config
-from longtail.data.loaders import Batch
-from longtail.methods.base import Prior
-from longtail.methods.classifier import Weighted
+from longtail.config import Config, Settings, Weight
+from longtail.data.loader import Batch
+from longtail.evaluation.class_frequencies import PriorName
+from longtail.losses.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
+from longtail.methods.classifier import ReweightedLoss
 from longtail.nn import Encoder
-from longtail.objectives.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
 
 
-class Focal(Weighted):
+@dataclass(frozen=True, kw_only=True)
+class FocalSettings(Settings):
+    """Focal loss."""
+
+    section: ClassVar[str] = "focal"
+
+    gamma: Weight = 2.0
+    """Exponent of the focal loss [γ]; 0 is cross-entropy."""
+
+
+class Focal(ReweightedLoss):
     """Lin et al., ICCV 2017, arXiv 1708.02002."""
 
+    settings_class = FocalSettings
+    label_maps: ClassVar[Literal["no", "yes", "only"]] = "yes"
+
     @classmethod
-    def predicts_under(cls, _config: Config) -> Prior:
+    def predicts_under(cls, config: Config) -> PriorName:  # noqa: ARG003
         """Return the training prior, which hard samples of the head leave in the scores."""
         return "train"
 
-    def loss(self, scores: Tensor, labels: Tensor, _batch: Batch) -> Tensor:
+    def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Return the focal loss."""
-        return focal_loss(scores, labels, self.config.classifier.focal_gamma)
+        return focal_loss(scores, labels, self.config.section(FocalSettings).gamma)
 
 
-class ClassBalanced(Weighted):
+@dataclass(frozen=True, kw_only=True)
+class ClassBalancedSettings(Settings):
+    """Class-balanced loss."""
+
+    section: ClassVar[str] = "cb"
+
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Overlap of the samples of a class [β]: 0 weighs all classes alike, towards 1 by inverse frequency."""
+
+
+class ClassBalanced(ReweightedLoss):
     """Cui et al., CVPR 2019, arXiv 1901.05555."""
 
+    settings_class = ClassBalancedSettings
     weights: Tensor
 
-    def __init__(self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any) -> None:
-        super().__init__(config, encoder, class_counts, *teacher)
-        weights = effective_number_weights(self.prior.counts, config.classifier.effective_number_beta)
+    def __init__(
+        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
+    ) -> None:
+        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+        weights = effective_number_weights(self.prior.class_counts, config.section(ClassBalancedSettings).beta)
         self.register_buffer("weights", weights, persistent=False)
 
-    def loss(self, scores: Tensor, labels: Tensor, _batch: Batch) -> Tensor:
-        """Return cross-entropy under the weights of the effective number of samples."""
+    def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
+        """Return cross-entropy weighted by the effective number of samples."""
         return weighted_cross_entropy(scores, labels, self.weights)

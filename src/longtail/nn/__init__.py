@@ -1,14 +1,15 @@
-"""Networks: encoders and the heads on them."""
+"""Networks: encoders and the heads on top of them."""
 
-from longtail.nn.backbones import Encoder, FrozenEncoder, build_backbone
-from longtail.nn.heads import CosineClassifier, JoinedClassifier, LinearClassifier, ProjectionMLP
+from longtail.nn.backbones import build_backbone
+from longtail.nn.encoder import Encoder, FrozenEncoder
+from longtail.nn.heads import CosineClassifier, LinearClassifier, MixtureEnsembleHead, ProjectionMLP
 
 __all__ = [
     "CosineClassifier",
     "Encoder",
     "FrozenEncoder",
-    "JoinedClassifier",
     "LinearClassifier",
+    "MixtureEnsembleHead",
     "ProjectionMLP",
     "build_backbone",
 ]

@@ -1,4 +1,7 @@
-"""What sits on an encoder. Legend: B samples, F feature width, C classes, D embedding width."""
+"""Heads on top of an encoder: classifiers and projections.
+
+Legend: B samples, F feature width, C classes, D embedding width.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtail.objectives import class_log_likelihood
+from longtail.losses import class_log_likelihood
 
 
 class CosineClassifier(nn.Module):
-    """Scores scale · cos(h, w_c): the log-likelihood, up to a constant, of one direction a class.
+    """Linear classifier on the unit sphere, with scores scale · cos(h, w_c).
+
+    The scores are log-likelihoods, up to a constant for each sample, of one mean direction w_c for each class.
 
     Args:
         in_features: F.
         num_classes: C.
-        scale: factor of the cosine; the score lies in [−scale, scale].
+        scale: factor of the cosine; scores lie in [−scale, scale].
     """
 
     def __init__(self, in_features: int, num_classes: int, scale: float = 30.0) -> None:
@@ -35,7 +40,7 @@ class CosineClassifier(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """Scores h·w_c: what the second-stage heads are, whose norms say something.
+    """Linear classifier without bias, with scores h·w_c, as decoupled second-stage training makes it.
 
     Args:
         in_features: F.
@@ -51,16 +56,16 @@ class LinearClassifier(nn.Module):
         return F.linear(features, self.weight)
 
 
-class JoinedClassifier(nn.Module):
-    """A classifier's scores and, beside them, the log-likelihood under a mixture of keys that do not change any more.
+class MixtureEnsembleHead(nn.Module):
+    """Ensemble of a classifier and a mixture likelihood with constant keys, by a weighted sum of their scores.
 
     Args:
-        classifier: features to scores.
-        query_mlp: features to unit-norm embeddings (B, D).
+        classifier: maps features to scores.
+        query_mlp: maps features to unit-norm embeddings (B, D).
         keys: (K, D), unit norm.
-        key_labels: (K,) int64 in [0, C); −1 marks a key that does not count.
+        key_labels: (K,) int64 in [0, C); −1 marks a key to ignore.
         temperature: τ of the mixture, a scalar.
-        weight: of the log-likelihood.
+        ensemble_weight: weight of the mixture's log-likelihood; the classifier's scores have weight 1.
     """
 
     keys: Tensor
@@ -74,10 +79,10 @@ class JoinedClassifier(nn.Module):
         keys: Tensor,
         key_labels: Tensor,
         temperature: Tensor,
-        weight: float,
+        ensemble_weight: float,
     ) -> None:
         super().__init__()
-        self.classifier, self.query_mlp, self.join_weight = classifier, query_mlp, weight
+        self.classifier, self.query_mlp, self.ensemble_weight = classifier, query_mlp, ensemble_weight
         for name, tensor in (("keys", keys), ("key_labels", key_labels), ("temperature", temperature)):
             self.register_buffer(name, tensor)
 
@@ -92,14 +97,19 @@ class JoinedClassifier(nn.Module):
         likelihood = class_log_likelihood(
             self.query_mlp(features), self.keys, self.key_labels, scores.shape[1], self.temperature
         )
-        # of a class without keys nothing is known but that it is no likelier than the least likely one
-        least = likelihood.masked_fill(likelihood.isinf(), math.inf).amin(dim=1, keepdim=True)
-        joined: Tensor = scores + self.join_weight * torch.where(likelihood.isinf(), least, likelihood)
-        return joined
+        # a class without keys gets the likelihood of the least likely class that has keys
+        smallest = likelihood.masked_fill(likelihood.isinf(), math.inf).amin(dim=1, keepdim=True)
+        ensemble: Tensor = scores + self.ensemble_weight * torch.where(likelihood.isinf(), smallest, likelihood)
+        return ensemble
 
 
 class ProjectionMLP(nn.Module):
-    """Linear-BN-ReLU-Linear, normalised: features (B, F) to unit-norm embeddings (B, D)."""
+    """Projection head Linear-BN-ReLU-Linear with normalised output: features (B, F) to unit-norm embeddings (B, D).
+
+    Args:
+        in_features: F, also the hidden width.
+        out_features: D.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

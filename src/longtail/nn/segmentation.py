@@ -1,7 +1,7 @@
-"""Networks that give every pixel a feature: a decoder of segmentation-models-pytorch on a timm encoder.
+"""Networks with a feature for every pixel: a decoder of segmentation-models-pytorch on top of a timm encoder.
 
-A network's name is ``DECODER:ENCODER`` or ``DECODER:ENCODER:WIDTH``, ``upernet:resnet50`` for one. Legend: B images, F
-feature width, H and W sides in pixels.
+A network's name is ``DECODER:ENCODER`` or ``DECODER:ENCODER:WIDTH``, such as ``upernet:resnet50``. Legend: B images, C
+classes, F feature width, H and W height and width in pixels. Features have a quarter of the images' resolution.
 """
 
 from __future__ import annotations
@@ -13,30 +13,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtail.errors import LongtailError, nearest
+from longtail.errors import LongtailError, did_you_mean
+from longtail.nn.pretrained import pretrained_cfg_overlay, wrap_timm_errors
 
 DECODERS = ("upernet", "segformer")
 STRIDE = 4
-"""Pixels of an image, either way, that share a feature."""
-_MULTIPLE = 32  # what encoders halve five times must be a multiple of it
+"""Height and width in pixels of the square that shares a feature."""
+_MULTIPLE = 32  # encoders halve the resolution five times
+_DEFAULT_WIDTH = 256
 
 
-def is_dense(name: str) -> bool:
-    """Return whether a network's name is one of these."""
+def is_segmentation_network(name: str) -> bool:
+    """Return whether the name of a network starts with one of :data:`DECODERS`."""
     return name.partition(":")[0] in DECODERS
 
 
-def build_dense(name: str, channels: int, pretrained: bool, overlay: dict[str, Any]) -> DenseBackbone:
-    """Return a network by name.
+def build_segmentation_backbone(name: str, channels: int = 3, pretrained: str = "none") -> SegmentationNetwork:
+    """Return a network with features of pixels; :class:`longtail.nn.Encoder` takes this function as ``build``.
 
     Args:
-        name: see above; WIDTH is 256 if not given.
+        name: ``DECODER:ENCODER`` or ``DECODER:ENCODER:WIDTH``, with a decoder of :data:`DECODERS`, a timm model or an
+            encoder of segmentation-models-pytorch, and the feature width (256 if not given).
         channels: channels of the images.
-        pretrained: load the encoder's weights.
-        overlay: what timm shall know otherwise of these weights.
+        pretrained: weights of the encoder: ``none``, ``timm`` (downloaded at first use), or a file of weights for the
+            timm model.
 
     Raises:
-        LongtailError: the package is missing, or there is no such encoder.
+        LongtailError: the extra ``seg`` is not installed, there is no such network, or its weights cannot be loaded.
     """
     try:
         import segmentation_models_pytorch as smp
@@ -46,63 +49,77 @@ def build_dense(name: str, channels: int, pretrained: bool, overlay: dict[str, A
 
     decoder, _, rest = name.partition(":")
     encoder, _, width = rest.partition(":")
+    if decoder not in DECODERS:
+        expected = " or ".join(f"{known_decoder}:ENCODER" for known_decoder in DECODERS)
+        raise LongtailError(f"network '{name}': expected {expected}")
     if not encoder or (width and not (width.isdecimal() and int(width) > 0)):
         raise LongtailError(f"network '{name}': expected {decoder}:ENCODER or {decoder}:ENCODER:WIDTH")
-    given: dict[str, Any] = {}
+    num_features = int(width or _DEFAULT_WIDTH)
+    options: dict[str, Any] = {}
     if timm.is_model(encoder.split(".")[0]):
-        own = f"tu-{encoder}"
+        encoder_name = f"tu-{encoder}"
+        overlay = pretrained_cfg_overlay(pretrained, encoder)
         if overlay:
-            given["pretrained_cfg_overlay"] = overlay
+            options["pretrained_cfg_overlay"] = overlay
         if encoder.startswith("swin"):
-            given["strict_img_size"] = False  # windows are filled up at the borders instead
+            options["strict_img_size"] = False  # windows are padded at the borders instead
     elif encoder in smp.encoders.encoders:
-        own = encoder
+        encoder_name = encoder
+        if pretrained not in {"none", "timm"}:
+            raise LongtailError(f"pretrained '{pretrained}': expected none or timm; '{encoder}' is no timm model")
     else:
-        known = [*smp.encoders.encoders, *timm.list_models()]
-        raise LongtailError(f"network '{name}': there is no encoder '{encoder}'{nearest(encoder, known)}")
-    kind = {"upernet": smp.UPerNet, "segformer": smp.Segformer}[decoder]
-    key = {"upernet": "decoder_channels", "segformer": "decoder_segmentation_channels"}[decoder]
-    weights = (True if own.startswith("tu-") else "imagenet") if pretrained else None
-    logging.getLogger("timm.models._builder").setLevel(logging.ERROR)  # that a classifier is left out is meant
-    try:
-        model = kind(
-            encoder_name=own, encoder_weights=weights, in_channels=channels, **{key: int(width or 256)}, **given
-        )
-    except ValueError as error:  # an encoder that does not halve step by step (a plain vision transformer)
-        raise LongtailError(f"network '{name}': {' '.join(str(error).split())}; choose another encoder") from None
-    return DenseBackbone(model.encoder, model.decoder, int(width or 256))
+        encoders = [*smp.encoders.encoders, *timm.list_models()]
+        raise LongtailError(f"network '{name}': there is no encoder '{encoder}'{did_you_mean(encoder, encoders)}")
+    model_class = {"upernet": smp.UPerNet, "segformer": smp.Segformer}[decoder]
+    width_option = {"upernet": "decoder_channels", "segformer": "decoder_segmentation_channels"}[decoder]
+    weights = None if pretrained == "none" else True if encoder_name.startswith("tu-") else "imagenet"
+    logging.getLogger("timm.models._builder").setLevel(logging.ERROR)  # it warns that the classifier is left out
+    with wrap_timm_errors(name, pretrained):
+        try:
+            model = model_class(
+                encoder_name=encoder_name,
+                encoder_weights=weights,
+                in_channels=channels,
+                **{width_option: num_features},
+                **options,
+            )
+        except ValueError as error:  # an encoder that does not halve the resolution, such as a vision transformer
+            raise LongtailError(
+                f"network '{name}': {' '.join(str(error).split()).rstrip('.')}; choose another encoder"
+            ) from None
+    return SegmentationNetwork(model.encoder, model.decoder, num_features)
 
 
-class DenseBackbone(nn.Module):
-    """An encoder and a decoder: images to a feature for every square of 4 × 4 pixels.
+class SegmentationNetwork(nn.Module):
+    """An encoder and a decoder, which give a feature to every square of 4 × 4 pixels.
 
     Args:
-        encoder: of segmentation-models-pytorch.
-        decoder: of the same.
-        width: F.
+        encoder: an encoder of segmentation-models-pytorch.
+        decoder: a decoder of segmentation-models-pytorch.
+        num_features: F.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, width: int) -> None:
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, num_features: int) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.num_features = encoder, decoder, width
+        self.encoder, self.decoder, self.num_features = encoder, decoder, num_features
 
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, F, ⌈H/4⌉, ⌈W/4⌉) features of (B, channels, H, W) normalised images of any size."""
         height, width = images.shape[-2:]
-        # to the right and below: what is there already stays where it is
+        # padded at the right and the bottom, so that no pixel moves
         padded = F.pad(images, (0, -width % _MULTIPLE, 0, -height % _MULTIPLE))
         features: Tensor = self.decoder(self.encoder(padded))
         return features[..., : -(-height // STRIDE), : -(-width // STRIDE)]
 
 
-def to_pixels(scores: Tensor, height: int, width: int) -> Tensor:
-    """Return (B, C, H, W) scores of every pixel, between those of the squares, (B, C, ⌈H/4⌉, ⌈W/4⌉)."""
+def upsample_scores(scores: Tensor, height: int, width: int) -> Tensor:
+    """Return (B, C, H, W) scores of pixels, interpolated between (B, C, ⌈H/4⌉, ⌈W/4⌉) scores of squares."""
     larger = F.interpolate(scores, scale_factor=STRIDE, mode="bilinear")
     return larger[..., :height, :width]
 
 
-def to_squares(labels: Tensor) -> Tensor:
-    """Return (B, ⌈H/4⌉, ⌈W/4⌉) labels, each that of a pixel in the middle of its square, of (B, H, W) labels."""
+def downsample_labels(labels: Tensor) -> Tensor:
+    """Return (B, ⌈H/4⌉, ⌈W/4⌉) labels of the squares' central pixels, of (B, H, W) labels."""
     height, width = labels.shape[-2:]
     rows = torch.arange(STRIDE // 2, height + STRIDE // 2, STRIDE, device=labels.device).clamp(max=height - 1)
     columns = torch.arange(STRIDE // 2, width + STRIDE // 2, STRIDE, device=labels.device).clamp(max=width - 1)

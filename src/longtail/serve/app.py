@@ -7,7 +7,6 @@ large, empty or no image gets a 4xx answer with one line, and the server lives o
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,66 +19,61 @@ from jinja2 import Environment, PackageLoader
 from PIL import Image
 from torch import Tensor
 
+from longtail.data.data_uri import image_data_uri
 from longtail.data.dataset import ImageSet
-from longtail.data.loaders import evaluation_batches
-from longtail.data.pictures import explained, upright
-from longtail.engine.evaluate import open_finished
+from longtail.data.image_io import image_errors
 from longtail.errors import LongtailError
-from longtail.recognizer import Recognizer
-from longtail.segmenter import Segmenter, load_kept
+from longtail.inference.features import encode_split
+from longtail.inference.recognizer import Recognizer
+from longtail.tasks.loading import load_model, load_run
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 60_000_000
-_AT_ONCE = 2  # images that are predicted at the same time; the others wait
+_CONCURRENCY = 2  # images that are predicted at the same time; the others wait
 _NEIGHBOURS = 5
-_MOST_KNOWN = 20_000  # training images that neighbours are looked for among
+_MAX_REFERENCE_IMAGES = 20_000  # training images among which neighbours are searched
 
 
-class Known(NamedTuple):
+class ReferenceImages(NamedTuple):
     """Training images and their features."""
 
     images: ImageSet
-    place: Tensor
-    """(N,) which of them."""
+    positions: Tensor
+    """(N,) where they are in the training set."""
     features: Tensor
     """(N, F), unit norm."""
 
 
-def known_images(recognizer: Recognizer, images: ImageSet) -> Known:
-    """Return the features of the training images, of evenly spread ones where there are very many."""
-    place = torch.arange(0, len(images), max(1, -(-len(images) // _MOST_KNOWN)))
-    some = ImageSet(_Chosen(images, place), images.labels[place], images.ids[place])  # type: ignore[arg-type]
-    device = recognizer.classifier.weight.device
-    with torch.no_grad():
-        parts = [
-            F.normalize(recognizer.encoder(views.to(device))).cpu()
-            for views, _ in evaluation_batches(some, recognizer.card.image_size)
-        ]
-    return Known(images, place, torch.cat(parts))
+def reference_images(model: Recognizer, images: ImageSet) -> ReferenceImages:
+    """Return the features of the training images, or of evenly spaced ones where there are very many."""
+    positions = torch.arange(0, len(images), max(1, -(-len(images) // _MAX_REFERENCE_IMAGES)))
+    subset = ImageSet(_Subset(images, positions), images.labels[positions], images.ids[positions])  # type: ignore[arg-type]
+    batches = encode_split(model.encoder, subset, model.config.image_size, device=model.device)
+    return ReferenceImages(images, positions, torch.cat([F.normalize(features).cpu() for features, _ in batches]))
 
 
-class _Chosen:
-    """Some images of a set."""
+class _Subset:
+    """Some images of a split."""
 
-    def __init__(self, images: ImageSet, place: Tensor) -> None:
-        self.images, self.place, self.lazy = images.images, place, images.images.lazy
+    def __init__(self, images: ImageSet, positions: Tensor) -> None:
+        self.images, self.positions, self.lazy = images.images, positions, images.images.lazy
 
     def __len__(self) -> int:
-        return len(self.place)
+        return len(self.positions)
 
     def take(self, indices: Tensor) -> Tensor:
-        return self.images.take(self.place[indices])
+        return self.images.take(self.positions[indices])
 
 
 def read_upload(body: bytes) -> Image.Image:
-    """Return the image that was sent.
+    """Return the uploaded image.
 
     Raises:
-        LongtailError: it is empty, no image, damaged, or larger than is safe.
+        LongtailError: it is empty, not an image, damaged, or too large.
     """
     if not body:
         raise LongtailError("the upload: is empty, expected an image")
-    with explained("the upload"), Image.open(io.BytesIO(body)) as image:
+    with image_errors("the upload"), Image.open(io.BytesIO(body)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise LongtailError(
                 f"the upload: has {image.width} × {image.height} pixels, expected at most {MOST_PIXELS:,} in all"
@@ -88,43 +82,37 @@ def read_upload(body: bytes) -> Image.Image:
     return image
 
 
-def answer(recognizer: Recognizer, known: Known | None, image: Image.Image, prior: str, top: int = 5) -> dict[str, Any]:
+def answer(
+    model: Recognizer, reference: ReferenceImages | None, image: Image.Image, prior: str, top: int = 5
+) -> dict[str, Any]:
     """Return what the page shows of an image, as JSON holds it."""
     with torch.no_grad():
-        found = recognizer.predict(image, prior, coverage=0.9 if recognizer.held_out is not None else None)
-        told: dict[str, Any] = {
-            "top": [{"class": name, "probability": value} for name, value in found.top(top)[0]],
-            "set": None if found.sets is None else found.sets[0],
-            "calibrated": recognizer.card.temperature != 1 or bool(recognizer.card.class_temperatures),
+        predictions = model.predict(image, prior, coverage=0.9 if model.calibration_stats is not None else None)
+        response: dict[str, Any] = {
+            "top": [{"class": name, "probability": value} for name, value in predictions.top(top)[0]],
+            "set": None if predictions.sets is None else predictions.sets[0],
+            "calibrated": model.config.temperature != 1 or bool(model.config.class_temperatures),
             "nearest": [],
         }
-        if known is not None:
-            view = recognizer.prepared(image)
-            similar = known.features @ F.normalize(recognizer.encoder(view)).cpu()[0]
-            values, places = similar.topk(min(_NEIGHBOURS, len(similar)))
-            for value, place in zip(values.tolist(), known.place[places].tolist(), strict=True):
-                label = int(known.images.labels[place])
-                picture = known.images.images.open_or_another(place)
-                told["nearest"].append(
-                    {"class": recognizer.card.class_names[label], "cosine": value, "image": _address(picture)}
+        if reference is not None:
+            features = F.normalize(model.encoder(model.preprocess(image))).cpu()[0]
+            similarity = reference.features @ features
+            values, nearest = similarity.topk(min(_NEIGHBOURS, len(similarity)))
+            for value, position in zip(values.tolist(), reference.positions[nearest].tolist(), strict=True):
+                label = int(reference.images.labels[position])
+                neighbour = reference.images.images.open_with_fallback(position)
+                response["nearest"].append(
+                    {"class": model.config.class_names[label], "cosine": value, "image": image_data_uri(neighbour, 128)}
                 )
-    return told
+    return response
 
 
-def _address(image: Image.Image) -> str:
-    small = upright(image)
-    small.thumbnail((128, 128))
-    held = io.BytesIO()
-    small.save(held, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(held.getvalue()).decode()}"
-
-
-def build_app(recognizer: Recognizer, known: Known | None = None, title: str = "longtail") -> Any:
+def build_app(model: Recognizer, reference: ReferenceImages | None = None, title: str = "longtail") -> Any:
     """Return the page and its answers as an ASGI application.
 
     Args:
-        recognizer: what predicts.
-        known: training images to find neighbours among; none are shown if not given.
+        model: what predicts.
+        reference: training images among which neighbours are searched; none are shown if not given.
         title: of the page.
     """
     from starlette.applications import Starlette
@@ -133,10 +121,10 @@ def build_app(recognizer: Recognizer, known: Known | None = None, title: str = "
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
-    turns = asyncio.Semaphore(_AT_ONCE)
+    slots = asyncio.Semaphore(_CONCURRENCY)
     pages = Environment(loader=PackageLoader("longtail.serve", "."), autoescape=True, trim_blocks=True)
     page = pages.get_template("page.html.j2").render(
-        title=title, card=recognizer.card, neighbours=known is not None, most_bytes=MOST_BYTES
+        title=title, model=model.config, neighbours=reference is not None, most_bytes=MOST_BYTES
     )
 
     async def home(_: Request) -> Response:
@@ -152,17 +140,17 @@ def build_app(recognizer: Recognizer, known: Known | None = None, title: str = "
             if len(body) > MOST_BYTES:
                 return JSONResponse({"error": f"the upload: has more than {MOST_BYTES // 2**20} MiB"}, 413)
         try:
-            async with turns:
+            async with slots:
                 image = await run_in_threadpool(read_upload, body)
-                told = await run_in_threadpool(answer, recognizer, known, image, prior)
+                response = await run_in_threadpool(answer, model, reference, image, prior)
         except LongtailError as error:
             return JSONResponse({"error": str(error)}, 400)
-        return JSONResponse(told)
+        return JSONResponse(response)
 
     async def _body(request: Request) -> AsyncIterator[bytes]:
         given = request.headers.get("content-length", "0")
         if given.isdecimal() and int(given) > MOST_BYTES:
-            yield b"\0" * (MOST_BYTES + 1)  # told before it is read
+            yield b"\0" * (MOST_BYTES + 1)  # refused before it is read
             return
         async for part in request.stream():
             yield part
@@ -178,29 +166,30 @@ _POLICY = (
 
 
 def serve(run: Path, host: str, port: int, data_root: str | None = None, quiet: bool = False) -> None:
-    """Show the page until it is interrupted.
+    """Serve the page until it is interrupted.
 
     Args:
-        run: folder of a run, or of a recogniser.
+        run: folder of a run, or of a model.
         host: address to listen at.
         port: 0 takes a free one.
         data_root: where the training images are now, if not where they were.
         quiet: print nothing.
 
     Raises:
-        LongtailError: the extra is missing, the run is a segmenter's, or the port is taken.
+        LongtailError: the extra is missing, the model labels pixels, or the port is taken.
     """
     try:
         import uvicorn
     except ImportError:
         raise LongtailError("serve: needs the extra serve: pip install 'longtail[serve]'") from None
-    recognizer = load_kept(run)
-    if isinstance(recognizer, Segmenter):
-        raise LongtailError(f"{run}: is a segmenter; the page shows classes of whole images")
-    known = None
+    model = load_model(run)
+    if not isinstance(model, Recognizer):
+        raise LongtailError(f"{run}: labels pixels; the page shows classes of whole images")
+    reference = None
     try:
-        opened, _, data = open_finished(run, data_root)
-        recognizer, known = opened, known_images(opened, data.train)
+        loaded, _, data = load_run(run, data_root)
+        assert isinstance(loaded, Recognizer)
+        model, reference = loaded, reference_images(loaded, data.train)
     except LongtailError as error:
         if not quiet:
             print(f"without neighbours: {error}")
@@ -208,13 +197,13 @@ def serve(run: Path, host: str, port: int, data_root: str | None = None, quiet: 
     address = f"http://{host}:{listening.getsockname()[1]}"
 
     @asynccontextmanager
-    async def told(_: Any) -> AsyncIterator[None]:
+    async def announce(_: Any) -> AsyncIterator[None]:
         if not quiet:
             print(f"{address}  (Ctrl-C ends it)", flush=True)
         yield
 
-    app = build_app(recognizer, known, run.resolve().name)
-    app.router.lifespan_context = told
+    app = build_app(model, reference, run.resolve().name)
+    app.router.lifespan_context = announce
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, limit_concurrency=200)
     uvicorn.Server(config).run(sockets=[listening])
 
@@ -226,7 +215,7 @@ def _listen(host: str, port: int) -> Any:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-        listening.listen(128)  # who comes as soon as the address is told, waits rather than is refused
+        listening.listen(128)  # clients that connect as soon as the address is printed wait instead of being refused
     except (OSError, OverflowError) as error:
         listening.close()
         raise LongtailError(f"--host {host} --port {port}: cannot be listened at: {error}") from None

@@ -1,0 +1,100 @@
+"""The command line: which command runs, and how its errors are shown. Imports no torch before a command needs it."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from longtail.cli.parsing import load_plugins
+from longtail.errors import LongtailError, StoppedError, did_you_mean
+
+DESCRIPTION = """usage: longtail COMMAND [OPTIONS]
+
+Training and use of image models on long-tailed data, where classes differ widely in their number of images.
+
+commands:
+  inspect SOURCE         class distribution and problems of a data set
+  split SOURCE           split a data set into train, val and test
+  embed SOURCE           embeddings of the images of a data set, by any network
+  train [RECIPE]         train, evaluate and save a model; every field of the recipe is a flag
+  evaluate RUN           metrics of a run on its test set
+  rebalance RUN          train a new classifier on a run's encoder: cRT, learnable weight scaling, τ-normalisation
+  predict RUN IMAGES…    classes and probabilities of image files, or the labels of their pixels
+  export RUN             an ONNX file with preprocessing, labels and prior inside
+  serve RUN              a local web page that classifies images
+  compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
+  report RUN…            write the report of a run again, or one that compares several runs
+  recipes                list the recipes
+  completion SHELL       a script for command completion in bash, zsh or fish
+
+options of every command:
+  --plugin FILE          a Python file that registers methods, tasks, data sources or augmentations
+
+`longtail COMMAND --help` lists a command's options. First steps: longtail train digits-lt
+Your own images (a folder with one sub-folder per class, a list, a table): longtail train --data photos/
+"""
+
+COMMANDS = {
+    "inspect": "longtail.cli.data:inspect",
+    "split": "longtail.cli.data:split",
+    "embed": "longtail.cli.data:embed",
+    "train": "longtail.cli.training:train",
+    "evaluate": "longtail.cli.models:evaluate",
+    "rebalance": "longtail.cli.training:rebalance",
+    "predict": "longtail.cli.models:predict",
+    "export": "longtail.cli.models:export",
+    "serve": "longtail.cli.models:serve",
+    "compare": "longtail.cli.training:compare",
+    "report": "longtail.cli.models:report",
+    "recipes": "longtail.cli.training:recipes",
+    "completion": "longtail.cli.completion:completion",
+}
+"""Where the commands are."""
+
+
+def load_command(name: str) -> Callable[[list[str]], None]:
+    """Return the function of a command, which takes its arguments."""
+    module, _, attribute = COMMANDS[name].partition(":")
+    command: Callable[[list[str]], None] = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 when done, 2 for an unusable input, 128 + n when stopped by signal n."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    try:
+        args = load_plugins(args)
+        if not args or args[0] in {"-h", "--help"}:
+            print(DESCRIPTION, end="")
+        elif args[0] == "--version":
+            import longtail
+
+            print(longtail.__version__)
+        elif args[0] not in COMMANDS:
+            raise LongtailError(f"'{args[0]}' is not a command{did_you_mean(args[0], COMMANDS)}")
+        else:
+            load_command(args[0])(args[1:])
+        sys.stdout.flush()
+    except LongtailError as error:
+        process = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+        prefix = "" if process is None else f"process {process}: "
+        print(f"longtail: error: {prefix}{' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except StoppedError as stop:
+        hint = (
+            "use --resume to continue" if args[0] == "train" else "repeat the command without --overwrite to continue"
+        )
+        print(f"longtail: {stop}; {hint}", file=sys.stderr)
+        sys.exit(stop.code)
+    except KeyboardInterrupt:
+        print("longtail: interrupted; use --resume to continue from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader of the output has gone (head, for one), which is not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

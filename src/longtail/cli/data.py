@@ -1,0 +1,130 @@
+"""Commands on data sets: inspect, split, embed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longtail.cli.checks import check_output
+from longtail.cli.console import Counter, print_table, show_messages
+from longtail.cli.options import Embed, Inspect, Split
+from longtail.cli.parsing import parse, split_source
+from longtail.config import validate_section
+from longtail.files import write_json_output
+
+if TYPE_CHECKING:
+    from longtail.data.inspection import Inspection
+
+_SHOWN_PROBLEMS = 10  # of each kind
+
+
+def inspect(arguments: list[str]) -> None:
+    """Print the class distribution and the problems of a data set."""
+    data, rest = split_source("inspect", arguments)
+    options = parse(Inspect, "inspect SOURCE", rest, Inspect(data=data))
+    check_output(options.json)
+    check_output(options.plot, "--plot", ".png")
+    settings, shots = validate_section(options.data, "data"), validate_section(options.shots, "shots")
+    from longtail.data.inspection import inspect as inspect_data
+
+    with Counter(options.quiet) as counter:
+        inspection = inspect_data(settings, options.seed, shots, counter.add)
+    if options.json:
+        write_json_output(options.json, inspection.to_dict())
+    if options.plot:
+        _plot(inspection, options.plot)
+    if not options.quiet:
+        _print_inspection(inspection)
+
+
+def _plot(inspection: Inspection, path: Path) -> None:
+    from longtail import plots
+    from longtail.data.class_order import head_first
+
+    order = head_first(inspection.class_counts)
+    figure = plots.class_histogram(
+        [inspection.class_names[index] for index in order],
+        [inspection.class_counts[index] for index in order],
+        [inspection.groups[index] for index in order],
+        inspection.counted,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plots.save_png(figure, path)
+
+
+def _print_inspection(inspection: Inspection) -> None:
+    from longtail.data.inspection import histogram
+
+    factor = inspection.imbalance_factor
+    sizes = inspection.to_dict()["group_sizes"]
+    rows = [
+        ["images", ", ".join(f"{split} {count:,}" for split, count in inspection.splits.items())],
+        ["classes", f"{len(inspection.class_names):,}"],
+        ["imbalance factor", "∞ (a class has no images)" if factor is None else f"{factor:.1f}"],
+        ["Gini", f"{inspection.gini:.3f}"],
+        ["groups", ", ".join(f"{group} {sizes[group]}" for group in sizes)],
+        ["smallest classes", ", ".join(f"{name} {count:,}" for name, count in inspection.least)],
+    ]
+    rows += [[f"{side} in pixels", f"{v[0]} to {v[2]}, median {v[1]}"] for side, v in inspection.sides.items()]
+    print_table([inspection.source, ""], rows, left=True)
+    print()
+    print("\n".join(histogram(inspection.class_counts, inspection.counted)))
+    problems = [
+        *(("error", text) for text in inspection.errors),
+        *(("unreadable", f"{entry['path']}: {entry['reason']}") for entry in inspection.unreadable),
+        *(("in two splits", " = ".join(group)) for group in inspection.leaks),
+        *(("same content", " = ".join(group)) for group in inspection.duplicates),
+        *(("remark", text) for text in inspection.remarks),
+    ]
+    print("\nno problems found" if not problems else "")
+    for kind in dict.fromkeys(kind for kind, _ in problems):
+        texts = [text for other, text in problems if other == kind]
+        for text in texts[:_SHOWN_PROBLEMS]:
+            print(f"{kind}: {text}")
+        if len(texts) > _SHOWN_PROBLEMS:
+            print(f"{kind}: and {len(texts) - _SHOWN_PROBLEMS:,} more; --json FILE lists all")
+
+
+def split(arguments: list[str]) -> None:
+    """Split a data set and write the table of its splits."""
+    data, rest = split_source("split", arguments)
+    options = parse(Split, "split SOURCE", rest, Split(data=data, out=Path("split.csv")))
+    check_output(options.json)
+    check_output(options.out, "--out", ".csv")
+    settings = validate_section(options.data, "data")
+    from longtail.data.splits import write_split
+
+    summary = write_split(settings, options.out, options.val, options.test, options.seed)
+    if options.json:
+        write_json_output(options.json, summary)
+    if not options.quiet:
+        print_table(["split", "images"], [[split, f"{count:,}"] for split, count in summary["images"].items()])
+        if summary["short"]:
+            print(f"too few images for every split: {', '.join(summary['short'])}")
+        print(f"split: {options.out}; longtail train --data {options.out} --data.root {summary['root']}")
+
+
+def embed(arguments: list[str]) -> None:
+    """Write the embeddings of a data set's images."""
+    data, rest = split_source("embed", arguments)
+    options = parse(Embed, "embed SOURCE", rest, Embed(data=data))
+    check_output(options.json)
+    check_output(options.out, "--out", ".npz")
+    settings = validate_section(options.data, "data")
+    show_messages(options.quiet)
+    from longtail.experiments.embed import embed as embed_data
+
+    summary = embed_data(
+        settings,
+        options.model,
+        options.out,
+        seed=options.seed,
+        pretrained=options.pretrained,
+        batch_size=options.batch_size,
+    )
+    if options.json:
+        write_json_output(options.json, summary)
+    if not options.quiet:
+        splits = [[split, f"{summary[split]:,}"] for split in ("train", "val", "test") if split in summary]
+        print_table(["split", "images"], splits)
+        print(f"embeddings of width {summary['width']}: {options.out}")

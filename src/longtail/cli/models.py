@@ -1,0 +1,183 @@
+"""Commands on finished runs: evaluate, predict, export, serve, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from longtail.cli.checks import check_folder, check_output, check_run
+from longtail.cli.console import print_metrics, print_table, show_messages
+from longtail.cli.options import Evaluate, Export, Predict, Report, Serve
+from longtail.cli.parsing import parse
+from longtail.errors import LongtailError
+from longtail.files import write_json_output
+from longtail.inference.options import InferenceOptions
+from longtail.inference.output import PredictionOutput, prediction_table
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Print the metrics of a run on its test set."""
+    options = parse(Evaluate, "evaluate", arguments)
+    inference = options.inference_options
+    check_output(options.json)
+    check_run(options.run)
+    show_messages(options.quiet)
+    from longtail.experiments.evaluate import evaluate as evaluate_run
+    from longtail.inference.model_config import read_model_config
+    from longtail.registry import TASKS
+
+    metrics = evaluate_run(
+        options.run,
+        options.prior,
+        None if options.root is None else str(options.root),
+        inference,
+        options.test_prior,
+        options.imbalance,
+        options.coverage,
+    )
+    if options.json:
+        write_json_output(options.json, metrics)
+    if not options.quiet:
+        task = read_model_config(options.run).task
+        print_metrics(task, metrics)
+        for line in TASKS[task].summary_lines(metrics):
+            print(line)
+
+
+def predict(arguments: list[str]) -> None:
+    """Predict image files."""
+    options = parse(Predict, "predict", arguments)
+    inference = options.inference_options
+    check_output(options.json)
+    is_onnx = options.run.suffix.lower() == ".onnx"
+    if not is_onnx:
+        check_run(options.run)
+    if not options.images:
+        raise LongtailError("IMAGES: expected at least one image file or folder")
+    if options.top < 1:
+        raise LongtailError(f"--top {options.top}: expected at least 1")
+    if options.out is not None:
+        check_folder(options.out)
+    output = _predict_onnx(options, inference) if is_onnx else _predict_run(options, inference)
+    if options.json:
+        write_json_output(options.json, list(output.records))
+    if not options.quiet:
+        print_table(output.header, output.rows)
+        for note in output.notes:
+            print(note)
+
+
+def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOutput:
+    from longtail.data.image_io import find_images
+    from longtail.registry import TASKS
+    from longtail.tasks.base import PredictionRequest
+    from longtail.tasks.loading import load_model
+
+    model = load_model(options.run)
+    request = PredictionRequest(
+        prior=options.prior,
+        options=inference,
+        coverage=options.coverage,
+        top=options.top,
+        out=options.out,
+        progress=not options.quiet and sys.stderr.isatty(),
+    )
+    return TASKS[model.config.task].predict_files(model, find_images(options.images), request)
+
+
+def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOutput:
+    """Predict with an exported file, without torch."""
+    from longtail.data.image_io import find_images
+    from longtail.inference.onnx_model import ONNXModel
+
+    model = ONNXModel(options.run)
+    if model.label_maps:
+        raise LongtailError(f"{options.run}: labels pixels, for use in other programs; predict with its run instead")
+    unsupported = {
+        "--out": options.out is not None,
+        "--coverage": options.coverage is not None,
+        "--prior estimate": options.prior == "estimate",
+        **{f"--{f.name}": getattr(inference, f.name) != f.default for f in dataclasses.fields(inference)},
+    }
+    for flag, used in unsupported.items():
+        if used:
+            raise LongtailError(f"{options.run}: {flag} needs the run, not its ONNX file")
+    files = find_images(options.images)
+    probabilities = model.change_prior(model.predict(files), options.prior)
+    order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top]
+    top = [
+        [(model.class_names[c], float(row[c])) for c in classes]
+        for row, classes in zip(probabilities, order, strict=True)
+    ]
+    return prediction_table(files, top)
+
+
+def export(arguments: list[str]) -> None:
+    """Write a model as an ONNX file."""
+    options = parse(Export, "export", arguments)
+    check_output(options.json)
+    check_run(options.run)
+    out = options.out or options.run / "model.onnx"
+    check_output(out, "--out", ".onnx")
+    if out.exists() and not options.overwrite:
+        raise LongtailError(f"{out}: exists already; use --overwrite or another --out")
+    from longtail.data.image_io import find_images
+    from longtail.inference.export import export_onnx
+    from longtail.tasks.loading import load_model
+
+    exported = export_onnx(load_model(options.run), out, options.prior, find_images(options.images))
+    height, width, channels = exported.shape
+    if options.json:
+        write_json_output(options.json, {**dataclasses.asdict(exported), "path": str(exported.path)})
+    if not options.quiet:
+        print(f"{exported.path}: takes (N, {height}, {width}, {channels}) uint8, prior {options.prior}")
+        kind = "images" if options.images else "random images"
+        print(
+            f"largest difference of a probability from PyTorch's on {exported.images} {kind}: {exported.difference:.1e}"
+        )
+
+
+def serve(arguments: list[str]) -> None:
+    """Serve a web page that classifies images."""
+    options = parse(Serve, "serve", arguments)
+    check_run(options.run)
+    if not 0 <= options.port <= 65_535:
+        raise LongtailError(f"--port {options.port}: expected 0 to 65535")
+    from longtail.serve import serve as serve_run
+
+    root = None if options.root is None else str(options.root)
+    serve_run(options.run, options.host, options.port, root, options.quiet)
+
+
+def report(arguments: list[str]) -> None:
+    """Write the report of a run, or one that compares several runs."""
+    options = parse(Report, "report", arguments)
+    if not options.runs:
+        raise LongtailError("report: expected the folder of a run, or of several")
+    for run in options.runs:
+        check_run(run)
+    if len(options.runs) == 1 and options.out is not None:
+        raise LongtailError(
+            f"--out {options.out}: is for several runs; the page of one is {options.runs[0]}/report.html"
+        )
+    page = options.out or Path("comparison.html")
+    check_output(page, "--out")
+    check_output(options.json)
+
+    from longtail.experiments.compare import as_json
+    from longtail.experiments.records import differences, run_record, table
+    from longtail.report import run_report, runs_report
+    from longtail.training.run_io import read_finished
+
+    if len(options.runs) == 1:
+        records, page = [run_record(read_finished(options.runs[0]))], run_report(options.runs[0])
+    else:
+        records = runs_report(options.runs, page)
+    if options.json:
+        write_json_output(options.json, as_json(records))
+    if not options.quiet:
+        print_table(*table(records))
+        for difference in differences(records):
+            print(difference)
+        print(f"report: {page}")

@@ -1,0 +1,276 @@
+"""The options of every command: one dataclass per command, from which tyro makes flags and help. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from longtail.config import Config, Data, Shots
+from longtail.inference.options import InferenceOptions
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model: longtail train [RECIPE] [OPTIONS]. The defaults below are the recipe's."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder of the run (default: runs/RECIPE-METHOD-seedN)."""
+    resume: Flag = False
+    """Continue from the folder's last checkpoint; the result equals an uninterrupted run's."""
+    overwrite: Flag = False
+    """Replace the run in the folder."""
+    json: Path | None = None
+    """Also write the test metrics to this file."""
+    quiet: Flag = False
+    """Show no progress and no messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceFlags:
+    """How the scores of an image are computed."""
+
+    sliding_window: int | None = None
+    """Models that label pixels: side of a square window that slides over an image; the whole image at once if not
+    given."""
+    tta_flip: Flag = False
+    """Models that label pixels: average with the scores of the mirrored image."""
+    tta_scales: tuple[float, ...] = (1.0,)
+    """Models that label pixels: average over these scales of the image."""
+
+    @property
+    def inference_options(self) -> InferenceOptions:
+        """The same as the Python interface takes it."""
+        return InferenceOptions(sliding_window=self.sliding_window, tta_flip=self.tta_flip, tta_scales=self.tta_scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(InferenceFlags):
+    """Metrics of a run on its test set, in percent."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    prior: str = "uniform"
+    """Class frequencies for the top level of --json: uniform, train, estimate (from the test images without their
+    labels) or a file (JSON, .csv); the table always shows uniform and train."""
+    test_prior: str | None = None
+    """Class frequencies that the test set is weighted to have: forward or backward (a long tail in the order of the
+    training set, or reversed), uniform, train or a file; its own if not given."""
+    imbalance: float = 100.0
+    """Imbalance factor of a forward or backward test prior."""
+    coverage: float | None = None
+    """Report the size of conformal sets that contain the true class for this fraction of each class's images, for
+    example 0.9; the run needs validation images."""
+    root: Path | None = None
+    """Where the images are now, if not where they were."""
+    json: Path | None = None
+    """Write the metrics, per class too, to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebalance:
+    """Train a new classifier on a run's encoder, saved as a run of its own (Kang et al., ICLR 2020)."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of a finished run; it is not changed."""
+    method: Literal["crt", "lws", "tau"] = "crt"
+    """crt: re-train the classifier with class-balanced sampling; lws: learn a factor for the score of every class; tau:
+    divide the weights of every class by their norm to the power τ."""
+    out: Path | None = None
+    """Folder of the new run (default: RUN-METHOD)."""
+    epochs: int = 10
+    """Passes over the features, for every fit."""
+    views: int = 4
+    """Augmented views of every training image to take features of."""
+    tau: float | None = None
+    """τ; if not given, the best on the validation images, or 1 where there are none."""
+    root: Path | None = None
+    """Where the images are now, if not where they were."""
+    json: Path | None = None
+    """Also write the test metrics to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(InferenceFlags):
+    """Classes and probabilities of images, or the labels of their pixels as PNG files."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, or of a model."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")]
+    """Image files, or folders of them."""
+    prior: str = "uniform"
+    """Class frequencies where the images come from: uniform, train, estimate (from these images) or a file (JSON,
+    .csv)."""
+    coverage: float | None = None
+    """Show conformal sets, which contain the true class for this fraction of each class's images, for example 0.9; the
+    run needs validation images."""
+    top: int = 3
+    """Classes to show per image."""
+    out: Path | None = None
+    """Models that label pixels: folder of the label images and overlays (default: segmented)."""
+    json: Path | None = None
+    """Also write the table to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """One ONNX file with normalisation, labels and prior inside: uint8 images in, probabilities out."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, or of a model."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")] = ()
+    """Images on which the file is compared with PyTorch; random ones if none are given."""
+    format: Literal["onnx"] = "onnx"
+    """What to write."""
+    prior: str = "uniform"
+    """Class frequencies where the file will be used: uniform, train, or a file of class frequencies."""
+    out: Path | None = None
+    """The file (default: RUN/model.onnx)."""
+    overwrite: Flag = False
+    """Replace the file that is there."""
+    json: Path | None = None
+    """Write shape and difference to this file too."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """A local page to drop images on: classes with probabilities, a choice of prior, the nearest training images."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, or of a model."""
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is seen from this machine alone."""
+    port: int = 8000
+    """Port; 0 takes a free one."""
+    root: Path | None = None
+    """Where the training images are now, if not where they were."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write the report of a run again, or a page that compares several runs: longtail report RUN…."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN…")]
+    """Folders of finished runs over the same classes."""
+    out: Path | None = None
+    """The page that compares several runs (default: comparison.html)."""
+    json: Path | None = None
+    """Write one record per run to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Several methods × seeds under one recipe: longtail compare [RECIPE] [OPTIONS]."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    methods: str = "ce,la,gml"
+    """Methods, separated by commas."""
+    seeds: int = 3
+    """Number of seeds, counted up from --seed."""
+    imbalances: str | None = None
+    """Imbalance factors to compare under, separated by commas; the recipe's own if not given."""
+    budget: Literal["passes", "epochs"] = "passes"
+    """What is equal for all methods: student passes (images through the student), or epochs."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own with its share of the cores."""
+    out: Path | None = None
+    """Folder of the runs (default: runs/compare-RECIPE); finished runs in it are not trained again."""
+    overwrite: Flag = False
+    """Train everything again."""
+    json: Path | None = None
+    """Write one record per run to this file: an array, or one line each where it ends in .jsonl."""
+    quiet: Flag = False
+    """Show no progress and no messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Class distribution and problems of a data set: longtail inspect SOURCE [OPTIONS].
+
+    SOURCE is a named set, a folder with one sub-folder per class, a list (.txt), a table (.csv, .tsv, .parquet),
+    annotations (.json) or hub:NAME.
+    """
+
+    data: Data
+    shots: Shots = field(default_factory=Shots)
+    seed: int = 0
+    """Seed of a named set's tail, as in training."""
+    plot: Path | None = None
+    """Write the histogram of the classes to this PNG file."""
+    json: Path | None = None
+    """Write the results to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Embeddings of a set's images in one .npz file: longtail embed SOURCE --model NAME --out FILE.npz [OPTIONS].
+
+    SOURCE is what longtail inspect takes. The file has train, val and test with their labels, and class_names.
+    """
+
+    data: Data
+    model: str = "resnet50"
+    """A timm model, or the folder of a run, whose encoder is used."""
+    pretrained: str = "timm"
+    """Weights of a timm model: timm (its own, downloaded at first use), a file of them, or none."""
+    out: Path = Path("embeddings.npz")
+    """The file."""
+    batch_size: int = 64
+    """Images per pass."""
+    seed: int = 0
+    """Seed of the split and of a named set's tail, as in training."""
+    json: Path | None = None
+    """Also write the counts to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Split a data set into train, val and test, class by class: longtail split SOURCE --out FILE.csv [OPTIONS].
+
+    The file is a table (path, label, split) to train on: longtail train --data FILE.csv --data.root FOLDER.
+    """
+
+    data: Data
+    out: Path
+    """The table."""
+    val: float = 0.1
+    """Fraction of each class for validation; 0 for none."""
+    test: float = 0.2
+    """Fraction of each class for testing; 0 for none."""
+    seed: int = 0
+    """Seed of the split."""
+    json: Path | None = None
+    """Also write the counts to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """Recipes with their expected score («paper»: published, not run here)."""
+
+    json: Path | None = None
+    """Also write the table to this file."""
+    quiet: Flag = False
+    """Print nothing."""

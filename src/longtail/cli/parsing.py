@@ -1,0 +1,152 @@
+"""From arguments to options: tyro with errors of one line, recipes, data sources and plugins."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from longtail.errors import LongtailError
+
+if TYPE_CHECKING:
+    from longtail.config import Config, Data, Recipe
+
+Options = TypeVar("Options")
+
+
+def parse(kind: type[Options], command: str, arguments: Sequence[str], default: Options | None = None) -> Options:
+    """Parse with tyro; its boxed messages become one line."""
+    import tyro
+
+    keywords: dict[str, Any] = {"prog": f"longtail {command}", "args": list(arguments), "use_underscores": True}
+    if default is not None:
+        keywords["default"] = default
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            options: Options = tyro.cli(kind, **keywords)
+    except SystemExit as stop:
+        if stop.code in {0, None}:
+            raise
+        raise LongtailError(_one_line(output.getvalue(), command)) from None
+    return options
+
+
+def _one_line(box: str, command: str) -> str:
+    """Return the first paragraph of tyro's message, and the flags that it suggests."""
+    # on a terminal without box-drawing characters tyro uses hyphens
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    lines = ["" if not line.strip("-") else line for line in lines]
+    while lines and not lines[0]:
+        lines.pop(0)
+    message = " ".join(lines[: next((i for i, line in enumerate(lines) if not line), len(lines))])
+    message = message.split(" Got errors:")[0].rstrip(".")
+    hint = ""
+    if any(line.startswith("Perhaps you meant") for line in lines):
+        flags = dict.fromkeys(line.split()[0].rstrip(",") for line in lines if line.startswith("--"))
+        wrong = next((word.rstrip(",") for word in message.split() if word.startswith("--")), "")
+        close = difflib.get_close_matches(wrong, flags, n=3, cutoff=0.5) or list(flags)[:3]
+        hint = f"; perhaps you meant {' or '.join(close)}?"
+    return f"{message}{hint} (longtail {command} --help lists all)"
+
+
+def parse_with_config(
+    kind: type[Options], command: str, arguments: Sequence[str], config: Config
+) -> tuple[Options, Config]:
+    """Parse the options of a command that has a field ``config``, with the sections of all methods and tasks as flags.
+
+    Returns:
+        The options, whose ``config`` is not to be used, and the checked configuration.
+    """
+    from typing import Annotated
+
+    import tyro
+
+    from longtail.config import Config, parse_config, settings_types
+
+    sections = settings_types()
+    fields = [(name, section, dataclasses.field(default_factory=section)) for name, section in sorted(sections.items())]
+    flags = dataclasses.make_dataclass("Flags", fields, bases=(Config,), frozen=True, kw_only=True)
+    core = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name != "settings"}
+    default = flags(**core, **{name: config.section(section) for name, section in sections.items()})
+    # the type of the field is known only now, since plugins may have added methods
+    field: Any = Annotated[flags, tyro.conf.arg(name="")]
+    namespace = {"__doc__": kind.__doc__}
+    special: Any = dataclasses.make_dataclass(
+        kind.__name__, [("config", field)], bases=(kind,), namespace=namespace, frozen=True, kw_only=True
+    )
+    options = parse(special, command, arguments, special(config=default))
+    values = dataclasses.asdict(options.config)
+    values.pop("settings")
+    return options, parse_config(values, "flags")
+
+
+def split_recipe(arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """Return the name of the recipe, the first argument if it is not a flag, and the other arguments."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], list(arguments[1:])
+    return default, list(arguments)
+
+
+def recipe_with_data(arguments: Sequence[str], default: str) -> tuple[Recipe, list[str]]:
+    """Return the recipe with its data replaced by ``--data SOURCE``, and the other arguments.
+
+    Without a recipe's name ``--data`` selects the recipe for your own data.
+    """
+    from longtail.config import load_recipe
+    from longtail.data.source_spec import source_of
+
+    name, rest = split_recipe(arguments, default)
+    recipe, named = load_recipe(name), len(rest) != len(arguments)
+    for place, argument in enumerate(rest):
+        if argument != "--data" and not argument.startswith("--data="):
+            continue
+        width = 1 if "=" in argument else 2
+        text = argument.partition("=")[2] if width == 1 else next(iter(rest[place + 1 : place + 2]), "")
+        if not text or text.startswith("--"):
+            raise LongtailError("--data: expected a named set, a folder, a list, a table or hub:NAME")
+        changes = source_of(text)
+        recipe = recipe if named else load_recipe("masks" if changes["source"] == "masks" else "folder")
+        # the run is named after the data
+        name = Path(text.removeprefix("hub:")).resolve().stem
+        rest = rest[:place] + rest[place + width :]
+        return dataclasses.replace(recipe, name=name, config=recipe.config.replace(data=changes)), rest
+    return recipe, rest
+
+
+def split_source(command: str, arguments: Sequence[str]) -> tuple[Data, list[str]]:
+    """Return the data that SOURCE stands for, and the other arguments."""
+    from longtail.config import Data, load_recipe, recipe_names
+    from longtail.data.source_spec import source_of
+
+    if arguments and arguments[0] in recipe_names() and arguments[0] != "folder":
+        return load_recipe(arguments[0]).config.data, list(arguments[1:])  # the tail that training on it would have
+    if {"-h", "--help"} & set(arguments):
+        return Data(), list(arguments)
+    if not arguments or arguments[0].startswith("-"):
+        raise LongtailError(
+            f"SOURCE: expected a named set, a folder, a list, a table or hub:NAME (longtail {command} --help)"
+        )
+    return Data(**source_of(arguments[0])), list(arguments[1:])
+
+
+def load_plugins(arguments: Sequence[str]) -> list[str]:
+    """Run the files named by ``--plugin FILE`` and return the other arguments."""
+    from longtail.registry import load_plugin
+
+    rest, pending = [], list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if argument == "--plugin":
+            if not pending:
+                raise LongtailError("--plugin: expected a Python file that registers methods, tasks or data sources")
+            load_plugin(pending.pop(0))
+        elif argument.startswith("--plugin="):
+            load_plugin(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    return rest

@@ -1,0 +1,48 @@
+"""Settings and recipes; imports no torch."""
+
+from longtail.config.recipes import About, Recipe, load_header, load_recipe, read_config, recipe_names
+from longtail.config.schema import (
+    Classifier,
+    Config,
+    Data,
+    Fraction,
+    Optimizer,
+    Positive,
+    PositiveFloat,
+    Schedule,
+    Settings,
+    Shots,
+    Teacher,
+    Weight,
+    field_names,
+    parse_config,
+    settings_type,
+    settings_types,
+    validate_section,
+)
+
+__all__ = [
+    "About",
+    "Classifier",
+    "Config",
+    "Data",
+    "Fraction",
+    "Optimizer",
+    "Positive",
+    "PositiveFloat",
+    "Recipe",
+    "Schedule",
+    "Settings",
+    "Shots",
+    "Teacher",
+    "Weight",
+    "field_names",
+    "load_header",
+    "load_recipe",
+    "parse_config",
+    "read_config",
+    "recipe_names",
+    "settings_type",
+    "settings_types",
+    "validate_section",
+]

@@ -1,0 +1,405 @@
+"""The settings of a run: typed, checked, and read without importing torch.
+
+:class:`Config` holds what every run has. The settings of a method or of a task live beside it, as a subclass of
+:class:`Settings`, and make a section of their own: ``gml.queue_size`` in a recipe, ``--gml.queue_size`` on the command
+line. A field that does not exist, or a value of the wrong type or range, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import tyro
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from longtail.errors import LongtailError, did_you_mean
+from longtail.registry import METHODS, SAMPLERS, TASKS, TRANSFORMS
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of one method or task: a section of a recipe, under the name of the method or task."""
+
+    __pydantic_config__ = _STRICT
+    section: ClassVar[str]
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The images, and how they are made long-tailed."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "digits-lt"
+    """Data set: digits-lt, cifar10-lt, cifar100-lt, imagenet-lt, places-lt, inat2018, camvid, ade20k; or a kind of your
+    own data: folder (one sub-folder per class), list (lists, tables or annotation files), hub (the library datasets),
+    masks (images/ and annotations/ with a label for every pixel, in ADE20K's layout)."""
+    root: str | None = None
+    """Folder of the images, or of a local copy of a named set; a named set without it is downloaded."""
+    name: str | None = None
+    """Name of a data set on the Hugging Face Hub."""
+    train: str | None = None
+    """List (path label per line), table (.csv, .tsv, .parquet) or annotations (.json) of the training images."""
+    val: str | None = None
+    """The same for the validation images."""
+    test: str | None = None
+    """The same for the test images."""
+    image_column: str | None = None
+    """Column of a table that holds the paths or the images; the usual names are tried if not given."""
+    label_column: str | None = None
+    """Column that holds labels or class names."""
+    split_column: str | None = None
+    """Column that says train, val or test."""
+    profile: Literal["auto", "natural", "exponential", "step", "pareto"] = "auto"
+    """How the training images are subsampled to a long tail; auto: exponential for named sets that are balanced, else
+    natural (all images)."""
+    imbalance: Annotated[float, Field(ge=1)] = 100.0
+    """Imbalance factor of the profile: images of the largest class divided by images of the smallest."""
+    class_order: Literal["index", "name", "random"] = "index"
+    """Which classes a profile makes head and which tail; random follows the seed."""
+    seed: int | None = None
+    """Seed of the split, of a random class order and of the images that are kept; --seed if not given."""
+    test_per_class: Positive = 50
+    """Test images per class that digits-lt holds out."""
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of each class's training images to hold out for validation where the set has no validation images; they
+    choose the epoch and calibrate the probabilities. For digits-lt and CIFAR they are taken before the tail is made, so
+    that the validation set is balanced."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Fraction of each class to hold out for testing where the set has no test split."""
+    min_images: Positive = 1
+    """Smallest number of training images per class that is accepted for your own data."""
+    image_size: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels at which image files are used; chosen from the images if not given."""
+    memory_gib: PositiveFloat = 4.0
+    """Decode a set once and keep it in memory if it needs no more than this; otherwise decode batch by batch."""
+    max_unreadable_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Largest fraction of the training images that may turn out to be unreadable during training; each is replaced by
+    another image of its class and reported."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that decode and augment image files; one per core, at most 8, if not given."""
+    sampler: str = "instance"
+    """How often an epoch shows each class: instance (every image once), class (all classes equally often), sqrt (by the
+    square root of the class size), progressive (from instance to class over the training), deferred (class towards the
+    end)."""
+    deferred_from: Fraction = 0.8
+    """Fraction of the training after which the deferred sampler shows all classes equally often."""
+    augment: str = "auto"
+    """Augmentation of the classification view: none, digits, cifar, cifar-plain, cifar-rand, photo, imagenet,
+    imagenet-contrast; auto: the data source's own."""
+    contrast_augment: str = "auto"
+    """Augmentation of the query and key views; auto: that of the classification view, with grey scale and blur for
+    imagenet."""
+
+    def __post_init__(self) -> None:
+        SAMPLERS.check(self.sampler, "data.sampler")
+        for name in ("augment", "contrast_augment"):
+            if getattr(self, name) != "auto":
+                TRANSFORMS.check(getattr(self, name), f"data.{name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """SGD."""
+
+    __pydantic_config__ = _STRICT
+
+    learning_rate: PositiveFloat = 0.1
+    """Peak learning rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum."""
+    weight_decay: Weight = 5e-4
+    """Weight decay; not applied to the temperature."""
+    nesterov: bool = False
+    """Use Nesterov momentum."""
+    grad_clip_norm: PositiveFloat | None = None
+    """Clip the gradient to this norm; no clipping if not given."""
+    grad_accumulation_steps: Positive = 1
+    """Split each batch into this many parts to save memory; the optimizer steps once per batch."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the student's weights, which is then evaluated and saved; none if not
+    given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning-rate schedule; durations are fractions of the training, so they follow --epochs."""
+
+    __pydantic_config__ = _STRICT
+
+    name: Literal["constant", "multistep", "cosine", "one-cycle"] = "cosine"
+    """Shape of the schedule."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the training with linear warm-up."""
+    milestones: tuple[Fraction, ...] = (0.8, 0.9)
+    """Fractions of the training at which multistep multiplies the learning rate by gamma."""
+    gamma: PositiveFloat = 0.1
+    """Factor at each milestone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """The cosine classifier, which every method has."""
+
+    __pydantic_config__ = _STRICT
+
+    scale: PositiveFloat = 30.0
+    """Scale of the cosine: the score of class c is scale · cos(feature, weight of c)."""
+    logit_adjustment: bool = True
+    """Add the log prior to the scores in training (never done by ce, focal, cb and ldam)."""
+    views: Positive = 1
+    """Augmented views of each image per step, each with its own loss (ce, la, focal, cb, ldam)."""
+    every_view: bool = False
+    """Apply the classification loss to every student view instead of the classification view only (contrastive methods
+    and gml; always on for paco and gpaco)."""
+    distillation_weight: Weight = 0.0
+    """Weight of the distillation from the teacher's classifier (gml has its own setting)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The frozen encoder whose features fill the queues (gml) and whose classifier is distilled."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "train"
+    """train (train one first, with logit-adjusted cross-entropy), the folder of a run, or timm:NAME (pretrained)."""
+    network: str = "auto"
+    """Network of a teacher that is trained; auto: the student's."""
+    epochs: Positive | None = None
+    """Epochs of training the teacher; as many as the student's if not given."""
+    distillation_temperature: PositiveFloat = 4.0
+    """Temperature of the distillation [T]."""
+    cache: Annotated[int, Field(ge=0)] = 0
+    """Number of fixed views per image whose teacher features are computed once and cached on disk; 0: no cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shots:
+    """Shot groups, by the number of training images per class."""
+
+    __pydantic_config__ = _STRICT
+
+    many_above: Positive = 100
+    """Classes with more training images are in the group many."""
+    few_below: Positive = 20
+    """Classes with fewer training images are in the group few; the rest are medium."""
+
+    def groups(self, class_counts: Sequence[int]) -> list[str]:
+        """Return many, medium or few for every class.
+
+        Args:
+            class_counts: (C,) training images per class.
+        """
+        return [
+            "many" if count > self.many_above else "few" if count < self.few_below else "medium"
+            for count in class_counts
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of a run."""
+
+    __pydantic_config__ = _STRICT
+
+    recipe: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]] = "digits-lt"
+    """The recipe that this run started from; not a flag."""
+    settings: tyro.conf.SuppressFixed[tyro.conf.Fixed[tuple[Any, ...]]] = ()
+    """Settings of methods and tasks that are not the defaults; see :meth:`section`. Not a flag."""
+    method: str = "gml"
+    """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, supcon, paco,
+    gpaco, bcl, proco, gml; for labels of pixels ce, la, focal, cb, gml, dice, lovasz."""
+    network: str = "auto"
+    """Student network: conv8, resnet8/14/20/32/44/56/110, or any timm model; for labels of pixels upernet:ENCODER or
+    segformer:ENCODER, optionally with :WIDTH of the decoder (default 256). auto: chosen by the image size."""
+    pretrained: str = "none"
+    """Initial weights of a timm model: none, timm (its own, downloaded at first use), or a file (.safetensors, .pth).
+    Images are then normalised as for these weights."""
+    epochs: Positive | Literal["auto"] = 100
+    """Passes over the training set; auto: as many as make 20,000 steps, between 30 and 200."""
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images per step."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of initialisation, order and augmentation."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to train on."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Numerical precision."""
+    compile: bool = False
+    """Compile the networks with torch.compile (on a CPU this needs a C++ compiler)."""
+    calibration: Literal["single", "group"] = "single"
+    """Temperature scaling of the probabilities on the validation images, if there are any: one temperature, or one per
+    shot group of the predicted class."""
+    validate_every: Positive = 1
+    """Epochs between two evaluations on the validation images, if there are any."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Minimum number of seconds between two checkpoints."""
+    log: tuple[Literal["csv", "tensorboard", "wandb"], ...] = ()
+    """Loggers besides metrics.jsonl: csv, tensorboard, wandb (the last two are extras)."""
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    classifier: Classifier = field(default_factory=Classifier)
+    teacher: Teacher = field(default_factory=Teacher)
+    shots: Shots = field(default_factory=Shots)
+
+    def __post_init__(self) -> None:
+        METHODS.check(self.method, "method")
+        if self.shots.few_below > self.shots.many_above + 1:
+            raise LongtailError(
+                f"shots.few_below {self.shots.few_below} and shots.many_above {self.shots.many_above} overlap: "
+                "a class cannot be both; lower few_below"
+            )
+
+    def section(self, kind: type[SettingsType]) -> SettingsType:
+        """Return the settings of a method or task.
+
+        Args:
+            kind: their type, ``GMLSettings`` for one.
+        """
+        return next((settings for settings in self.settings if type(settings) is kind), kind())
+
+    def replace(self, **changes: Any) -> Config:
+        """Return a copy with other values; a dict changes fields of a section, ``replace(gml={"queue_size": 64})``."""
+        plain: dict[str, Any] = {}
+        sections = {type(settings): settings for settings in self.settings}
+        for name, value in changes.items():
+            if name in _CORE_FIELDS:
+                plain[name] = dataclasses.replace(getattr(self, name), **value) if isinstance(value, dict) else value
+                continue
+            kind = settings_type(name)
+            if kind is None:
+                raise LongtailError(f"there is no field '{name}'{did_you_mean(name, field_names())}")
+            sections[kind] = dataclasses.replace(self.section(kind), **value)
+        return dataclasses.replace(self, settings=_without_defaults(sections.values()), **plain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dicts, lists and values, as they stand in ``config.yaml``: the method's settings in full."""
+        plain: dict[str, Any] = TypeAdapter(Config).dump_python(
+            dataclasses.replace(self, settings=()), mode="json", exclude={"settings"}
+        )
+        sections = {settings.section: settings for settings in self.settings}
+        own = settings_type(self.method)
+        if own is not None:
+            sections.setdefault(self.method, own())
+        for name in sorted(sections):
+            plain[name] = TypeAdapter(type(sections[name])).dump_python(sections[name], mode="json")
+        return plain
+
+    def to_yaml(self) -> str:
+        """Return the text of ``config.yaml``; :func:`parse_config` of it gives an equal object."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+_CORE_FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "settings"}
+_CORE_SECTIONS: dict[str, type] = {
+    "data": Data,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "classifier": Classifier,
+    "teacher": Teacher,
+    "shots": Shots,
+}
+
+
+def settings_type(name: str) -> type[Settings] | None:
+    """Return the type of the settings of a method or task; None where it has none of its own, or does not exist.
+
+    Raises:
+        LongtailError: the section of the settings is not the name of a method or task.
+    """
+    registry = METHODS if name in METHODS else TASKS if name in TASKS else None
+    kind: type[Settings] | None = None if registry is None else registry[name].settings_class
+    if kind is None or kind.section == name:
+        return kind
+    if kind.section not in METHODS and kind.section not in TASKS:
+        raise LongtailError(
+            f"{kind.__name__}.section '{kind.section}': expected '{name}', the name it is registered under"
+        )
+    return None  # inherited from another method, whose section it is
+
+
+def settings_types() -> dict[str, type[Settings]]:
+    """Return the settings of every method and task that has some, by section; imports all of them."""
+    kinds = {name: settings_type(name) for name in (*METHODS, *TASKS)}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def _without_defaults(sections: Iterator[Settings] | Any) -> tuple[Settings, ...]:
+    """Return the sections that are not all defaults, in order of name: equal configurations are then equal objects."""
+    return tuple(sorted((s for s in sections if s != type(s)()), key=lambda settings: settings.section))
+
+
+def field_names() -> list[str]:
+    """Return every field as it is written in a recipe and on the command line, ``data.imbalance`` for one."""
+    names = [name for name in _CORE_FIELDS if name not in _CORE_SECTIONS]
+    for section, kind in {**_CORE_SECTIONS, **settings_types()}.items():
+        names += [f"{section}.{f.name}" for f in dataclasses.fields(kind)]
+    return names
+
+
+def parse_config(values: dict[str, Any], where: str = "config") -> Config:
+    """Check plain values and return a :class:`Config`.
+
+    Args:
+        values: as :meth:`Config.to_dict` returns them; what is missing takes its default.
+        where: begins the message of an error, the name of a file for one.
+
+    Raises:
+        LongtailError: a field does not exist, or its value has the wrong type or range.
+    """
+    if not isinstance(values, dict):
+        raise LongtailError(f"{where}: expected fields with values, got {type(values).__name__}")
+    core = {name: value for name, value in values.items() if name in _CORE_FIELDS}
+    sections = []
+    for name in values.keys() - core.keys():
+        kind = settings_type(str(name))
+        if kind is None:
+            raise LongtailError(f"{where}: there is no field '{name}'{did_you_mean(str(name), field_names())}")
+        sections.append(validate(kind, values[name], where, f"{name}."))
+    config: Config = validate(Config, core, where)
+    return dataclasses.replace(config, settings=_without_defaults(sections))
+
+
+def validate(kind: Any, values: Any, where: str, prefix: str = "") -> Any:
+    """Return an object of type ``kind`` from plain values, every type and range checked.
+
+    Args:
+        kind: a dataclass.
+        values: a dict, by field.
+        where: begins the message of an error.
+        prefix: begins the name of a field in it, ``data.`` for one.
+    """
+    if not isinstance(values, dict):
+        raise LongtailError(f"{where}: {prefix[:-1] or 'expected'} fields with values, got {type(values).__name__}")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # for a union pydantic names the branch too, in parts that are no identifiers
+        name = prefix + ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
+        if first["type"] == "unexpected_keyword_argument":
+            raise LongtailError(f"{where}: there is no field '{name}'{did_you_mean(name, field_names())}") from None
+        if isinstance(first.get("ctx", {}).get("error"), LongtailError):
+            raise LongtailError(f"{where}: {first['ctx']['error']}") from None
+        raise LongtailError(f"{where}: {name}: {first['msg']}, got {first['input']!r}") from None
+
+
+def validate_section(section: Any, where: str) -> Any:
+    """Return a dataclass that came from flags with every type and range checked."""
+    return validate(type(section), dataclasses.asdict(section), "flags", f"{where}.")

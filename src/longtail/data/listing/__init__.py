@@ -1,0 +1,24 @@
+"""Image files and their labels before any file is opened: lists, tables, annotations and folders become a Listing.
+
+A module reads each format; :func:`check` then looks for what all of them can get wrong.
+"""
+
+from longtail.data.listing.checks import check
+from longtail.data.listing.folders import names_by_folder, read_folder
+from longtail.data.listing.formats import encode_labels, read_annotations, read_list, read_splits
+from longtail.data.listing.tables import read_table
+from longtail.data.listing.types import SPLITS, Entries, Listing
+
+__all__ = [
+    "SPLITS",
+    "Entries",
+    "Listing",
+    "check",
+    "encode_labels",
+    "names_by_folder",
+    "read_annotations",
+    "read_folder",
+    "read_list",
+    "read_splits",
+    "read_table",
+]

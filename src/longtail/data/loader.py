@@ -1,0 +1,292 @@
+"""Batches of augmented images. Legend: N images, B of them in a batch, V views, S side in pixels."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from longtail.data.dataset import ImageSet
+from longtail.data.prefetch import prefetch
+from longtail.data.samplers import epoch_order
+from longtail.data.transforms import AnyTransform, PerImageTransform
+from longtail.data.transforms.batched import center, to_float
+from longtail.data.transforms.per_image import preserve_rng_state
+from longtail.errors import LongtailError
+from longtail.randomness import mix
+
+_VIEW = mix(2)  # a random stream of its own
+
+
+@dataclass
+class Batch:
+    """What a method trains on."""  # not frozen: Fabric inspects the arguments of a module, and refuses frozen ones
+
+    views: tuple[Tensor, ...]
+    """V views, each (B, channels, S, S) float32 in [0, 1]."""
+    labels: Tensor
+    """(B,) int64, or (B, S, S) where every pixel has a label; −1 where there is none."""
+    ids: Tensor
+    """(B,) int64 ids of the images, so that a query can leave its own image out of the keys."""
+    key_features: Tensor | None = None
+    """(B, F) the teacher's features of the key view, where they are cached."""
+    teacher_scores: Tensor | None = None
+    """(B, C) the teacher's scores of the classification view, where they are cached."""
+    max_local_batch: int | None = None
+    """Most images that any process has of this batch; B if None."""
+    global_batch: int | None = None
+    """Images that all processes together have of it."""
+    epoch_fraction: float = 0.0
+    """Fraction of the training's epochs before this one, in [0, 1)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _map(self, function: Callable[[Tensor], Tensor], max_local_batch: int | None) -> Batch:
+        features, scores = (
+            tensor if tensor is None else function(tensor) for tensor in (self.key_features, self.teacher_scores)
+        )
+        return Batch(
+            tuple(map(function, self.views)),
+            function(self.labels),
+            function(self.ids),
+            features,
+            scores,
+            max_local_batch,
+            self.global_batch,
+            self.epoch_fraction,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to ``device``, asynchronously to CUDA."""
+        if device.type == "cpu":
+            return self
+        pinned = device.type == "cuda"
+        return self._map(
+            lambda tensor: (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True),
+            self.max_local_batch,
+        )
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return the batch in ``parts`` parts whose sizes differ by at most one."""
+        if parts == 1:
+            return [self]
+        edges = [len(self) * part // parts for part in range(parts + 1)]
+        max_local_batch = None if self.max_local_batch is None else -(-self.max_local_batch // parts)
+        return [
+            self._map(lambda tensor, a=a, b=b: tensor[a:b], max_local_batch)  # type: ignore[misc]
+            for a, b in itertools.pairwise(edges)
+        ]
+
+
+class CachedTeacherViews(Protocol):
+    """The teacher's outputs for fixed views of every image."""
+
+    fixes_classification: bool
+    """Whether the student's classification view must be the view that the teacher saw."""
+
+    def rng_keys(self, epoch: int) -> tuple[int, ...]:
+        """Return the random keys of the view that is shown in an epoch."""
+        ...
+
+    def lookup(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Return (B, F) features of the images' key views and (B, C) scores of their classification views, if any."""
+        ...
+
+
+class TrainLoader:
+    """Batches of one epoch after another, whose sizes differ by at most one.
+
+    No image is dropped, and no batch is much smaller than the others, as BatchNorm needs. The order is a function of
+    (seed, epoch), so that an epoch can be resumed at any step; a view is a function of (seed, epoch, view, image),
+    whichever process makes it.
+
+    Args:
+        images: the training set.
+        batch_size: most images in a batch, of all processes together.
+        views: V augmentations, all batched or all of one image at a time; one that returns labels of pixels is alone.
+        seed: of order and augmentation.
+        epochs: of the training, for samplers that change along it.
+        sampler: a name in :data:`longtail.registry.SAMPLERS`.
+        deferred_from: see :mod:`longtail.data.samplers`.
+        workers: processes that decode and augment one image at a time; 0 does it in this one; one per core, at most 8,
+            if not given.
+        rank: of this process in the training.
+        world: number of the training's processes; each has its part of every batch.
+        cache: the teacher's outputs for fixed views.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        views: Sequence[AnyTransform],
+        seed: int,
+        *,
+        epochs: int = 1,
+        sampler: str = "instance",
+        deferred_from: float = 0.8,
+        workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        cache: CachedTeacherViews | None = None,
+    ) -> None:
+        self.rank, self.world, self.cache = rank, world, cache
+        self.images, self.views, self.seed, self.epochs = images, tuple(views), seed, epochs
+        self.sampler, self.deferred_from = sampler, deferred_from
+        self.steps = -(-len(images) // batch_size)
+        """Batches of an epoch."""
+        self.min_local_batch = len(images) // self.steps // world
+        """Fewest images that a process has in a step."""
+        self.per_image = any(isinstance(view, PerImageTransform) for view in self.views)
+        assert not self.per_image or all(isinstance(view, PerImageTransform) for view in self.views)
+        self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of ``epoch`` from step ``start`` on."""
+        order = epoch_order(self.images.labels, self.sampler, self.seed, epoch, self.epochs, self.deferred_from)
+        return self.batches(list(order.tensor_split(self.steps))[start:], epoch)
+
+    def batches(self, splits: Sequence[Tensor], epoch: int, only: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Yield batches of given images, with the views of ``epoch``.
+
+        Args:
+            splits: positions of the images of each batch, int64.
+            epoch: determines the views; a negative one is no epoch of a training.
+            only: indices of the views that are wanted; all if not given.
+        """
+        numbers = range(len(self.views)) if only is None else only
+        images = self.images
+        local = [split.tensor_split(self.world)[self.rank] for split in splits]
+        # a process without an image of a small batch takes one that gets no label
+        taken = [part if len(part) else split[:1] for part, split in zip(local, splits, strict=True)]
+        batches = (self._per_image_views if self.per_image else self._batched_views)(taken, epoch, numbers)
+        for (indices, views, pixel_labels), part, split in zip(batches, local, splits, strict=True):
+            features, scores = (None, None) if self.cache is None or epoch < 0 else self.cache.lookup(indices, epoch)
+            labels = images.labels[indices] if pixel_labels is None else pixel_labels
+            yield Batch(
+                views=views,
+                labels=labels if len(part) else torch.full_like(labels, -1),
+                ids=images.ids[indices],
+                key_features=features,
+                teacher_scores=scores,
+                max_local_batch=-(-len(split) // self.world),
+                global_batch=len(split),
+                epoch_fraction=max(epoch, 0) / self.epochs,
+            )
+
+    def rng_keys(self, number: int, epoch: int) -> tuple[int, ...]:
+        """Return the random keys of view ``number`` in an epoch."""
+        if self.cache is not None and number == 0 and epoch >= 0 and self.cache.fixes_classification:
+            return self.cache.rng_keys(epoch)
+        return (self.seed, _VIEW, epoch, number)
+
+    def _batched_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
+        for indices, pixels in _take(self.images, splits):
+            ids, views = self.images.ids[indices], []
+            for number in numbers:
+                transform = self.views[number]
+                assert not isinstance(transform, PerImageTransform)
+                views.append(transform(pixels, ids, self.rng_keys(number, epoch)))
+            yield indices, tuple(views), None
+
+    def _per_image_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
+        for transform in self.views:
+            assert isinstance(transform, PerImageTransform)
+            transform.prepare()
+        batches = DataLoader(
+            _PerImageBatches(self, splits, epoch, numbers),
+            batch_size=None,
+            num_workers=min(self.workers, len(splits)),
+            worker_init_fn=ignore_signals,
+        )
+        for batch in batches:
+            if isinstance(batch, str):  # an error raised in another process would come with its traceback
+                raise LongtailError(batch)
+            views, indices, pixel_labels, unreadable = batch
+            self.images.images.record_unreadable(unreadable)
+            yield indices, tuple(to_float(view) for view in views), pixel_labels
+
+
+def ignore_signals(_worker: int) -> None:
+    """Ignore SIGTERM and SIGINT, which schedulers and terminals send to all processes of a job.
+
+    The training's own process ends its workers after it has saved.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+_Views = tuple[Tensor, tuple[Tensor, ...], Tensor | None]
+"""Positions of a batch's images, their float views, and labels of their pixels where they have some."""
+
+
+class _PerImageBatches(Dataset[Any]):
+    """Batches as a data set of torch, so that worker processes can make them."""
+
+    def __init__(self, loader: TrainLoader, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> None:
+        self.loader, self.splits, self.epoch, self.numbers = loader, splits, epoch, numbers
+
+    def __len__(self) -> int:
+        return len(self.splits)
+
+    def __getitem__(self, step: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None, dict[int, str]] | str:
+        """Return uint8 views, positions, labels of pixels, and unreadable images; or the message of an error."""
+        loader, indices = self.loader, self.splits[step]
+        images = loader.images.images
+        views: list[list[Tensor]] = [[] for _ in self.numbers]
+        pixel_labels: list[Tensor] = []
+        try:
+            with preserve_rng_state():
+                for index, image_id in zip(indices.tolist(), loader.images.ids[indices].tolist(), strict=True):
+                    sample = images.open_sample(index)
+                    for view, number in zip(views, self.numbers, strict=True):
+                        transform = loader.views[number]
+                        assert isinstance(transform, PerImageTransform)
+                        pixels, labels = transform(sample, image_id, loader.rng_keys(number, self.epoch))
+                        view.append(pixels)
+                        if labels is not None:
+                            assert len(views) == 1  # labels of another view would be others
+                            pixel_labels.append(labels)
+        except LongtailError as error:
+            return str(error)
+        labels_of_pixels = torch.stack(pixel_labels) if pixel_labels else None
+        return tuple(map(_stack, views)), indices, labels_of_pixels, images.unreadable
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """Return a batch, channels last in memory, as the images are and as the networks need it."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def evaluation_batches(
+    images: ImageSet, size: int, batch_size: int = 512, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (B, channels, size, size) float32 centre crops and (B,) labels of a process's images, each image once.
+
+    Args:
+        images: the split.
+        size: side of the crops in pixels.
+        batch_size: B, the last batch may be smaller.
+        rank: of this process.
+        world: number of processes; process r has the images r, r + world, ….
+    """
+    splits = torch.arange(rank, len(images), world).split(batch_size)
+    for indices, pixels in _take(images, splits):
+        yield to_float(center(pixels, size)), images.labels[indices]
+
+
+def _take(images: ImageSet, splits: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield positions and pixels of each batch; files are decoded one batch ahead of their use."""
+    if images.images.lazy:
+        yield from prefetch(images.images.take, splits)
+    else:
+        for indices in splits:
+            yield indices, images.images.take(indices)

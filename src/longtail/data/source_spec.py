@@ -1,0 +1,44 @@
+"""What a data argument on the command line stands for. Imports no torch, so that a mistake is reported at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longtail.errors import LongtailError, did_you_mean
+from longtail.registry import SOURCES
+
+_KINDS = frozenset({"folder", "list", "hub", "masks"})
+"""Sources that are no data set of their own: which files they read follows from a path."""
+
+
+def named_sets() -> list[str]:
+    """Return the names of the data sets that need no path to be identified, in order of registration."""
+    return [name for name in SOURCES if name not in _KINDS]
+
+
+def source_of(text: str) -> dict[str, Any]:
+    """Return the fields of ``data`` that an argument on the command line stands for.
+
+    Args:
+        text: the name of a source; ``hub:NAME``; a folder (of classes, of Parquet files, or of images/ and
+            annotations/); or a list (.txt), a table (.csv, .tsv, .parquet) or annotations (.json).
+
+    Raises:
+        LongtailError: it is none of these.
+    """
+    path = Path(text)
+    if text in SOURCES and not (text in _KINDS and path.exists()):
+        return {"source": text}
+    if text.startswith("hub:"):
+        return {"source": "hub", "name": text.removeprefix("hub:")}
+    if (path / "images").is_dir() and (path / "annotations").is_dir():
+        return {"source": "masks", "root": text}
+    if path.is_dir():
+        return {"source": "hub" if next(path.rglob("*.parquet"), None) is not None else "folder", "root": text}
+    if path.suffix.lower() in {".txt", ".lst", ".csv", ".tsv", ".parquet", ".json"}:
+        return {"source": "list", "train": text}
+    raise LongtailError(
+        f"data '{text}': there is no such folder or set{did_you_mean(text, named_sets())}; expected a named set, a "
+        "folder, a list (.txt), a table (.csv, .tsv, .parquet), annotations (.json) or hub:NAME"
+    )

@@ -1,0 +1,82 @@
+"""Where images come from: named sets, folders, lists, tables and the Hugging Face Hub, all loaded as one type.
+
+A source is a :class:`Source` in :data:`longtail.registry.SOURCES`. One that consists of image files returns a
+:class:`~longtail.data.listing.Listing`, which can be checked before an image is opened, and which gets its splits, its
+tail and its image size in :mod:`longtail.data.sources.from_listing`; any other returns the finished data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from longtail.config import Data
+from longtail.data.dataset import LongTailedData
+from longtail.data.listing import Listing, check
+from longtail.data.sources.from_listing import data_from_listing
+from longtail.errors import LongtailError
+from longtail.registry import SOURCES
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set, or a kind of them; exactly one of ``load`` and ``listing`` is given."""
+
+    load: Callable[[Data, int], LongTailedData] | None = None
+    """(settings, seed) to the data."""
+    listing: Callable[[Data], Listing] | None = None
+    """Settings to the image files, which are then checked, split and opened."""
+    balanced: bool = False
+    """Whether it is balanced as published, so that it is made long-tailed unless another profile is asked for."""
+
+    def __post_init__(self) -> None:
+        if (self.load is None) == (self.listing is None):
+            raise TypeError("Source: expected either load or listing")
+
+
+def load_data(config: Data, seed: int) -> LongTailedData:
+    """Load a set.
+
+    Args:
+        config: which set, from where, and its tail.
+        seed: of the split and the tail, where ``config.seed`` gives none.
+
+    Raises:
+        LongtailError: the set is unknown, cannot be read or downloaded, or has something wrong in it.
+    """
+    source = _source(config)
+    seed = seed if config.seed is None else config.seed
+    if source.load is not None:
+        return source.load(config, seed)
+    return data_from_listing(read_listing(config), config, seed)
+
+
+def read_listing(config: Data) -> Listing:
+    """Return the image files of a set, checked; what is wrong with them is in the listing's ``errors``.
+
+    Raises:
+        LongtailError: the set is unknown, consists of no image files, or its files cannot be listed at all.
+    """
+    source = _source(config)
+    if source.listing is None:
+        raise LongtailError(f"{config.source}: has its own splits; expected a folder, a list or a table")
+    listing = source.listing(config)
+    check(listing)
+    return listing
+
+
+def is_balanced(name: str) -> bool:
+    """Return whether a source is balanced as published, so that a tail is made for it by default.
+
+    Raises:
+        LongtailError: there is no source of that name.
+    """
+    return SOURCES[name].balanced
+
+
+def _source(config: Data) -> Source:
+    source = SOURCES[config.source]
+    if config.root is not None and not Path(config.root).exists():
+        raise LongtailError(f"data.root '{config.root}': there is no such folder")
+    return source

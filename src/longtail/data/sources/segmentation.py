@@ -1,0 +1,318 @@
+"""Images with a label for every pixel: folders in ADE20K's layout.
+
+    ROOT/images/{training,validation,test}/NAME.jpg
+    ROOT/annotations/{training,validation,test}/NAME.png    a value for each pixel: 0 unlabelled, else a class number
+    ROOT/classes.txt                                        names of the classes 1, 2, …, one per line (or ADE20K's own
+                                                            objectInfo150.txt); without it classes are named by number
+
+Legend: N images, C classes, H and W height and width in pixels. In the library labels are 0 to C − 1, and −1 is
+unlabelled.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from longtail.config import Data, Shots
+from longtail.data.class_order import frequency_thirds
+from longtail.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailedData
+from longtail.data.image_io import IMAGE_SUFFIXES, open_image, read_size, to_rgb
+from longtail.data.images import FileImages
+from longtail.data.sources import Source
+from longtail.errors import LongtailError
+
+CAMVID_CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+"""The eleven classes of CamVid (Brostow et al., 2008; Badrinarayanan et al., 2017)."""
+
+_FOLDERS = {"train": "training", "val": "validation", "test": "test"}
+Labels = np.ndarray[Any, np.dtype[np.int32]]
+
+
+class SegmentationSample(NamedTuple):
+    """An image with the labels of its pixels."""
+
+    image: Image.Image
+    labels: Labels
+    """(H, W) int32, −1 where unlabelled."""
+
+
+class SegmentationImages(FileImages):
+    """Image files, each with a mask.
+
+    Args:
+        root: the folder.
+        names: N paths of images below it.
+        masks: N paths of masks below it.
+    """
+
+    def __init__(self, root: Path, names: list[str], masks: list[str]) -> None:
+        super().__init__(root, names, 0)
+        self.masks = masks
+
+    def open_sample(self, index: int) -> SegmentationSample:
+        """Return an image with its labels.
+
+        Raises:
+            LongtailError: the image or its mask cannot be read, or their sizes differ.
+        """
+        image = to_rgb(self.open(index))
+        labels = read_mask(self.root / self.masks[index]) - 1
+        if labels.shape != image.size[::-1]:
+            raise _size_error(self.root / self.names[index], image.size, self.root / self.masks[index], labels.shape)
+        return SegmentationSample(image, labels)
+
+
+@dataclass(frozen=True)
+class SegmentationData(LongTailedData):
+    """Images with a label for every pixel. ``train.labels`` holds the rarest class of each image."""
+
+    task: ClassVar[str] = "segmentation"
+    counted: ClassVar[str] = "training pixels"
+    group_names: ClassVar[tuple[str, ...]] = ("head", "middle", "tail")
+    files_checked: ClassVar[bool] = True  # every mask is counted
+
+    pixel_counts: tuple[int, ...] = ()
+    """(C,) labelled training pixels of every class."""
+    draw_counts: tuple[int, ...] = ()
+    """(C,) thousandths of training images, each divided evenly among the classes in it: the class frequencies of pixels
+    that are drawn evenly from the classes of an image."""
+    size: tuple[int, int] = (0, 0)
+    """(H, W) of most test images."""
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training pixels of each class, (C,)."""
+        return list(self.pixel_counts)
+
+    def groups(self, shots: Shots) -> list[str]:  # noqa: ARG002
+        """Return the third of each class by training pixels: C of head, middle and tail."""
+        return frequency_thirds(self.class_counts)
+
+
+def read_mask(path: Path) -> Labels:
+    """Return the values of a mask, (H, W) int32; of a palette image its indices.
+
+    Raises:
+        LongtailError: the file cannot be read, or has colours instead of one value for each pixel.
+    """
+    image = open_image(path)
+    if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B", "I;16L"}:
+        raise LongtailError(
+            f"{path}: has {len(image.getbands())} channels ({image.mode}), expected one: the number of its class"
+        )
+    return np.array(image).astype(np.int32)
+
+
+def load_segmentation(
+    config: Data, _seed: int, default_names: Callable[[Path], tuple[str, ...] | None], test: str
+) -> SegmentationData:
+    """Load a folder in this layout.
+
+    Args:
+        config: its root.
+        default_names: returns the class names of a root without ``classes.txt``, or None to name them by number.
+        test: the split that is tested on; another validation split chooses the epoch.
+
+    Raises:
+        LongtailError: a mask or an image is missing or cannot be read, their sizes differ, a mask has an unknown value,
+            or a class has no training pixel.
+    """
+    if config.root is None:
+        raise LongtailError(
+            f"data.root is missing: which folder holds images/ and annotations/ of {config.source}? "
+            "(--data.root FOLDER)"
+        )
+    root = Path(config.root)
+    pairs = {split: _pairs(root, folder) for split, folder in _FOLDERS.items()}
+    if not pairs["train"]:
+        raise LongtailError(f"{root / 'images' / 'training'}: holds no images; expected images/ and annotations/ there")
+    if not pairs[test]:
+        test = "val"
+    if not pairs[test]:
+        raise LongtailError(f"{root / 'images' / 'validation'}: holds no images; expected some to evaluate on")
+    pairs = {split: pairs[split] for split in _FOLDERS if pairs[split] and split in {"train", "val", test}}
+    names = _class_names(root, default_names)
+    counted = {split: _count_pixels(root, files, names) for split, files in pairs.items()}
+    width = max(masks.counts.shape[1] for masks in counted.values())
+    if names is None:
+        names = tuple(f"class {number}" for number in range(1, width))
+    remarks = [remark for split in pairs for remark in _unlabelled_remarks(root, pairs[split], counted[split])]
+    pairs["train"], counted["train"] = _without_unlabelled(pairs["train"], counted["train"])
+    train = counted["train"].counts[:, 1:]
+    train = torch.nn.functional.pad(train, (0, len(names) - train.shape[1]))
+    totals = train.sum(dim=0)
+    unseen = next((index for index, count in enumerate(totals.tolist()) if count == 0), None)
+    if unseen is not None:
+        raise LongtailError(
+            f"{root / 'annotations' / 'training'}: class '{names[unseen]}' (value {unseen + 1}) has no pixel there; "
+            "add images of it, or give its number to another class in classes.txt and the masks"
+        )
+    present = train > 0
+    shares = present.double() / present.sum(dim=1, keepdim=True).clamp(min=1)
+    rarest = torch.where(present, totals, torch.iinfo(torch.int64).max).argmin(dim=1)
+    sets = {
+        split: ImageSet(
+            SegmentationImages(root, [name for name, _ in files], [mask for _, mask in files]),
+            rarest if split == "train" else torch.zeros(len(files), dtype=torch.int64),
+            torch.arange(len(files)),
+        )
+        for split, files in pairs.items()
+    }
+    size = Counter(counted[test].sizes).most_common(1)[0][0]
+    return SegmentationData(
+        train=sets["train"],
+        val=sets["val"] if test != "val" and "val" in sets else None,
+        test=sets[test],
+        class_names=names,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        image_size=min(size),
+        augment="none",
+        remarks=tuple(remarks),
+        pixel_counts=tuple(totals.tolist()),
+        draw_counts=tuple(int(value) for value in (1000 * shares.sum(dim=0)).round().clamp(min=1).tolist()),
+        size=size,
+    )
+
+
+def _class_names(root: Path, default_names: Callable[[Path], tuple[str, ...] | None]) -> tuple[str, ...] | None:
+    path = root / "classes.txt"
+    if not path.is_file():
+        return default_names(root)
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongtailError(f"{path}: cannot be read: {error}") from None
+    repeated = next((name for name, count in Counter(names).items() if count > 1), None)
+    if repeated is not None or len(names) < 2:
+        what = f"'{repeated}' is listed twice" if repeated is not None else f"found {len(names)}"
+        raise LongtailError(f"{path}: expected the names of at least two classes, each on a line of its own; {what}")
+    return tuple(names)
+
+
+def _ade20k_classes(root: Path) -> tuple[str, ...]:
+    """Return the 150 names of the file that comes with ADE20K, or their numbers where the file is missing."""
+    path = root / "objectInfo150.txt"
+    if not path.is_file():
+        return tuple(f"class {number}" for number in range(1, 151))
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
+
+
+def _pairs(root: Path, folder: str) -> list[tuple[str, str]]:
+    """Return every image of a split with its mask, as paths below the root."""
+    images, masks = root / "images" / folder, root / "annotations" / folder
+    if not images.is_dir() and not masks.is_dir():
+        return []
+    image_of, mask_of = _files_by_stem(images), _files_by_stem(masks)
+    for stem, name in image_of.items():
+        if stem not in mask_of:
+            raise LongtailError(f"{images / name}: has no mask {masks / f'{stem}.png'}; add it, or remove the image")
+    for stem, name in mask_of.items():
+        if stem not in image_of:
+            raise LongtailError(f"{masks / name}: has no image {images / f'{stem}.jpg'}; add it, or remove the mask")
+    return [(f"images/{folder}/{image_of[stem]}", f"annotations/{folder}/{mask_of[stem]}") for stem in sorted(image_of)]
+
+
+def _files_by_stem(folder: Path) -> dict[str, str]:
+    """Return the image files below a folder by their path without suffix."""
+    if not folder.is_dir():
+        return {}
+    files: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            name = path.relative_to(folder)
+            stem = str(name.with_suffix(""))
+            if stem in files:
+                raise LongtailError(f"{path}: has the same name as {files[stem]}; rename one")
+            files[stem] = str(name)
+    return files
+
+
+class _MaskCounts(NamedTuple):
+    counts: Tensor
+    """(N, 1 + C) pixels of every value in every mask."""
+    sizes: list[tuple[int, int]]
+    """N (H, W)."""
+
+    def unlabelled(self) -> list[int]:
+        """Return the positions of the masks without a labelled pixel."""
+        return torch.nonzero(self.counts[:, 1:].sum(dim=1) == 0).flatten().tolist()
+
+
+def _count_pixels(root: Path, pairs: list[tuple[str, str]], names: tuple[str, ...] | None) -> _MaskCounts:
+    """Read every mask: its size, and how many pixels have which value."""
+
+    def count(pair: tuple[str, str]) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
+        image, mask = root / pair[0], root / pair[1]
+        values = read_mask(mask)
+        if (
+            values.shape != read_size(image)[::-1]
+            and values.shape != ImageOps.exif_transpose(open_image(image)).size[::-1]
+        ):
+            raise _size_error(image, read_size(image), mask, values.shape)
+        largest, smallest = int(values.max(initial=0)), int(values.min(initial=0))
+        if names is not None and largest > len(names):
+            raise LongtailError(
+                f"{mask}: holds the value {largest}, expected 0 (unlabelled) to {len(names)} (the number of classes)"
+            )
+        if smallest < 0 or largest > 65_535:
+            raise LongtailError(f"{mask}: holds values from {smallest} to {largest}, expected 0 to 65,535")
+        return np.bincount(values.ravel(), minlength=1 + len(names or ())), values.shape
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(count, pairs))
+    width = max(len(counts) for counts, _ in results)
+    counts = torch.stack([torch.from_numpy(np.pad(counts, (0, width - len(counts)))) for counts, _ in results])
+    return _MaskCounts(counts, [(height, width) for _, (height, width) in results])
+
+
+def _unlabelled_remarks(root: Path, pairs: list[tuple[str, str]], masks: _MaskCounts) -> list[str]:
+    unlabelled = masks.unlabelled()
+    if not unlabelled:
+        return []
+    first = root / pairs[unlabelled[0]][1]
+    return [f"{len(unlabelled)} of {len(pairs)} masks have no labelled pixel, and do not count: {first}"]
+
+
+def _without_unlabelled(pairs: list[tuple[str, str]], masks: _MaskCounts) -> tuple[list[tuple[str, str]], _MaskCounts]:
+    unlabelled = set(masks.unlabelled())
+    rows = [row for row in range(len(pairs)) if row not in unlabelled]
+    return [pairs[row] for row in rows], _MaskCounts(masks.counts[rows], [masks.sizes[row] for row in rows])
+
+
+def _size_error(image: Path, size: tuple[int, int], mask: Path, shape: tuple[int, ...]) -> LongtailError:
+    return LongtailError(
+        f"{mask}: has {shape[1]} × {shape[0]} pixels, its image {image} {size[0]} × {size[1]}; expected the same"
+    )
+
+
+CAMVID = Source(
+    load=functools.partial(load_segmentation, default_names=lambda _root: CAMVID_CLASSES, test="test"),
+)
+ADE20K = Source(load=functools.partial(load_segmentation, default_names=_ade20k_classes, test="val"))
+MASKS = Source(load=functools.partial(load_segmentation, default_names=lambda _root: None, test="test"))

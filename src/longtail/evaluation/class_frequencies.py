@@ -1,0 +1,169 @@
+"""Class frequencies of the data that a model is used on: the one parser of all ways to specify them. Imports no torch.
+
+Legend: C classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from longtail.data.class_order import head_first
+from longtail.errors import LongtailError, did_you_mean
+
+PriorName = Literal["uniform", "train"]
+"""Class frequencies that predictions may assume by name: all classes equally frequent, or as in the training set."""
+
+ClassFrequencies = str | Path | Mapping[Any, float] | Sequence[float]
+"""A specification of class frequencies, see :func:`resolve_class_frequencies`."""
+
+
+def resolve_class_frequencies(
+    spec: ClassFrequencies,
+    class_names: Sequence[Hashable],
+    class_counts: Sequence[int],
+    *,
+    imbalance: float = 100.0,
+    where: str = "prior",
+) -> list[float]:
+    """Return C class frequencies with sum 1, in the order of ``class_names``.
+
+    Args:
+        spec: one of
+
+            - ``uniform``: all classes equally frequent;
+            - ``train``: as in the training set; 0 for a class without training images;
+            - ``forward``: a long tail with the classes in the order of their training frequency; ``backward``: in the
+              reverse order, see :func:`long_tailed_frequencies`;
+            - a file: a JSON object of class names and frequencies, or a table (.csv, .tsv) of two columns, class and
+              frequency, with or without a header;
+            - a mapping from class name to frequency;
+            - C frequencies in the order of ``class_names``, as a sequence, array or tensor.
+
+            Frequencies in files, mappings and sequences must be above 0 and need not sum to 1.
+        class_names: (C,) names of the classes.
+        class_counts: (C,) training images of each class.
+        imbalance: largest frequency over the smallest of ``forward`` and ``backward``, at least 1.
+        where: name of the argument or flag, for error messages.
+
+    Raises:
+        LongtailError: there is no such file, it cannot be read, or a class is missing, unknown, listed twice or
+            without a frequency above 0.
+    """
+    if isinstance(spec, Path):
+        return _from_pairs(_read_pairs(spec, class_names, f"{where} '{spec}'"), class_names, f"{where} '{spec}'")
+    if isinstance(spec, str):
+        if spec == "uniform":
+            return [1 / len(class_names)] * len(class_names)
+        if spec == "train":
+            total = sum(class_counts)
+            return [float(count / total) for count in class_counts]
+        if spec in {"forward", "backward"}:
+            if not imbalance >= 1:
+                raise LongtailError(f"imbalance {imbalance:g}: expected at least 1")
+            return long_tailed_frequencies(class_counts, spec, imbalance)
+        if not Path(spec).is_file():
+            raise LongtailError(
+                f"{where} '{spec}': expected uniform, train, forward, backward or a file of class frequencies; "
+                "there is no such file"
+            )
+        return resolve_class_frequencies(Path(spec), class_names, class_counts, where=where)
+    if isinstance(spec, Mapping):
+        return _from_pairs(spec.items(), class_names, where)
+    values = spec.tolist() if hasattr(spec, "tolist") else spec  # of an array or tensor
+    numbers = [_to_float(value) for value in values] if isinstance(values, Iterable) else []
+    if len(numbers) != len(class_names) or not all(_is_frequency(number) for number in numbers):
+        raise LongtailError(f"{where}: expected {len(class_names)} frequencies above 0, got {_shorten(spec)}")
+    return _normalize([number for number in numbers if number is not None])
+
+
+def long_tailed_frequencies(class_counts: Sequence[int], direction: str, imbalance: float) -> list[float]:
+    """Return (C,) class frequencies with an exponential tail and sum 1.
+
+    Args:
+        class_counts: (C,) training images of each class, which order the classes from head to tail.
+        direction: ``forward`` (the class with the most training images is the most frequent) or ``backward`` (that
+            with the fewest is).
+        imbalance: largest frequency over the smallest, at least 1.
+    """
+    order = head_first(class_counts)
+    if direction == "backward":
+        order.reverse()
+    weights = [0.0] * len(order)
+    for position, index in enumerate(order):
+        weights[index] = imbalance ** (-position / max(1, len(order) - 1))
+    return _normalize(weights)
+
+
+def _read_pairs(path: Path, class_names: Sequence[Hashable], where: str) -> list[tuple[Any, Any]]:
+    """Return the entries of a file as pairs of class name and value."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongtailError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if path.suffix.lower() in {".csv", ".tsv"}:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+        wrong_row = next((row for row in rows if len(row) != 2), None)
+        if wrong_row is not None:
+            raise LongtailError(f"{where}: expected two columns, a class and its frequency, got {wrong_row}")
+        pairs = [(row[0], row[1]) for row in rows]
+        names = {str(name) for name in class_names}
+        has_header = bool(pairs) and _to_float(pairs[0][1]) is None and pairs[0][0] not in names
+        return pairs[1:] if has_header else pairs
+    try:
+        entries = json.loads(text, object_pairs_hook=list)
+    except json.JSONDecodeError as error:
+        raise LongtailError(f"{where}: is neither JSON nor a .csv or .tsv table ({error})") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, tuple) for entry in entries):
+        raise LongtailError(f"{where}: expected an object of class names and frequencies")
+    return entries
+
+
+def _from_pairs(pairs: Iterable[tuple[Any, Any]], class_names: Sequence[Hashable], where: str) -> list[float]:
+    """Return normalised frequencies from pairs of class name and frequency; names are compared as text."""
+    names = [str(name) for name in class_names]
+    known_names = set(names)
+    frequencies: dict[str, float] = {}
+    for key, value in pairs:
+        name, number = str(key), _to_float(value)
+        if name not in known_names:
+            raise LongtailError(f"{where}: there is no class '{name}'{did_you_mean(name, names)}")
+        if name in frequencies:
+            raise LongtailError(f"{where}: class '{name}' is listed twice")
+        if number is None or not _is_frequency(number):
+            raise LongtailError(f"{where}: class '{name}' has {value!r}, expected a frequency above 0")
+        frequencies[name] = number
+    missing = next((name for name in names if name not in frequencies), None)
+    if missing is not None:
+        raise LongtailError(f"{where}: class '{missing}' is missing, expected a frequency of every class")
+    total = sum(frequencies.values())
+    return [frequencies[name] / total for name in names]
+
+
+def _normalize(values: Sequence[float]) -> list[float]:
+    total = sum(values)
+    return [value / total for value in values]
+
+
+def _is_frequency(number: float | None) -> bool:
+    return number is not None and 0 < number < math.inf
+
+
+def _to_float(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _shorten(value: Any) -> str:
+    """Return a representation that fits into one line of a message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,296 @@
+"""Class frequencies of unlabelled images under label shift, estimated from the scores of a classifier.
+
+Legend: N images, C classes. Scores are log-likelihoods free of any prior, as :meth:`longtail.Recognizer.scores` returns
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longtail.errors import LongtailError
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+_RESAMPLES = 200  # of the bootstrap
+_PRIOR_STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+_POWERS = np.linspace(-2, 2, 81)
+# pseudo-images per class that the Dirichlet prior has at least: the two halves of a handful of images resemble each
+# other by chance, and cross-validation would choose too weak a prior
+_MIN_PSEUDO_IMAGES = 0.5
+_MAX_VALIDATION_IMAGES = 10_000  # images that the cross-validation uses at most
+
+
+@dataclass(frozen=True)
+class EstimatedPrior:
+    """Estimated class frequencies with 95 % intervals, each (C,).
+
+    The intervals cover the sampling of the images only, not errors of the model that the estimate is based on.
+    """
+
+    method: str
+    frequencies: list[float]
+    low: list[float]
+    high: list[float]
+    power: float | None = None
+    """Method ``map``: the Dirichlet prior has its mode at the training frequencies to this power."""
+    prior_strength: float | None = None
+    """Method ``map``: pseudo-images of the Dirichlet prior, as a multiple of the number of images."""
+
+
+def estimate_em(
+    scores: Any, weights: Any = None, tolerance: float = 1e-7, max_iterations: int = 5000
+) -> EstimatedPrior:
+    """Estimate class frequencies by maximum likelihood, with expectation maximisation.
+
+    Source: Saerens et al., Neural Computation 14(1), 2002; the intervals are from the Fisher information.
+
+    Args:
+        scores: (N, C) of unlabelled images, N at least 1.
+        weights: (N,) weight of each image; equal if not given.
+        tolerance: the iteration ends when no frequency changes by more than this.
+        max_iterations: maximum number of iterations.
+
+    Raises:
+        LongtailError: the scores are not (N, C) finite numbers.
+    """
+    likelihood, weights = _likelihood(scores), _image_weights(scores, weights)
+    frequencies = _em(likelihood, weights / weights.sum(), tolerance=tolerance, max_iterations=max_iterations)
+    half_width = 1.96 * np.sqrt(_variance(likelihood, weights, frequencies))
+    return _build_estimate("em", frequencies, frequencies - half_width, frequencies + half_width)
+
+
+def estimate_map(
+    scores: Any, class_counts: Any, bias: Any = None, halves: Any = None, weights: Any = None
+) -> EstimatedPrior:
+    """Estimate class frequencies by maximum a posteriori, with a Dirichlet prior chosen by cross-validation.
+
+    For a weak classifier the likelihood of :func:`estimate_em` is flat, and its maximum follows the noise of the images
+    and of the validation images that corrected the scores, most of all in the tail. The Dirichlet prior has its mode at
+    the training frequencies to a power: 0 (the uniform distribution) or the power with the largest likelihood (1 is
+    the training set's tail, −1 its reverse). Which of the two, and how strong the prior is, is chosen by two-fold
+    cross-validation: by the likelihood of one half of the images, with one half's correction, under the frequencies
+    estimated from the other half with the other's correction. Scores without a correction are too unreliable for
+    single classes; then the prior has its largest strength, so that the estimate is close to the power.
+
+    Source: Dirichlet priors for label shift as in Ye et al., *Label Shift Estimation for Class-Imbalance Problem: A
+    Bayesian Approach*, WACV 2024; the power of the training frequencies and the cross-validation are ours.
+
+    Args:
+        scores: (N, C) of unlabelled images, N at least 1.
+        class_counts: (C,) training images of each class.
+        bias: (C,) correction of the scores, see :func:`~longtail.evaluation.calibration.fit_bias`; none if not given.
+        halves: (2, C) corrections fitted on each half of the validation images; required with ``bias``.
+        weights: (N,) weight of each image; equal if not given.
+
+    Returns:
+        Frequencies, with intervals that cover the number of images and the difference between the halves.
+
+    Raises:
+        LongtailError: the scores are not (N, C) finite numbers.
+    """
+    scores, weights = _check_scores(scores), _image_weights(scores, weights)
+    log_counts = np.log(np.asarray(class_counts, dtype=np.float64))
+    full_bias = np.zeros(scores.shape[1]) if bias is None else np.asarray(bias, dtype=np.float64)
+    fold_biases = [full_bias] * 2 if halves is None else [np.asarray(half, dtype=np.float64) for half in halves]
+    order = np.random.default_rng(0).permutation(len(scores))
+    folds = [order[::2], order[1::2]]
+    if halves is None:
+        use_power, prior_strength = True, _PRIOR_STRENGTHS[0]
+    else:
+        use_power, prior_strength = _cross_validate(scores, fold_biases, weights, log_counts, folds)
+    prior_strength = max(prior_strength, _MIN_PSEUDO_IMAGES * scores.shape[1] / len(scores))
+
+    def estimate(correction: Array, images: Indices) -> tuple[float, Array]:
+        likelihood, share = _likelihood(scores[images] + correction), weights[images] / weights[images].sum()
+        power = _best_power(likelihood, weights[images], log_counts) if use_power else 0.0
+        return power, _em(likelihood, share, _power_of_frequencies(log_counts, power), prior_strength)
+
+    power, frequencies = estimate(full_bias, order)
+    # without the information of the Dirichlet prior, which is an assumption: as wide as for maximum likelihood
+    variance = _variance(_likelihood(scores + full_bias), weights, frequencies)
+    if len(folds[1]):
+        # the halves differ by twice the standard error of the whole; pooled over the classes, relative to frequencies
+        first, second = (np.log(estimate(*fold)[1]) for fold in zip(fold_biases, folds, strict=True))
+        variance += np.mean((first - second) ** 2) / 4 * frequencies**2
+    half_width = 1.96 * np.sqrt(variance)
+    result = _build_estimate("map", frequencies, frequencies - half_width, frequencies + half_width)
+    return dataclasses.replace(result, power=power, prior_strength=prior_strength)
+
+
+def _cross_validate(
+    scores: Array, fold_biases: Sequence[Array], weights: Array, log_counts: Array, folds: Sequence[Indices]
+) -> tuple[bool, float]:
+    """Return whether the Dirichlet prior uses a power of the training frequencies, and its strength."""
+    if len(folds[1]) == 0:
+        return False, _PRIOR_STRENGTHS[0]
+    folds = [fold[: _MAX_VALIDATION_IMAGES // 2] for fold in folds]
+    log_likelihoods: dict[tuple[bool, float], float] = {}
+    for fit, validate in ((0, 1), (1, 0)):
+        fitted, validated = (_likelihood(scores[folds[fold]] + fold_biases[fold]) for fold in (fit, validate))
+        # relative to the likelihood under the uniform prior; otherwise a correction could raise that of every image
+        validated /= validated.sum(axis=1, keepdims=True)
+        fit_share, validate_share = (weights[folds[fold]] / weights[folds[fold]].sum() for fold in (fit, validate))
+        for use_power in (False, True):
+            power = _best_power(fitted, weights[folds[fit]], log_counts) if use_power else 0.0
+            mode = _power_of_frequencies(log_counts, power)
+            frequencies = mode
+            for prior_strength in _PRIOR_STRENGTHS:
+                frequencies = _em(
+                    fitted,
+                    fit_share,
+                    mode,
+                    prior_strength,
+                    tolerance=1e-4 / len(mode),
+                    max_iterations=200,
+                    start=frequencies,
+                )
+                value = float(validate_share @ np.log(validated @ frequencies))
+                log_likelihoods[use_power, prior_strength] = (
+                    log_likelihoods.get((use_power, prior_strength), 0.0) + value
+                )
+    use_power, prior_strength = max(log_likelihoods, key=lambda choice: log_likelihoods[choice])
+    return use_power, prior_strength
+
+
+def _best_power(likelihood: Array, weights: Array, log_counts: Array) -> float:
+    """Return the power of the training frequencies with the largest posterior, under a prior N(0, 1) of the power."""
+    values = [
+        weights @ np.log(likelihood @ _power_of_frequencies(log_counts, power)) - power**2 / 2 for power in _POWERS
+    ]
+    return float(_POWERS[int(np.argmax(values))])
+
+
+def _power_of_frequencies(log_counts: Array, power: float) -> Array:
+    """Return (C,) training frequencies to a power, normalised."""
+    exponents = power * log_counts
+    unnormalized: Array = np.exp(exponents - exponents.max())
+    frequencies: Array = unnormalized / unnormalized.sum()
+    return frequencies
+
+
+def _check_scores(scores: Any) -> Array:
+    array: Array = np.asarray(scores, dtype=np.float64)
+    if array.ndim != 2 or len(array) == 0 or not np.isfinite(array).all():
+        raise LongtailError(f"scores: expected (N, C) finite numbers of at least one image, got {array.shape}")
+    return array
+
+
+def _likelihood(scores: Any) -> Array:
+    """Return (N, C) likelihoods, scaled to a maximum of 1 for each image."""
+    scores = _check_scores(scores)
+    likelihood: Array = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return likelihood
+
+
+def _image_weights(scores: Any, weights: Any) -> Array:
+    array: Array = np.full(len(scores), 1.0) if weights is None else np.asarray(weights, dtype=np.float64)
+    return array
+
+
+def _em(
+    likelihood: Array,
+    share: Array,
+    mode: Array | None = None,
+    prior_strength: float = 0.0,
+    tolerance: float = 1e-7,
+    max_iterations: int = 5000,
+    start: Array | None = None,
+) -> Array:
+    """Return (C,) frequencies of largest posterior, under a Dirichlet prior.
+
+    Args:
+        likelihood: (N, C).
+        share: (N,) weights of the images, with sum 1.
+        mode: (C,) mode of the Dirichlet prior; uniform if not given.
+        prior_strength: its pseudo-images, as a multiple of the images; 0 is maximum likelihood.
+        tolerance: the iteration ends when no frequency changes by more than this.
+        max_iterations: maximum number of iterations.
+        start: (C,) frequencies to start from; ``mode`` if not given.
+    """
+    classes = likelihood.shape[1]
+    mode = np.full(classes, 1 / classes) if mode is None else mode
+    frequencies = mode if start is None else start
+    for _ in range(max_iterations):
+        new = frequencies * (likelihood.T @ (share / (likelihood @ frequencies))) + prior_strength * mode
+        new = new / new.sum()
+        change = np.abs(new - frequencies).max()
+        frequencies = new
+        if change < tolerance:
+            break
+    return frequencies
+
+
+def _variance(likelihood: Array, weights: Array, frequencies: Array) -> Array:
+    """Return the (C,) variances of maximum-likelihood frequencies, from the Fisher information."""
+    ratio = likelihood / (likelihood @ frequencies)[:, None]
+    information = (ratio * weights[:, None]).T @ ratio
+    # a small multiple of the identity makes it invertible where the images carry no information
+    information[np.diag_indices_from(information)] += 1e-9 * np.trace(information) / len(frequencies)
+    inverse = np.linalg.inv(information)
+    # restricted to the directions that keep the sum of the frequencies
+    row_sums = inverse.sum(axis=1)
+    variance: Array = (np.diag(inverse) - row_sums**2 / row_sums.sum()).clip(min=0)
+    return variance
+
+
+def estimate_bbse(predicted: Any, heldout_labels: Any, heldout_predicted: Any, num_classes: int) -> EstimatedPrior:
+    """Estimate class frequencies by black-box shift estimation, from predicted classes and a confusion matrix.
+
+    Solves μ = P(predicted | label) q for q ≥ 0 by least squares. The intervals are percentiles of the bootstrap over
+    the unlabelled and the held-out images.
+
+    Source: Lipton et al., *Detecting and Correcting for Label Shift with Black Box Predictors*, ICML 2018,
+    arXiv 1802.03916.
+
+    Args:
+        predicted: (N,) predicted classes of unlabelled images.
+        heldout_labels: (M,) labels of held-out images.
+        heldout_predicted: (M,) predicted classes of held-out images.
+        num_classes: C.
+
+    Raises:
+        LongtailError: a class has no held-out image.
+    """
+    predicted, labels, guesses = (
+        np.asarray(array, dtype=np.int64) for array in (predicted, heldout_labels, heldout_predicted)
+    )
+    confusion = np.zeros((num_classes, num_classes))
+    np.add.at(confusion, (guesses, labels), 1)
+    per_class = confusion.sum(axis=0)
+    if not per_class.all():
+        raise LongtailError(
+            f"prior: class number {int(per_class.argmin())} has no held-out image, which the confusion matrix needs"
+        )
+    counts = np.bincount(predicted, minlength=num_classes).astype(np.float64)
+    rng = np.random.default_rng(0)
+    frequencies = _solve(confusion / per_class, counts / counts.sum())
+    resampled = []
+    for _ in range(_RESAMPLES):
+        columns = [rng.multinomial(int(n), confusion[:, c] / n) / n for c, n in enumerate(per_class)]
+        target = rng.multinomial(len(predicted), counts / counts.sum()) / len(predicted)
+        resampled.append(_solve(np.stack(columns, axis=1), target))
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+    return _build_estimate("bbse", frequencies, low, high)
+
+
+def _solve(confusion: Array, target: Array) -> Array:
+    from scipy.optimize import nnls
+
+    # an additional row makes the solution sum to 1
+    matrix, values = np.vstack([confusion, np.ones(len(target))]), np.append(target, 1.0)
+    solution: Array = nnls(matrix, values, maxiter=100 * len(target))[0]
+    frequencies: Array = solution / max(solution.sum(), 1e-12)
+    return frequencies
+
+
+def _build_estimate(method: str, frequencies: Array, low: Array, high: Array) -> EstimatedPrior:
+    # a class that does not occur among the images may still occur among others
+    floored = frequencies.clip(min=1e-6)
+    return EstimatedPrior(method, (floored / floored.sum()).tolist(), low.clip(0, 1).tolist(), high.clip(0, 1).tolist())

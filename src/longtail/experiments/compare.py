@@ -1,0 +1,288 @@
+"""Several methods, seeds and imbalance factors under one recipe, run by run; finished runs are not trained again."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import concurrent.futures.process
+import contextlib
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torch
+
+from longtail.config import Config
+from longtail.data.dataset import LongTailedData
+from longtail.data.sources import is_balanced, load_data
+from longtail.errors import LongtailError, StoppedError
+from longtail.experiments.records import Record, columns, run_name, run_record
+from longtail.files import write_json, write_text
+from longtail.registry import METHODS, load_plugin, plugins
+from longtail.training.auto_config import auto_config
+from longtail.training.checkpoint import FORMAT
+from longtail.training.preemption import PreemptionHandler
+from longtail.training.run_io import find_finished
+from longtail.training.trainer import fit
+
+logger = logging.getLogger(__name__)
+
+Budget = Literal["passes", "epochs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One run of a comparison, before its data is known."""
+
+    config: Config
+    imbalance: float | None
+    """The factor, where the comparison has several to choose from."""
+
+    @property
+    def name(self) -> str:
+        """The run's folder."""
+        return run_name(self.config.method, self.config.seed, self.imbalance)
+
+
+def plan(
+    config: Config,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    budget: Budget,
+    imbalances: Sequence[float | None] = (None,),
+) -> list[Planned]:
+    """Return every run: imbalance by imbalance, seed by seed.
+
+    Args:
+        config: the recipe.
+        methods: names of the methods.
+        seeds: seeds, the same for every method, so that their differences are paired.
+        budget: ``passes``: every method has as many student passes as the most expensive one in the recipe's epochs;
+            ``epochs``: every method has the recipe's epochs.
+        imbalances: imbalance factors; None is the recipe's own.
+
+    Raises:
+        LongtailError: an unknown method, one named twice, or a factor below 1.
+    """
+    for name in methods:
+        METHODS.check(name, "--methods:")
+    if len(set(methods)) < len(methods) or not methods:
+        raise LongtailError(f"--methods: expected different names, got {','.join(methods)}")
+    for factor in imbalances:
+        if factor is not None and not 1 <= factor < float("inf"):
+            raise LongtailError(f"--imbalances: expected factors of at least 1, got {factor:g}")
+    if len(set(imbalances)) < len(imbalances) or not imbalances:
+        raise LongtailError("--imbalances: expected different factors")
+    natural = config.data.profile == "natural" or (
+        config.data.profile == "auto" and not is_balanced(config.data.source)
+    )
+    if natural and any(factor is not None for factor in imbalances):
+        raise LongtailError(
+            f"--imbalances: {config.data.root or config.data.source} keeps the tail that it has; "
+            "set --data.profile to exponential, step or pareto to make others"
+        )
+    assert isinstance(config.epochs, int)
+    views = {name: METHODS[name].num_student_views(config) for name in methods}
+    most = max(views.values())
+    epochs = {
+        name: round(config.epochs * most / views[name]) if budget == "passes" else config.epochs for name in methods
+    }
+    # the teacher is the recipe's, whatever its student's epochs become
+    config = config.replace(teacher={"epochs": config.teacher.epochs or config.epochs})
+    return [
+        Planned(
+            config.replace(
+                method=name,
+                seed=seed,
+                epochs=epochs[name],
+                data={} if factor is None else {"imbalance": factor},
+            ),
+            factor,
+        )
+        for factor in imbalances
+        for seed in seeds
+        for name in methods
+    ]
+
+
+def compare(
+    config: Config,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    budget: Budget = "passes",
+    imbalances: Sequence[float | None] = (None,),
+    jobs: int = 1,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> list[Record]:
+    """Train every method with every seed and return one record per run.
+
+    Args:
+        config: the recipe.
+        methods: names of the methods.
+        seeds: seeds.
+        out: folder that holds the runs, ``METHOD-seedN`` each; finished runs in it are not trained again.
+            ``records.jsonl`` in it has one line per finished run.
+        budget: see :func:`plan`.
+        imbalances: see :func:`plan`.
+        jobs: runs at a time, each in a process of its own with its share of the cores.
+        overwrite: train everything again.
+        quiet: show no progress bars.
+
+    Raises:
+        LongtailError: an input cannot be used, or ``out`` holds runs with other settings.
+        StoppedError: SIGTERM or SIGINT came; everything is saved.
+    """
+    data = load_data(config.data, seeds[0])  # before anything is removed
+    if config.epochs == "auto":
+        config = config.replace(epochs=auto_config(config, data)[0].epochs)
+    runs = plan(config, methods, seeds, budget, imbalances)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LongtailError("compare: runs in one process; to use several, start torchrun for each training")
+    if out.exists() and any(out.iterdir()) and not (out / "comparison.json").is_file():
+        raise LongtailError(f"{out}: is not empty and not a comparison of longtail; choose another --out")
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
+    write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
+    records: dict[Planned, Record] = {}
+    ended = _in_turn(runs, out, quiet) if jobs == 1 else _side_by_side(runs, out, jobs)
+    for planned, entry in ended:
+        records[planned] = entry
+        in_order = [records[run] for run in runs if run in records]
+        write_text(out / "records.jsonl", as_json_lines(in_order))
+        what = f"{planned.config.method} seed {planned.config.seed}"
+        what += "" if planned.imbalance is None else f" imbalance {planned.imbalance:g}"
+        name, title = columns([entry])[0]
+        value = entry.metrics[name]
+        shown = "n/a" if value is None else f"{value:.1f} %"
+        logger.info("%d/%d %s: %s %s, %.0f s", len(records), len(runs), what, title, shown, entry.seconds)
+    return [records[run] for run in runs]
+
+
+_loaded: list[tuple[object, LongTailedData]] = []  # the set that this process used last
+
+
+def _train(planned: Planned, out: Path, quiet: bool) -> Record:
+    """Train one run, or read it where it is finished."""
+    config = planned.config
+    key = (config.data, config.seed)
+    if not _loaded or _loaded[0][0] != key:
+        _loaded[:] = [(key, load_data(config.data, config.seed))]
+    data = _loaded[0][1]
+    run, folder = auto_config(config, data)[0], out / planned.name
+    done = find_finished(folder, run) or fit(
+        run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data
+    )
+    return dataclasses.replace(run_record(done), imbalance=planned.imbalance)
+
+
+def _in_turn(runs: Sequence[Planned], out: Path, quiet: bool) -> Iterator[tuple[Planned, Record]]:
+    try:
+        # a signal outside a training's steps is noted, and heard before the next training or at its first step
+        with PreemptionHandler(quiet) as signals:
+            for ended, planned in enumerate(runs):
+                if signals.name:
+                    raise StoppedError(signals.name, f"after {ended} of {len(runs)} runs")
+                yield planned, _train(planned, out, quiet)
+    finally:
+        _loaded.clear()
+
+
+def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tuple[Planned, Record]]:
+    """Train ``jobs`` runs at a time, in processes that start once and share out the cores."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    ended = 0
+    with (
+        concurrent.futures.ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), _start_worker, (threads, plugins())
+        ) as pool,
+        _forward_signals() as received,
+    ):
+        waiting = {pool.submit(_train_in_worker, planned, out): planned for planned in runs}
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                yield waiting[future], future.result()
+                ended += 1
+        except Exception as error:
+            # runs that have not started are cancelled; the others finish, or have received the signal
+            pool.shutdown(wait=True, cancel_futures=True)
+            if received:
+                raise StoppedError(signal.Signals(received[0]).name, f"after {ended} of {len(runs)} runs") from None
+            if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                raise LongtailError(
+                    "a training process ended unexpectedly, perhaps out of memory; repeat the command with fewer "
+                    "--jobs to continue"
+                ) from None
+            raise
+
+
+# of this worker; it ignores repeated signals, since a killed worker would leave its locks behind
+_signals = PreemptionHandler(quiet=True, ignore_repeat=True)
+
+
+def _train_in_worker(planned: Planned, out: Path) -> Record:
+    # a run that is queued for this worker must not start after the one that was stopped
+    if _signals.name:
+        raise StoppedError(_signals.name, "between two trainings")
+    try:
+        return _train(planned, out, quiet=True)
+    except StoppedError as stop:
+        _signals.name = stop.name
+        raise
+
+
+def _start_worker(threads: int, plugin_files: Sequence[str]) -> None:
+    os.setsid()  # signals of a terminal reach the main process only, which forwards them
+    _signals.__enter__()
+    torch.set_num_threads(threads)
+    for file in plugin_files:
+        load_plugin(file)
+
+
+@contextlib.contextmanager
+def _forward_signals() -> Iterator[list[int]]:
+    """Forward SIGTERM and SIGINT to the workers as SIGTERM, and return the signals received.
+
+    A worker in the middle of a training saves and stops; an idle one starts no other.
+    """
+    received: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def as_json(records: Sequence[Record]) -> list[dict[str, object]]:
+    """Return the records as plain values."""
+    return [entry.to_dict() for entry in records]
+
+
+def as_json_lines(records: Sequence[Record]) -> str:
+    """Return the records as text, one line of JSON each."""
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in as_json(records))

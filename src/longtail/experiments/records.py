@@ -1,0 +1,217 @@
+"""Records of runs, and their comparison over methods and seeds: means, standard deviations, paired differences."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from longtail.registry import TASKS
+from longtail.training.run_io import Run
+
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One run: what it was, what it cost, and its metrics."""
+
+    method: str
+    seed: int
+    metrics: Mapping[str, float | None]
+    """Metrics in percent, None where a group has no class; the names are those of the task's columns and more."""
+    seconds: float
+    """Time to train the student."""
+    student_passes: int
+    """Images through the student, forward and backward."""
+    teacher_seconds: float
+    """Time to train the teacher, 0 where there is none."""
+    epochs: int
+    predicts_under: Literal["uniform", "train"]
+    """The prior that the method's predictions assume."""
+    imbalance: float | None = None
+    """Imbalance factor, where the comparison has several."""
+    task: str = "classification"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, the metrics beside the rest."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "metrics"}
+        return {"method": values.pop("method"), "seed": values.pop("seed"), **self.metrics, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """Return the record of plain values, see :meth:`to_dict`."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"metrics"}
+        metrics = {name: value for name, value in values.items() if name not in own}
+        return cls(metrics=metrics, **{name: value for name, value in values.items() if name in own})
+
+
+def run_record(run: Run) -> Record:
+    """Return the record of a finished run."""
+    task = TASKS[run.model_config.task]
+    names = dict.fromkeys(("balanced_accuracy", "top1", *(name for name, _ in task.columns)))
+    return Record(
+        method=run.config.method,
+        seed=run.config.seed,
+        metrics={name: run.metrics.get(name) for name in names},
+        epochs=run.model_config.training_info["epochs"],
+        predicts_under=run.model_config.predicts_under,
+        student_passes=run.student_passes,
+        seconds=run.seconds,
+        teacher_seconds=run.teacher_seconds,
+        task=run.model_config.task,
+    )
+
+
+def run_name(method: str, seed: int, imbalance: float | None) -> str:
+    """Return the folder of a run within its comparison."""
+    return f"{method}-seed{seed}" if imbalance is None else f"{method}-imbalance{imbalance:g}-seed{seed}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation over seeds (n − 1 in the denominator; None for one seed)."""
+
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of a metric, in points, with two 95 % intervals over seeds.
+
+    The t-interval decides whether a difference is shown. The percentiles of the bootstrap (resampled pairs) are given
+    beside it: with three to five seeds they are too narrow, since values that were not drawn cannot be resampled.
+    """
+
+    method: str
+    baseline: str
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+    bootstrap_low: float | None = None
+    bootstrap_high: float | None = None
+    imbalance: float | None = None
+    measure: str = ""
+    """Title of the metric, where it is not the only one that is compared."""
+
+    def __str__(self) -> str:
+        where = "" if self.imbalance is None else f"imbalance {self.imbalance:g}, "
+        where += f"{self.measure}, " if self.measure else ""
+        text = f"{where}{self.method} − {self.baseline}: {_signed(self.mean)} points"
+        if self.low is None or self.high is None:
+            return f"{text} (one seed says nothing about its spread)"
+        assert self.bootstrap_low is not None
+        assert self.bootstrap_high is not None
+        verdict = "no difference shown" if self.low <= 0 <= self.high else "a difference"
+        return (
+            f"{text}, 95 % interval {_signed(self.low)} to {_signed(self.high)} "
+            f"(bootstrap {_signed(self.bootstrap_low)} to {_signed(self.bootstrap_high)}) over {self.seeds} seeds: "
+            f"{verdict}"
+        )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def methods_of(records: Sequence[Record]) -> list[str]:
+    """Return the methods in the order in which they first ran."""
+    return list(dict.fromkeys(record.method for record in records))
+
+
+def imbalances_of(records: Sequence[Record]) -> list[float | None]:
+    """Return the imbalance factors in the order in which they first ran; None alone where there is one setting."""
+    return list(dict.fromkeys(record.imbalance for record in records))
+
+
+def summarize(records: Sequence[Record], method: str, name: str) -> Summary | None:
+    """Return mean and deviation of a metric or cost over a method's seeds; None where any of its values is."""
+    values = [
+        record.metrics[name] if name in record.metrics else getattr(record, name)
+        for record in records
+        if record.method == method
+    ]
+    numbers = [float(value) for value in values if value is not None]
+    if not values or len(numbers) < len(values):
+        return None
+    return Summary(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
+
+
+def differences(records: Sequence[Record], baseline: object = None) -> list[Difference]:
+    """Return every method against each that stands before it, or all against ``baseline``, paired by seed.
+
+    There is one difference per pair and compared metric of the task.
+    """
+    results: list[Difference] = []
+    measures = TASKS[records[0].task].compared_metrics if records else ()
+    for imbalance, measure in itertools.product(imbalances_of(records), measures):
+        here = [record for record in records if record.imbalance == imbalance]
+        methods = methods_of(here)
+        for position, method in enumerate(methods):
+            for other in methods[:position] if baseline is None else methods:
+                if other != method and baseline in {None, other}:
+                    difference = _difference(here, method, other, imbalance, measure)
+                    results += [] if difference is None else [difference]
+    return results
+
+
+def _difference(
+    records: Sequence[Record], method: str, baseline: str, imbalance: float | None, measure: str
+) -> Difference | None:
+    ours, theirs = ({r.seed: r.metrics[measure] for r in records if r.method == name} for name in (method, baseline))
+    both = ((ours[seed], theirs[seed]) for seed in ours if seed in theirs)
+    gaps = [a - b for a, b in both if a is not None and b is not None]
+    if not gaps:
+        return None
+    task = TASKS[records[0].task]
+    title = dict(task.columns)[measure] if len(task.compared_metrics) > 1 else ""
+    mean = statistics.fmean(gaps)
+    if len(gaps) == 1:
+        return Difference(method, baseline, mean, None, None, 1, imbalance=imbalance, measure=title)
+    import numpy as np
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    drawn = np.random.default_rng(0).choice(gaps, (_RESAMPLES, len(gaps))).mean(axis=1)
+    low, high = (float(value) for value in np.percentile(drawn, [2.5, 97.5]))
+    return Difference(method, baseline, mean, mean - half, mean + half, len(gaps), low, high, imbalance, title)
+
+
+def markdown(records: Sequence[Record], baseline: object = None) -> list[str]:
+    """Return the comparison as lines of Markdown: the table, and the differences, or those from one method alone."""
+    header, rows = table(records)
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    return [*lines, "", *(f"- {difference}" for difference in differences(records, baseline))]
+
+
+def columns(records: Sequence[Record]) -> Sequence[tuple[str, str]]:
+    """Return the fields that a table of these records shows, with their titles."""
+    return TASKS[records[0].task].columns if records else ()
+
+
+def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the comparison: mean ± standard deviation over seeds."""
+    factors = imbalances_of(records)
+    several = factors != [None]
+    header = ["method", *(title for _, title in columns(records)), "epochs", "student passes", "seconds", "teacher s"]
+    rows = []
+    for factor in factors:
+        here = [record for record in records if record.imbalance == factor]
+        for method in methods_of(here):
+            cells = [str(summarize(here, method, name) or "n/a") for name, _ in columns(records)]
+            costs = [
+                summarize(here, method, name) for name in ("epochs", "student_passes", "seconds", "teacher_seconds")
+            ]
+            formats = ("{:.0f}", "{:,.0f}", "{:.1f}", "{:.1f}")
+            cells += [form.format(cost.mean) for form, cost in zip(formats, costs, strict=True) if cost is not None]
+            rows.append([*([f"{factor:g}"] if several and factor is not None else []), method, *cells])
+    return [*(["imbalance"] if several else []), *header], rows

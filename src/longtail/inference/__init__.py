@@ -1,0 +1,1 @@
+"""Trained models: saving, loading, prediction, export."""

@@ -1,0 +1,157 @@
+"""A model as one file for other programs: ONNX, with normalisation, prior and labels inside.
+
+Legend: N images, C classes, H and W sides in pixels, S the side that a classifier sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import longtail
+from longtail.data.image_io import open_image
+from longtail.errors import LongtailError
+from longtail.files import atomic_write
+from longtail.inference.model import Prior, TrainedModel
+from longtail.losses import posterior
+
+PARITY = 1e-4
+"""Largest difference of a probability between the file and PyTorch that an export goes through with."""
+_EXAMPLES = 4  # images that both are compared on
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    """(H, W, channels) of an image that it takes."""
+    difference: float
+    """Largest difference of a probability from PyTorch's."""
+    images: int
+    """Images that were compared."""
+
+
+class _ExportModule(nn.Module):
+    """(N, H, W, channels) uint8 to (N, C) probabilities, or (N, C, H, W)."""
+
+    log_prior: Tensor
+
+    def __init__(self, model: TrainedModel, prior: Prior) -> None:
+        super().__init__()
+        self.encoder, self.classifier = model.encoder, model.classifier
+        self.model = model
+        log_prior = model.log_prior(prior)
+        zeros = torch.zeros(len(model.config.class_names))
+        self.register_buffer("log_prior", zeros if log_prior is None else log_prior)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = self.model.remove_prior(self.model.raw_scores(images.permute(0, 3, 1, 2).float() / 255))
+        return posterior(scores, self.log_prior).exp()
+
+
+def export_onnx(model: TrainedModel, path: Path, prior: Prior = "uniform", images: Sequence[Path] = ()) -> Exported:
+    """Write a model as an ONNX file, and compare it with PyTorch.
+
+    The file takes ``images``, (N, H, W, channels) uint8 for any N, and returns ``probabilities``, (N, C), or (N, C, H,
+    W) where every pixel has a label. H and W are the model's own; images of other sizes must be resized first. Its
+    metadata, JSON under the key ``longtail``, holds labels and preprocessing.
+
+    Args:
+        model: what to export, on the CPU.
+        path: the file to write.
+        prior: class frequencies that the probabilities assume: ``uniform``, ``train``, C frequencies, or a file.
+        images: files to compare on; random images if not given.
+
+    Raises:
+        LongtailError: the extra is missing, or the probabilities of the file differ from PyTorch's.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise LongtailError("export: needs the extra onnx: pip install 'longtail[onnx]'") from None
+    config = model.config
+    height, width = config.shape or (config.image_size, config.image_size)
+    inputs = _example_inputs(model, (height, width), images)
+    module = _ExportModule(model, prior).eval()
+    with torch.no_grad(), _silent():
+        expected = module(inputs)
+        # two images: a single one would be exported as a fixed size
+        program = torch.onnx.export(
+            module,
+            (inputs[:2],),
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    metadata = {
+        "longtail": longtail.__version__,
+        "task": config.task,
+        "label_maps": expected.ndim == 4,
+        "class_names": config.class_names,
+        "class_counts": config.class_counts,
+        "channels": config.channels,
+        "shape": (height, width),
+        "stored_size": config.stored_size,
+        "prior": prior if isinstance(prior, str) and prior in {"uniform", "train"} else module.log_prior.exp().tolist(),
+    }
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = "longtail", json.dumps(metadata, ensure_ascii=False)
+    onnx.checker.check_model(proto)
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    difference = 0.0
+    for part, want in ((inputs, expected), (inputs[:1], expected[:1])):  # batches of several sizes
+        (got,) = session.run(None, {"images": part.numpy()})
+        difference = max(difference, float(np.abs(got - want.numpy()).max()))
+    if not difference < PARITY:
+        raise LongtailError(
+            f"{path}: the probabilities of the ONNX file differ from PyTorch's by {difference:.2g}, expected less than "
+            f"{PARITY:g}; nothing was written"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda partial: _write(partial, content))
+    return Exported(path, (height, width, config.channels), difference, len(inputs))
+
+
+def _example_inputs(model: TrainedModel, size: tuple[int, int], files: Sequence[Path]) -> Tensor:
+    """Return (N, H, W, channels) uint8 images to compare on."""
+    if not files:
+        drawn = torch.rand(_EXAMPLES, *size, model.config.channels, generator=torch.Generator().manual_seed(0))
+        return (drawn * 255).to(torch.uint8)
+    repeated = (list(files) * 2)[: max(2, min(len(files), _EXAMPLES))]
+    return torch.stack([model.export_input(open_image(file), size) for file in repeated])
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what the exporter says about itself from the user."""
+    level, logger = logging.getLogger().level, logging.getLogger()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

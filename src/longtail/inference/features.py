@@ -1,0 +1,44 @@
+"""Features of a data split: the one loop that passes images through a network without augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtail.data.dataset import ImageSet
+from longtail.data.loader import evaluation_batches
+
+
+@torch.no_grad()
+def encode_split(
+    encoder: nn.Module,
+    images: ImageSet,
+    image_size: int,
+    *,
+    device: torch.device,
+    batch_size: int = 512,
+    resize: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (B, F) float32 features and (B,) labels on ``device``, every image once.
+
+    Args:
+        encoder: images in [0, 1] to features, in eval mode.
+        images: the split.
+        image_size: side in pixels of the centre crop.
+        device: where the encoder is.
+        batch_size: images per pass.
+        resize: side in pixels that the network wants, if another one.
+        rank: of this process, which takes every ``world_size``-th image.
+        world_size: number of processes.
+    """
+    for views, labels in evaluation_batches(images, image_size, batch_size, rank, world_size):
+        inputs = (views.pin_memory() if device.type == "cuda" else views).to(device, non_blocking=True)
+        if resize is not None and inputs.shape[-1] != resize:
+            inputs = F.interpolate(inputs, size=resize, mode="bicubic", antialias=True).clamp(0, 1)
+        features = encoder(inputs.contiguous(memory_format=torch.channels_last)).float()
+        yield features, labels.to(device)

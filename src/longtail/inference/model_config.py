@@ -1,0 +1,105 @@
+"""What ``config.json`` of a saved model holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from longtail.errors import LongtailError
+from longtail.registry import TASKS
+
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
+_Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture, preprocessing, classes and training of a model. Legend: C classes, K keys, D embedding width."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    format: Literal[2] = 2
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    """(C,) training images per class; labelled training pixels where every pixel has a label."""
+    network: str
+    task: str = "classification"
+    """Name of the task in :data:`longtail.registry.TASKS`."""
+    scale: float
+    """Scale of the cosine classifier."""
+    head: Literal["cosine", "linear", "mixture_ensemble"] = "cosine"
+    """Type of the classifier: linear after ``longtail rebalance``, mixture_ensemble with ``gml.ensemble_weight``."""
+    mixture_keys: tuple[int, int] = (0, 0)
+    """(K, D) of a mixture ensemble."""
+    ensemble_weight: float = 0.0
+    """Weight of the mixture's log-likelihood beside the classifier's score."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    """Side in pixels of the network's input."""
+    stored_size: int
+    """Side in pixels to which an image is resized before the centre is cropped."""
+    shape: tuple[int, int] | None = None
+    """Height and width of most training images where they are not square; other sizes are accepted."""
+    temperature: _Temperature = 1.0
+    """Divisor of the scores, fitted on the validation images; 1 where there were none."""
+    class_temperatures: tuple[_Temperature, ...] = ()
+    """The same by predicted class, where every shot group has its own; empty otherwise."""
+    predicts_under: Literal["uniform", "train"]
+    """The prior in the scores: that of the training set after plain cross-entropy, else uniform."""
+    training_info: dict[str, Any] = field(default_factory=dict)
+    """Method, recipe, epochs, seed, versions, seconds."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """On the test set, under the uniform prior."""
+
+    def __post_init__(self) -> None:
+        TASKS.check(self.task, "task")
+
+    @property
+    def channels(self) -> int:
+        """3 for colour images, 1 for grey ones."""
+        return len(self.mean)
+
+
+def model_folder(folder: Path | str) -> Path:
+    """Return the folder of a model's files, given that folder or the folder of its run.
+
+    Raises:
+        LongtailError: there is no model, or a file that could run code lies beside it.
+    """
+    folder = Path(folder)
+    if (folder / "recognizer").is_dir():
+        folder = folder / "recognizer"
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        unfinished = (folder / "config.yaml").is_file()
+        hint = "the run has not finished; use --resume to continue" if unfinished else "expected a finished run"
+        raise LongtailError(f"{folder}: contains no model: {hint}")
+    pickle = next((path for path in sorted(folder.iterdir()) if path.suffix.lower() in _PICKLES), None)
+    if pickle is not None:
+        raise LongtailError(f"{pickle}: may run code when it is read; weights are safetensors: remove it")
+    return folder
+
+
+def read_model_config(folder: Path | str) -> ModelConfig:
+    """Read ``config.json`` of a model's folder, or of the folder of its run.
+
+    Raises:
+        LongtailError: there is none, or a field of it is wrong.
+    """
+    path = model_folder(folder) / "config.json"
+    try:
+        config: ModelConfig = TypeAdapter(ModelConfig).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(first.get("ctx", {}).get("error"), LongtailError):
+            raise LongtailError(f"{path}: {first['ctx']['error']}") from None
+        where = ".".join(str(part) for part in first["loc"])
+        hint = "; it was saved by another version of longtail" if where == "format" else ""
+        raise LongtailError(f"{path}: {where}: {first['msg']}{hint}") from None
+    except (OSError, ValueError) as error:
+        raise LongtailError(f"{path}: cannot be read: {error}") from None
+    return config

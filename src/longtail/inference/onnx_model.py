@@ -1,0 +1,106 @@
+"""Prediction with an exported ONNX file, without torch. Legend: N images, C classes, H, W sides in pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from longtail.data.image_io import open_image, resize_center_crop, to_rgb
+from longtail.errors import LongtailError
+from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
+
+Array = np.ndarray[Any, Any]
+
+
+class ONNXModel:
+    """A file that ``longtail export`` wrote, run by onnxruntime.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        LongtailError: the extra is missing, or the file is not one of longtail's.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise LongtailError(f"{path}: needs the extra onnx: pip install 'longtail[onnx]'") from None
+        if not Path(path).is_file():
+            raise LongtailError(f"{path}: there is no such file")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of several kinds, none of them public
+            raise LongtailError(f"{path}: is no ONNX model: {' '.join(str(error).split())[:200]}") from None
+        metadata = self._session.get_modelmeta().custom_metadata_map.get("longtail")
+        if metadata is None:
+            raise LongtailError(f"{path}: is another program's model: expected a file that longtail export wrote")
+        info = json.loads(metadata)
+        self.label_maps: bool = info["label_maps"]
+        self.class_names: list[str] = info["class_names"]
+        self.class_counts: list[int] = info["class_counts"]
+        self.channels: int = info["channels"]
+        self.shape: tuple[int, int] = tuple(info["shape"])
+        self.stored_size: int = info["stored_size"]
+        self.prior: str | list[float] = info["prior"]
+
+    def predict(self, images: Iterable[Path | str | Image.Image], batch_size: int = 256) -> Array:
+        """Return probabilities, (N, C), or (N, C, H, W).
+
+        Args:
+            images: files or Pillow images, of any size.
+            batch_size: images at a time.
+
+        Raises:
+            LongtailError: a file cannot be read.
+        """
+        probabilities, batch = [], []
+        for image in images:
+            batch.append(self._preprocess(image if isinstance(image, Image.Image) else open_image(Path(image))))
+            if len(batch) == batch_size:
+                probabilities.append(self._run(batch))
+                batch = []
+        if batch:
+            probabilities.append(self._run(batch))
+        return (
+            np.concatenate(probabilities) if probabilities else np.empty((0, len(self.class_names)), dtype=np.float32)
+        )
+
+    def change_prior(self, probabilities: Array, prior: ClassFrequencies) -> Array:
+        """Return (N, C) probabilities as they would be under other class frequencies than those in the file.
+
+        Args:
+            probabilities: (N, C), this file's.
+            prior: ``uniform``, ``train``, C frequencies, a mapping from class name to frequency, or a file of them.
+        """
+        wanted, present = (
+            np.asarray(resolve_class_frequencies(each, self.class_names, self.class_counts))
+            for each in (prior, self.prior)
+        )
+        weighted = probabilities.astype(np.float64) * (wanted / present)
+        changed: Array = weighted / weighted.sum(axis=1, keepdims=True)
+        return changed
+
+    def _run(self, batch: Sequence[Array]) -> Array:
+        (probabilities,) = self._session.run(None, {"images": np.stack(batch)})
+        array: Array = probabilities
+        return array
+
+    def _preprocess(self, image: Image.Image) -> Array:
+        """Return (H, W, channels) uint8, as a recogniser sees it."""
+        if self.label_maps:
+            return np.array(to_rgb(image).resize(self.shape[::-1], Image.Resampling.BILINEAR))
+        size = self.shape[0]
+        pixels = np.array(resize_center_crop(image, self.stored_size, self.channels)).reshape(
+            self.stored_size, self.stored_size, -1
+        )
+        edge = (self.stored_size - size) // 2
+        return pixels[edge : edge + size, edge : edge + size]

@@ -1,0 +1,47 @@
+"""Predictions as they are printed and written; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PredictionOutput:
+    """Predictions as they are printed and written."""
+
+    records: Sequence[Mapping[str, Any]]
+    """What ``--json`` holds, one entry per image."""
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    """Lines below the table."""
+
+
+def prediction_table(
+    files: Sequence[Path],
+    top: Sequence[Sequence[tuple[str, float]]],
+    sets: Sequence[Sequence[str]] | None = None,
+    notes: Sequence[str] = (),
+) -> PredictionOutput:
+    """Return the table of the most probable classes of images, and of their conformal sets if there are some."""
+    records: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    for number, (file, classes) in enumerate(zip(files, top, strict=True)):
+        record = {
+            "path": str(file),
+            "class": classes[0][0],
+            "probability": classes[0][1],
+            "top": [{"class": name, "probability": value} for name, value in classes],
+        }
+        others = ", ".join(f"{name} {value:.3f}" for name, value in classes[1:])
+        row = [str(file), classes[0][0], f"{classes[0][1]:.3f}", others]
+        if sets is not None:
+            record["set"] = list(sets[number])
+            row.append(", ".join(sets[number]) or "none")
+        records.append(record)
+        rows.append(row)
+    header = ["path", "class", "probability", "next", *(["set"] if sets is not None else [])]
+    return PredictionOutput(records, header, rows, notes)

@@ -1,0 +1,136 @@
+"""Contrastive losses to compare with: supervised, balanced and parametric.
+
+Legend: B queries, K keys, C classes, D embedding width. s_ij = z_i·k_j/τ with unit-norm z and k; P(i) the keys of
+query i's class except itself, A(i) all keys except itself. A key with label −1 is ignored.
+
+    supervised   −(1/|P|) Σ_{p∈P} s_ip + log Σ_{a∈A} exp(s_ia)                        (Khosla et al., NeurIPS 2020)
+    balanced     −(1/|P|) Σ_{p∈P} s_ip + log Σ_c (1/|A_c|) Σ_{a∈A_c} exp(s_ia)        (Zhu et al., CVPR 2022)
+    parametric   one softmax over class scores and keys; both kinds of positives weighted  (Cui et al., ICCV 2021)
+
+The last sum of the balanced loss is the mixture likelihood of :mod:`longtail.losses.mixture` under a uniform prior, so
+the loss is a posterior too. It differs from GML in the numerator, where the logarithm is inside the mean.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longtail.losses.reduction import batch_mean
+
+
+def _similarities(
+    queries: Tensor, labels: Tensor, keys: Tensor, key_labels: Tensor, temperature: float, self_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (B, K) similarities, −inf at ignored keys, the mask of the positives, and that of the keys not ignored."""
+    mask = (key_labels >= 0)[None].expand(len(queries), -1)
+    if self_mask is not None:
+        mask = mask & ~self_mask
+    positive = mask & (labels[:, None] == key_labels[None])
+    return (queries @ keys.t() / temperature).masked_fill(~mask, -math.inf), positive, mask
+
+
+def _mean_of_positives(values: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B,) means over the positives, 0 where there is none, and the mask of the queries that have one."""
+    number = positive.sum(dim=1)
+    return torch.where(positive, values, 0.0).sum(dim=1) / number.clamp(min=1), number > 0
+
+
+def supcon_loss(
+    queries: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    temperature: float = 0.1,
+    self_mask: Tensor | None = None,
+) -> Tensor:
+    """Return the supervised contrastive loss, a scalar.
+
+    A query without a positive is left out of the mean; if no query has one, the loss is 0.
+
+    Source: Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020, arXiv 2004.11362, equation 2 (L_out).
+
+    Args:
+        queries: (B, D), unit norm.
+        labels: (B,) int64 in [0, C).
+        keys: (K, D), unit norm.
+        key_labels: (K,) int64 in [0, C); −1 is ignored.
+        temperature: τ > 0.
+        self_mask: (B, K) bool, True where a key is the query itself; None if no key is.
+    """
+    similarities, positive, _ = _similarities(queries, labels, keys, key_labels, temperature, self_mask)
+    mean, has_positive = _mean_of_positives(similarities, positive)
+    # a query that is compared with no key has a row of −inf, which would give NaN
+    rows = torch.where(has_positive[:, None], similarities, 0.0)
+    return batch_mean(torch.where(has_positive, rows.logsumexp(dim=1) - mean, 0.0), has_positive)
+
+
+def balanced_contrastive_loss(
+    queries: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    num_classes: int,
+    temperature: float = 0.1,
+    self_mask: Tensor | None = None,
+) -> Tensor:
+    """Return the balanced contrastive loss, a scalar: every class has the same share of the denominator.
+
+    Source: Zhu et al., *Balanced Contrastive Learning for Long-Tailed Visual Recognition*, CVPR 2022, arXiv 2207.09052,
+    equation 7. With a class centre among the keys of every class, as in the paper, every query has a positive.
+
+    Args:
+        queries: (B, D), unit norm.
+        labels: (B,) int64 in [0, C).
+        keys: (K, D), unit norm.
+        key_labels: (K,) int64 in [0, C); −1 is ignored.
+        num_classes: C.
+        temperature: τ > 0.
+        self_mask: (B, K) bool, True where a key is the query itself; None if no key is.
+    """
+    similarities, positive, key_mask = _similarities(queries, labels, keys, key_labels, temperature, self_mask)
+    mean, has_positive = _mean_of_positives(similarities, positive)
+    column = key_labels.clamp(min=0)
+    # |A_c|: a query is not among its own keys, so its class has one fewer
+    class_size = queries.new_zeros(len(queries), num_classes).index_add(1, column, key_mask.to(queries.dtype))
+    log_size = class_size.clamp(min=1).log().gather(1, column[None].expand(len(queries), -1))
+    rows = torch.where(has_positive[:, None], similarities - log_size, 0.0)
+    return batch_mean(torch.where(has_positive, rows.logsumexp(dim=1) - mean, 0.0), has_positive)
+
+
+def parametric_contrastive_loss(
+    scores: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    temperature: float = 0.05,
+    sample_weight: float = 0.05,
+    self_mask: Tensor | None = None,
+) -> Tensor:
+    """Return the parametric contrastive loss, a scalar.
+
+    A query is compared with all class centres and all keys in one softmax; the centre of its class is a positive of
+    weight 1, every key of its class a positive of weight α.
+
+    Source: Cui et al., *Parametric Contrastive Learning*, ICCV 2021, arXiv 2107.12028, equation 5.
+
+    Args:
+        scores: (B, C) class scores of the queries' images, log prior included; they stand for the class centres.
+        queries: (B, D), unit norm.
+        labels: (B,) int64 in [0, C).
+        keys: (K, D), unit norm.
+        key_labels: (K,) int64 in [0, C); −1 is ignored.
+        temperature: τ > 0.
+        sample_weight: α ≥ 0; with 0, keys occur in the denominator only.
+        self_mask: (B, K) bool, True where a key is the query itself; None if no key is.
+    """
+    similarities, positive, _ = _similarities(queries, labels, keys, key_labels, temperature, self_mask)
+    log_sum = torch.logaddexp(scores.logsumexp(dim=1), similarities.logsumexp(dim=1))
+    weights = sample_weight * positive.to(scores.dtype)
+    total = 1 + weights.sum(dim=1)
+    positive_sum = scores.gather(1, labels[:, None])[:, 0] + (weights * similarities.masked_fill(~positive, 0.0)).sum(1)
+    losses = log_sum - positive_sum / total
+    return batch_mean(losses, torch.ones_like(labels, dtype=torch.bool))

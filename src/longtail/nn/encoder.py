@@ -1,0 +1,157 @@
+"""Encoders: image normalisation and a backbone in one module.
+
+An encoder maps images in [0, 1], shape (B, channels, H, W), to features (B, F). It contains the normalisation, so that
+student and teacher may differ in it, and a saved model needs no separate note of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtail.errors import LongtailError, did_you_mean
+from longtail.nn.backbones import build_backbone
+from longtail.nn.pretrained import normalization
+
+BackboneBuilder = Callable[[str, int, str], nn.Module]
+"""A function of a network's name, the images' channels and ``pretrained``; see :func:`build_backbone`."""
+
+_CPU_CHUNK = 64  # images of one pass through a frozen network on a CPU, so that activations stay in its caches
+
+
+class Normalize(nn.Module):
+    """Subtract a mean and divide by a standard deviation of each channel; neither is part of the state dict.
+
+    Args:
+        mean: one for each channel.
+        std: one for each channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (B, channels, H, W) normalised images."""
+        return (images - self.mean) / self.std
+
+
+class Encoder(nn.Module):
+    """Normalisation and a backbone.
+
+    Args:
+        name: the backbone's name, see :func:`build_backbone`.
+        mean: mean of each channel of the images.
+        std: standard deviation of each channel of the images.
+        pretrained: see :func:`build_backbone`.
+        resize: side in pixels that images are resized to first; None leaves their size.
+        build: function that builds the backbone from its name, the number of channels and ``pretrained``.
+
+    Raises:
+        LongtailError: there is no such network, or its weights cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        pretrained: str = "none",
+        resize: int | None = None,
+        build: BackboneBuilder = build_backbone,
+    ) -> None:
+        super().__init__()
+        self.resize = resize
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.normalize = Normalize(mean, std)
+        self.backbone = build(name, len(mean), pretrained)
+        width = self.backbone.num_features
+        assert isinstance(width, int)
+        self.num_features = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features of (B, channels, H, W) images in [0, 1].
+
+        Returns:
+            (B, num_features); (B, num_features, H', W') from a backbone with features of pixels.
+        """
+        features: Tensor = self.backbone(self.normalize(_resize(images, self.resize)))
+        return features
+
+
+def pretrained_encoder(name: str, channels: int) -> Encoder:
+    """Return a timm model with the weights, the normalisation and the input size that timm has for it.
+
+    Args:
+        name: the timm model.
+        channels: channels of the images.
+
+    Raises:
+        LongtailError: timm has no such model, or its weights cannot be loaded.
+    """
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise LongtailError(f"timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
+    settings = timm.get_pretrained_cfg(name)
+    if settings is None or not settings.has_weights:
+        raise LongtailError(f"timm has no pretrained weights for '{name}'")
+    return Encoder(name, *normalization(name, channels), pretrained="timm", resize=settings.input_size[-1])
+
+
+class FrozenEncoder(nn.Module):
+    """An encoder for inference only: no gradients, and BatchNorm folded into the convolutions before it.
+
+    Folding changes the last digits and saves a fifth of the time. A network that torch.fx cannot trace is used as it
+    is.
+
+    Args:
+        encoder: a trained encoder; its weights are not changed.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.normalize, self.resize, self.num_features = encoder.normalize, encoder.resize, encoder.num_features
+        self.backbone = _fold_batch_norm(encoder.backbone.eval())
+        self.eval().requires_grad_(False)
+
+    def train(self, _mode: bool = True) -> FrozenEncoder:
+        """Stay in eval mode."""
+        super().train(False)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (B, num_features) features of (B, channels, H, W) images in [0, 1]."""
+        if images.device.type == "cpu" and len(images) > _CPU_CHUNK:
+            return torch.cat([self._encode(chunk) for chunk in images.split(_CPU_CHUNK)])
+        return self._encode(images)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        features: Tensor = self.backbone(self.normalize(_resize(images, self.resize)))
+        return features
+
+
+def _resize(images: Tensor, size: int | None) -> Tensor:
+    if size is None or images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
+    from torch.fx.experimental.optimization import fuse
+
+    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
+        return backbone
+    try:
+        folded: nn.Module = fuse(backbone)
+    except Exception:  # tracing runs the network's own code, which may raise anything
+        return backbone
+    return folded

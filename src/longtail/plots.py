@@ -1,0 +1,165 @@
+"""Plots of one run or data set, as SVG for a page or as PNG. Classes are in order of frequency, head first."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+GROUP_COLORS = {"many": "#4477aa", "medium": "#b8860b", "few": "#cc5566"}
+GROUP_COLORS |= dict(zip(("head", "middle", "tail"), GROUP_COLORS.values(), strict=True))
+INK = "#808890"  # legible on white and on near-black, since the page follows the reader's choice
+LINE_COLORS = (
+    *("#4477aa", "#cc5566", "#228833", "#b8860b", "#aa3377", "#66aacc"),
+    *("#808890", "#e07b39", "#6655cc", "#99aa33", "#dd88bb"),
+)
+
+
+def new_axes(width: float = 8.0, height: float = 2.8) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes; the size is in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    plain_style(axes)
+    return figure, axes
+
+
+def plain_style(axes: Axes) -> None:
+    """Remove the frame, and use colours that are legible on white and on black."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8)
+    for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        label.set_color(INK)
+        label.set_fontsize(9)
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an ``<svg>`` element; text stays text."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longtail"}), warnings.catch_warnings():
+        # the reader's browser draws the text, so what matplotlib's own font lacks does not matter
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def class_histogram(
+    names: Sequence[str], counts: Sequence[int], groups: Sequence[str], counted: str = "training images"
+) -> Figure:
+    """Draw the training images, or pixels, of every class, head first, coloured by group."""
+    figure, axes = new_axes()
+    axes.bar(range(len(counts)), counts, color=[GROUP_COLORS[group] for group in groups], width=0.85)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.8 if min(counts) < 1000 else min(counts) / 3)
+    axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+    axes.set_ylabel(counted)
+    label_classes(axes, names)
+    _group_legend(axes, groups)
+    return figure
+
+
+def per_class(
+    names: Sequence[str], accuracy: Sequence[float | None], groups: Sequence[str], label: str = "accuracy, %"
+) -> Figure:
+    """Draw the accuracy, or IoU, of every class, head first; a class that the test has not leaves a gap."""
+    figure, axes = new_axes()
+    shown = [(i, value) for i, value in enumerate(accuracy) if value is not None]
+    axes.bar(
+        [i for i, _ in shown],
+        [value for _, value in shown],
+        color=[GROUP_COLORS[groups[i]] for i, _ in shown],
+        width=0.85,
+    )
+    axes.set_ylim(0, 100)
+    axes.set_ylabel(label)
+    label_classes(axes, names)
+    _group_legend(axes, groups)
+    return figure
+
+
+_MIN_BIN_IMAGES = 10  # of a bin of the reliability diagram, for its accuracy to be joined to its neighbours' by a line
+
+
+def reliability(diagram: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draw accuracy against confidence, one colour per shot group.
+
+    The size of a dot shows how many images are in its bin, the bar the 95 % interval of its accuracy; bins of fewer
+    than ten images are not joined by a line.
+    """
+    figure, axes = new_axes(height=3.2)
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=":")
+    for group, bins in diagram.items():
+        x, y = [entry["confidence"] for entry in bins], [entry["accuracy"] for entry in bins]
+        color, total = GROUP_COLORS[group], sum(entry["images"] for entry in bins)
+        joined = [
+            (a, b if entry["images"] >= _MIN_BIN_IMAGES else math.nan) for a, b, entry in zip(x, y, bins, strict=True)
+        ]
+        axes.plot([a for a, _ in joined], [b for _, b in joined], color=color, linewidth=1.4, label=group)
+        axes.scatter(x, y, [8 + 160 * entry["images"] / total for entry in bins], color=color, alpha=0.6)
+        for a, entry in zip(x, bins, strict=True):
+            if "interval" in entry:
+                axes.plot([a, a], entry["interval"], color=color, linewidth=0.8, alpha=0.5)
+    axes.set_xlim(0, 101)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("confidence, %")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def rejection(curve: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw the accuracy over the most confident images against the share of them that is kept."""
+    figure, axes = new_axes(height=2.4)
+    axes.plot(
+        [point["kept"] for point in curve], [point["accuracy"] for point in curve], color=LINE_COLORS[0], linewidth=1.6
+    )
+    axes.set_xlim(100, 0)
+    axes.set_xlabel("most confident images that are kept, %")
+    axes.set_ylabel("accuracy, %")
+    return figure
+
+
+def label_classes(axes: Axes, names: Sequence[str]) -> None:
+    """Write the names of the classes below the axes, if there are few enough."""
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_xlabel("classes, from head to tail")
+    if len(names) <= 20:
+        # a dollar sign would start a formula
+        shown = [(name if len(name) <= 12 else f"{name[:11]}…").replace("$", r"\$") for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=0 if len(names) <= 10 else 45)
+
+
+def _group_legend(axes: Axes, groups: Sequence[str]) -> None:
+    patches = [Patch(color=color, label=group) for group, color in GROUP_COLORS.items() if group in groups]
+    axes.legend(
+        handles=patches, frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 1)
+    )
+
+
+def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], label: str) -> Figure:
+    """Draw values over epochs."""
+    figure, axes = new_axes()
+    for index, (name, values) in enumerate(lines.items()):
+        # dots and dashes let a line show that lies under another, as the two halves of a GML loss do
+        color, style = LINE_COLORS[index % len(LINE_COLORS)], ("-", "--", ":", "-.")[index % 4]
+        axes.plot(epochs, values, style, color=color, label=name.replace("_", " "), linewidth=1.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=6, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=140, facecolor="white")

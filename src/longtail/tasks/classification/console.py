@@ -1,0 +1,45 @@
+"""What ``longtail evaluate`` and ``predict`` print of calibration, estimated priors and conformal sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def trust_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Return lines on calibration, estimated class frequencies and conformal sets, as far as they were computed."""
+    lines = []
+    if "calibration" in metrics:
+        calibration = metrics["calibration"]
+        groups = ", ".join(f"{name} {values['ece']:.1f}" for name, values in calibration["groups"].items())
+        lines.append(
+            f"calibration under the {metrics['prior']} prior: expected calibration error {calibration['ece']:.1f} % "
+            f"({groups}), class-wise {calibration['class_ece']:.2f} %, NLL {calibration['nll']:.3f}, "
+            f"Brier {calibration['brier']:.3f}"
+        )
+    lines += estimate_lines(metrics.get("estimates", {}), metrics.get("class_names", ()))
+    if "conformal" in metrics:
+        sets = metrics["conformal"]
+        lines += [
+            f"conformal sets at coverage {100 * sets['coverage']:g} %, {name}: contain the true class in "
+            f"{sets[name]['covered']:.1f} %, {sets[name]['size']:.1f} classes on average"
+            for name in ("all", "many", "medium", "few")
+            if name in sets
+        ]
+    return lines
+
+
+def estimate_lines(estimates: Mapping[str, Mapping[str, Any]], class_names: Sequence[str]) -> list[str]:
+    """Return lines on estimated class frequencies, by method."""
+    lines = []
+    for method, entry in estimates.items():
+        rows = list(zip(entry["frequencies"], entry["low"], entry["high"], class_names, strict=True))
+        shown = ", ".join(f"{name} {q:.3f} ({low:.3f} to {high:.3f})" for q, low, high, name in sorted(rows)[:-4:-1])
+        lines.append(f"class frequencies estimated by {method}, the largest with 95 % intervals: {shown}")
+        if entry.get("prior_strength") is not None:
+            power = entry["power"]
+            towards = "uniform" if power == 0 else f"the training frequencies to the power {power:.2f}"
+            lines.append(
+                f"  regularised towards {towards}, with {entry['prior_strength']:.2g} times the images' weight"
+            )
+    return lines

@@ -1,0 +1,26 @@
+"""Classes and probabilities of image files, as they are printed and written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from longtail.errors import LongtailError
+from longtail.inference.output import PredictionOutput, prediction_table
+from longtail.inference.recognizer import Recognizer
+from longtail.tasks.base import PredictionRequest, check_default_options
+from longtail.tasks.classification.console import estimate_lines
+
+
+def predict_files(model: Recognizer, files: Sequence[Path], request: PredictionRequest) -> PredictionOutput:
+    """Return the most probable classes of image files."""
+    if request.out is not None:
+        raise LongtailError(f"--out {request.out}: is for models that label pixels")
+    check_default_options(request.options, "predict")
+    predictions = model.predict(files, prior=request.prior, coverage=request.coverage)
+    notes = []
+    if predictions.prior is not None:
+        estimate = {predictions.prior.method: dataclasses.asdict(predictions.prior)}
+        notes = estimate_lines(estimate, predictions.class_names)
+    return prediction_table(files, predictions.top(request.top), predictions.sets, notes)

@@ -1,0 +1,74 @@
+"""Label images and overlays: files and pictures of predicted labels. Legend: C classes, H and W sides in pixels."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from longtail.data.image_io import open_image, to_rgb
+from longtail.errors import LongtailError
+from longtail.files import atomic_write
+
+
+def palette(classes: int) -> list[tuple[int, int, int]]:
+    """Return an RGB colour per class, hues a golden ratio of the circle apart, so that neighbours differ."""
+    colors = []
+    for index in range(classes):
+        lightness = (0.5, 0.7, 0.35)[index % 3]
+        rgb = colorsys.hls_to_rgb(index * 0.618034 % 1, lightness, 0.75)
+        colors.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
+    return colors
+
+
+def label_image(labels: Tensor, classes: int) -> Image.Image:
+    """Return labels as an image in the format of ``annotations/``: 1 for the first class, 0 where unlabelled.
+
+    Up to 255 classes it has a palette, so that viewers show colours.
+    """
+    values = (labels + 1).numpy()
+    if classes > 255:
+        return Image.fromarray(values.astype(np.uint16))
+    image = Image.fromarray(values.astype(np.uint8), mode="P")
+    image.putpalette([0, 0, 0, *(value for color in palette(classes) for value in color)])
+    return image
+
+
+def write_segmentation(out: Path, file: Path, labels: Tensor, classes: int) -> tuple[Path, Path]:
+    """Write ``NAME.png`` with the labels of an image and an overlay ``NAME-overlay.png``; return both paths.
+
+    A number is appended to a name that another image has taken.
+    """
+    stem, number = file.stem, 1
+    while (out / f"{stem}.png").exists() and _source(out / f"{stem}.png") != str(file.resolve()):
+        number += 1
+        stem = f"{file.stem}-{number}"
+    metadata = PngInfo()
+    metadata.add_text("Source", str(file.resolve()))
+    paths = (out / f"{stem}.png", out / f"{stem}-overlay.png")
+    images = (label_image(labels, classes), overlay(open_image(file), labels, classes))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
+    for path, image in zip(paths, images, strict=True):
+        atomic_write(path, lambda partial, image=image: image.save(partial, "PNG", pnginfo=metadata))  # type: ignore[misc]
+    return paths
+
+
+def _source(path: Path) -> str | None:
+    with Image.open(path) as image:
+        return image.info.get("Source")
+
+
+def overlay(image: Image.Image, labels: Tensor, classes: int, opacity: float = 0.6) -> Image.Image:
+    """Return an image with the colours of its labels over it; unlabelled pixels stay as they are."""
+    colors = torch.tensor(palette(classes), dtype=torch.float32)[labels.clamp(min=0)]
+    pixels = torch.from_numpy(np.array(to_rgb(image))).float()
+    mixed = torch.where((labels >= 0)[..., None], opacity * colors + (1 - opacity) * pixels, pixels)
+    return Image.fromarray(mixed.round().to(torch.uint8).numpy())

@@ -1,0 +1,45 @@
+"""Set-up of Lightning Fabric, which moves modules to the device, wraps them for DDP and sets the precision."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from longtail.config import Config
+from longtail.errors import LongtailError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def build_fabric(config: Config) -> Fabric:
+    """Return Fabric for the processes that torchrun started; a single process where it started none.
+
+    torchrun announces the number of processes by the environment variable ``WORLD_SIZE``; Fabric starts none itself.
+
+    Raises:
+        LongtailError: the device cannot be used, or ``batch_size`` has fewer than two images a process.
+    """
+    from lightning_fabric import Fabric  # imported here, since it adds seconds to the start-up of every command
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    options: dict[str, Any] = {"accelerator": config.device, "precision": config.precision}
+    if world > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+        if config.batch_size < 2 * world:
+            raise LongtailError(
+                f"batch_size {config.batch_size}: expected at least {2 * world}, two for each of {world} processes"
+            )
+        # BatchNorm statistics are synchronised on accelerators; on a CPU every process keeps its own
+        options |= {"devices": local, "num_nodes": world // local, "strategy": "ddp"}
+    else:
+        options["devices"] = 1
+    try:
+        fabric = Fabric(**options)
+    except (RuntimeError, ValueError) as error:
+        raise LongtailError(f"device {config.device}: cannot be used: {' '.join(str(error).split())}") from None
+    if world > 1:
+        fabric.launch()
+    return fabric

@@ -1,0 +1,82 @@
+"""Handling of SIGTERM and SIGINT during training: finish the step, save a checkpoint, then stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+
+from longtail.distributed import all_reduce_max, rank, world_size
+
+_SYNC_EVERY = 10  # steps between two synchronisations of several processes
+
+
+class PreemptionHandler:
+    """Context manager that records SIGTERM and SIGINT; the second signal ends the process at once.
+
+    Several processes agree on the step to stop at, since each waits for the others within a step. The handler raises
+    nothing itself: raised inside a library's code, an exception could be mistaken for an error of the library, or be
+    swallowed. When handlers are nested, the inner one starts with a signal that the outer one has recorded, and passes
+    its own on to the outer one at exit.
+
+    Args:
+        quiet: print nothing when a signal arrives.
+        ignore_repeat: ignore every further signal, instead of ending the process at the second.
+
+    Attributes:
+        name: the recorded signal, as ``"SIGTERM"``; empty while there is none.
+    """
+
+    def __init__(self, quiet: bool, ignore_repeat: bool = False) -> None:
+        self.quiet, self.ignore_repeat, self.name = quiet, ignore_repeat, ""
+        self._previous: dict[int, Any] = {}
+        self._outer: PreemptionHandler | None = None
+
+    def __enter__(self) -> PreemptionHandler:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                previous = signal.signal(number, self._record)
+                self._previous[number] = previous
+                outer = getattr(previous, "__self__", None)
+                if isinstance(outer, PreemptionHandler):
+                    self._outer, self.name = outer, self.name or outer.name
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+        if self._outer is not None:  # a signal after the last step still has to stop the outer loop
+            self._outer.name = self._outer.name or self.name
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _record(self, number: int, _frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        if not self.ignore_repeat:
+            self._restore()
+        if not self.quiet and rank() == 0:
+            print(f"\nlongtail: {self.name}: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    def sync(self, step: int, save: bool, device: torch.device) -> tuple[str, bool]:
+        """Return the name of the signal that any process received, and whether any process wants to save.
+
+        Several processes communicate at every tenth step only; at the steps between, the answer is ``("", False)``.
+
+        Args:
+            step: the number of steps done, equal on all processes.
+            save: whether this process wants to save a checkpoint.
+            device: device that the process group communicates through.
+        """
+        if world_size() == 1:
+            return self.name, save
+        if step % _SYNC_EVERY:
+            return "", False
+        local = torch.tensor([int(signal.Signals[self.name]) if self.name else 0, int(save)], device=device)
+        number, save_any = all_reduce_max(local).tolist()
+        return signal.Signals(number).name if number else "", bool(save_any)

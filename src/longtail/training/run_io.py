@@ -1,0 +1,122 @@
+"""The folder of a run: its settings, its log, and what came out."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longtail.config import Config, read_config
+from longtail.errors import LongtailError
+from longtail.files import write_text
+from longtail.inference.model_config import ModelConfig, read_model_config
+from longtail.training.metric_log import read_metrics
+
+INCIDENTAL = frozenset(
+    {
+        *("device", "compile", "checkpoint_seconds", "log"),
+        *("data.root", "data.train", "data.val", "data.test", "data.memory_gib", "data.workers"),
+        "data.max_unreadable_fraction",
+    }
+)
+"""Settings that do not make it another run: where it is computed, how often it is saved, where its images are."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    config: Config
+    model_config: ModelConfig
+    test_metrics: dict[str, dict[str, Any]]
+    """Metrics on the test set, under the prior ``uniform`` and under ``train``."""
+    student_passes: int
+    """Images that passed through the student, forward and backward."""
+    seconds: float
+    """Time to train the student, without evaluation and teacher."""
+    teacher_seconds: float
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics under the prior that the method predicts under."""
+        return self.test_metrics[self.model_config.predicts_under]
+
+
+def create_run_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder of a run, with its ``config.yaml``.
+
+    Raises:
+        LongtailError: it is not empty and neither ``resume`` nor ``overwrite`` is given, it is another run's, or it
+            cannot be written.
+    """
+    try:
+        entries = list(folder.iterdir()) if folder.exists() else []
+        if entries:
+            if not (folder / "config.yaml").is_file():
+                raise LongtailError(f"{folder}: is not empty and not a run of longtail; choose another --out")
+            if overwrite:
+                shutil.rmtree(folder)
+            elif not resume:
+                raise LongtailError(f"{folder}: contains a run already; use --resume, --overwrite or another --out")
+            else:
+                _check_same_run(read_config(folder / "config.yaml"), config, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    if not (folder / "config.yaml").is_file():
+        write_text(folder / "config.yaml", config.to_yaml())
+
+
+def _check_same_run(there: Config, here: Config, folder: Path) -> None:
+    old, new = flatten(there.to_dict()), flatten(here.to_dict())
+    for name in dict.fromkeys((*new, *old)):
+        if name not in INCIDENTAL and old.get(name) != new.get(name):
+            raise LongtailError(
+                f"{folder}: was started with {name} {old.get(name)}, not {new.get(name)}; "
+                "resume with the same settings, or use --overwrite or another --out"
+            )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def find_finished(folder: Path, config: Config) -> Run | None:
+    """Return a run that finished with these settings; None if there is none."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines or lines[-1]["kind"] != "test" or read_config(folder / "config.yaml") != config:
+        return None
+    model_config = read_model_config(folder)
+    info = model_config.training_info
+    return Run(
+        folder,
+        config,
+        model_config,
+        {prior: lines[-1][prior] for prior in ("uniform", "train")},
+        info["student_passes"],
+        info["seconds"],
+        info["teacher_seconds"],
+    )
+
+
+def read_finished(folder: Path) -> Run:
+    """Return the finished run of a folder.
+
+    Raises:
+        LongtailError: it is not a run's, or the run has not finished.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise LongtailError(f"{folder}: has no config.yaml: expected the folder of a run")
+    run = find_finished(folder, read_config(folder / "config.yaml"))
+    if run is None:
+        raise LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; use --resume to finish the run")
+    return run

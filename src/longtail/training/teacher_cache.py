@@ -1,0 +1,182 @@
+"""Outputs of a frozen teacher for fixed views of every image, computed once and cached on disk.
+
+Legend: N images, V views, F feature width, C classes. An epoch e shows view e mod V of every image, drawn from keys
+that the cache and the student's loader share, so that the student can be given the very view that the teacher saw; its
+key is another one of them, where there are several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longtail.config import Config
+from longtail.data.dataset import LongTailedData
+from longtail.data.loader import TrainLoader
+from longtail.errors import LongtailError
+from longtail.files import atomic_write
+from longtail.nn import Encoder, FrozenEncoder
+from longtail.randomness import mix
+
+logger = logging.getLogger(__name__)
+
+_CACHED = mix(5)  # an independent stream of random draws
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """Memory-mapped features (V, N, F) and, where there is a classifier to distil from, scores (V, N, C)."""
+
+    features: np.memmap
+    scores: np.memmap | None
+    seed: int
+    share_key: bool
+
+    @property
+    def views(self) -> int:
+        """V."""
+        return len(self.features)
+
+    @property
+    def fixes_classification(self) -> bool:
+        """Whether the student must be given the very view that the teacher saw."""
+        return self.scores is not None or self.share_key
+
+    def rng_keys(self, epoch: int) -> tuple[int, ...]:
+        """Return what names the draw of the classification view of an epoch."""
+        return rng_keys(self.seed, epoch % self.views)
+
+    def lookup(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Return (B, F) features of the key views and (B, C) scores of the classification views."""
+        positions, shown = indices.numpy(), epoch % self.views
+        key = shown if self.share_key else (epoch + (self.views + 1) // 2) % self.views
+        features = torch.from_numpy(self.features[key, positions])
+        return features, None if self.scores is None else torch.from_numpy(self.scores[shown, positions])
+
+
+def rng_keys(seed: int, view: int) -> tuple[int, ...]:
+    """Return what names the draw of one of the fixed views."""
+    return (seed, _CACHED, view)
+
+
+class _OneView:
+    """Tells a loader to draw one of the fixed views."""
+
+    fixes_classification = True
+
+    def __init__(self, seed: int, view: int) -> None:
+        self.seed, self.view = seed, view
+
+    def rng_keys(self, _epoch: int) -> tuple[int, ...]:
+        return rng_keys(self.seed, self.view)
+
+    def lookup(self, indices: Tensor, _epoch: int) -> tuple[Tensor, None]:
+        return indices, None  # not the features, which are what is sought, but where they go
+
+
+def teacher_cache(
+    config: Config,
+    data: LongTailedData,
+    teacher: Encoder,
+    classifier: nn.Module | None,
+    make_loader: Callable[[object], TrainLoader],
+    folder: Path,
+    device: torch.device,
+    share_key: bool = False,
+    write: bool = True,
+) -> TeacherCache:
+    """Return the cache of a teacher over a training set, made now or found again.
+
+    Args:
+        config: the student's settings; ``teacher.cache`` is V.
+        data: the training set.
+        teacher: frozen.
+        classifier: the teacher's, where it is distilled from.
+        make_loader: gives a loader of the classification view, whose draws the argument names.
+        folder: where caches are kept.
+        device: where the teacher is.
+        share_key: whether the key view is the classification view.
+        write: whether this process is the one that writes.
+    """
+    views, wanted = config.teacher.cache, classifier is not None
+    weights = hashlib.blake2b(digest_size=8)
+    for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    content = json.dumps([data.fingerprint, config.seed, views, wanted, config.data.augment, data.image_size])
+    name = hashlib.blake2b(content.encode() + weights.digest(), digest_size=8).hexdigest()
+    shapes: dict[str, tuple[int, int, int]] = {"features": (views, len(data.train), teacher.num_features)}
+    if wanted:
+        shapes["scores"] = (views, len(data.train), len(data.class_names))
+    paths = {kind: folder / f"{name}-{kind}.npy" for kind in shapes}
+    if write and not all(path.is_file() for path in paths.values()):
+        gib = sum(4 * int(np.prod(shape)) for shape in shapes.values()) / 2**30
+        logger.info(
+            "teacher: %d views of %s images once, kept in %s (%.2f GiB)", views, f"{len(data.train):,}", folder, gib
+        )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LongtailError(f"{folder}: cannot be made: {error.strerror}") from None
+        partial = {kind: path.with_suffix(f".{os.getpid()}.making") for kind, path in paths.items()}
+        try:
+            arrays = {
+                kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
+                for kind, shape in shapes.items()
+            }
+            for path in partial.values():  # now, rather than in the middle, when the disk turns out to be full
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
+            raise LongtailError(f"{folder}: {gib:.2f} GiB cannot be written: {error.strerror}") from None
+        _fill(arrays, config, data, FrozenEncoder(teacher).to(device), classifier, make_loader, device)
+        for kind, array in arrays.items():
+            array.flush()
+            _move(partial[kind], paths[kind])
+    opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _there(paths) else {}
+    if not opened:
+        raise LongtailError(f"{folder}: the teacher's cache is not there; do all processes see the same folder?")
+    return TeacherCache(opened["features"], opened.get("scores"), config.seed, share_key)
+
+
+def _move(made: Path, path: Path) -> None:
+    def move(target: Path) -> None:
+        made.replace(target)
+
+    atomic_write(path, move)  # which brings it to the disk first
+
+
+def _there(paths: dict[str, Path]) -> bool:
+    return all(path.is_file() for path in paths.values())
+
+
+@torch.no_grad()
+def _fill(
+    arrays: dict[str, np.memmap],
+    config: Config,
+    data: LongTailedData,
+    teacher: FrozenEncoder,
+    classifier: nn.Module | None,
+    make_loader: Callable[[object], TrainLoader],
+    device: torch.device,
+) -> None:
+    for view in range(config.teacher.cache):
+        loader = make_loader(_OneView(config.seed, view))
+        for batch in loader.batches(torch.arange(len(data.train)).split(512), 0, only=[0]):
+            assert batch.key_features is not None
+            positions = batch.key_features.numpy()
+            features = teacher(batch.views[0].to(device))
+            arrays["features"][view, positions] = features.float().cpu().numpy()
+            if "scores" in arrays:
+                assert classifier is not None
+                arrays["scores"][view, positions] = classifier(features).float().cpu().numpy()

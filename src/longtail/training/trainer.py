@@ -1,0 +1,489 @@
+"""The training loop. It knows no method and no task: it asks for loss terms, adds them up, and logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import longtail
+from longtail.config import Config
+from longtail.data.dataset import ImageSet, LongTailedData
+from longtail.data.loader import Batch, TrainLoader
+from longtail.data.sources import load_data
+from longtail.distributed import (
+    barrier,
+    broadcast_buffers,
+    rank,
+    sum_batch_sizes,
+    world_size,
+    wrap_peer_failure,
+)
+from longtail.errors import LongtailError, StoppedError
+from longtail.files import write_text
+from longtail.inference.model import TrainedModel
+from longtail.inference.model_config import ModelConfig
+from longtail.methods.base import Method
+from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead
+from longtail.nn.pretrained import normalization
+from longtail.randomness import mix
+from longtail.registry import METHODS, TASKS
+from longtail.tasks.evaluate import evaluate_split
+from longtail.training.auto_config import auto_config
+from longtail.training.checkpoint import load_checkpoint, save_checkpoint
+from longtail.training.fabric import build_fabric
+from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
+from longtail.training.preemption import PreemptionHandler
+from longtail.training.run_io import Run, create_run_folder
+from longtail.training.schedule import rate
+from longtail.training.teacher import Teacher, load_teacher, train_teacher
+from longtail.training.teacher_cache import TeacherCache, teacher_cache
+
+logger = logging.getLogger(__name__)
+
+_INITIAL, _STEP = mix(3), mix(4)  # independent streams of random draws
+_NORM_EVERY = 10  # steps between two measurements of the gradient norm, where it is not clipped
+
+
+def fit(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    teachers: Path | None = None,
+    data: LongTailedData | None = None,
+) -> Run:
+    """Train, evaluate and save a model.
+
+    Started by torchrun in several processes, each calls this; they share every batch, process 0 writes, and all return
+    the same.
+
+    Args:
+        config: what to train.
+        out: folder of the run: ``config.yaml``, ``metrics.jsonl``, ``last.ckpt``, ``recognizer/``.
+        resume: continue from ``last.ckpt`` if there is one; the result equals an uninterrupted run's.
+        overwrite: replace a run that is there.
+        quiet: show no progress bar. Messages go to the logger ``longtail``.
+        teachers: folder that keeps trained teachers; ``teachers`` beside ``out`` if not given.
+        data: the data set, if it is loaded already.
+
+    Raises:
+        LongtailError: an input cannot be used; nothing was changed.
+        StoppedError: SIGTERM or SIGINT came; everything is saved.
+    """
+    data = load_data(config.data, config.seed) if data is None else data
+    config, reasons = auto_config(config, data)
+    # the random state of the caller stays as it is
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        trainer = _Trainer(config, data, out, quiet=quiet)
+        teachers = out.parent / "teachers" if teachers is None else teachers
+
+        def train_first(settings: Config, folder: Path) -> object:
+            return fit(settings, folder, resume=True, quiet=quiet, teachers=teachers, data=data)
+
+        with wrap_peer_failure():
+            if rank() == 0:
+                create_run_folder(out, config, resume=resume, overwrite=overwrite)
+            barrier()
+            if config.recipe != "teacher":  # the student's run has logged them
+                for line in (*data.remarks, *reasons):
+                    logger.info("%s", line)
+            return trainer.run(resume, teachers, train_first)
+
+
+class _Trainer:
+    """One run, from its settings to its model."""
+
+    def __init__(self, config: Config, data: LongTailedData, out: Path, *, quiet: bool) -> None:
+        self.config, self.data, self.out, self.quiet = config, data, out, quiet
+        self.task, self.method_class = TASKS[data.task], METHODS[config.method]
+        self.num_unreadable = 0
+        self.fabric = build_fabric(config)
+        # everything that can be refused is built before the run's folder is made
+        torch.manual_seed(mix(config.seed, _INITIAL))
+        mean, std = data.mean, data.std
+        if config.pretrained != "none":
+            mean, std = (tuple(values) for values in normalization(config.network, len(mean)))
+        self.encoder = Encoder(
+            config.network, mean, std, pretrained=config.pretrained, build=self.task.model_class.build_backbone
+        )
+        self.state = torch.get_rng_state()
+        self.method_class.check(config, data.class_counts)
+        self.transforms = self.task.build_transforms(config, data, self.method_class.views(config))
+        assert isinstance(config.epochs, int)
+        self.epochs = config.epochs
+        check_logs(config.log)
+        self._check_batch_size()
+        given = self.method_class.needs_teacher(config) and config.teacher.source != "train"
+        distils = self.method_class.distillation_weight(config) > 0
+        self.teacher = load_teacher(config, data, distils) if given else None
+
+    def _check_batch_size(self) -> None:
+        parts = self.config.optimizer.grad_accumulation_steps
+        smallest = self._loader(None, rank(), world_size()).min_local_batch
+        if parts == 1 and smallest < 2:
+            raise LongtailError(
+                f"batch_size {self.config.batch_size}: leaves {smallest} image{'s' * (smallest != 1)} of "
+                f"{len(self.data.train)} in some steps, expected at least 2 (BatchNorm needs them); choose another"
+            )
+        if smallest // parts < 2:
+            raise LongtailError(
+                f"optimizer.grad_accumulation_steps {parts}: leaves {smallest // parts} of {smallest} images per part, "
+                "expected at least 2; lower it, or raise batch_size"
+            )
+
+    def run(self, resume: bool, teachers: Path, train_first: Callable[[Config, Path], object]) -> Run:
+        config, data = self.config, self.data
+        parts: tuple[Any, Any] = (None, None)
+        teacher_seconds, cache = 0.0, None
+        if self.method_class.needs_teacher(config):
+            teacher = self.teacher or train_teacher(config, data, teachers, train_first)
+            parts, teacher_seconds = (teacher.encoder, teacher.classifier), teacher.seconds
+            if config.teacher.cache:
+                started = time.monotonic()
+                cache = self._cache(teacher, teachers)
+                teacher_seconds += time.monotonic() - started
+        torch.set_rng_state(self.state)
+        adapter = self.task.sample_adapter(config, data)
+        method = self.method_class(config, self.encoder, data.class_counts, *parts, adapter=adapter)
+        if world_size() > 1 and self.fabric.device.type != "cpu":
+            nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        method.to(memory_format=torch.channels_last)
+        if config.compile:
+            method.encoder.backbone.compile()
+        optimizer = self._optimizer(method)
+        wrapped, optimizer = self.fabric.setup(method, optimizer)
+        ema = self._ema(method)
+        loader = self._loader(cache, rank(), world_size())
+        tracker = MetricTracker()
+        checkpoint = self.out / "last.ckpt"
+        if resume and checkpoint.is_file():
+            self._restore(load_checkpoint(checkpoint), method, optimizer, ema, tracker)
+            logger.info("resumed at step %d of %d", tracker.step, loader.steps * self.epochs)
+        else:
+            device = self.fabric.device
+
+            def draw(splits: Sequence[Tensor], number: int) -> Iterator[Batch]:
+                # negative numbers distinguish these rounds from epochs
+                for batch in loader.batches(splits, -1 - number, only=[len(self.transforms) - 1]):
+                    yield batch.to(device)
+
+            method.init_memory(draw, data.train.labels)
+        if rank() == 0:  # settings that do not make it another run may have changed
+            write_text(self.out / "config.yaml", config.to_yaml())
+        log = MetricLogger(self.out, config.log, self.out.name, tracker.step)
+        try:
+            self._train(wrapped, method, optimizer, ema, loader, tracker, log)
+            return self._finish(method, ema, tracker, log, teacher_seconds)
+        finally:
+            log.close()
+
+    def _loader(self, cache: Any, process: int = 0, processes: int = 1, views: int | None = None) -> TrainLoader:
+        settings = self.config.data
+        return TrainLoader(
+            self.data.train,
+            self.config.batch_size,
+            self.transforms[:views],
+            self.config.seed,
+            epochs=self.epochs,
+            sampler=settings.sampler,
+            deferred_from=settings.deferred_from,
+            workers=settings.workers,
+            rank=process,
+            world=processes,
+            cache=cache,
+        )
+
+    def _cache(self, teacher: Teacher, teachers: Path) -> TeacherCache:
+        device, distils = self.fabric.device, self.method_class.distillation_weight(self.config) > 0
+
+        def open_cache(write: bool) -> TeacherCache:
+            return teacher_cache(
+                self.config,
+                self.data,
+                teacher.encoder.to(device).eval(),
+                teacher.classifier.to(device) if distils and teacher.classifier is not None else None,
+                lambda draws: self._loader(draws, views=1),
+                teachers / "cache",
+                device,
+                share_key=self.method_class.shares_key_view(self.config),
+                write=write,
+            )
+
+        cache = open_cache(True) if rank() == 0 else None
+        barrier()
+        return cache or open_cache(False)
+
+    def _optimizer(self, method: Method) -> torch.optim.Optimizer:
+        no_decay = method.no_weight_decay()
+        decay = [p for p in method.parameters() if p.requires_grad and all(p is not other for other in no_decay)]
+        settings = self.config.optimizer
+        groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+        return torch.optim.SGD(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
+
+    def _ema(self, method: Method) -> Any:
+        """Return an exponential moving average of the student, if one is asked for."""
+        if self.config.optimizer.ema_decay is None:
+            return None
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(_student(method), decay=self.config.optimizer.ema_decay, use_warmup=True)
+
+    def _train(
+        self,
+        wrapped: Any,
+        method: Method,
+        optimizer: Any,
+        ema: Any,
+        loader: TrainLoader,
+        tracker: MetricTracker,
+        log: MetricLogger,
+    ) -> None:
+        config, total = self.config, loader.steps * self.epochs
+        views = method.num_student_views(config)
+        method.train()
+        guard = NonFiniteLossGuard(self.out)
+        saved = tick = time.monotonic()
+        with (
+            Progress(config.method, tracker.step, total, self.quiet) as progress,
+            PreemptionHandler(self.quiet) as stop,
+        ):
+            for epoch in range(tracker.step // loader.steps, self.epochs):
+                for batch in loader.epoch(epoch, tracker.step % loader.steps):
+                    learning_rate = config.optimizer.learning_rate * rate(config.schedule, tracker.step, total)
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate
+                    terms = self._step(wrapped, method, optimizer, batch, tracker)
+                    if ema is not None:
+                        ema.update(_student(method), step=tracker.step)
+                    assert batch.global_batch is not None
+                    tracker.add(terms, batch.global_batch, batch.global_batch * views)
+                    guard.add(tracker.step, terms)
+                    tracker.seconds += time.monotonic() - tick
+                    progress.step(epoch, self.epochs, learning_rate, tracker)
+                    if tracker.step % loader.steps == 0:
+                        self._end_epoch(method, ema, tracker, log, epoch, learning_rate)
+                    due = time.monotonic() - saved >= config.checkpoint_seconds
+                    signal_name, due = stop.sync(tracker.step, due, self.fabric.device)
+                    if due or signal_name or tracker.step == total:
+                        guard.flush()
+                        self._save(method, optimizer, ema, tracker)
+                        saved = time.monotonic()
+                    if signal_name and tracker.step < total:
+                        raise StoppedError(signal_name, f"at step {tracker.step} of {total}")
+                    # what follows a step is not counted as training time
+                    tick = time.monotonic()
+
+    def _step(
+        self, wrapped: Any, method: Method, optimizer: Any, batch: Batch, tracker: MetricTracker
+    ) -> dict[str, Tensor]:
+        settings = self.config.optimizer
+        # random draws inside a network (dropout, for one) depend on the step as well
+        _seed(mix(self.config.seed, _STEP, tracker.step, rank()))
+        optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        parts = batch.split(settings.grad_accumulation_steps)
+        sizes = sum_batch_sizes([len(part) for part in parts], self.fabric.device)
+        for number, part in enumerate(parts):
+            with self.fabric.no_backward_sync(wrapped, enabled=world_size() > 1 and number + 1 < len(parts)):
+                terms = wrapped(part.to(self.fabric.device))
+                weight = sizes[number] / sum(sizes)
+                self.fabric.backward(torch.stack(list(terms.values())).sum() * weight)
+            for name, value in terms.items():
+                totals[name] = totals[name] + value.detach() * weight if name in totals else value.detach() * weight
+        if settings.grad_clip_norm is not None or tracker.step % _NORM_EVERY == 0:
+            max_norm = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
+            norm = self.fabric.clip_gradients(method, optimizer, max_norm=max_norm, error_if_nonfinite=False)
+            assert norm is not None
+            tracker.add_norm(norm)
+        optimizer.step()
+        return totals
+
+    def _end_epoch(
+        self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, epoch: int, learning_rate: float
+    ) -> None:
+        means = tracker.global_means()
+        entropy = method.conditional_entropy(self.config, means, method.adapter.one_per_image)
+        bits = None if entropy is None else (_entropy(self.data.class_counts) - entropy) / math.log(2)
+        unreadable = self.data.train.images.unreadable
+        if len(unreadable) > self.num_unreadable:
+            self.num_unreadable = len(unreadable)
+            first = next(iter(unreadable.values()))
+            logger.info(
+                "%d training images cannot be read and were replaced by others of their class; the first: %s",
+                len(unreadable),
+                first,
+            )
+        log.add(
+            {
+                "kind": "epoch",
+                "epoch": epoch + 1,
+                "step": tracker.step,
+                "learning_rate": learning_rate,
+                "loss": sum(means.values()),
+                **{f"loss/{name}": value for name, value in means.items()},
+                "information_bits": bits,
+                "gradient_norm": tracker.norm(),
+                **{name: value.item() for name, value in method.metrics_to_log().items()},
+                **({"unreadable_images": len(unreadable)} if unreadable else {}),
+                "images_per_second": round(tracker.speed(), 1),
+                "memory_mib": _memory_mib(self.fabric.device),
+                "student_passes": tracker.student_passes,
+                "seconds": round(tracker.seconds, 3),
+            }
+        )
+        tracker.clear()
+        due = (epoch + 1) % self.config.validate_every == 0 or epoch + 1 == self.epochs
+        if self.data.val is not None and due:
+            self._validate(method, ema, tracker, log, self.data.val)
+            method.train()
+
+    def _validate(self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, images: ImageSet) -> None:
+        """Remember the weights that are best on the validation set; the earlier ones on a tie."""
+        student = _modules_to_save(method, ema)
+        broadcast_buffers(student)
+        model = self._model(student, {}, {})
+        metrics = evaluate_split(model, images, self.config, accuracy_only=True)[model.config.predicts_under]
+        shown: dict[str, Any] = {name: metrics[name] for name in self.task.validation_metrics}
+        score = next(iter(shown.values()))
+        log.add({"kind": "validation", "step": tracker.step, **shown})
+        if tracker.best is None or score > tracker.best["score"]:
+            weights = {name: t.detach().cpu().clone() for name, t in student.state_dict().items()}
+            tracker.best = {"score": score, "step": tracker.step, "weights": weights}
+
+    def _model(self, student: nn.ModuleDict, training_info: dict[str, Any], metrics: dict[str, Any]) -> TrainedModel:
+        data, classifier = self.data, student["classifier"]
+        mixture: dict[str, Any] = {}
+        if isinstance(classifier, MixtureEnsembleHead):
+            keys = (len(classifier.keys), classifier.keys.shape[1])
+            weight = classifier.ensemble_weight
+            mixture = {"head": "mixture_ensemble", "mixture_keys": keys, "ensemble_weight": weight}
+        model_config = ModelConfig(
+            class_names=data.class_names,
+            class_counts=tuple(data.class_counts),
+            network=self.config.network,
+            scale=self.config.classifier.scale,
+            task=data.task,
+            mean=student["encoder"].mean,  # type: ignore[arg-type]
+            std=student["encoder"].std,  # type: ignore[arg-type]
+            predicts_under=self.method_class.predicts_under(self.config),
+            training_info=training_info,
+            metrics=metrics,
+            **self.task.model_geometry(data),
+            **mixture,
+        )
+        model: TrainedModel = self.task.model_class(student["encoder"], classifier, model_config)
+        return model
+
+    def _finish(
+        self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, teacher_seconds: float
+    ) -> Run:
+        config = self.config
+        student = _modules_to_save(method, ema)
+        broadcast_buffers(student)
+        if tracker.best is not None:
+            student.load_state_dict(tracker.best["weights"])
+        training_info: dict[str, Any] = {
+            "longtail": longtail.__version__,
+            "torch": torch.__version__,
+            "recipe": config.recipe,
+            "data": config.data.source,
+            "method": config.method,
+            "epochs": config.epochs,
+            "seed": config.seed,
+            "seconds": round(tracker.seconds, 3),
+            "teacher_seconds": round(teacher_seconds, 3),
+            "student_passes": tracker.student_passes,
+            "images": self.data.fingerprint,
+        }
+        if tracker.best is not None:
+            training_info["best_step"] = tracker.best["step"]
+        model = self._model(student, training_info, {})
+        if self.data.val is not None:
+            model = self.task.calibrate(model, self.data.val, config)
+        metrics = evaluate_split(model, self.data.test, config)
+        model.config = dataclasses.replace(model.config, metrics=metrics["uniform"])
+        if rank() == 0:
+            model.save(self.out / "recognizer")
+            if config.recipe != "teacher":
+                self.task.save_examples(self.out, self.data.test, metrics[model.config.predicts_under])
+        log.add({"kind": "test", "step": tracker.step, **metrics})
+        barrier()
+        seconds = training_info["seconds"]
+        return Run(self.out, config, model.config, metrics, tracker.student_passes, seconds, teacher_seconds)
+
+    def _save(self, method: Method, optimizer: Any, ema: Any, tracker: MetricTracker) -> None:
+        state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "tracker": tracker.state()}
+        if ema is not None:
+            state["ema"] = ema.module.state_dict()
+        if rank() == 0:
+            save_checkpoint(self.out / "last.ckpt", {"images": self.data.fingerprint, **state})
+
+    def _restore(self, state: dict[str, Any], method: Method, optimizer: Any, ema: Any, tracker: MetricTracker) -> None:
+        if state.get("images") != self.data.fingerprint:
+            raise LongtailError(
+                f"{self.out / 'last.ckpt'}: was trained on other images than there are now; "
+                "restore them, or start again with --overwrite"
+            )
+        try:
+            method.load_state_dict(state["method"])
+            optimizer.load_state_dict(state["optimizer"])
+            if ema is not None:
+                ema.module.load_state_dict(state["ema"])
+            tracker.restore(state["tracker"], self.fabric.device)
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            message = " ".join(str(error).split())[:200]
+            raise LongtailError(
+                f"{self.out / 'last.ckpt'}: is another recipe's checkpoint ({message}); start again with --overwrite"
+            ) from None
+
+
+def _seed(seed: int) -> None:
+    # torch.manual_seed would queue a call with its stack trace every time where CUDA is built in but not in use
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+def _student(method: Method) -> nn.ModuleDict:
+    """Return the modules that a moving average is taken of."""
+    return nn.ModuleDict({"encoder": method.encoder, "classifier": method.classifier})
+
+
+def _modules_to_save(method: Method, ema: Any) -> nn.ModuleDict:
+    """Return encoder and classifier of a method, or of its moving average."""
+    student = _student(method) if ema is None else ema.module
+    classifier = student["classifier"]
+    assert isinstance(classifier, CosineClassifier)
+    return nn.ModuleDict({"encoder": student["encoder"], "classifier": method.head(classifier)})
+
+
+def _entropy(counts: Sequence[int]) -> float:
+    """Return the entropy of the labels H(Y) in nats."""
+    total = sum(counts)
+    return -sum(count / total * math.log(count / total) for count in counts if count)
+
+
+def _memory_mib(device: torch.device) -> int:
+    """Return the peak memory: the accelerator's, or this process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

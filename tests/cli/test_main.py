@@ -1,0 +1,280 @@
+"""The command line as a user meets it: what it says, and that bad input gets one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longtail.data.source_spec import named_sets
+from longtail.training.run_io import flatten
+from tests.conftest import TINY, Command, save_image
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["recipes"],
+        ["evaluate", "--help"],
+        ["predict", "--help"],
+        ["inspect", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_waits_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom longtail.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_help_shows_every_field_with_the_recipes_values(command: Command) -> None:
+    from longtail.config import field_names
+
+    code, out, _ = command("train", "cifar100-lt", "--help")
+    assert code == 0
+    for name in set(field_names()) - {"recipe"}:
+        assert f"--{name} " in out or f"--{name}, --" in out
+    assert "resnet56" in out
+
+
+def test_train_evaluate_predict(command: Command, tmp_path: Path) -> None:
+    run, table = tmp_path / "run", tmp_path / "deep" / "test.json"
+    code, out, err = command("train", "digits-lt", *TINY, "--out", run, "--json", table)
+    assert code == 0, err
+    assert str(run / "report.html") in out
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "last.ckpt",
+        "errors",
+        "recognizer",
+        "report.html",
+    }
+    trained = json.loads(table.read_text())
+    (run / "report.html").unlink()
+    code, out, _ = command("report", run, "--json", tmp_path / "records.json")
+    assert code == 0
+    assert (run / "report.html").is_file()
+    assert json.loads((tmp_path / "records.json").read_text())[0]["method"] == "gml"
+    for arguments, message in (
+        ([], "expected the folder of a run"),
+        ([tmp_path / "none"], "there is no such run folder"),
+        ([run, "--out", tmp_path / "page.html"], "is for several runs"),
+        ([run, run, "--out", tmp_path], "is a folder, expected a file"),
+    ):
+        code, _, err = command("report", *arguments)
+        assert code == 2
+        assert message in err
+    code, out, _ = command("evaluate", run, "--json", tmp_path / "metrics.json", "--prior", "train")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert code == 0
+    assert "uniform" in out
+    assert "training" in out
+    assert metrics["priors"] == trained["priors"]
+    assert metrics["balanced_accuracy"] == trained["priors"]["train"]["balanced_accuracy"]
+    assert len(metrics["per_class"]) == 10
+    images = [save_image(tmp_path / "images" / f"{n}.png", (20, 30), seed=n) for n in range(3)]
+    code, out, _ = command("predict", run, tmp_path / "images", images[0], "--top", "2", "--json", tmp_path / "p.json")
+    assert code == 0
+    rows = json.loads((tmp_path / "p.json").read_text())
+    assert [row["path"] for row in rows] == [*map(str, images), str(images[0])]
+    assert rows[0]["class"] in metrics["class_names"]
+    assert len(rows[0]["top"]) == 2
+    assert rows[0]["top"] == rows[3]["top"]
+    assert len(out.splitlines()) == 6
+
+
+def test_compare(command: Command, tmp_path: Path) -> None:
+    out, table = tmp_path / "comparison", tmp_path / "runs.json"
+    arguments = ("compare", "digits-lt", *TINY, "--methods", "ce,la,gml", "--seeds", "2", "--out", out, "--json", table)
+    code, printed, err = command(*arguments)
+    assert code == 0, err
+    assert "gml − la" in printed
+    records = json.loads(table.read_text())
+    assert len(records) == 6
+    wanted = {"method", "seed", "balanced_accuracy", "many", "medium", "few", "seconds", "student_passes"}
+    assert all(wanted <= record.keys() for record in records)
+    assert len({record["student_passes"] for record in records if record["seed"] == 0}) == 1
+    assert (out / "comparison.png").stat().st_size > 10_000
+    assert "gml − la" in (out / "report.html").read_text(encoding="utf-8")
+    assert (out / "gml-seed1" / "report.html").is_file()
+
+
+def test_a_folder_of_images(command: Command, photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, out, err = command("train", "folder", "--data.root", photos, *TINY, "--out", run)
+    assert code == 0, err
+    assert "n/a" in out  # no class has more than a hundred images
+    code, out, _ = command("predict", run, photos / "emu")
+    assert code == 0
+    assert any(name in out for name in ("cat", "dog", "emu"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "perhaps you meant train"),
+        (["train", "digits"], "recipe 'digits' is not known; perhaps you meant digits-lt"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["train", "--method", "gmll"], "method 'gmll' is not known; perhaps you meant gml"),
+        (["train", "--data.imblance", "3"], "perhaps you meant --data.imbalance"),
+        (["train", "--epoch", "3"], "perhaps you meant --epochs"),
+        (["train", "--overw"], "perhaps you meant --overwrite"),
+        (["train", "--epochs", "ten"], "--epochs"),
+        (["train", "--epochs", "-3"], "epochs: Input should be greater than or equal to 1"),
+        (["train", "--epochs"], "--epochs"),
+        (["train", "--shots.few_below", "300"], "shots.few_below 300"),
+        (["train", "--network", "resnet33"], "network 'resnet33' is not known"),
+        (["train", "--teacher.source", "nowhere"], "teacher.source 'nowhere'"),
+        (["train", "--gml.queue_size", "5"], "gml.queue_size 5"),
+        (["train", "--resume", "--overwrite"], "contradict each other"),
+        (["train", "folder"], "data.root is missing"),
+        (["train", "folder", "--data.root", "nowhere"], "there is no such folder"),
+        (["train", "--json", "."], "is a folder, expected a file"),
+        (["compare", "--methods", "ce,lb"], "'lb' is not known"),
+        (["compare", "--seeds", "0"], "--seeds 0"),
+        (["evaluate"], "RUN"),
+        (["evaluate", "nowhere"], "nowhere: there is no such run folder"),
+        (["evaluate", "."], "contains no model"),
+        (["predict", "."], "IMAGES"),
+        (["predict", "nowhere", "x.png"], "nowhere: there is no such run folder"),
+        (["recipes", "--jso", "x"], "perhaps you meant --json"),
+    ],
+)
+def test_bad_input(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*arguments)
+    assert code == 2
+    assert message in err
+    assert err.startswith("longtail: error: ")
+    assert len(err.splitlines()) == 1
+    assert not out
+    assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_a_recipe_file_with_a_mistake(command: Command, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    for text, message in [
+        ("base: digits-lt\nepoch: 3", "mine.yaml: there is no field 'epoch'; perhaps you meant epochs"),
+        ("base: digits-lt\ndata:\n  imblance: 3", "'data.imblance'; perhaps you meant data.imbalance"),
+        ("epochs: many", "mine.yaml: epochs: Input should be a valid integer"),
+        ("method: gmll", "perhaps you meant gml"),
+        ("base: nope", "base 'nope' is not known"),
+        ("- 1", "expected fields with values, got list"),
+        ("a: b: c", "not YAML"),
+    ]:
+        recipe.write_text(text)
+        code, _, err = command("train", recipe, "--out", tmp_path / "run")
+        assert code == 2
+        assert message in err
+        assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_names_a_bad_file(command: Command, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert command("train", "digits-lt", "--method", "la", *TINY, "--out", run)[0] == 0
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    for path, message in [("bad.png", "is not an image"), ("none.png", "there is no such file")]:
+        code, _, err = command("predict", run, tmp_path / path)
+        assert code == 2
+        assert f"{path}: {message}" in err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no images" in command("predict", run, empty)[2]
+    (run / "recognizer" / "model.safetensors").write_bytes(b"broken")
+    code, _, err = command("evaluate", run)
+    assert code == 2
+    assert "does not fit config.json" in err
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder(command: Command, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    code, _, err = command("train", "--out", tmp_path / "run")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+@pytest.mark.parametrize("out", ["/proc/run", "/dev/null/run"])
+def test_a_place_where_no_folder_can_be(command: Command, out: str) -> None:
+    code, _, err = command("train", "--method", "la", *TINY, "--out", out)
+    assert code == 2
+    assert "cannot be" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_every_recipe_reads_and_round_trips(tmp_path: Path) -> None:
+    from longtail.config import load_recipe, read_config, recipe_names
+
+    assert set(recipe_names()) == {*named_sets(), "folder", "masks"}
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert recipe.about.summary
+        assert recipe.about.command.split()[2] == name
+        (tmp_path / "config.yaml").write_text(recipe.config.to_yaml())
+        assert read_config(tmp_path / "config.yaml") == recipe.config
+    cifar = flatten(load_recipe("cifar10-lt").config.to_dict())
+    base = flatten(load_recipe("cifar100-lt").config.to_dict())
+    assert {key for key in cifar if cifar[key] != base[key]} == {"recipe", "data.source"}
+
+
+def test_a_comparison_over_imbalances(command: Command, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out", tmp_path / "records.jsonl"
+    code, shown, err = command(
+        *("compare", "digits-lt", *TINY, "--methods", "ce,la", "--seeds", "1"),
+        *("--imbalances", "5,20", "--out", out, "--json", lines),
+    )
+    assert code == 0, err
+    assert "imbalance 20, la − ce" in shown
+    assert [json.loads(line)["imbalance"] for line in lines.read_text().splitlines()] == [5, 5, 20, 20]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "ce-imbalance5-seed0/report.html" in page
+    assert (out / "ce-imbalance5-seed0" / "report.html").is_file()
+    for wrong, message in (
+        (("--imbalances", "ten"), "--imbalances 'ten': expected numbers"),
+        (("--imbalances", "0.5"), "--imbalances: expected factors of at least 1"),
+        (("--jobs", "0"), "--jobs 0: expected at least 1"),
+        (("--methods", "ce,pacco"), "perhaps you meant paco"),
+    ):
+        code, _, err = command("compare", "digits-lt", *TINY, *wrong, "--out", tmp_path / "other")
+        assert code == 2
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_shell_completes(command: Command) -> None:
+    code, script, _ = command("completion", "bash")
+    assert code == 0
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(map(repr, words))
+        asked = f'{script}\nCOMP_WORDS=({line}) COMP_CWORD={len(words) - 1}\n_longtail\necho "${{COMPREPLY[@]}}"'
+        return set(subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout.split())
+
+    assert completed("longtail", "re") == {"rebalance", "recipes", "report"}
+    assert completed("longtail", "train", "cifar") == {"cifar10-lt", "cifar100-lt"}
+    assert "--data.imbalance" in completed("longtail", "train", "cifar100-lt", "--data.")
+    assert completed("longtail", "serve", "run", "--p") == {"--port"}
+    for shell, part in (("zsh", "bashcompinit"), ("fish", "-l imbalances")):
+        code, script, _ = command("completion", shell)
+        assert code == 0
+        assert part in script
+    for arguments in ((), ("tcsh",)):
+        code, _, err = command("completion", *arguments)
+        assert code == 2
+        assert "bash, zsh, fish" in err

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import torch
+
+from longtail.data.dataset import ImageSet
+from longtail.data.images import ArrayImages
+from longtail.data.loader import TrainLoader, evaluation_batches
+from longtail.data.transforms import build_transform
+
+
+def numbered_images(count: int) -> ImageSet:
+    pixels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone()
+    return ImageSet(ArrayImages(pixels), torch.arange(count) % 3, torch.arange(count) * 7)
+
+
+def test_every_image_once_in_even_batches() -> None:
+    loader = TrainLoader(numbered_images(101), 32, [build_transform("none", 8)], seed=0)
+    batches = list(loader.epoch(0))
+    assert [len(batch.labels) for batch in batches] == [26, 25, 25, 25]
+    assert sorted(torch.cat([batch.ids for batch in batches]).tolist()) == [7 * n for n in range(101)]
+    for batch in batches:
+        assert torch.equal(batch.labels, batch.ids // 7 % 3)
+        assert torch.equal((batch.views[0][:, 0, 0, 0] * 255).round().long(), batch.ids // 7)
+
+
+def test_an_epoch_can_be_entered_anywhere() -> None:
+    loader = TrainLoader(numbered_images(50), 8, [build_transform("digits", 8)] * 2, seed=3)
+    whole, rest = list(loader.epoch(4)), list(loader.epoch(4, start=5))
+    assert len(rest) == len(whole) - 5
+    for a, b in zip(whole[5:], rest, strict=True):
+        assert torch.equal(a.ids, b.ids)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    assert not torch.equal(whole[0].ids, next(loader.epoch(5)).ids)
+    assert not torch.equal(whole[0].views[0], whole[0].views[1])
+
+
+def test_evaluation_sees_every_image_once() -> None:
+    labels = [labels_of_batch for _, labels_of_batch in evaluation_batches(numbered_images(10), 8, batch_size=4)]
+    assert [len(part) for part in labels] == [4, 4, 2]
+    assert torch.equal(torch.cat(labels), numbered_images(10).labels)

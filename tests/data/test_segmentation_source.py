@@ -1,0 +1,242 @@
+"""Folders of images and masks: what is read, what is refused, and views in which both move alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longtail.config import Data, Shots
+from longtail.data.dataset import ImageSet
+from longtail.data.image_io import open_image
+from longtail.data.loader import TrainLoader
+from longtail.data.source_spec import source_of
+from longtail.data.sources import load_data
+from longtail.data.sources.segmentation import (
+    CAMVID_CLASSES,
+    SegmentationData,
+    SegmentationImages,
+    SegmentationSample,
+    read_mask,
+)
+from longtail.data.sources.segmentation_transform import SegmentationTransform
+from longtail.errors import LongtailError
+from tests.conftest import SHARED, save_scene
+
+
+def load(root: Path, source: str = "masks") -> SegmentationData:
+    data = load_data(Data(source=source, root=str(root)), 0)
+    assert isinstance(data, SegmentationData)
+    return data
+
+
+def test_a_folder_is_read(scenes: Path) -> None:
+    data = load(scenes)
+    assert data.class_names == ("sky", "ground", "sign")
+    assert (len(data.train), len(data.val or ()), len(data.test)) == (12, 4, 6)
+    images = data.train.images
+    assert isinstance(images, SegmentationImages)
+    everything = np.concatenate([images.open_sample(index).labels.ravel() for index in range(12)])
+    assert data.class_counts == [int((everything == index).sum()) for index in range(3)]
+    # the rarest class of each image, and shares of a draw in which an image's classes are alike
+    assert data.train.labels.tolist() == [
+        2 if index % 3 == 0 else int(np.argmin(data.class_counts[:2])) for index in range(12)
+    ]
+    assert data.draw_counts == (8 * 500 + 4 * 333 + 1, 8 * 500 + 4 * 333 + 1, 4 * 333 + 1)
+    assert data.size == (50, 66)
+    assert source_of(str(scenes)) == {"source": "masks", "root": str(scenes)}
+
+
+def test_without_a_test_split_the_validation_images_are_tested_on(scenes: Path) -> None:
+    for part in ("images", "annotations"):
+        for path in (scenes / part / "test").iterdir():
+            path.unlink()
+    data = load(scenes)
+    assert data.val is None
+    assert len(data.test) == 4
+
+
+def test_without_names_classes_have_numbers(scenes: Path) -> None:
+    (scenes / "classes.txt").unlink()
+    assert load(scenes).class_names == ("class 1", "class 2", "class 3")
+
+
+def test_ade20ks_own_file_of_names(scenes: Path) -> None:
+    (scenes / "classes.txt").unlink()
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", "1\t.5\t1\t1\t1\twall", "2\t.3\t1\t1\t1\tbuilding, edifice"]
+    (scenes / "objectInfo150.txt").write_text("\n".join([*rows, "3\t.1\t1\t1\t1\tsky"]) + "\n")
+    data = load(scenes, "ade20k")
+    assert data.class_names == ("wall", "building", "sky")
+    assert (data.val, len(data.test)) == (None, 4)  # its validation images are what everybody tests on
+
+
+def test_camvid() -> None:
+    if not (SHARED / "camvid").is_dir():
+        pytest.skip("needs CamVid in ../shared/data/camvid")
+    data = load(SHARED / "camvid", "camvid")
+    assert (len(data.train), len(data.val or ()), len(data.test)) == (367, 101, 233)
+    assert data.class_names == CAMVID_CLASSES
+    shares = np.array(data.class_counts) / sum(data.class_counts)
+    for name in ("pole", "sign", "fence", "pedestrian", "bicyclist"):
+        assert shares[CAMVID_CLASSES.index(name)] < 0.015
+    assert data.size == (240, 320)
+
+
+def no_mask(root: Path) -> None:
+    (root / "annotations/training/03.png").unlink()
+
+
+def no_image(root: Path) -> None:
+    (root / "images/test/03.png").unlink()
+
+
+def other_size(root: Path) -> None:
+    Image.new("L", (65, 50), 1).save(root / "annotations/training/03.png")
+
+
+def too_many(root: Path) -> None:
+    Image.new("L", (66, 50), 7).save(root / "annotations/validation/01.png")
+
+
+def in_colours(root: Path) -> None:
+    Image.new("RGB", (66, 50)).save(root / "annotations/training/03.png")
+
+
+def unseen(root: Path) -> None:
+    (root / "classes.txt").write_text("sky\nground\nsign\nunicorn\n")
+
+
+def broken(root: Path) -> None:
+    (root / "annotations/training/03.png").write_bytes(b"none")
+
+
+def one_class(root: Path) -> None:
+    (root / "classes.txt").write_text("sky\n")
+
+
+def twice(root: Path) -> None:
+    (root / "classes.txt").write_text("sky\nsky\nsign\n")
+
+
+def no_folder(root: Path) -> None:
+    (root / "images").rename(root / "pictures")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_mask, r"images/training/03.png: has no mask .*annotations/training/03.png; add it, or remove the image"),
+        (no_image, r"annotations/test/03.png: has no image .*images/test/03.jpg; add it, or remove the mask"),
+        (other_size, r"annotations/training/03.png: has 65 × 50 pixels, its image .*03.png 66 × 50"),
+        (too_many, r"annotations/validation/01.png: holds the value 7, expected 0 \(unlabelled\) to 3"),
+        (in_colours, r"annotations/training/03.png: has 3 channels \(RGB\), expected one"),
+        (unseen, r"class 'unicorn' \(value 4\) has no pixel there; add images of it"),
+        (broken, r"annotations/training/03.png: is not an image"),
+        (one_class, r"classes.txt: expected the names of at least two classes.*found 1"),
+        (twice, r"classes.txt: .*'sky' is listed twice"),
+        (no_folder, r"annotations/training/00.png: has no image"),
+    ],
+)
+def test_what_is_wrong_is_named(scenes: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(scenes)
+    with pytest.raises(LongtailError, match=message):
+        load(scenes)
+
+
+def test_a_missing_root(tmp_path: Path) -> None:
+    with pytest.raises(LongtailError, match=r"data.root is missing: which folder holds images/ and annotations/"):
+        load_data(Data(source="camvid"), 0)
+    with pytest.raises(LongtailError, match=r"images/training: holds no images"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["P", "I;16", "1"])
+def test_palette_and_16_bit_masks_are_read(scenes: Path, mode: str) -> None:
+    path = scenes / "annotations/training/00.png"
+    values = read_mask(path).astype(np.uint16)
+    values[values == 0] = 1
+    if mode == "1":
+        values = np.ones_like(values)
+        image = Image.fromarray(values.astype(bool))
+    elif mode == "P":
+        image = Image.fromarray(values.astype(np.uint8), mode="P")
+        image.putpalette([9, 8, 7, 200, 10, 10, 10, 200, 10, 10, 10, 200])
+    else:
+        image = Image.fromarray(values)
+    image.save(path)
+    with Image.open(path) as saved:
+        assert saved.mode == mode
+    images = load(scenes).train.images
+    assert isinstance(images, SegmentationImages)
+    assert np.array_equal(images.open_sample(0).labels, values.astype(np.int32) - 1)
+
+
+def test_a_mask_without_a_label_is_left_out_and_remarked_on(scenes: Path) -> None:
+    for split, number in (("training", 1), ("test", 2)):
+        Image.new("L", (66, 50), 0).save(scenes / f"annotations/{split}/{number:02}.png")
+    data = load(scenes)
+    assert (len(data.train), len(data.test)) == (11, 6)
+    assert len(data.remarks) == 2
+    assert "1 of 12 masks have no labelled pixel, and do not count" in data.remarks[0]
+    assert "training/01.png" in data.remarks[0]
+
+
+@pytest.mark.parametrize("scale", [(0.5, 2.0), (0.3, 0.3), (3.0, 3.0)])
+def test_image_and_mask_move_alike(scale: tuple[float, float], tmp_path: Path) -> None:
+    # the labels can be read from the colours, so wherever a view looks they must agree
+    values = np.ones((40, 60), dtype=np.uint8)
+    values[20:, 30:], values[:10, :15], values[30:, :20] = 2, 3, 0
+    image, mask = save_scene(tmp_path, "training", "x", values)
+    scene = SegmentationSample(open_image(image), read_mask(mask) - 1)
+    view, seen = SegmentationTransform((32, 48), scale, 0.0), set()
+    for draw in range(20):
+        pixels, labels = view(scene, 5, (1, draw))
+        assert pixels.shape == (3, 32, 48)
+        assert labels.shape == (32, 48)
+        from_colors = pixels.float().argmax(dim=0)
+        inside = labels >= 0
+        agreeing = (from_colors[inside] == labels[inside]).float().mean().item() if inside.any() else 1.0
+        assert agreeing > 0.85  # but where two colours meet
+        seen.add(tuple(labels.flatten().tolist()))
+        again = view(scene, 5, (1, draw))
+        assert torch.equal(pixels, again[0])
+        assert torch.equal(labels, again[1])
+    assert len(seen) > 10
+
+
+def test_jitter_leaves_labels_alone(tmp_path: Path) -> None:
+    image, mask = save_scene(tmp_path, "training", "x", np.ones((40, 60), dtype=np.uint8))
+    scene = SegmentationSample(open_image(image), read_mask(mask) - 1)
+    plain, changed = (SegmentationTransform((32, 32), (1.0, 1.0), jitter)(scene, 0, (0,)) for jitter in (0.0, 0.4))
+    assert torch.equal(plain[1], changed[1])
+    assert not torch.equal(plain[0], changed[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_views_and_the_labels_of_their_pixels(scenes: Path, workers: int) -> None:
+    train: ImageSet = load(scenes).train
+    transform = SegmentationTransform((32, 48), (0.5, 2.0), 0.2)
+    batches = list(TrainLoader(train, 5, [transform], seed=3, workers=workers).epoch(0))
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert batches[0].views[0].shape == (4, 3, 32, 48)
+    assert batches[0].labels.shape == (4, 32, 48)
+    loader = TrainLoader(train, 5, [transform], seed=3)
+    index = int(batches[0].ids[0])
+    pixels, labels = transform(train.images.open_sample(index), index, loader.rng_keys(0, 0))
+    assert torch.equal(batches[0].views[0][0].mul(255).round().to(torch.uint8), pixels)
+    assert torch.equal(batches[0].labels[0], labels)
+
+
+def test_groups_are_thirds_by_pixels(scenes: Path) -> None:
+    data = load(scenes)
+    assert (data.task, data.counted, data.group_names) == (
+        "segmentation",
+        "training pixels",
+        ("head", "middle", "tail"),
+    )
+    assert sorted(data.groups(Shots())) == ["head", "middle", "tail"]
+    assert data.groups(Shots())[2] == "tail"

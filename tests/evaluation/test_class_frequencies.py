@@ -1,0 +1,119 @@
+"""Every way to specify class frequencies, and what is rejected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longtail.errors import LongtailError
+from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
+
+NAMES = ("cat", "dog", "emu")
+COUNTS = (50, 500, 5)
+
+
+def resolve(spec: ClassFrequencies, **options: Any) -> list[float]:
+    return resolve_class_frequencies(spec, NAMES, COUNTS, **options)
+
+
+def test_names() -> None:
+    assert resolve("uniform") == pytest.approx([1 / 3] * 3)
+    assert resolve("train") == pytest.approx([50 / 555, 500 / 555, 5 / 555])
+    forward, backward = (resolve(name, imbalance=100) for name in ("forward", "backward"))
+    assert forward[1] / forward[2] == pytest.approx(100)
+    assert backward[2] / backward[1] == pytest.approx(100)
+    assert forward[0] / forward[2] == pytest.approx(10)
+    assert sum(forward) == pytest.approx(1)
+    with pytest.raises(LongtailError, match=r"^imbalance 0\.5: expected at least 1$"):
+        resolve("forward", imbalance=0.5)
+    with pytest.raises(LongtailError, match=r"^--test_prior 'unifrom': expected uniform, train, forward, backward or"):
+        resolve("unifrom", where="--test_prior")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [6, 3, 1],
+        (0.6, 0.3, 0.1),
+        np.array([6, 3, 1]),
+        torch.tensor([6.0, 3.0, 1.0]),
+        {"emu": 1, "cat": 6, "dog": 3},
+    ],
+)
+def test_values(values: Any) -> None:
+    assert resolve(values) == pytest.approx([0.6, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, 2], r"^prior: expected 3 frequencies above 0, got \[1, 2\]$"),
+        ([1, 2, 0], "expected 3 frequencies above 0"),
+        ([1, 2, float("nan")], "expected 3 frequencies above 0"),
+        ([1, 2, float("inf")], "expected 3 frequencies above 0"),
+        ([1, 2, "many"], "expected 3 frequencies above 0"),
+        (np.eye(3), "expected 3 frequencies above 0"),
+        ([1] * 1000, r"got \[1, 1, .*\.\.\.$"),
+        ({"cat": 1, "dog": 1}, "^prior: class 'emu' is missing"),
+        ({"cat": 1, "dog": 1, "emu": 1, "fox": 1}, "^prior: there is no class 'fox'"),
+    ],
+)
+def test_values_that_do_not_fit(values: Sequence[float], message: str) -> None:
+    with pytest.raises(LongtailError, match=message):
+        resolve(values)
+
+
+def test_labels_that_are_not_text() -> None:
+    assert resolve_class_frequencies({0: 1, 1: 3}, [0, 1], [5, 5]) == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.json", '{"emu": 1, "cat": 6, "dog": 3}'),
+        ("p.csv", "class,frequency\ncat,0.6\ndog,0.3\nemu,0.1\n"),
+        ("p.csv", "cat,6\ndog,3\nemu,1\n"),
+        ("p.tsv", "emu\t10\ncat\t60\ndog\t30\n"),
+    ],
+)
+def test_files(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    for spec in (tmp_path / name, str(tmp_path / name)):
+        assert resolve(spec) == pytest.approx([0.6, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.json", '{"cat": 1, "dog": 1}', "class 'emu' is missing"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": -1}', "class 'emu' has -1, expected a frequency above 0"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": 0}', "class 'emu' has 0"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": "many"}', "class 'emu' has 'many'"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": true}', "class 'emu' has True"),
+        ("p.json", '{"cat": 1, "dog": 1, "emu": NaN}', "class 'emu' has nan"),
+        ("p.json", '{"cat": 1, "dgo": 1, "emu": 1}', r"there is no class 'dgo'; perhaps you meant dog\?"),
+        ("p.json", '{"cat": 1, "cat": 1, "emu": 1}', "class 'cat' is listed twice"),
+        ("p.json", "[1, 2, 3]", "expected an object of class names and frequencies"),
+        ("p.json", "{", "is neither JSON nor"),
+        ("p.csv", "cat,1,2\n", "expected two columns"),
+        ("p.csv", "", "class 'cat' is missing"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(LongtailError, match=message):
+        resolve(tmp_path / name)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(LongtailError, match="cannot be read: No such file"):
+        resolve(tmp_path / "none.json")
+    (tmp_path / "latin.json").write_bytes(json.dumps({"caf\xe9": 1}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(LongtailError, match="cannot be read"):
+        resolve(tmp_path / "latin.json")

@@ -1,0 +1,124 @@
+"""Estimated class frequencies on mixtures whose class frequencies are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from longtail.errors import LongtailError
+from longtail.evaluation.label_shift import estimate_bbse, estimate_em, estimate_map
+
+
+def sample(prior: np.ndarray, count: int, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return exact log-likelihoods of points around the corners of a triangle, and their labels."""
+    rng = np.random.default_rng(seed)
+    centres = np.array([[0, 0], [2.0, 0], [0, 2.0]])
+    labels = rng.choice(3, count, p=prior)
+    points = centres[labels] + spread * rng.normal(size=(count, 2))
+    return -((points[:, None] - centres) ** 2).sum(axis=2) / (2 * spread**2), labels
+
+
+def test_em_is_accurate_and_its_intervals_have_their_coverage() -> None:
+    prior, inside = np.array([0.7, 0.25, 0.05]), 0
+    for seed in range(60):
+        scores, _ = sample(prior, 400, seed)
+        estimate = estimate_em(scores)
+        inside += sum(low <= q <= high for q, low, high in zip(prior, estimate.low, estimate.high, strict=True))
+    assert 0.9 < inside / 180 <= 1  # nominal: 0.95
+    scores, _ = sample(prior, 20_000, 0)
+    assert estimate_em(scores).frequencies == pytest.approx(prior, abs=0.02)
+
+
+def test_em_is_the_maximum_of_the_likelihood() -> None:
+    scores, _ = sample(np.array([0.2, 0.3, 0.5]), 500, 1)
+    best = np.array(estimate_em(scores).frequencies)
+
+    def likelihood(prior: np.ndarray) -> float:
+        return float(np.log((np.exp(scores) * prior).sum(axis=1)).mean())
+
+    for direction in np.random.default_rng(0).normal(size=(20, 3)):
+        other = np.abs(best + 0.02 * (direction - direction.mean()))
+        assert likelihood(other / other.sum()) < likelihood(best)
+
+
+def test_integer_weights_equal_repeated_images() -> None:
+    scores, _ = sample(np.array([0.2, 0.3, 0.5]), 200, 1)
+    weights = np.random.default_rng(0).integers(0, 4, 200)
+    assert estimate_em(scores, weights).frequencies == pytest.approx(
+        estimate_em(scores.repeat(weights, axis=0)).frequencies, abs=1e-5
+    )
+
+
+COUNTS = [100, 30, 3]  # training images of the three classes
+
+
+def test_map_has_little_prior_strength_with_many_images() -> None:
+    prior = np.array([0.15, 0.8, 0.05])  # no power of the training frequencies
+    scores, _ = sample(prior, 20_000, 0)
+    estimate = estimate_map(scores, COUNTS, np.zeros(3), np.zeros((2, 3)))
+    assert estimate.frequencies == pytest.approx(prior, abs=0.02)
+    assert estimate.prior_strength is not None
+    assert estimate.prior_strength <= 0.03
+    assert all(low <= q <= high for q, low, high in zip(prior, estimate.low, estimate.high, strict=True))
+
+
+@pytest.mark.parametrize("power", [1.0, 0.0, -1.0])
+def test_map_is_more_accurate_than_em_when_the_tail_is_a_power_of_the_training_sets(power: float) -> None:
+    # 30 classes at equal distances on a line, and corrections of their scores that are noise
+    counts = 100.0 ** (-np.arange(30) / 29)
+    prior = counts**power / (counts**power).sum()
+    distances, inside = [], []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        points = rng.choice(30, 3000, p=prior) + rng.normal(size=3000)
+        scores = -((points[:, None] - np.arange(30)) ** 2) / 2
+        halves = 0.3 * rng.normal(size=(2, 30))
+        corrected = estimate_map(scores, counts, halves.mean(axis=0), halves)
+        em = estimate_em(scores + halves.mean(axis=0))
+        # without corrections the prior has its largest strength: only the power is estimated
+        uncorrected = estimate_map(scores + halves.mean(axis=0), counts)
+        assert uncorrected.prior_strength == 10
+        distances.append([np.abs(np.array(entry.frequencies) - prior).sum() for entry in (corrected, uncorrected, em)])
+        inside += [low <= q <= high for q, low, high in zip(prior, corrected.low, corrected.high, strict=True)]
+    *of_map, of_em = np.mean(distances, axis=0)
+    assert max(of_map) < 0.5 * of_em
+    assert np.mean(inside) > 0.9  # nominal: 0.95
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_map_keeps_every_class_possible_with_few_images(images: int) -> None:
+    scores = np.array([[0.0, -1.0, -9.0]] * images)
+    for corrections in ((), (np.zeros(3), np.zeros((2, 3)))):
+        frequencies = estimate_map(scores, COUNTS, *corrections).frequencies
+        assert sum(frequencies) == pytest.approx(1)
+        assert frequencies[2] > 0.01
+
+
+def test_bbse_is_accurate_and_independent_of_the_scores_scale() -> None:
+    prior, estimates, inside = np.array([0.7, 0.25, 0.05]), [], 0
+    for seed in range(12):
+        heldout, labels = sample(np.full(3, 1 / 3), 3000, 2 * seed)
+        scores, _ = sample(prior, 4000, 2 * seed + 1)
+        one, other = (
+            estimate_bbse((scale * scores).argmax(1), labels, (scale * heldout).argmax(1), 3) for scale in (0.1, 5.0)
+        )
+        assert one == other
+        estimates.append(one.frequencies)
+        inside += sum(low <= q <= high for q, low, high in zip(prior, one.low, one.high, strict=True))
+    assert np.mean(estimates, axis=0) == pytest.approx(prior, abs=0.02)
+    assert inside / 36 > 0.8  # nominal: 0.95
+    with pytest.raises(LongtailError, match="class number 2 has no held-out image"):
+        estimate_bbse([0, 1], [0, 1], [0, 1], 3)
+
+
+def test_an_absent_class_has_a_frequency_above_zero() -> None:
+    scores, _ = sample(np.array([0.5, 0.5, 0.0]), 500, 0, spread=0.2)
+    frequencies = estimate_em(scores).frequencies
+    assert 0 < frequencies[2] < 0.01
+    assert sum(frequencies) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scores", [np.zeros((0, 3)), np.array([[np.nan, 0]]), np.zeros(3)])
+def test_wrong_scores_raise(scores: np.ndarray) -> None:
+    with pytest.raises(LongtailError, match=r"scores: expected \(N, C\) finite numbers"):
+        estimate_em(scores)

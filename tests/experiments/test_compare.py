@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from longtail.config import Config
+from longtail.errors import LongtailError
+from longtail.experiments.compare import compare, plan
+from longtail.experiments.records import Record, differences, table
+from tests.processes import run_longtail, start_longtail
+
+
+def test_equal_passes(tiny: Config) -> None:
+    runs = [run.config for run in plan(tiny.replace(epochs=10), ["ce", "la", "gml"], range(2), "passes")]
+    assert [(run.method, run.seed, run.epochs) for run in runs] == [
+        ("ce", 0, 20),
+        ("la", 0, 20),
+        ("gml", 0, 10),
+        ("ce", 1, 20),
+        ("la", 1, 20),
+        ("gml", 1, 10),
+    ]
+    assert {run.config.epochs for run in plan(tiny, ["la", "gml"], [0], "epochs")} == {2}
+    two_views = tiny.replace(classifier={"views": 2})
+    assert {run.config.epochs for run in plan(two_views, ["la", "gml"], [0], "passes")} == {2}
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"), [(["ce", "lb"], "'lb' is not known"), (["la", "la"], "different names")]
+)
+def test_methods_are_checked(tiny: Config, methods: list[str], message: str) -> None:
+    with pytest.raises(LongtailError, match=message):
+        plan(tiny, methods, [0], "passes")
+
+
+def test_what_is_done_is_not_done_again(tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "comparison"
+    first = compare(tiny, ["la", "gml"], [0], out, quiet=True)
+    assert len({record.student_passes for record in first}) == 1
+    stamp = (out / "la-seed0" / "last.ckpt").stat().st_mtime_ns
+    more = compare(tiny, ["la", "gml"], [0, 1], out, quiet=True)
+    assert more[:2] == first
+    assert [record.seed for record in more] == [0, 0, 1, 1]
+    assert (out / "la-seed0" / "last.ckpt").stat().st_mtime_ns == stamp
+    with pytest.raises(LongtailError, match="was started with epochs"):
+        compare(tiny.replace(epochs=1), ["la", "gml"], [0], out, quiet=True)
+    compare(tiny.replace(epochs=1), ["la"], [0], out, overwrite=True, quiet=True)
+    assert not (out / "gml-seed0").exists()
+
+
+def test_imbalances_are_an_axis(tiny: Config, tmp_path: Path) -> None:
+    runs = plan(tiny, ["ce", "la"], [0, 1], "passes", [10.0, 50.0])
+    assert [(run.imbalance, run.config.seed, run.config.method) for run in runs[:5]] == [
+        (10, 0, "ce"),
+        (10, 0, "la"),
+        (10, 1, "ce"),
+        (10, 1, "la"),
+        (50, 0, "ce"),
+    ]
+    assert {run.config.data.imbalance for run in runs[4:]} == {50}
+    records = compare(tiny, ["ce", "la"], [0], tmp_path / "out", imbalances=[5.0, 20.0], quiet=True)
+    assert [(record.imbalance, record.method) for record in records] == [(5, "ce"), (5, "la"), (20, "ce"), (20, "la")]
+    # more images in all where the tail is thicker
+    assert records[0].student_passes > records[2].student_passes
+    assert (tmp_path / "out" / "la-imbalance20-seed0" / "recognizer").is_dir()
+    lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    assert [Record.from_dict(json.loads(line)) for line in lines] == records
+    header, rows = table(records)
+    assert header[:2] == ["imbalance", "method"]
+    assert [row[:2] for row in rows] == [["5", "ce"], ["5", "la"], ["20", "ce"], ["20", "la"]]
+    assert [str(difference).partition(":")[0] for difference in differences(records)] == [
+        "imbalance 5, la − ce",
+        "imbalance 20, la − ce",
+    ]
+
+
+@pytest.mark.parametrize("factors", [[0.5], [math.nan], [math.inf], [10.0, 10.0], []])
+def test_factors_are_checked(tiny: Config, factors: list[float]) -> None:
+    with pytest.raises(LongtailError, match="--imbalances: expected"):
+        plan(tiny, ["ce"], [0], "passes", factors)
+
+
+def test_a_set_with_a_tail_of_its_own_has_no_other(tiny: Config) -> None:
+    own = tiny.replace(data={"source": "folder", "root": "photos"})
+    with pytest.raises(LongtailError, match=r"photos keeps the tail that it has; set --data\.profile"):
+        plan(own, ["ce"], [0], "passes", [10.0])
+    assert len(plan(own.replace(data={"profile": "step"}), ["ce"], [0], "passes", [10.0])) == 1
+
+
+def test_two_at_a_time_give_what_one_after_the_other_gives(tiny: Config, tmp_path: Path) -> None:
+    def compared(out: str, jobs: int) -> list[Record]:
+        # the methods of a seed share a teacher, which is trained once
+        records = compare(tiny, ["la", "gml", "paco"], [0, 1], tmp_path / out, jobs=jobs, quiet=True)
+        return [dataclasses.replace(record, seconds=0.0, teacher_seconds=0.0) for record in records]
+
+    assert compared("one", 1) == compared("two", 2)
+    assert len(list((tmp_path / "two" / "teachers").glob("*/recognizer"))) == 2
+
+
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_comparison_that_is_stopped_goes_on(tmp_path: Path, jobs: str) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", "digits-lt", "--network", "conv8-tiny", "--epochs", "10", "--methods", "la,bcl"]
+    arguments += ["--seeds", "2", "--checkpoint_seconds", "0.2", "--out", str(out), "--jobs", jobs]
+    with start_longtail(*arguments, "--quiet") as stopped:
+        deadline = time.monotonic() + 90
+        while not list(out.glob("*/last.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        stopped.send_signal(signal.SIGTERM)
+        _, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 128 + signal.SIGTERM, err
+    assert len(err.strip().splitlines()) == 1
+    assert "repeat the command without --overwrite to continue" in err
+    ended = run_longtail(*arguments, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "1/4" in ended.stderr
+    assert len((out / "records.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_foreign_folder_is_left_alone(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(LongtailError, match="not a comparison of longtail"):
+            compare(tiny, ["la"], [0], tmp_path, overwrite=overwrite, quiet=True)
+    assert (tmp_path / "thesis.txt").exists()

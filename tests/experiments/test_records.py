@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from longtail.experiments.records import Record, differences, summarize, table
+
+
+def record(method: str, seed: int, accuracy: float, many: float | None = None) -> Record:
+    return Record(
+        method=method,
+        seed=seed,
+        metrics={"balanced_accuracy": accuracy, "top1": accuracy, "many": many, "medium": 1.0, "few": 2.0},
+        seconds=3.0,
+        student_passes=100,
+        teacher_seconds=0.0,
+        epochs=5,
+        predicts_under="uniform",
+    )
+
+
+def test_means_and_deviations() -> None:
+    records = [record("la", 0, 80.0), record("la", 1, 84.0)]
+    summary = summarize(records, "la", "balanced_accuracy")
+    assert summary is not None
+    assert summary.mean == 82
+    assert summary.deviation == pytest.approx(2.828, abs=1e-3)
+    assert summarize(records, "la", "many") is None
+    assert table(records)[1][0][:3] == ["la", "82.0 ± 2.8", "n/a"]
+
+
+def test_a_record_survives_json() -> None:
+    first = record("la", 3, 80.0)
+    values = json.loads(json.dumps(first.to_dict()))
+    assert list(values)[:4] == ["method", "seed", "balanced_accuracy", "top1"]  # metrics stand beside the rest
+    assert "metrics" not in values
+    assert Record.from_dict(values) == first
+
+
+def test_differences_are_paired() -> None:
+    # far apart from seed to seed, but always two points ahead, give or take a tenth
+    records = [record("la", s, a) for s, a in enumerate([50.0, 70.0, 90.0])]
+    records += [record("gml", s, a) for s, a in enumerate([52.1, 71.9, 92.0])]
+    (difference,) = differences(records)
+    assert (difference.method, difference.baseline, difference.seeds) == ("gml", "la", 3)
+    assert difference.mean == pytest.approx(2.0)
+    # t-quantile for two degrees of freedom times .1 / √3
+    assert difference.high == pytest.approx(2 + 4.3027 * 0.1 / 3**0.5, abs=1e-3)
+    assert "a difference" in str(difference)
+    (level,) = differences([record("la", 0, 1.0), record("la", 1, 2.0), record("gml", 0, 2.0), record("gml", 1, 1.0)])
+    assert "no difference shown" in str(level)
+    (single,) = differences([record("la", 0, 1.0), record("gml", 0, 2.0)])
+    assert single.low is None
+    assert "one seed" in str(single)

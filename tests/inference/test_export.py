@@ -1,0 +1,75 @@
+"""ONNX files against PyTorch, on real networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from longtail import Recognizer, Segmenter
+from longtail.config import Config
+from longtail.inference.export import export_onnx
+from longtail.tasks.loading import load_model
+from longtail.training.trainer import fit
+from tests.conftest import Command
+
+
+def metadata(session: onnxruntime.InferenceSession) -> dict[str, object]:
+    values: dict[str, object] = json.loads(session.get_modelmeta().custom_metadata_map["longtail"])
+    return values
+
+
+@pytest.mark.parametrize("method", ["ce", "gml"])
+@pytest.mark.parametrize("prior", ["uniform", "train"])
+def test_a_recogniser(tiny: Config, tmp_path: Path, method: str, prior: str) -> None:
+    fit(tiny.replace(method=method), tmp_path / "run", quiet=True)
+    exported = export_onnx(load_model(tmp_path / "run"), tmp_path / "m.onnx", prior)
+    assert exported.difference < 1e-4
+    assert exported.shape == (8, 8, 1)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
+    (got,) = session.run(None, {"images": images})
+    expected = Recognizer.load(tmp_path / "run").predict(torch.from_numpy(images).permute(0, 3, 1, 2), prior)
+    assert np.abs(got - expected.probabilities.numpy()).max() < 1e-4
+    values = metadata(session)
+    assert values["class_names"] == [str(digit) for digit in range(10)]
+    assert (values["prior"], values["task"], values["shape"]) == (prior, "classification", [8, 8])
+
+
+def test_a_mixture_ensemble(tiny: Config, tmp_path: Path) -> None:
+    fit(tiny.replace(gml={"ensemble_weight": 0.5}), tmp_path / "run", quiet=True)
+    assert export_onnx(load_model(tmp_path / "run"), tmp_path / "m.onnx").difference < 1e-4
+
+
+def test_a_segmenter(segmenting: Config, scenes: Path, tmp_path: Path, command: Command) -> None:
+    fit(segmenting.replace(method="ce"), tmp_path / "run", quiet=True)
+    test = scenes / "images" / "test"
+    code, shown, _ = command("export", tmp_path / "run", test)
+    assert code == 0
+    assert "(N, 50, 66, 3) uint8" in shown
+    session = onnxruntime.InferenceSession(tmp_path / "run" / "model.onnx")
+    pixels = np.stack([np.array(Image.open(test / f"{number:02}.png")) for number in range(3)])
+    (got,) = session.run(None, {"images": pixels})
+    assert got.shape == (3, 3, 50, 66)
+    expected = torch.stack(list(Segmenter.load(tmp_path / "run").segment([test / f"{n:02}.png" for n in range(3)])))
+    assert (got.argmax(axis=1) == expected.numpy()).mean() > 0.999
+    code, _, err = command("export", tmp_path / "run")
+    assert (code, "exists already; use --overwrite" in err) == (2, True)
+    code, _, err = command("export", tmp_path / "run", "--out", tmp_path / "x.pt")
+    assert (code, "expected a name that ends in .onnx" in err) == (2, True)
+
+
+def test_a_file_that_is_not_the_model_is_not_written(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+    monkeypatch.setattr("longtail.inference.export.PARITY", 0.0)
+    code, _, err = command("export", tmp_path / "run")
+    assert code == 2
+    assert "nothing was written" in err
+    assert not (tmp_path / "run" / "model.onnx").exists()

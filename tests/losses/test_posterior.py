@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from longtail.losses import ClassPrior, compute_log_prior, distillation, posterior, posterior_cross_entropy
+from longtail.losses.reweighting import focal_loss, weighted_cross_entropy
+
+
+def test_log_prior_is_the_logarithm_of_frequencies() -> None:
+    assert compute_log_prior([3, 1]).exp().tolist() == pytest.approx([0.75, 0.25])
+    assert compute_log_prior([1, 0])[1] == -math.inf
+    class_prior = ClassPrior([3, 1])
+    assert class_prior.class_counts.tolist() == [3, 1]
+    assert class_prior.log_prior.exp().sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("counts", [[], [[1, 2]], [0, 0], [1, -1]])
+def test_impossible_counts_raise(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match="class_counts"):
+        compute_log_prior(counts)
+
+
+def test_posterior_is_bayes_rule() -> None:
+    log_likelihood, frequencies = torch.tensor([[0.2, 0.6]]).log(), torch.tensor([0.9, 0.1])
+    assert posterior(log_likelihood, frequencies.log()).exp()[0, 0].item() == pytest.approx(0.18 / 0.24)
+    assert posterior(log_likelihood).exp()[0, 0].item() == pytest.approx(0.25)
+
+
+def test_cross_entropy_of_the_posterior() -> None:
+    scores, labels, log_prior = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), compute_log_prior([5, 3, 2])
+    expected = -posterior(scores, log_prior)[torch.arange(4), labels].mean()
+    assert posterior_cross_entropy(scores, labels, log_prior).item() == pytest.approx(expected.item(), abs=1e-6)
+    no_prior = posterior_cross_entropy(scores, labels, log_prior, strength=0.0)
+    plain = -posterior(scores)[torch.arange(4), labels].mean()
+    assert no_prior.item() == pytest.approx(plain.item(), abs=1e-6)
+
+
+def test_distillation_against_the_definition() -> None:
+    student, teacher, t = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True), 4.0
+    p, q = (teacher / t).softmax(1), (student / t).softmax(1)
+    expected = t**2 * (p * (p / q).log()).sum(1).mean()
+    loss = distillation(student, teacher, t)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    loss.backward()
+    assert teacher.grad is None
+    assert distillation(student, student).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_scores_of_pixels_equal_those_of_samples() -> None:
+    torch.manual_seed(0)
+    scores, labels = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randint(-1, 4, (2, 5, 6))
+    log_prior = compute_log_prior([50, 30, 15, 5]).double()
+    rows, labelled = scores.permute(0, 2, 3, 1).reshape(-1, 4), labels.flatten() >= 0
+    expected = posterior_cross_entropy(rows[labelled], labels.flatten()[labelled], log_prior)
+    assert posterior_cross_entropy(scores, labels, log_prior).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert torch.allclose(posterior(scores, log_prior).permute(0, 2, 3, 1).reshape(-1, 4), posterior(rows, log_prior))
+    teacher = torch.randn_like(scores)
+    expected = distillation(rows[labelled], teacher.permute(0, 2, 3, 1).reshape(-1, 4)[labelled])
+    assert distillation(scores, teacher, mask=labels >= 0).item() == pytest.approx(expected.item(), abs=1e-12)
+    weights = torch.rand(4, dtype=torch.float64)
+    flat = (rows[labelled], labels.flatten()[labelled])
+    assert weighted_cross_entropy(scores, labels, weights).item() == pytest.approx(
+        weighted_cross_entropy(*flat, weights).item(), abs=1e-12
+    )
+    assert focal_loss(scores, labels, 1.5).item() == pytest.approx(focal_loss(*flat, 1.5).item(), abs=1e-12)
+
+
+def test_unlabelled_pixels_have_no_gradient() -> None:
+    scores = torch.randn(1, 3, 4, 4, requires_grad=True)
+    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    labels[0, 2:] = -1
+    for loss in (posterior_cross_entropy, focal_loss):
+        (gradient,) = torch.autograd.grad(loss(scores, labels), scores)
+        assert bool(gradient[0, :, :2].any())
+        assert not bool(gradient[0, :, 2:].any())
+    assert posterior_cross_entropy(scores, torch.full_like(labels, -1)).item() == 0

@@ -1,0 +1,68 @@
+"""No step waits for the accelerator: nothing reads a value of a tensor on the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longtail.config import Config
+from longtail.data.loader import Batch, TrainLoader
+from longtail.data.sources import load_data
+from longtail.data.transforms import build_transform
+from longtail.methods.base import Method
+from longtail.nn import CosineClassifier, Encoder
+from longtail.registry import METHODS, TASKS
+from longtail.training.auto_config import auto_config
+from longtail.training.metric_log import MetricTracker
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].label_maps != "only"])
+def test_no_step_reads_a_value_on_the_host(tiny: Config, name: str) -> None:
+    config = tiny.replace(gml={"distillation_weight": 1.0})
+    data = load_data(config.data, 0)
+    method_class = METHODS[name]
+    teacher, classifier = None, None
+    if method_class.needs_teacher(config):
+        teacher = Encoder("conv8-tiny", [0.3], [0.4])
+        classifier = CosineClassifier(teacher.num_features, 10)
+    student = Encoder("conv8-tiny", [0.3], [0.4])
+    method = method_class(config, student, data.class_counts, teacher, classifier).train()
+    views = [build_transform("digits", 8)] * len(method_class.views(config))
+    _two_steps_without_values(method, next(TrainLoader(data.train, 32, views, seed=0).epoch(0)))
+
+
+# the library's Lovász loss selects the labelled pixels, and waits for their number
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].label_maps != "no" and name != "lovasz"])
+def test_no_step_over_label_maps_does_either(segmenting: Config, name: str) -> None:
+    data = load_data(segmenting.data, 0)
+    task, method_class = TASKS[data.task], METHODS[name]
+    config, _ = auto_config(segmenting.replace(method=name, gml={"distillation_weight": 1.0}), data)
+
+    def new_encoder() -> Encoder:
+        return Encoder(config.network, data.mean, data.std, build=task.model_class.build_backbone)
+
+    teacher, classifier = None, None
+    if method_class.needs_teacher(config):
+        teacher = new_encoder()
+        classifier = CosineClassifier(teacher.num_features, 3)
+    adapter = task.sample_adapter(config, data)
+    method = method_class(config, new_encoder(), data.class_counts, teacher, classifier, adapter=adapter).train()
+    views = task.build_transforms(config, data, method_class.views(config))
+    _two_steps_without_values(method, next(TrainLoader(data.train, 4, views, seed=0, workers=0).epoch(0)))
+
+
+def _two_steps_without_values(method: Method, batch: Batch) -> None:
+    """Forward, losses, backward, queue push and optimizer, where tensors have no values: on the device meta."""
+    method.to("meta")
+    batch = batch.to(torch.device("meta"))
+    with pytest.raises(RuntimeError, match="meta"):
+        batch.labels.max().item()
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        terms = method(batch)
+        optimizer.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    tracker = MetricTracker()
+    tracker.add(terms, len(batch), len(batch))

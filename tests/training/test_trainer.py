@@ -1,0 +1,165 @@
+"""Real runs on real digits, from the first step to the saved model: what they leave, and how they end and resume."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtail.config import Config, read_config
+from longtail.data.sources import load_data
+from longtail.errors import LongtailError
+from longtail.experiments.evaluate import evaluate
+from longtail.methods.classifier import LogitAdjustment
+from longtail.training.checkpoint import load_checkpoint
+from longtail.training.metric_log import read_metrics
+from longtail.training.trainer import fit
+from tests.conftest import TINY, save_image
+from tests.processes import LongtailProcess, start_longtail
+from tests.training.runs import equal, fit_in_two, weights
+
+
+@pytest.mark.parametrize("method", ["ce", "la", "gml"])
+def test_the_files_and_metrics_of_a_run(tiny: Config, tmp_path: Path, method: str) -> None:
+    config = tiny.replace(method=method, gml={"distillation_weight": 1.0})
+    run = fit(config, tmp_path / "run", quiet=True)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "last.ckpt", "recognizer", "errors"}
+    assert {path.name for path in (tmp_path / "run" / "recognizer").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+    }
+    images = len(load_data(config.data, config.seed).train)
+    assert run.student_passes == 2 * images * (2 if method == "gml" else 1)
+    assert (run.teacher_seconds > 0) == (method == "gml")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["kind"] for line in lines] == ["epoch", "epoch", "test"]
+    terms = {"classifier"} | ({"mixture", "temperature_likelihood", "distillation"} if method == "gml" else set())
+    assert {name for name in lines[0] if name.startswith("loss/")} == {f"loss/{term}" for term in terms}
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0][f"loss/{term}"] for term in terms))
+    assert read_config(tmp_path / "run" / "config.yaml") == run.config
+    metrics = evaluate(tmp_path / "run")
+    assert metrics["balanced_accuracy"] == run.test_metrics["uniform"]["balanced_accuracy"]
+    assert metrics["images"] == 500
+
+
+def test_the_same_seed_gives_the_same_weights(tiny: Config, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        fit(tiny.replace(seed=seed), tmp_path / name, quiet=True, teachers=tmp_path / name / "../teachers")
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    # and the random state of the caller is as it was
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "stop_at", [1, pytest.param(4, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), 9]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    fit(tiny, tmp_path / "whole", quiet=True)
+    fit_in_two(tiny, tmp_path / "cut", stop_at, monkeypatch)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    timed = {"seconds", "images_per_second", "memory_mib"}  # what the machine does, not what the run is
+    logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    untimed = [[{k: v for k, v in line.items() if k not in timed} for line in log] for log in logs]
+    assert untimed[0] == untimed[1]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_and_resumed_equals_an_uninterrupted_one(
+    tmp_path: Path, random_seed: int, kills: int
+) -> None:
+    """SIGKILL at random moments, as when a machine goes away: the checkpoint is whole whatever the moment."""
+    # steps enough for all kills, each at most 25 steps and 30 ms after the last checkpoint
+    settings = [*TINY, "--epochs", str(10 * kills), "--teacher.epochs", "2", "--checkpoint_seconds", "0"]
+
+    def start(name: str, *more: str) -> LongtailProcess:
+        return start_longtail("train", "digits-lt", *settings, "--out", tmp_path / name, *more)
+
+    with start("whole") as process:
+        assert process.wait(timeout=300) == 0
+    moments, checkpoint, step = random.Random(random_seed), tmp_path / "cut" / "last.ckpt", 0
+    for kill in range(kills):
+        with start("cut", *(["--resume"] if kill else [])) as process:
+            # let it make some progress, then kill it at any moment of its steps, its writing and its start
+            reached = step + moments.randint(1, 20)
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and process.poll() is None:
+                lines = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+                if lines and lines[-1]["step"] >= reached:
+                    break
+                time.sleep(0.002)
+            time.sleep(moments.random() * 0.03)
+            assert process.poll() is None, f"it ended before it was killed: {process.stderr}"
+            process.kill()
+            assert process.wait(timeout=60) == -signal.SIGKILL
+        step = load_checkpoint(checkpoint)["tracker"]["step"]
+    assert not (tmp_path / "cut" / "recognizer").exists()
+    with start("cut", "--resume") as process:
+        assert process.wait(timeout=300) == 0
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_the_validation_set_picks_the_epoch(tiny: Config, photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "split"
+    root.mkdir()
+    for split in ("train", "val", "test"):
+        (root / split).symlink_to(photos)
+    config = tiny.replace(method="la", network="conv8-tiny", epochs=4, data={"source": "folder", "root": str(root)})
+    run = fit(config, tmp_path / "run", quiet=True)
+    lines = read_metrics(run.folder / "metrics.jsonl")
+    scores = {line["step"]: line["balanced_accuracy"] for line in lines if line["kind"] == "validation"}
+    assert len(scores) == 4
+    best = max(scores.values())
+    assert run.model_config.training_info["best_step"] == min(step for step, score in scores.items() if score == best)
+    # val and test are the same images here, so the weights that were kept have the best score again
+    assert run.metrics["balanced_accuracy"] == pytest.approx(best)
+
+
+def test_an_existing_run_is_not_touched(tiny: Config, tmp_path: Path) -> None:
+    config, out = tiny.replace(method="la", epochs=1), tmp_path / "run"
+    fit(config, out, quiet=True)
+    before = weights(out)
+    with pytest.raises(LongtailError, match="contains a run already; use --resume, --overwrite"):
+        fit(config, out, quiet=True)
+    with pytest.raises(LongtailError, match="was started with epochs 1, not 2"):
+        fit(config.replace(epochs=2), out, resume=True, quiet=True)
+    assert equal(weights(out), before)
+    fit(config.replace(epochs=2), out, overwrite=True, quiet=True)
+    assert not equal(weights(out), before)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(LongtailError, match="is not empty and not a run of longtail"):
+        fit(config, other, overwrite=True, quiet=True)
+    assert (other / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_is_not_evaluated_on_its_training_images(tiny: Config, photos: Path, tmp_path: Path) -> None:
+    config = tiny.replace(method="la", epochs=1, data={"source": "folder", "root": str(photos)})
+    fit(config, tmp_path / "run", quiet=True)
+    evaluate(tmp_path / "run")
+    save_image(photos / "cat" / "new.png", seed=5)  # the split is another one now
+    with pytest.raises(LongtailError, match=r"was trained on other images than .* has for training now"):
+        evaluate(tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(LongtailError, match="was trained on other images than there are now"):
+        fit(config, tmp_path / "run", resume=True, quiet=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LogitAdjustment.training_step
+    monkeypatch.setattr(
+        LogitAdjustment, "training_step", lambda self, batch: {"classifier": original(self, batch)["classifier"] / 0.0}
+    )
+    with pytest.raises(LongtailError, match=r"'classifier' is (inf|nan) at step 1; .*no earlier checkpoint"):
+        fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
