@@ -21,12 +21,24 @@ from longtail import LongTailClassifier
 Array = np.ndarray[Any, Any]
 
 
-@parametrize_with_checks(  # type: ignore[untyped-decorator]
-    [LongTailClassifier(method, hidden=32, epochs=5, learning_rate=1e-2) for method in ("ce", "la", "gml")]
-)
-def test_scikit_learn_estimator_checks(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def estimators(*methods: str) -> list[LongTailClassifier]:
+    return [LongTailClassifier(method, hidden=32, epochs=5, learning_rate=1e-2) for method in methods]
+
+
+def run_check(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longtail.estimator.MIN_STEPS", 60)  # enough for the checks, in a fifth of the time
     check(estimator)
+
+
+@parametrize_with_checks(estimators("gml"))  # type: ignore[untyped-decorator]
+def test_scikit_learn_estimator_checks(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_check(estimator, check, monkeypatch)
+
+
+@pytest.mark.slow
+@parametrize_with_checks(estimators("ce", "la"))  # type: ignore[untyped-decorator]
+def test_scikit_learn_checks_of_the_other_methods(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_check(estimator, check, monkeypatch)
 
 
 def long_tailed(seed: int, imbalance: float = 40.0) -> tuple[Array, Array, Array, Array]:

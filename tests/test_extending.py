@@ -227,6 +227,7 @@ def test_a_method(plugin: Any, tmp_path: Path) -> None:
     assert "there is no field 'tempered'" in refused("evaluate", run)
 
 
+@pytest.mark.slow
 def test_the_setting_of_a_method_has_its_effect(plugin: Any, tmp_path: Path) -> None:
     with_plugin = ("--plugin", plugin(METHOD))
     recipe = tmp_path / "mine.yaml"
@@ -257,7 +258,7 @@ def test_a_data_set(plugin: Any, tmp_path: Path) -> None:
     inspection = json.loads((tmp_path / "i.json").read_text())
     assert inspection["class_counts"] == [120, 12]
     assert inspection["imbalance_factor"] == 10
-    ran("train", *with_plugin, "--data", "stripes-lt", "--method", "la", *TINY, "--out", run)
+    ran("train", *with_plugin, "--data", "stripes-lt", "--pretrained", "none", "--method", "la", *TINY, "--out", run)
     assert settings_of(run)["data"]["source"] == "stripes-lt"
     metrics, page = evaluated_and_reported(run, *with_plugin)
     assert metrics["class_names"] == ["vertical", "horizontal"]
@@ -275,7 +276,7 @@ def test_a_data_set_of_image_files(plugin: Any, photos: Path, tmp_path: Path) ->
     (photos / "cat" / "0.png").write_bytes(b"none")
     assert "unreadable" in ran("inspect", "pets-lt", *with_plugin)
     (photos / "cat" / "0.png").unlink()
-    ran("train", "--data", "pets-lt", *with_plugin, "--method", "la", *TINY, "--out", run)
+    ran("train", "--data", "pets-lt", *with_plugin, "--pretrained", "none", "--method", "la", *TINY, "--out", run)
     metrics, _ = evaluated_and_reported(run, *with_plugin[:2])
     assert metrics["class_names"] == ["cat", "dog", "emu"]
 

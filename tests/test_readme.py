@@ -112,7 +112,7 @@ def test_the_recognizer_snippet(
     command: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert command("train", "--data", photos, *TINY)[0] == 0
+    assert command("train", "--data", photos, *TINY, "--pretrained", "none")[0] == 0
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "1.jpg").write_bytes((photos / "cat" / "1.png").read_bytes())
     space: dict[str, object] = {}

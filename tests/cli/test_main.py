@@ -113,7 +113,7 @@ def test_compare(command: Command, tmp_path: Path) -> None:
 
 def test_a_folder_of_images(command: Command, photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, out, err = command("train", "folder", "--data.root", photos, *TINY, "--out", run)
+    code, out, err = command("train", "folder", "--data.root", photos, *TINY, "--pretrained", "none", "--out", run)
     assert code == 0, err
     assert "n/a" in out  # no class has more than a hundred images
     code, out, _ = command("predict", run, photos / "emu")
@@ -139,7 +139,7 @@ def test_a_folder_of_images(command: Command, photos: Path, tmp_path: Path) -> N
         (["train", "--teacher.source", "nowhere"], "teacher.source 'nowhere'"),
         (["train", "--gml.queue_size", "5"], "gml.queue_size 5"),
         (["train", "--resume", "--overwrite"], "contradict each other"),
-        (["train", "folder"], "data.root is missing"),
+        (["train", "folder", "--pretrained", "none"], "data.root is missing"),
         (["train", "folder", "--data.root", "nowhere"], "there is no such folder"),
         (["train", "--json", "."], "is a folder, expected a file"),
         (["compare", "--methods", "ce,lb"], "'lb' is not known"),
@@ -232,6 +232,7 @@ def test_every_recipe_reads_and_round_trips(tmp_path: Path) -> None:
     assert {key for key in cifar if cifar[key] != base[key]} == {"recipe", "data.source"}
 
 
+@pytest.mark.slow
 def test_a_comparison_over_imbalances(command: Command, tmp_path: Path) -> None:
     out, lines = tmp_path / "out", tmp_path / "records.jsonl"
     code, shown, err = command(

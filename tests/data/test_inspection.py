@@ -118,7 +118,7 @@ def test_the_histogram_falls_from_head_to_tail() -> None:
         (["split", "nowhere", "--out", "x.csv"], "there is no such folder"),
         (["train", "--data"], "--data: expected a named set"),
         (["train", "--data", "x.txt"], "x.txt: cannot be read"),
-        (["train", "--data", "hub:nobody/nothing"], "could not be loaded from the Hub"),
+        (["train", "--data", "hub:nobody/nothing", "--pretrained", "none"], "could not be loaded from the Hub"),
     ],
 )
 def test_bad_input(

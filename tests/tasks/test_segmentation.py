@@ -72,6 +72,7 @@ def test_every_kind_of_network_trains(segmenting: Config, tmp_path: Path, networ
     assert run.metrics["images"] == 6
 
 
+@pytest.mark.slow
 def test_a_comparison(scenes: Path, tmp_path: Path, command: Command) -> None:
     flags = ["--network", "upernet:test_efficientnet:8", "--pretrained", "none", "--epochs", "1", "--batch_size", "4"]
     code, shown, err = command(

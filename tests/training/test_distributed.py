@@ -238,7 +238,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "stop"), [(signal.SIGTERM, stop_in_new_python), (signal.SIGINT, stop_in_fork)], ids=["SIGTERM", "SIGINT"]
+    ("number", "stop"),
+    [
+        pytest.param(signal.SIGTERM, stop_in_new_python, id="SIGTERM"),
+        pytest.param(signal.SIGINT, stop_in_fork, id="SIGINT", marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_saves_and_its_continuation_equals_an_uninterrupted_run(
     tmp_path: Path, uninterrupted: Path, number: signal.Signals, stop: Callable[[Path, signal.Signals], tuple[int, str]]

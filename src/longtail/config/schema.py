@@ -114,18 +114,24 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """SGD."""
+    """Optimizer and learning rates."""
 
     __pydantic_config__ = _STRICT
 
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer: sgd (with momentum), or adamw, the usual one to fine-tune a pretrained network."""
     learning_rate: PositiveFloat = 0.1
     """Peak learning rate."""
+    head_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of everything but the encoder; learning_rate if not given."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor of the encoder's learning rate from each layer to the one before it (timm models); 1: equal for all."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum."""
+    """Momentum (sgd)."""
     weight_decay: Weight = 5e-4
-    """Weight decay; not applied to the temperature."""
+    """Weight decay; not applied to the temperature and, with adamw, to biases and normalisation layers."""
     nesterov: bool = False
-    """Use Nesterov momentum."""
+    """Use Nesterov momentum (sgd)."""
     grad_clip_norm: PositiveFloat | None = None
     """Clip the gradient to this norm; no clipping if not given."""
     grad_accumulation_steps: Positive = 1
@@ -159,6 +165,8 @@ class Classifier:
 
     scale: PositiveFloat = 30.0
     """Scale of the cosine: the score of class c is scale · cos(feature, weight of c)."""
+    init: Literal["random", "class_means"] = "random"
+    """Initial weights: random, or the normalised mean feature of every class, for an encoder that is pretrained."""
     logit_adjustment: bool = True
     """Add the log prior to the scores in training (never done by ce, focal, cb and ldam)."""
     views: Positive = 1
@@ -228,8 +236,14 @@ class Config:
     """Student network: conv8, resnet8/14/20/32/44/56/110, or any timm model; for labels of pixels upernet:ENCODER or
     segformer:ENCODER, optionally with :WIDTH of the decoder (default 256). auto: chosen by the image size."""
     pretrained: str = "none"
-    """Initial weights of a timm model: none, timm (its own, downloaded at first use), or a file (.safetensors, .pth).
-    Images are then normalised as for these weights."""
+    """Initial weights of a timm model: none, a file (.safetensors, .pth), timm (its own, downloaded at first use), or
+    auto (its own, from the Hub's local cache, an installed package of weights or the network). Images are then
+    normalised as for these weights."""
+    tune: str = "full"
+    """What is trained of the encoder: full, norm (normalisation layers and biases), last:N (the last N blocks of a timm
+    model), or head (nothing: features are computed once, and only the classifier is trained)."""
+    network_size: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels to which images are resized before they enter the network; their own size if not given."""
     epochs: Positive | Literal["auto"] = 100
     """Passes over the training set; auto: as many as make 20,000 steps, between 30 and 200."""
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -260,6 +274,9 @@ class Config:
 
     def __post_init__(self) -> None:
         METHODS.check(self.method, "method")
+        kind, _, number = self.tune.partition(":")
+        if kind not in {"full", "norm", "head", "last"} or (kind == "last") != (number.isdecimal() and int(number) > 0):
+            raise LongtailError(f"tune '{self.tune}': expected full, norm, last:N (N at least 1) or head")
         if self.shots.few_below > self.shots.many_above + 1:
             raise LongtailError(
                 f"shots.few_below {self.shots.few_below} and shots.many_above {self.shots.many_above} overlap: "

@@ -27,7 +27,7 @@ from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.records import Record, columns, run_name, run_record
 from longtail.files import write_json, write_text
 from longtail.registry import METHODS, load_plugin, plugins
-from longtail.training.auto_config import auto_config
+from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.checkpoint import FORMAT
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import find_finished
@@ -143,6 +143,7 @@ def compare(
         LongtailError: an input cannot be used, or ``out`` holds runs with other settings.
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
+    config = find_weights(config)
     data = load_data(config.data, seeds[0])  # before anything is removed
     if config.epochs == "auto":
         config = config.replace(epochs=auto_config(config, data)[0].epochs)

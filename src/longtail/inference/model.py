@@ -219,7 +219,7 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
                 f"{folder}: is a model for {config.task}, which is not for {cls.__name__}: use "
                 f"{model_class.__name__}.load"
             )
-        encoder = Encoder(config.network, config.mean, config.std, build=cls.build_backbone)
+        encoder = Encoder(config.network, config.mean, config.std, resize=config.network_size, build=cls.build_backbone)
         classifier = _build_classifier(config, encoder.num_features)
         try:
             tensors = load_file(folder / "model.safetensors")

@@ -40,7 +40,9 @@ class ModelConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
-    """Side in pixels of the network's input."""
+    """Side in pixels of the images."""
+    network_size: int | None = None
+    """Side in pixels to which images are resized before they enter the network, if another one."""
     stored_size: int
     """Side in pixels to which an image is resized before the centre is cropped."""
     shape: tuple[int, int] | None = None

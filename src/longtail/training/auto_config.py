@@ -7,9 +7,29 @@ from pathlib import Path
 
 from longtail.config import Config
 from longtail.data.dataset import LongTailedData
+from longtail.data.sources import check_source
+from longtail.errors import LongtailError
+from longtail.nn.pretrained import PRETRAINED_NETWORK, find_pretrained
 from longtail.registry import METHODS, TASKS, TRANSFORMS
 
 _AUTO_STEPS = 20_000
+_AUTO_FINE_TUNING_STEPS = 1_000
+
+
+def find_weights(config: Config) -> Config:
+    """Return ``config`` with ``pretrained auto`` replaced by where the weights are; called before images are decoded.
+
+    Raises:
+        LongtailError: the data source is wrong, or the weights cannot be reached.
+    """
+    if config.pretrained != "auto":
+        return config
+    network = PRETRAINED_NETWORK if config.network == "auto" else config.network
+    try:
+        return config.replace(network=network, pretrained=find_pretrained(network))
+    except LongtailError:
+        check_source(config.data)  # of two errors the one in the data is reported
+        raise
 
 
 def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
@@ -25,7 +45,14 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
         network = task.auto_network(data)
         config = config.replace(network=network)
         reasons.append(f"network {network}: images of {size} × {size} pixels")
-    if config.epochs == "auto":
+    if config.epochs == "auto" and config.pretrained != "none":
+        steps = -(-images // config.batch_size)
+        config = config.replace(epochs=max(3, min(30, round(_AUTO_FINE_TUNING_STEPS / steps))))
+        reasons.append(
+            f"epochs {config.epochs}: {steps} steps per epoch with {images:,} images; {_AUTO_FINE_TUNING_STEPS:,} "
+            "steps of fine-tuning, between 3 and 30 epochs"
+        )
+    elif config.epochs == "auto":
         steps = -(-images // config.batch_size)
         config = config.replace(epochs=max(30, min(200, round(_AUTO_STEPS / steps))))
         reasons.append(

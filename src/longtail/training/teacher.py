@@ -49,7 +49,7 @@ def teacher_config(config: Config, data: LongTailedData) -> Config:
             method="la",
             network=config.network if config.teacher.network == "auto" else config.teacher.network,
             epochs=config.teacher.epochs or config.epochs,
-            classifier=dataclasses.asdict(Classifier(scale=config.classifier.scale)),
+            classifier=dataclasses.asdict(Classifier(scale=config.classifier.scale, init=config.classifier.init)),
             data={"contrast_augment": "auto"},
             log=(),
             teacher=TeacherConfig(),

@@ -35,13 +35,16 @@ from longtail.inference.model_config import ModelConfig
 from longtail.methods.base import Method
 from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead
 from longtail.nn.pretrained import normalization
+from longtail.nn.tuning import freeze_batch_norm, set_trainable
 from longtail.randomness import mix
 from longtail.registry import METHODS, TASKS
 from longtail.tasks.evaluate import evaluate_split
-from longtail.training.auto_config import auto_config
+from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.checkpoint import load_checkpoint, save_checkpoint
+from longtail.training.class_means import init_from_class_means
 from longtail.training.fabric import build_fabric
 from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
+from longtail.training.optim import build_optimizer, set_learning_rate
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, create_run_folder
 from longtail.training.schedule import rate
@@ -82,6 +85,7 @@ def fit(
         LongtailError: an input cannot be used; nothing was changed.
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
+    config = find_weights(config)  # before images are decoded
     data = load_data(config.data, config.seed) if data is None else data
     config, reasons = auto_config(config, data)
     # the random state of the caller stays as it is
@@ -116,8 +120,14 @@ class _Trainer:
         if config.pretrained != "none":
             mean, std = (tuple(values) for values in normalization(config.network, len(mean)))
         self.encoder = Encoder(
-            config.network, mean, std, pretrained=config.pretrained, build=self.task.model_class.build_backbone
+            config.network,
+            mean,
+            std,
+            pretrained=config.pretrained,
+            resize=config.network_size,
+            build=self.task.model_class.build_backbone,
         )
+        set_trainable(self.encoder.backbone, config.tune)
         self.state = torch.get_rng_state()
         self.method_class.check(config, data.class_counts)
         self.transforms = self.task.build_transforms(config, data, self.method_class.views(config))
@@ -162,7 +172,7 @@ class _Trainer:
         method.to(memory_format=torch.channels_last)
         if config.compile:
             method.encoder.backbone.compile()
-        optimizer = self._optimizer(method)
+        optimizer: Any = build_optimizer(method, config)
         wrapped, optimizer = self.fabric.setup(method, optimizer)
         ema = self._ema(method)
         loader = self._loader(cache, rank(), world_size())
@@ -179,6 +189,8 @@ class _Trainer:
                 for batch in loader.batches(splits, -1 - number, only=[len(self.transforms) - 1]):
                     yield batch.to(device)
 
+            if config.classifier.init == "class_means":
+                init_from_class_means(method.classifier, method.encoder, data, self.fabric.device, config.batch_size)
             method.init_memory(draw, data.train.labels)
         if rank() == 0:  # settings that do not make it another run may have changed
             write_text(self.out / "config.yaml", config.to_yaml())
@@ -225,19 +237,6 @@ class _Trainer:
         barrier()
         return cache or open_cache(False)
 
-    def _optimizer(self, method: Method) -> torch.optim.Optimizer:
-        no_decay = method.no_weight_decay()
-        decay = [p for p in method.parameters() if p.requires_grad and all(p is not other for other in no_decay)]
-        settings = self.config.optimizer
-        groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
-        return torch.optim.SGD(
-            [group for group in groups if group["params"]],
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.nesterov,
-        )
-
     def _ema(self, method: Method) -> Any:
         """Return an exponential moving average of the student, if one is asked for."""
         if self.config.optimizer.ema_decay is None:
@@ -259,6 +258,7 @@ class _Trainer:
         config, total = self.config, loader.steps * self.epochs
         views = method.num_student_views(config)
         method.train()
+        freeze_batch_norm(method.encoder.backbone)
         guard = NonFiniteLossGuard(self.out)
         saved = tick = time.monotonic()
         with (
@@ -268,8 +268,7 @@ class _Trainer:
             for epoch in range(tracker.step // loader.steps, self.epochs):
                 for batch in loader.epoch(epoch, tracker.step % loader.steps):
                     learning_rate = config.optimizer.learning_rate * rate(config.schedule, tracker.step, total)
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate
+                    set_learning_rate(optimizer, learning_rate)
                     terms = self._step(wrapped, method, optimizer, batch, tracker)
                     if ema is not None:
                         ema.update(_student(method), step=tracker.step)
@@ -354,6 +353,7 @@ class _Trainer:
         if self.data.val is not None and due:
             self._validate(method, ema, tracker, log, self.data.val)
             method.train()
+            freeze_batch_norm(method.encoder.backbone)
 
     def _validate(self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, images: ImageSet) -> None:
         """Remember the weights that are best on the validation set; the earlier ones on a tie."""
@@ -383,6 +383,7 @@ class _Trainer:
             task=data.task,
             mean=student["encoder"].mean,  # type: ignore[arg-type]
             std=student["encoder"].std,  # type: ignore[arg-type]
+            network_size=self.config.network_size,
             predicts_under=self.method_class.predicts_under(self.config),
             training_info=training_info,
             metrics=metrics,

@@ -14,7 +14,7 @@ from pathlib import Path
 from longtail.config import Data
 from longtail.data.dataset import LongTailedData
 from longtail.data.listing import Listing, check
-from longtail.data.sources.from_listing import data_from_listing
+from longtail.data.sources.from_listing import data_from_listing, raise_listing_errors
 from longtail.errors import LongtailError
 from longtail.registry import SOURCES
 
@@ -33,6 +33,12 @@ class Source:
     def __post_init__(self) -> None:
         if (self.load is None) == (self.listing is None):
             raise TypeError("Source: expected either load or listing")
+
+
+def check_source(config: Data) -> None:
+    """Raise LongtailError if the source is unknown, or its image files cannot be listed; no image is read."""
+    if _source(config).listing is not None:
+        raise_listing_errors(read_listing(config))
 
 
 def load_data(config: Data, seed: int) -> LongTailedData:

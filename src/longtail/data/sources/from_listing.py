@@ -20,6 +20,14 @@ from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
 from longtail.errors import LongtailError
 
 
+def raise_listing_errors(listing: Listing) -> None:
+    """Raise a LongtailError with the first error of a listing, if there is one."""
+    if listing.errors:
+        more = len(listing.errors) - 1
+        rest = f" (and {more} more problem{'s' * (more > 1)}: longtail inspect lists them)" if more else ""
+        raise LongtailError(listing.errors[0] + rest)
+
+
 def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedData:
     """Split a listing, make it long-tailed, and open its images as far as they fit into memory.
 
@@ -31,10 +39,7 @@ def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedDa
     Raises:
         LongtailError: the listing has errors, a class has too few images, or a file cannot be read.
     """
-    if listing.errors:
-        more = len(listing.errors) - 1
-        rest = f" (and {more} more problem{'s' * (more > 1)}: longtail inspect lists them)" if more else ""
-        raise LongtailError(listing.errors[0] + rest)
+    raise_listing_errors(listing)
     names = listing.class_names
     if len(names) < 2:
         raise LongtailError(f"{listing.root}: expected at least two classes, found '{names[0]}' alone")

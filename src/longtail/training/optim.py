@@ -1,0 +1,59 @@
+"""The optimizer: which parameters have which learning rate and weight decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from longtail.config import Config
+from longtail.methods.base import Method
+from longtail.nn.tuning import layer_depths
+
+
+def build_optimizer(method: Method, config: Config) -> torch.optim.Optimizer:
+    """Return the optimizer of the parameters of a method that require gradients.
+
+    Every group has a factor ``lr_scale`` of the learning rate.
+    """
+    settings = config.optimizer
+    groups = [
+        {"params": parameters, "lr_scale": scale, **({} if decay else {"weight_decay": 0.0})}
+        for (scale, decay), parameters in _groups(method, config).items()
+    ]
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        groups,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+    )
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set the learning rate of every group, times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+
+
+def _groups(method: Method, config: Config) -> dict[tuple[float, bool], list[torch.nn.Parameter]]:
+    """Return parameters by factor of the learning rate and by whether they have weight decay."""
+    settings = config.optimizer
+    head_scale = 1.0 if settings.head_learning_rate is None else settings.head_learning_rate / settings.learning_rate
+    depths = layer_depths(method.encoder.backbone) if settings.layer_decay < 1 else {}
+    deepest = max(depths.values(), default=0)
+    without_decay = {id(parameter) for parameter in method.no_weight_decay()}
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in method.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale, prefix = head_scale, "encoder.backbone."
+        if name.startswith(prefix):
+            depth = depths.get(name.removeprefix(prefix), deepest)
+            scale = settings.layer_decay ** (deepest - depth)
+        plain = settings.name == "adamw" and parameter.ndim <= 1
+        decay = id(parameter) not in without_decay and not plain
+        groups.setdefault((scale, decay), []).append(parameter)
+    return groups
