@@ -4,6 +4,9 @@
   Pillow images, as in the released code, and batched, with random parameters of each image's own.
 - 224 × 224 from JPEG files of 500 × 375, one core: decoding and the recipe of ImageNet-LT, and torchvision's own
   pipeline with the same transforms in the same order.
+- Decoding JPEG files to squares of 256 and 64: whole and then reduced, and at the size that is needed; one at a time,
+  and by the threads of FileImages.take. The files are tiled from a photograph, so that large ones have detail too.
+- Loading a folder of 2,000 JPEG files of 640 × 480: without copies, the first time, and the second time.
 - Waiting: the fraction of a CIFAR-LT training step (ResNet-32 student, ResNet-56 teacher) spent on making its batch.
 - Opening: lists as long as ImageNet-LT's and iNaturalist 2018's, in a process of its own.
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,14 +30,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from step import Step
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision import transforms
 
+from longtail.config import Data
 from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, ImageSet
+from longtail.data.image_io import open_image, open_square, resize_center_crop
 from longtail.data.images import FileImages
 from longtail.data.loader import TrainLoader
+from longtail.data.sources import load_data
 from longtail.data.transforms import PerImageTransform, build_transform
 from longtail.nn.encoder import Normalize
 
@@ -141,6 +149,71 @@ def photographs(rounds: int, folder: Path) -> None:
     show({"224² from JPEG, torchvision's pipeline": reference, "224² from JPEG, ours": ours}, rounds, "images/s")
 
 
+def detailed(size: tuple[int, int], offset: int) -> Image.Image:
+    """Return a part of a photograph of 640 × 427 that is tiled."""
+    photo = np.roll(load_sample_image("china.jpg"), 37 * offset, axis=(0, 1))
+    width, height = size
+    return Image.fromarray(np.tile(photo, (-(-height // 427), -(-width // 640), 1))[:height, :width])
+
+
+def decoding(rounds: int, folder: Path) -> None:
+    for size, count in (((4000, 3000), 2), ((1024, 768), 16), ((300, 240), 64)):
+        names = [f"{size[0]}-{index}.jpg" for index in range(count)]
+        for index, name in enumerate(names):
+            detailed(size, index).save(folder / name, quality=90)
+        for side in (256, 64):
+            images, indices = FileImages(folder, names, side), torch.arange(count)
+
+            def whole(names: list[str] = names, side: int = side) -> int:
+                return len([resize_center_crop(open_image(folder / name), side) for name in names])
+
+            def needed(names: list[str] = names, side: int = side) -> int:
+                return len([open_square(folder / name, side) for name in names])
+
+            def taken(images: FileImages = images, indices: Tensor = indices) -> int:
+                return len(images.take(indices))
+
+            text = f"{size[0]} × {size[1]} to {side}²"
+            rows: dict[str, Callable[[], int]] = {f"{text}, whole": whole, f"{text}, as needed": needed}
+            rows |= {f"{text}, as needed, threads": taken}
+            show(rows, rounds, "images/s")
+            full, square = (
+                np.stack([np.asarray(image, dtype=np.int16) for image in images])
+                for images in (
+                    [resize_center_crop(open_image(folder / name), side) for name in names],
+                    [open_square(folder / name, side) for name in names],
+                )
+            )
+            steps = np.abs(full - square)
+            print(f"{'difference of pixel values':44}{steps.mean():12.2f} mean{steps.max():7d} largest")
+
+
+def loading(rounds: int, folder: Path) -> None:
+    for index in range(2000):
+        path = folder / "photos" / f"class {index % 2}" / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        detailed((640, 480), index).save(path, quality=90)
+    cache = folder / "cache"
+    seconds: dict[str, list[float]] = {}
+
+    def load(name: str, setting: str) -> None:
+        started = time.perf_counter()
+        data = load_data(Data(source="folder", root=str(folder / "photos"), cache=setting), seed=0)
+        seconds.setdefault(name, []).append(time.perf_counter() - started)
+        started = time.perf_counter()
+        for indices in torch.randperm(len(data.train)).split(64):
+            data.train.images.take(indices)
+        seconds.setdefault(f"{name}, an epoch's batches", []).append(time.perf_counter() - started)
+
+    for _ in range(rounds):
+        shutil.rmtree(cache, ignore_errors=True)
+        load("2,000 files, no copies", "none")
+        load("2,000 files, first time", str(cache))
+        load("2,000 files, second time", str(cache))
+    for name, values in seconds.items():
+        print(f"{name:44}{statistics.median(values):12.2f} s", flush=True)
+
+
 def show(rows: dict[str, Callable[[], int]], rounds: int, unit: str) -> None:
     """Measure the rows in turn, so that a slow minute of the machine affects all of them."""
     rates: dict[str, list[float]] = {name: [] for name in rows}
@@ -185,6 +258,8 @@ def main() -> None:
     small(args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         photographs(args.rounds, Path(folder))
+        decoding(args.rounds, Path(folder))
+        loading(args.rounds, Path(folder))
         opening(Path(folder))
     waiting(args.rounds)
 

@@ -17,7 +17,7 @@ SOURCE = TESTS.parent / "src" / "longtail"
 
 LAYERS = (
     ("errors", "plots"),
-    ("files", "randomness", "registry", "distributed", "devices"),
+    ("files", "randomness", "registry", "distributed", "devices", "allocator"),
     ("config", "losses", "memory"),
     ("nn", "data"),
     ("evaluation",),

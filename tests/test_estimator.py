@@ -91,6 +91,7 @@ def test_labels_may_be_words_and_a_model_can_be_pickled() -> None:
     assert clone(model).get_params() == model.get_params()
 
 
+@pytest.mark.slow
 def test_in_a_pipeline_and_a_search() -> None:
     X, y, *_ = long_tailed(0, 5)  # noqa: N806
     pipeline = make_pipeline(StandardScaler(), LongTailClassifier(hidden=32, epochs=3, random_state=0))
@@ -193,6 +194,7 @@ def test_wrong_embeddings_raise() -> None:
         model.fit(X_test, np.zeros(len(X_test)))
 
 
+@pytest.mark.slow
 def test_tiny_data_sets() -> None:
     for X, y in (  # noqa: N806
         (np.array([[1.0], [2.0]]), [0, 1]),

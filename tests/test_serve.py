@@ -102,6 +102,19 @@ def test_a_training_image_is_its_own_nearest(run: Path) -> None:
     assert nearest["class"] == data.class_names[int(data.train.labels[7])]
 
 
+def test_test_time_augmentation(run: Path) -> None:
+    recognizer, data = loaded(run)
+    client = TestClient(build_app(recognizer, reference_images(recognizer, data.train), "digits", tta="flip"))
+    assert "Test-time augmentation: flip." in client.get("/").text
+    response = client.post("/predict", content=picture()).json()
+    with Image.open(io.BytesIO(picture())) as image:
+        expected, plain = (recognizer.predict(image, tta=tta).top(1)[0][0][1] for tta in ("flip", "none"))
+    assert response["top"][0]["probability"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected - plain) > 1e-4
+    assert response["set"] is None  # these are calibrated on single views
+    assert len(response["nearest"]) == 5
+
+
 def zipped() -> bytes:
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w") as archive:
@@ -141,6 +154,7 @@ def test_other_requests(client: TestClient) -> None:
     home = client.get("/")
     assert "default-src 'none'" in home.headers["content-security-policy"]
     assert not re.search(r"""(src|href)=["']https?:""", home.text)
+    assert "Test-time augmentation" not in home.text
 
 
 @pytest.fixture

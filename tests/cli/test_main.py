@@ -111,6 +111,20 @@ def test_compare(command: Command, tmp_path: Path) -> None:
     assert (out / "gml-seed1" / "report.html").is_file()
 
 
+def test_a_folder_in_place_of_a_recipe(command: Command, photos: Path, tmp_path: Path) -> None:
+    settings = ("--network", "resnet8", "--pretrained", "none", "--epochs", "1", "--quiet", "--data.image_size", "16")
+    compared = ("--methods", "ce,la", "--seeds", "2", "--tune", "head", "--classifier.init", "class_means")
+    code, printed, err = command("compare", photos, *settings, *compared, "--out", tmp_path / "comparison")
+    assert code == 0, err
+    assert "\ntake " in printed
+    code, _, err = command("train", photos, *settings, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "source: folder" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    code, _, err = command("train", tmp_path / "missing", *settings)
+    assert code == 2
+    assert "is not known" in err
+
+
 def test_a_folder_of_images(command: Command, photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, out, err = command("train", "folder", "--data.root", photos, *TINY, "--pretrained", "none", "--out", run)

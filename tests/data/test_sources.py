@@ -146,7 +146,7 @@ def test_folder_with_splits(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_too_large_for_memory_is_decoded_on_demand(photos: Path) -> None:
-    held, lazy = folder(photos), folder(photos, memory_gib=1e-9)
+    held, lazy = folder(photos), folder(photos, memory_gib=1e-9, cache="none")
     assert isinstance(lazy.train.images, FileImages)
     indices = torch.tensor([4, 0, 11])
     assert torch.equal(held.train.images.take(indices), lazy.train.images.take(indices))
@@ -178,18 +178,21 @@ def test_folders_that_cannot_be_used(photos: Path, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("memory", [4.0, 1e-9])
-def test_a_bad_file_is_named(photos: Path, name: str, content: bytes | None, message: str, memory: float) -> None:
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_a_bad_file_is_named(
+    photos: Path, name: str, content: bytes | None, message: str, memory: float, cache: str
+) -> None:
     whole = (photos / "cat" / "0.png").read_bytes()
     (photos / "cat" / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
     if content is None and memory < 1:
         # a damage that only decoding shows is reported when the image is taken
-        data = folder(photos, memory_gib=memory)
+        data = folder(photos, memory_gib=memory, cache=cache)
         part = data.train if f"cat/{name}" in data.train.images.names else data.test  # type: ignore[attr-defined]
         with pytest.raises(LongtailError, match=message):
             part.images.take(torch.arange(len(part)))
     else:
         with pytest.raises(LongtailError, match=message):
-            folder(photos, memory_gib=memory)
+            folder(photos, memory_gib=memory, cache=cache)
 
 
 def test_a_test_class_that_was_not_trained_is_named(photos: Path, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_set_with_a_tail_of_its_own_has_no_other(tiny: Config) -> None:
     assert len(plan(own.replace(data={"profile": "step"}), ["ce"], [0], "passes", [10.0])) == 1
 
 
+@pytest.mark.slow
 def test_two_at_a_time_give_what_one_after_the_other_gives(tiny: Config, tmp_path: Path) -> None:
     def compared(out: str, jobs: int) -> list[Record]:
         # the methods of a seed share a teacher, which is trained once

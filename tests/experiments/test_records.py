@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from longtail.experiments.records import Record, differences, summarize, table
+from longtail.experiments.records import Record, differences, recommendation, summarize, table
 
 
 def record(method: str, seed: int, accuracy: float, many: float | None = None) -> Record:
@@ -53,3 +53,31 @@ def test_differences_are_paired() -> None:
     (single,) = differences([record("la", 0, 1.0), record("gml", 0, 2.0)])
     assert single.low is None
     assert "one seed" in str(single)
+
+
+def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> None:
+    def runs(method: str, values: list[float], seconds: float, teacher: float = 0.0) -> list[Record]:
+        return [
+            Record(
+                method=method,
+                seed=seed,
+                metrics={"balanced_accuracy": value},
+                seconds=seconds,
+                student_passes=1,
+                teacher_seconds=teacher,
+                epochs=1,
+                predicts_under="uniform",
+            )
+            for seed, value in enumerate(values)
+        ]
+
+    ce, la = runs("ce", [45.0, 45.5, 45.2], 10), runs("la", [55.0, 55.5, 55.2], 11)
+    gml = runs("gml", [55.9, 55.0, 55.6], 30, teacher=11)  # ahead by chance
+    assert recommendation([*ce, *la]) == "take la: best balanced accuracy, 55.2"
+    assert recommendation([*ce, *la, *gml]) == (
+        "take la: balanced accuracy 55.2, not shown to be worse than gml (55.5), and cheaper"
+    )
+    clear = runs("gml", [57.0, 57.6, 57.3], 30)
+    assert recommendation([*ce, *la, *clear]) == "take gml: best balanced accuracy, 57.3"
+    assert "one seed" in recommendation([ce[0], la[0]])
+    assert recommendation(la) == ""

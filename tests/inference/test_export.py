@@ -46,6 +46,7 @@ def test_a_mixture_ensemble(tiny: Config, tmp_path: Path) -> None:
     assert export_onnx(load_model(tmp_path / "run"), tmp_path / "m.onnx").difference < 1e-4
 
 
+@pytest.mark.slow
 def test_a_segmenter(segmenting: Config, scenes: Path, tmp_path: Path, command: Command) -> None:
     fit(segmenting.replace(method="ce"), tmp_path / "run", quiet=True)
     test = scenes / "images" / "test"

@@ -34,6 +34,7 @@ def test_by_the_encoder_of_a_run(tiny: Config, tmp_path: Path) -> None:
     assert model.score(arrays["test"], arrays["test_labels"]) > 0.6
 
 
+@pytest.mark.slow
 def test_by_a_timm_model(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     for name in ("a.npz", "b.npz"):

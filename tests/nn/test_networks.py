@@ -38,8 +38,11 @@ def test_the_encoder_normalises() -> None:
 def test_images_are_resized() -> None:
     encoder = Encoder("resnet20", [0.5] * 3, [0.2] * 3, resize=48).eval()
     small = torch.rand(1, 3, 32, 32)
-    large = torch.nn.functional.interpolate(small, size=48, mode="bilinear", antialias=True)
+    large = torch.nn.functional.interpolate(small, size=48, mode="bicubic").clamp(0, 1)
     assert torch.allclose(encoder(small), encoder(large))
+    shrunk = torch.nn.functional.interpolate(large, size=16, mode="bicubic", antialias=True).clamp(0, 1)
+    encoder.resize = 16
+    assert torch.allclose(encoder(large), encoder(shrunk), atol=1e-6)
 
 
 def test_an_unknown_network_is_named() -> None:

@@ -239,9 +239,7 @@ def test_an_exported_file_predicts_the_same_without_torch(run: Path, tmp_path: P
     assert len(done.stdout.splitlines()) == 8
 
 
-@pytest.mark.parametrize(
-    "flags", [["--sliding_window", "64"], ["--tta_flip"], ["--tta_scales", "1", "1.5"], ["--out", "out"]]
-)
+@pytest.mark.parametrize("flags", [["--sliding_window", "64"], ["--tta_scales", "1", "1.5"], ["--out", "out"]])
 def test_options_of_models_that_label_pixels(
     run: Path, exported: Path, tmp_path: Path, command: Command, flags: list[str]
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_comparison(scenes: Path, tmp_path: Path, command: Command) -> None:
     assert "boundary IoU" in page
 
 
+@pytest.mark.slow
 def test_it_learns(segmenting: Config, tmp_path: Path) -> None:
     config = segmenting.replace(method="gml", epochs=40, validate_every=40, segmentation={"scale": (0.8, 1.25)})
     run = fit(config, tmp_path / "run", quiet=True)
@@ -346,6 +347,7 @@ def test_the_rarest_class_decides_what_a_balanced_sampler_shows(segmenting: Conf
     assert shares[2] == pytest.approx(0.5, abs=0.1)  # a third of the images has it
 
 
+@pytest.mark.slow
 def test_two_processes(segmenting: Config, scenes: Path, tmp_path: Path) -> None:
     flags = ["--network", segmenting.network, "--pretrained", "none", "--epochs", "1", "--batch_size", "6", "--quiet"]
     more = ["--gml.queue_size", "64", "--gml.queue_minimum", "4", "--data.workers", "0", "--device", "cpu"]

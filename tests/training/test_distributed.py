@@ -193,6 +193,7 @@ def wait_for_lines(run: Path, lines: int, alive: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_torchrun_that_is_stopped_saves(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = torchrun(2, *LONG, "--checkpoint_seconds", "3600", "--out", out)

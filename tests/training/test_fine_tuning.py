@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
-from longtail.config import Config, parse_config
+from longtail.config import Config, load_recipe, parse_config
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
+from longtail.inference.model_config import read_model_config
 from longtail.inference.recognizer import Recognizer
-from longtail.nn import pretrained
-from longtail.training.auto_config import find_weights
+from longtail.nn import build_backbone, pretrained
+from longtail.nn.text_tower import text_weights
+from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.trainer import fit
 from tests.conftest import Command
+from tests.nn.clip_model import save_clip
+from tests.nn.repositories import hub_cache, save_repository
+from tests.nn.test_pretrained import BAD_FILES, save_bad_file
+from tests.training.runs import equal, fit_in_two, weights
 
 
 def unreachable(*_: object, **__: object) -> None:
@@ -62,7 +72,7 @@ def test_weights_of_an_installed_package_are_found(tmp_path: Path, monkeypatch: 
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").touch()
     file = package / "models" / "lite0.pth"
-    file.touch()
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), file)
     monkeypatch.setattr(pretrained, "PACKAGES", {"tf_efficientnet_lite0": "weights-of-lite0"})
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     config = find_weights(Config(pretrained="auto", network="auto"))
@@ -81,9 +91,9 @@ def test_a_network_without_weights_is_refused() -> None:
         find_weights(Config(pretrained="auto", network="conv8-tiny"))
 
 
-@pytest.mark.parametrize("tune", ["all", "last", "last:0", "last:x", "head:1"])
+@pytest.mark.parametrize("tune", ["all", "last", "last:0", "last:x", "head:1", "lora:", "lora:0", "adapter:-1"])
 def test_an_unknown_way_of_tuning_is_refused(tune: str) -> None:
-    with pytest.raises(LongtailError, match=r"tune '.*': expected full, norm, last:N \(N at least 1\) or head"):
+    with pytest.raises(LongtailError, match=r"tune '.*': expected full, norm, last:N, lora, lora:R"):
         parse_config({"tune": tune})
 
 
@@ -115,3 +125,200 @@ def test_the_side_of_the_network_is_part_of_the_model(tiny: Config, tmp_path: Pa
     probabilities = recognizer.predict(data.test.images.take(torch.arange(len(data.test)))).probabilities
     right = (probabilities.argmax(dim=1) == data.test.labels).float().mean()
     assert 100 * float(right) == pytest.approx(run.test_metrics["uniform"]["top1"])
+
+
+def tuned(photos: Path, file: Path, network: str, tune: str, **changes: Any) -> Config:
+    """Return the settings of a training of two epochs from a file of random weights."""
+    torch.manual_seed(3)
+    torch.save(timm.create_model(network).state_dict(), file)
+    config = load_recipe("folder").config.replace(
+        network=network, pretrained=str(file), tune=tune, epochs=2, batch_size=4, checkpoint_seconds=0.0, **changes
+    )
+    return config.replace(data={"root": str(photos), "image_size": 32, "workers": 0, "cache": "none"})
+
+
+PREDICT = """
+import sys
+sys.modules["peft"] = None
+import torch
+from longtail.inference.recognizer import Recognizer
+images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+torch.save(Recognizer.load(sys.argv[1]).scores(images), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("network", "tune"),
+    [
+        ("test_vit", "lora:2"),
+        pytest.param("test_efficientnet", "lora", marks=pytest.mark.slow),
+        pytest.param("test_vit", "adapter:4", marks=pytest.mark.slow),
+        pytest.param("test_convnext", "adapter", marks=pytest.mark.slow),
+    ],
+)
+def test_light_tuning_from_the_first_step_to_a_model_that_needs_no_peft(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, tune: str
+) -> None:
+    config = tuned(photos, tmp_path / "w.pth", network, tune, optimizer={"learning_rate": 0.5})
+    run = fit(config, tmp_path / "whole", quiet=True)
+    fit_in_two(config, tmp_path / "cut", 3, monkeypatch)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    names = set(build_backbone(run.model_config.network, 3).state_dict())
+    saved = {name.removeprefix("encoder.backbone."): t for name, t in weights(tmp_path / "whole").items()}
+    assert names == set(saved) - {"classifier.weight"}
+    # only the layers with updates, or only the adapters, are other ones than before
+    plain = run.model_config.network.replace("adapter=4, ", "").replace("(adapter=64)", "")
+    original = build_backbone(plain, 3, str(tmp_path / "w.pth"))
+    old = {name.replace(".layer.", "."): name for name in saved}
+    changed = {old[name] for name, t in original.state_dict().items() if not torch.equal(t, saved[old[name]])}
+    if tune.startswith("lora"):
+        assert changed
+        assert all(saved[name].ndim in {2, 4} for name in changed), "no norm, no bias and no statistic changes"
+    else:
+        assert changed == set()
+        assert any(saved[name].any() for name in saved if name.endswith(".adapter.2.weight"))
+    # in a process without peft
+    subprocess.run([sys.executable, "-c", PREDICT, tmp_path / "whole", tmp_path / "scores.pt"], check=True)
+    here = Recognizer.load(tmp_path / "whole")
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.load(tmp_path / "scores.pt", weights_only=True), here.scores(images))
+    data = load_data(run.config.data, run.config.seed)
+    scores = here.scores(data.test.images.take(torch.arange(len(data.test))).float() / 255)
+    right = (scores.argmax(dim=1) == data.test.labels).float().mean()
+    assert 100 * float(right) == pytest.approx(run.test_metrics["uniform"]["top1"])
+
+
+@pytest.mark.slow
+def test_lora_with_a_moving_average(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tuned(photos, tmp_path / "w.pth", "test_vit", "lora", optimizer={"ema_decay": 0.9})
+    fit(config, tmp_path / "whole", quiet=True)
+    fit_in_two(config, tmp_path / "cut", 2, monkeypatch)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert not any("lora" in name for name in weights(tmp_path / "whole"))
+
+
+def test_lora_without_peft_is_one_line(
+    photos: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    flags = ["--network", "resnet8", "--pretrained", "none", "--tune", "lora", "--epochs", "1", "--quiet"]
+    code, _, error = command("train", "--data", photos, *flags, "--out", tmp_path / "run")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "tune lora: needs the extra peft: pip install 'longtail[peft]'" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "network", "network_size"),
+    [
+        ({}, "test_vit", 160),  # images are resized to the network's own size
+        ({"network_size": 64}, "test_vit(img_size=64)", 64),
+        ({"data": {"image_size": 32}}, "test_vit(img_size=32)", None),
+        ({"network": "test_vit(img_size=48)"}, "test_vit(img_size=48)", 48),
+        ({"tune": "adapter"}, "test_vit(adapter=64)", 160),
+        ({"tune": "adapter:8", "network_size": 64}, "test_vit(adapter=8, img_size=64)", 64),
+        ({"network": "test_efficientnet"}, "test_efficientnet", None),
+    ],
+)
+def test_the_size_of_a_vision_transformer(
+    photos: Path, settings: dict[str, Any], network: str, network_size: int | None
+) -> None:
+    config = load_recipe("folder").config.replace(network="test_vit", pretrained="none")
+    config = config.replace(data={"root": str(photos), "image_size": None})
+    config = find_weights(config.replace(**settings))
+    data = load_data(config.data, 0)
+    chosen, _ = auto_config(config, data)
+    assert (chosen.network, chosen.network_size) == (network, network_size)
+    assert auto_config(find_weights(chosen), data)[0] == chosen
+
+
+def test_a_network_of_the_hub_is_trained_and_loaded_without_it(
+    photos: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = save_repository(tmp_path / "repository", "test_vit", img_size=32)
+    cache = hub_cache(tmp_path, repository, "someone/small-vit")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    flags = ["--network", "hf-hub:someone/small-vit", "--epochs", "1", "--batch_size", "4", "--quiet"]
+    flags += ["--network_size", "32"]
+    code, _, error = command("train", "--data", photos, *flags, "--out", tmp_path / "run")
+    assert code == 0, error
+    config = read_model_config(tmp_path / "run")
+    assert (config.network, config.network_size) == ("test_vit(img_size=32)", 32)
+    assert config.mean == (0.1, 0.2, 0.3)
+    script = "import sys; from longtail.inference.recognizer import Recognizer; Recognizer.load(sys.argv[1])"
+    (tmp_path / "nothing").mkdir()
+    offline = {"HF_HUB_CACHE": str(tmp_path / "nothing"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    subprocess.run([sys.executable, "-c", script, tmp_path / "run"], check=True, env=offline)
+    assert list((tmp_path / "nothing").iterdir()) == []
+
+
+@pytest.fixture
+def broken_photos(tmp_path: Path) -> Path:
+    """A folder whose images cannot be decoded, which is found out only after what is wrong with the settings."""
+    for name in ("cat", "dog"):
+        (tmp_path / "broken" / name).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / "broken" / name / f"{number}.png").write_text("not an image")
+    return tmp_path / "broken"
+
+
+@pytest.mark.parametrize(("name", "kind", "message"), BAD_FILES)
+def test_bad_weights_are_one_line_before_any_image_is_read(
+    broken_photos: Path, tmp_path: Path, command: Command, name: str, kind: str, message: str
+) -> None:
+    save_bad_file(tmp_path / name, kind)
+    flags = ["--network", "test_efficientnet", "--pretrained", tmp_path / name]
+    code, _, error = command("train", "--data", broken_photos, *flags, "--out", tmp_path / "run")
+    assert (code, error.count("\n")) == (2, 1), error
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("_offline")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--network", "tf_efficientnet_lite9"], "is not known; perhaps you meant tf_efficientnet_lite"),
+        (["--network", "test_vit.r160_in1"], "perhaps you meant test_vit.r160_in1k"),
+        (["--network", "hf-hub:nobody/nothing"], "cannot be read from the Hub or its local cache"),
+        (["--network", "local-dir:nowhere"], "there is no such folder"),
+        (["--network", "resnet18", "--pretrained", "timm"], "and the Hub cannot be reached"),
+        (
+            ["--network", "vit_small_patch14_dinov2.lvd142m", "--network_size", "160", "--pretrained", "none"],
+            "154 or 168",
+        ),
+        (["--network", "test_vit", "--data.image_size", "40", "--pretrained", "none"], "--network_size 32 or 48"),
+        (["--network", "test_vit(image=3)", "--pretrained", "none"], "image"),
+        (["--network", "resnet20", "--tune", "adapter", "--pretrained", "none"], "network 'resnet20' has no adapters"),
+        (["--network", "test_vit", "--classifier.init", "text", "--pretrained", "none"], "with pretrained weights"),
+    ],
+)
+def test_networks_that_cannot_be_had_are_one_line_before_any_image_is_read(
+    broken_photos: Path, tmp_path: Path, command: Command, flags: list[str], message: str
+) -> None:
+    code, _, error = command("train", "--data", broken_photos, *flags, "--out", tmp_path / "run")
+    assert (code, error.count("\n")) == (2, 1), error
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def clip_folder(tmp_path: Path) -> Path:
+    save_clip(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_every_weight_of_the_text_classifier_is_saved_as_it_is(photos: Path, tmp_path: Path, clip_folder: Path) -> None:
+    config = load_recipe("folder").config.replace(
+        network=f"local-dir:{clip_folder}",
+        pretrained="timm",
+        epochs=1,
+        batch_size=4,
+        classifier={"init": "text"},
+        optimizer={"learning_rate": 1e-12, "head_learning_rate": 1e-12, "weight_decay": 0.0},
+        data={"root": str(photos), "image_size": 32, "workers": 0, "cache": "none"},
+    )
+    fit(config, tmp_path / "run", quiet=True)
+    weight = weights(tmp_path / "run")["classifier.weight"]
+    expected = text_weights(["cat", "dog", "emu"], f"local-dir:{clip_folder}", "timm")
+    torch.testing.assert_close(weight, expected)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from longtail.allocator import reuse_freed_memory
 from longtail.cli.parsing import load_plugins
 from longtail.errors import LongtailError, StoppedError, did_you_mean
 
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif args[0] not in COMMANDS:
             raise LongtailError(f"'{args[0]}' is not a command{did_you_mean(args[0], COMMANDS)}")
         else:
+            reuse_freed_memory()
             load_command(args[0])(args[1:])
         sys.stdout.flush()
     except LongtailError as error:

@@ -26,7 +26,10 @@ def evaluate(arguments: list[str]) -> None:
     from longtail.experiments.evaluate import evaluate as evaluate_run
     from longtail.inference.model_config import read_model_config
     from longtail.registry import TASKS
+    from longtail.tasks.base import check_inference_options
 
+    task = TASKS[read_model_config(options.run).task]
+    check_inference_options(inference, task.label_maps, "evaluate")
     metrics = evaluate_run(
         options.run,
         options.prior,
@@ -39,9 +42,8 @@ def evaluate(arguments: list[str]) -> None:
     if options.json:
         write_json_output(options.json, metrics)
     if not options.quiet:
-        task = read_model_config(options.run).task
-        print_metrics(task, metrics)
-        for line in TASKS[task].summary_lines(metrics):
+        print_metrics(task.name, metrics)
+        for line in task.summary_lines(metrics):
             print(line)
 
 
@@ -71,7 +73,7 @@ def predict(arguments: list[str]) -> None:
 def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOutput:
     from longtail.data.image_io import find_images
     from longtail.registry import TASKS
-    from longtail.tasks.base import PredictionRequest
+    from longtail.tasks.base import PredictionRequest, check_inference_options
     from longtail.tasks.loading import load_model
 
     model = load_model(options.run)
@@ -83,7 +85,9 @@ def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOut
         out=options.out,
         progress=not options.quiet and sys.stderr.isatty(),
     )
-    return TASKS[model.config.task].predict_files(model, find_images(options.images), request)
+    task = TASKS[model.config.task]
+    check_inference_options(inference, task.label_maps, "predict")
+    return task.predict_files(model, find_images(options.images), request)
 
 
 def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOutput:
@@ -98,11 +102,17 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
         "--out": options.out is not None,
         "--coverage": options.coverage is not None,
         "--prior estimate": options.prior == "estimate",
-        **{f"--{f.name}": getattr(inference, f.name) != f.default for f in dataclasses.fields(inference)},
+        "--sliding_window": inference.sliding_window is not None,
+        "--tta_scales": inference.tta_scales != (1.0,),
     }
     for flag, used in unsupported.items():
         if used:
             raise LongtailError(f"{options.run}: {flag} needs the run, not its ONNX file")
+    if inference.fixed_tta not in {"none", model.tta}:
+        raise LongtailError(
+            f"{options.run}: --tta {inference.tta} needs a file with it inside, this one has {model.tta}; use longtail "
+            f"export RUN --tta {inference.tta}"
+        )
     files = find_images(options.images)
     probabilities = model.change_prior(model.predict(files), options.prior)
     order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top]
@@ -126,12 +136,13 @@ def export(arguments: list[str]) -> None:
     from longtail.inference.export import export_onnx
     from longtail.tasks.loading import load_model
 
-    exported = export_onnx(load_model(options.run), out, options.prior, find_images(options.images))
+    exported = export_onnx(load_model(options.run), out, options.prior, find_images(options.images), options.tta)
     height, width, channels = exported.shape
     if options.json:
         write_json_output(options.json, {**dataclasses.asdict(exported), "path": str(exported.path)})
     if not options.quiet:
-        print(f"{exported.path}: takes (N, {height}, {width}, {channels}) uint8, prior {options.prior}")
+        augmented = "" if options.tta == "none" else f", test-time augmentation {options.tta}"
+        print(f"{exported.path}: takes (N, {height}, {width}, {channels}) uint8, prior {options.prior}{augmented}")
         kind = "images" if options.images else "random images"
         print(
             f"largest difference of a probability from PyTorch's on {exported.images} {kind}: {exported.difference:.1e}"
@@ -147,7 +158,7 @@ def serve(arguments: list[str]) -> None:
     from longtail.serve import serve as serve_run
 
     root = None if options.root is None else str(options.root)
-    serve_run(options.run, options.host, options.port, root, options.quiet)
+    serve_run(options.run, options.host, options.port, root, options.quiet, options.tta)
 
 
 def report(arguments: list[str]) -> None:

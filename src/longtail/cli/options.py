@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from longtail.config import Config, Data, Shots
-from longtail.inference.options import InferenceOptions
+from longtail.inference.options import TTA, InferenceOptions
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
@@ -38,15 +38,21 @@ class InferenceFlags:
     sliding_window: int | None = None
     """Models that label pixels: side of a square window that slides over an image; the whole image at once if not
     given."""
+    tta: TTA | Literal["auto"] = "none"
+    """Test-time augmentation: average the scores over views of the image. flip: it and its mirror image, 2 times the
+    computation; crops: centre and corners, each also mirrored, 10 times; auto: the cheapest that no other exceeds by
+    more than noise on the run's validation images (evaluate only). Models that label pixels: none or flip."""
     tta_flip: Flag = False
-    """Models that label pixels: average with the scores of the mirrored image."""
+    """The same as --tta flip."""
     tta_scales: tuple[float, ...] = (1.0,)
     """Models that label pixels: average over these scales of the image."""
 
     @property
     def inference_options(self) -> InferenceOptions:
         """The same as the Python interface takes it."""
-        return InferenceOptions(sliding_window=self.sliding_window, tta_flip=self.tta_flip, tta_scales=self.tta_scales)
+        return InferenceOptions(
+            sliding_window=self.sliding_window, tta=self.tta, tta_flip=self.tta_flip, tta_scales=self.tta_scales
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +141,9 @@ class Export:
     """What to write."""
     prior: str = "uniform"
     """Class frequencies where the file will be used: uniform, train, or a file of class frequencies."""
+    tta: TTA = "none"
+    """Test-time augmentation inside the file: flip (2 times the computation) or crops (10 times); not for models that
+    label pixels."""
     out: Path | None = None
     """The file (default: RUN/model.onnx)."""
     overwrite: Flag = False
@@ -155,6 +164,8 @@ class Serve:
     """Address to listen at; the default is seen from this machine alone."""
     port: int = 8000
     """Port; 0 takes a free one."""
+    tta: TTA = "none"
+    """Test-time augmentation: flip (2 times the computation) or crops (10 times)."""
     root: Path | None = None
     """Where the training images are now, if not where they were."""
     quiet: Flag = False

@@ -95,13 +95,16 @@ def split_recipe(arguments: Sequence[str], default: str) -> tuple[str, list[str]
 def recipe_with_data(arguments: Sequence[str], default: str) -> tuple[Recipe, list[str]]:
     """Return the recipe with its data replaced by ``--data SOURCE``, and the other arguments.
 
-    Without a recipe's name ``--data`` selects the recipe for your own data.
+    Without a recipe's name ``--data`` selects the recipe for your own data. A folder or a table in place of the
+    recipe's name is taken as ``--data``.
     """
-    from longtail.config import load_recipe
+    from longtail.config import load_recipe, recipe_names
     from longtail.data.source_spec import source_of
 
     name, rest = split_recipe(arguments, default)
-    recipe, named = load_recipe(name), len(rest) != len(arguments)
+    if name not in recipe_names() and Path(name).suffix not in {".yaml", ".yml"} and Path(name).exists():
+        name, rest = default, ["--data", *arguments]
+    recipe, named = load_recipe(name), len(rest) < len(arguments)
     for place, argument in enumerate(rest):
         if argument != "--data" and not argument.startswith("--data="):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from longtail.cli.checks import check_folder, check_output, check_run
@@ -14,6 +15,7 @@ from longtail.files import write_json_output
 
 def train(arguments: list[str]) -> None:
     """Train, evaluate and save a model."""
+    started = time.monotonic()
     recipe, rest = recipe_with_data(arguments, "digits-lt")
     options, config = parse_with_config(Train, "train", rest, recipe.config)
     if options.resume and options.overwrite:
@@ -28,7 +30,7 @@ def train(arguments: list[str]) -> None:
     from longtail.tasks.evaluate import format_metrics
     from longtail.training.trainer import fit
 
-    run = fit(config, out, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet)
+    run = fit(config, out, resume=options.resume, overwrite=options.overwrite, quiet=options.quiet, started=started)
     is_first = rank() == 0
     shutdown()
     if not is_first:
@@ -57,7 +59,7 @@ def compare(arguments: list[str]) -> None:
 
     from longtail.experiments.compare import as_json, as_json_lines
     from longtail.experiments.compare import compare as compare_methods
-    from longtail.experiments.records import differences, run_name, table
+    from longtail.experiments.records import differences, recommendation, run_name, table
     from longtail.report import comparison_report, run_report
 
     records = compare_methods(
@@ -81,6 +83,8 @@ def compare(arguments: list[str]) -> None:
     print("equal student passes" if options.budget == "passes" else "equal epochs")
     for difference in differences(records):
         print(difference)
+    if advice := recommendation(records):
+        print(advice)
     print(f"report: {page}")
 
 

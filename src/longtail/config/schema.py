@@ -8,6 +8,7 @@ line. A field that does not exist, or a value of the wrong type or range, is an 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -25,6 +26,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 _STRICT = ConfigDict(extra="forbid")
+_TUNE = re.compile(r"full|norm|head|last:0*[1-9]\d*|(lora|adapter)(:0*[1-9]\d*)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,9 @@ class Data:
     max_unreadable_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Largest fraction of the training images that may turn out to be unreadable during training; each is replaced by
     another image of its class and reported."""
+    cache: str = "auto"
+    """Folder for what is computed once per image (resized copies of image files, features of a frozen network); auto:
+    LONGTAIL_CACHE or the user's folder of caches; none: keep nothing."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode and augment image files; one per core, at most 8, if not given."""
     sampler: str = "instance"
@@ -165,8 +170,9 @@ class Classifier:
 
     scale: PositiveFloat = 30.0
     """Scale of the cosine: the score of class c is scale · cos(feature, weight of c)."""
-    init: Literal["random", "class_means"] = "random"
-    """Initial weights: random, or the normalised mean feature of every class, for an encoder that is pretrained."""
+    init: Literal["random", "class_means", "text"] = "random"
+    """Initial weights: random; or for an encoder that is pretrained, class_means (the normalised mean feature of every
+    class) or text (the class names' embeddings by the text tower of the same CLIP or SigLIP model; extra clip)."""
     logit_adjustment: bool = True
     """Add the log prior to the scores in training (never done by ce, focal, cb and ldam)."""
     views: Positive = 1
@@ -233,19 +239,29 @@ class Config:
     """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, supcon, paco,
     gpaco, bcl, proco, gml; for labels of pixels ce, la, focal, cb, gml, dice, lovasz."""
     network: str = "auto"
-    """Student network: conv8, resnet8/14/20/32/44/56/110, or any timm model; for labels of pixels upernet:ENCODER or
-    segformer:ENCODER, optionally with :WIDTH of the decoder (default 256). auto: chosen by the image size."""
+    """Student network: conv8, resnet8/14/20/32/44/56/110, or any timm model, optionally with arguments,
+    "vit_small_patch16_224(drop_path_rate=0.1)", or from the Hub (hf-hub:OWNER/NAME) or a folder (local-dir:FOLDER); for
+    labels of pixels upernet:ENCODER or segformer:ENCODER, optionally with :WIDTH of the decoder (default 256). auto:
+    chosen by the image size."""
     pretrained: str = "none"
     """Initial weights of a timm model: none, a file (.safetensors, .pth), timm (its own, downloaded at first use), or
     auto (its own, from the Hub's local cache, an installed package of weights or the network). Images are then
     normalised as for these weights."""
     tune: str = "full"
     """What is trained of the encoder: full, norm (normalisation layers and biases), last:N (the last N blocks of a timm
-    model), or head (nothing: features are computed once, and only the classifier is trained)."""
+    model), lora or lora:R (low-rank updates of rank R, default 8; extra peft), adapter or adapter:W (bottlenecks of
+    width W, default 64, in every block of a timm model), or head (nothing: features are computed once, and only the
+    classifier is trained)."""
+    feature_views: Positive = 1
+    """Views of every training image whose features tune head computes and keeps: the image itself, and augmented
+    ones."""
     network_size: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which images are resized before they enter the network; their own size if not given."""
     epochs: Positive | Literal["auto"] = 100
     """Passes over the training set; auto: as many as make 20,000 steps, between 30 and 200."""
+    minutes: PositiveFloat | None = None
+    """Time that the whole command may take: the speed of this machine is measured, and tune, the size of images and
+    epochs are chosen to fit, as far as they are the recipe's own (pretrained networks that classify whole images)."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images per step."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -274,9 +290,11 @@ class Config:
 
     def __post_init__(self) -> None:
         METHODS.check(self.method, "method")
-        kind, _, number = self.tune.partition(":")
-        if kind not in {"full", "norm", "head", "last"} or (kind == "last") != (number.isdecimal() and int(number) > 0):
-            raise LongtailError(f"tune '{self.tune}': expected full, norm, last:N (N at least 1) or head")
+        if not _TUNE.fullmatch(self.tune):
+            raise LongtailError(
+                f"tune '{self.tune}': expected full, norm, last:N, lora, lora:R, adapter, adapter:W or head, with "
+                "numbers of at least 1"
+            )
         if self.shots.few_below > self.shots.many_above + 1:
             raise LongtailError(
                 f"shots.few_below {self.shots.few_below} and shots.many_above {self.shots.many_above} overlap: "

@@ -34,6 +34,14 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def keys(self) -> Tensor:
+        """Return (N,) int64 hashes of each image's id and content, by which what is computed of it is found again."""
+        keys = [
+            hashlib.blake2b(self.images.version(index), key=image_id.to_bytes(8, "little", signed=True), digest_size=8)
+            for index, image_id in enumerate(self.ids.tolist())
+        ]
+        return torch.tensor([int.from_bytes(key.digest(), "little", signed=True) for key in keys], dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class LongTailedData:

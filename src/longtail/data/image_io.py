@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -14,6 +15,7 @@ from longtail.errors import LongtailError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 """File name suffixes, in lower case, of files that are treated as images."""
+_CLEAN = 2  # times the side that is wanted; what a JPEG file's own scaling loses is then invisible after the reduction
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -45,6 +47,36 @@ def open_image(path: Path) -> Image.Image:
     with image_errors(path), Image.open(path) as image:
         image.load()
     return image
+
+
+def open_square(file: Path | BinaryIO, size: int, channels: int = 3, name: str | None = None) -> Image.Image:
+    """Open an image file as the square that :func:`resize_center_crop` makes of it; decodes no more than it needs.
+
+    A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size where both sides stay at least twice ``size``: several times
+    faster, and pixel values differ from those of the full decoding by less than one on average.
+
+    Args:
+        file: its path, or its content as a binary stream.
+        size: side of the square in pixels.
+        channels: see :func:`to_rgb`.
+        name: of the image in messages; the path if not given.
+
+    Raises:
+        LongtailError: as :func:`open_image` does.
+    """
+    with image_errors(name or (file if isinstance(file, Path) else "the image")), Image.open(file) as image:
+        whole = image.size
+        draft = image.draft(None, (_CLEAN * size, _CLEAN * size))
+        image.load()
+    if draft is None or image.size == whole:
+        return resize_center_crop(image, size, channels)
+    # the last row and column may be decoded from fewer pixels than the others: the sides are fractions
+    width, height = draft[1][2:]
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    square = image.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BICUBIC, box)
+    return resize_center_crop(square, size, channels)  # which rotates it by its EXIF tag
 
 
 def read_size(path: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Collections of images: decoded once and kept in memory, or decoded when they are needed.
+"""Collections of images: decoded once and kept in memory or on disk, or decoded when they are needed.
 
 Legend: N images, B of them in a batch, S side in pixels.
 """
@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from longtail.data.image_io import image_errors, open_image, resize_center_crop
+from longtail.data.image_io import image_errors, open_image, open_square, resize_center_crop
+from longtail.data.row_store import RowStore
+from longtail.data.transforms.batched import center, to_float
 from longtail.errors import LongtailError
 
 
@@ -51,7 +53,15 @@ class Images(Protocol):
         ...
 
     def signature(self, index: int) -> bytes:
-        """Return bytes by which a changed image is recognised: its pixels, or the size of its file."""
+        """Return bytes by which another training set is recognised: an image's pixels, or the size of its file."""
+        ...
+
+    def version(self, index: int) -> bytes:
+        """Return bytes that change with the image, see :meth:`ImageSet.keys`: its signature, of a file its time too."""
+        ...
+
+    def plain(self, indices: Tensor, size: int) -> Tensor:
+        """Return what a network is given without augmentation: (B, channels, size, size) float32 centres in [0, 1]."""
         ...
 
 
@@ -75,11 +85,14 @@ class ArrayImages:
 
     def take(self, indices: Tensor) -> Tensor:
         """Return the images at ``indices``."""
-        return self.pixels[indices]
+        return torch.from_numpy(self.pixels.numpy()[indices.numpy()])  # torch copies bytes one by one, NumPy images
+
+    def _take_one(self, index: int) -> Tensor:
+        return self.take(torch.tensor([index]))[0]
 
     def open_with_fallback(self, index: int) -> Image.Image:
         """Return one image."""
-        pixels = self.pixels[index].permute(1, 2, 0).numpy()
+        pixels = self._take_one(index).permute(1, 2, 0).numpy()
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
     def open_sample(self, index: int) -> Image.Image:
@@ -92,7 +105,15 @@ class ArrayImages:
 
     def signature(self, index: int) -> bytes:
         """Return an image's pixels."""
-        return self.pixels[index].numpy().tobytes()
+        return self._take_one(index).numpy().tobytes()
+
+    def version(self, index: int) -> bytes:
+        """Return an image's pixels."""
+        return self.signature(index)
+
+    def plain(self, indices: Tensor, size: int) -> Tensor:
+        """Return the centres of the images at ``indices``."""
+        return to_float(center(self.take(indices), size))
 
 
 class LazyImages(ABC):
@@ -118,6 +139,18 @@ class LazyImages(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def signature(self, index: int) -> bytes:
+        """Return the size of an encoded image in bytes, as text."""
+
+    def version(self, index: int) -> bytes:
+        """Return the signature."""
+        return self.signature(index)
+
+    def plain(self, indices: Tensor, size: int) -> Tensor:
+        """Return the centres of the images at ``indices``."""
+        return to_float(center(self.take(indices), size))
+
+    @abstractmethod
     def open(self, index: int) -> Image.Image:
         """Return one image as it is stored.
 
@@ -126,12 +159,20 @@ class LazyImages(ABC):
         """
 
     def take(self, indices: Tensor) -> Tensor:
-        """Return the images at ``indices``; raises as :meth:`open_with_fallback` does."""
+        """Return the images at ``indices``, channels last in memory; raises as :meth:`open_with_fallback` does."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return torch.stack(list(pool.map(self._take_one, indices.tolist())))
+            squares = torch.stack(list(pool.map(self._take_one, indices.tolist())))
+        return squares.permute(0, 3, 1, 2)
+
+    @abstractmethod
+    def open_square(self, index: int) -> Image.Image:
+        """Return one image as a square of S pixels, see :func:`~longtail.data.image_io.open_square`; or raise as
+        :meth:`open` does.
+        """
 
     def _take_one(self, index: int) -> Tensor:
-        return to_square(self.open_with_fallback(index), self.size, self.channels)
+        square = self._with_fallback(index, self.open_square)
+        return torch.from_numpy(np.array(square)).view(self.size, self.size, self.channels)
 
     def open_with_fallback(self, index: int) -> Image.Image:
         """Return an image as it is stored, or the next readable one of its class.
@@ -139,8 +180,11 @@ class LazyImages(ABC):
         Raises:
             LongtailError: a larger fraction than ``max_unreadable_fraction`` is unreadable, or the whole class is.
         """
+        return self._with_fallback(index, self.open)
+
+    def _with_fallback(self, index: int, open_one: Callable[[int], Image.Image]) -> Image.Image:
         try:
-            return self.open(index)
+            return open_one(index)
         except LongtailError as error:
             self.record_unreadable({index: str(error)})
         assert self.labels is not None
@@ -149,7 +193,7 @@ class LazyImages(ABC):
         for other in same_class[position + 1 :] + same_class[:position]:
             if other not in self.unreadable:
                 try:
-                    return self.open(other)
+                    return open_one(other)
                 except LongtailError as error:
                     self.record_unreadable({other: str(error)})
         raise LongtailError(f"{self.unreadable[index]}; and no other image of its class can be read")
@@ -198,6 +242,7 @@ class FileImages(LazyImages):
     ) -> None:
         super().__init__(size, channels, labels, max_unreadable_fraction)
         self.root, self.names = root, names
+        self._root = str(root.resolve())
 
     def __len__(self) -> int:
         return len(self.names)
@@ -206,10 +251,62 @@ class FileImages(LazyImages):
         """Return the image at ``index``."""
         return open_image(self.root / self.names[index])
 
+    def open_square(self, index: int) -> Image.Image:
+        """Return the image at ``index`` as a square."""
+        return open_square(self.root / self.names[index], self.size, self.channels)
+
     def signature(self, index: int) -> bytes:
         """Return the size of a file in bytes, as text; −1 where it is missing."""
         path = self.root / self.names[index]
         return str(path.stat().st_size if path.exists() else -1).encode()
+
+    def version(self, index: int) -> bytes:
+        """Return a file's folder, size and time of change."""
+        try:
+            status = (self.root / self.names[index]).stat()
+        except OSError:
+            return b""
+        # archives set the times, so a file of another set may have the same name, size and time
+        return f"{self._root} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape")
+
+
+class CopiedImages(ArrayImages):
+    """Resized copies of image files, read from a file that is mapped to memory; the images' own files stay closed.
+
+    Args:
+        files: the images.
+        store: the copies, (S, S, channels) uint8.
+        rows: (N,) int64 where they are in it.
+        lazy: whether the copies are more than memory holds, so that they have to be read again and again.
+    """
+
+    def __init__(self, files: FileImages, store: RowStore, rows: Tensor, *, lazy: bool) -> None:
+        self.files, self.store, self.rows, self.lazy = files, store, rows, lazy
+        self.unreadable: dict[int, str] = {}
+        self._copies = store.open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the data loader's processes map the file themselves
+        return {name: value for name, value in vars(self).items() if name != "_copies"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._copies = self.store.open()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Return the images at ``indices``."""
+        return torch.from_numpy(np.asarray(self._copies[self.rows[indices].numpy()])).permute(0, 3, 1, 2)
+
+    def signature(self, index: int) -> bytes:
+        """Return what the images' signature is without copies, so that both are the same training set."""
+        return self.files.signature(index) if self.lazy else super().signature(index)
+
+    def version(self, index: int) -> bytes:
+        """Return a file's folder, size and time of change."""
+        return self.files.version(index)
 
 
 class EncodedImages(LazyImages):
@@ -246,6 +343,10 @@ class EncodedImages(LazyImages):
         with image_errors(f"{self.name}, row {index}"), Image.open(io.BytesIO(self.read_row(index))) as image:
             image.load()
         return image
+
+    def open_square(self, index: int) -> Image.Image:
+        """Return the image of row ``index`` as a square."""
+        return open_square(io.BytesIO(self.read_row(index)), self.size, self.channels, f"{self.name}, row {index}")
 
     def signature(self, index: int) -> bytes:
         """Return the number of bytes of a row's image, as text."""

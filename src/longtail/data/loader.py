@@ -17,7 +17,7 @@ from longtail.data.dataset import ImageSet
 from longtail.data.prefetch import prefetch
 from longtail.data.samplers import epoch_order
 from longtail.data.transforms import AnyTransform, PerImageTransform
-from longtail.data.transforms.batched import center, to_float
+from longtail.data.transforms.batched import to_float
 from longtail.data.transforms.per_image import preserve_rng_state
 from longtail.errors import LongtailError
 from longtail.randomness import mix
@@ -189,7 +189,7 @@ class TrainLoader:
         return (self.seed, _VIEW, epoch, number)
 
     def _batched_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
-        for indices, pixels in _take(self.images, splits):
+        for indices, pixels in _ahead(self.images, self.images.images.take, splits):
             ids, views = self.images.ids[indices], []
             for number in numbers:
                 transform = self.views[number]
@@ -269,7 +269,9 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
 def evaluation_batches(
     images: ImageSet, size: int, batch_size: int = 512, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (B, channels, size, size) float32 centre crops and (B,) labels of a process's images, each image once.
+    """Yield what a network is given without augmentation, and (B,) labels, of a process's images, each image once.
+
+    These are (B, channels, size, size) float32 centre crops, or features where a set holds these.
 
     Args:
         images: the split.
@@ -279,14 +281,22 @@ def evaluation_batches(
         world: number of processes; process r has the images r, r + world, ….
     """
     splits = torch.arange(rank, len(images), world).split(batch_size)
-    for indices, pixels in _take(images, splits):
-        yield to_float(center(pixels, size)), images.labels[indices]
+    for indices, views in zip(splits, plain_batches(images, splits, size), strict=True):
+        yield views, images.labels[indices]
 
 
-def _take(images: ImageSet, splits: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield positions and pixels of each batch; files are decoded one batch ahead of their use."""
+def plain_batches(images: ImageSet, splits: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """Yield what a network is given without augmentation for the images at each of ``splits``."""
+    for _, views in _ahead(images, lambda part: images.images.plain(part, size), splits):
+        yield views
+
+
+def _ahead(
+    images: ImageSet, take: Callable[[Tensor], Tensor], splits: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield positions and what ``take`` returns for each batch; files are decoded one batch ahead of their use."""
     if images.images.lazy:
-        yield from prefetch(images.images.take, splits)
+        yield from prefetch(take, splits)
     else:
         for indices in splits:
-            yield indices, images.images.take(indices)
+            yield indices, take(indices)

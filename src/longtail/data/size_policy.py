@@ -24,6 +24,12 @@ class SizePolicy:
     """Side in pixels of the images that views are made from; photographs are kept larger, in the ratio 256 : 224."""
     in_memory: bool
     """Whether all the images are decoded once and kept; otherwise they are decoded batch by batch."""
+    squares: bool
+    """Whether every view is made from squares of the stored size, so that copies of these can replace the files.
+
+    A set that memory does not hold is by default augmented as ImageNet-LT and iNaturalist are in the literature: one
+    image at a time, from its full size, of which no copy is kept. Its squares are enough for a batched augmentation
+    that is asked for, such as ``photo``; with copies on disk an epoch then decodes nothing."""
     augment: str
     """Default augmentation."""
     mean: tuple[float, ...]
@@ -59,11 +65,13 @@ def choose_size(
     # augmentations of one image at a time start from photographs at their full size
     full_size = config.augment != "auto" and TRANSFORMS[config.augment].per_image and not small
     in_memory = not full_size and images * stored**2 * 3 <= config.memory_gib * 2**30
+    default = "cifar" if small else "photo" if in_memory else "imagenet"
     return SizePolicy(
         size=size,
         stored=stored,
         in_memory=in_memory,
-        augment="cifar" if small else "photo" if in_memory else "imagenet",
+        squares=in_memory or not TRANSFORMS[default if config.augment == "auto" else config.augment].per_image,
+        augment=default,
         mean=CIFAR_MEAN if small else mean or IMAGENET_MEAN,
         std=CIFAR_STD if small else std or IMAGENET_STD,
     )

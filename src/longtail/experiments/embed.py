@@ -17,6 +17,7 @@ from longtail.errors import LongtailError
 from longtail.files import atomic_write
 from longtail.inference.features import encode_split
 from longtail.nn import Encoder
+from longtail.nn.network_name import timm_settings
 from longtail.nn.pretrained import normalization
 from longtail.registry import TASKS
 from longtail.tasks.loading import load_model
@@ -103,14 +104,7 @@ def _encoder(model: str, pretrained: str, data: LongTailedData) -> tuple[Encoder
                 f"{model}: expects images of {trained.config.channels} channels, these have {len(data.mean)}"
             )
         return trained.encoder, trained.config.image_size
-    import timm
-
-    settings = None
-    if timm.is_model(model.split(".")[0]):
-        try:
-            settings = timm.get_pretrained_cfg(model)
-        except RuntimeError as error:
-            raise LongtailError(f"network '{model}': {error}") from None
+    settings = timm_settings(model)
     mean, std = (list(data.mean), list(data.std)) if settings is None else normalization(model, len(data.mean))
     encoder = Encoder(model, mean, std, pretrained=pretrained)
     return encoder, None if settings is None else settings.input_size[-1]

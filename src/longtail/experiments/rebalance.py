@@ -32,8 +32,10 @@ from longtail.errors import LongtailError
 from longtail.evaluation.metrics import classification_metrics, count_correct
 from longtail.files import write_text
 from longtail.inference.features import encode_split
+from longtail.inference.kept_features import FeatureImages, feature_data
 from longtail.inference.model import TrainedModel
 from longtail.nn import LinearClassifier
+from longtail.nn.encoder import channels_last
 from longtail.randomness import mix
 from longtail.registry import TASKS
 from longtail.tasks.evaluate import evaluate_split
@@ -93,6 +95,9 @@ def rebalance(
         if task.label_maps:
             raise LongtailError(f"{run}: labels pixels; a new classifier is supported for whole images only")
         started = time.monotonic()
+        source = data
+        if config.tune == "head":  # its features are kept
+            data = feature_data(data, model.encoder, config, device=model.device)
         torch.manual_seed(mix(config.seed, _HEAD))
         features, labels = _augmented_features(model, config, data, settings.views)
         validation = None
@@ -124,7 +129,7 @@ def rebalance(
         raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
     rebalanced.config = dataclasses.replace(rebalanced.config, metrics=metrics["uniform"])
     rebalanced.save(out / "recognizer")
-    task.save_examples(out, data.test, metrics[rebalanced.config.predicts_under])
+    task.save_examples(out, source.test, metrics[rebalanced.config.predicts_under])
     write_text(out / "config.yaml", config.to_yaml())
     write_text(out / "metrics.jsonl", json.dumps({"kind": "test", "step": 0, **metrics}) + "\n")
     return metrics
@@ -210,13 +215,16 @@ def _train(
 def _augmented_features(model: TrainedModel, config: Config, data: LongTailedData, views: int) -> tuple[Tensor, Tensor]:
     """Return (V · N, F) features of augmented views of the training images, and their labels."""
     model.encoder.eval()
+    kept = data.train.images
+    if isinstance(kept, FeatureImages):
+        labels_of_views = data.train.labels.repeat(len(kept.features))
+        return torch.cat(kept.features).to(model.device), labels_of_views.to(model.device)
     transforms = TASKS[data.task].build_transforms(config, data, ["classification"])
     loader = TrainLoader(data.train, _BATCH, transforms, config.seed, workers=config.data.workers)
     features, labels = [], []
     for view in range(views):
         for batch in loader.epoch(view):
-            images = batch.views[0].to(model.device).contiguous(memory_format=torch.channels_last)
-            features.append(model.encoder(images).float())
+            features.append(model.encoder(channels_last(batch.views[0].to(model.device))).float())
             labels.append(batch.labels.to(model.device))
     return torch.cat(features), torch.cat(labels)
 

@@ -186,6 +186,39 @@ def _difference(
     return Difference(method, baseline, mean, mean - half, mean + half, len(gaps), low, high, imbalance, title)
 
 
+def recommendation(records: Sequence[Record]) -> str:
+    """Return one line that says which method to take; empty for a single method.
+
+    It is the cheapest (teacher included) of the methods that are not shown to be worse than the best in the task's
+    main metric; with one seed, the best.
+    """
+    methods = methods_of(records)
+    if len(methods) < 2 or imbalances_of(records) != [None]:
+        return ""
+    measure, title = TASKS[records[0].task].columns[0]
+    means = {method: summarize(records, method, measure) for method in methods}
+    scores = {method: summary.mean for method, summary in means.items() if summary is not None}
+    if len(scores) < 2:
+        return ""
+    best = max(scores, key=lambda method: scores[method])
+
+    def cost(method: str) -> float:
+        return statistics.fmean(r.seconds + r.teacher_seconds for r in records if r.method == method)
+
+    def as_good(method: str) -> bool:
+        difference = _difference(records, best, method, None, measure)
+        return difference is not None and difference.low is not None and difference.low <= 0
+
+    taken = min((method for method in scores if method == best or as_good(method)), key=cost)
+    seeds = len({record.seed for record in records})
+    if seeds == 1:
+        return f"best: {best} ({title} {scores[best]:.1f}); one seed, so differences may be chance: --seeds 3"
+    if taken == best:
+        return f"take {best}: best {title}, {scores[best]:.1f}"
+    compared = f"not shown to be worse than {best} ({scores[best]:.1f}), and cheaper"
+    return f"take {taken}: {title} {scores[taken]:.1f}, {compared}"
+
+
 def markdown(records: Sequence[Record], baseline: object = None) -> list[str]:
     """Return the comparison as lines of Markdown: the table, and the differences, or those from one method alone."""
     header, rows = table(records)

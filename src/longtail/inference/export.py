@@ -23,6 +23,8 @@ from longtail.data.image_io import open_image
 from longtail.errors import LongtailError
 from longtail.files import atomic_write
 from longtail.inference.model import Prior, TrainedModel
+from longtail.inference.options import TTA, check_tta
+from longtail.inference.recognizer import Recognizer
 from longtail.losses import posterior
 
 PARITY = 1e-4
@@ -48,34 +50,43 @@ class _ExportModule(nn.Module):
 
     log_prior: Tensor
 
-    def __init__(self, model: TrainedModel, prior: Prior) -> None:
+    def __init__(self, model: TrainedModel, prior: Prior, tta: TTA) -> None:
         super().__init__()
         self.encoder, self.classifier = model.encoder, model.classifier
-        self.model = model
+        self.model, self.tta = model, tta
         log_prior = model.log_prior(prior)
         zeros = torch.zeros(len(model.config.class_names))
         self.register_buffer("log_prior", zeros if log_prior is None else log_prior)
 
     def forward(self, images: Tensor) -> Tensor:
-        scores = self.model.remove_prior(self.model.raw_scores(images.permute(0, 3, 1, 2).float() / 255))
-        return posterior(scores, self.log_prior).exp()
+        pixels = images.permute(0, 3, 1, 2).float() / 255
+        if isinstance(self.model, Recognizer):
+            raw_scores = self.model.mean_raw_scores(pixels, self.tta)
+        else:
+            raw_scores = self.model.raw_scores(pixels)
+        return posterior(self.model.remove_prior(raw_scores), self.log_prior).exp()
 
 
-def export_onnx(model: TrainedModel, path: Path, prior: Prior = "uniform", images: Sequence[Path] = ()) -> Exported:
+def export_onnx(
+    model: TrainedModel, path: Path, prior: Prior = "uniform", images: Sequence[Path] = (), tta: TTA = "none"
+) -> Exported:
     """Write a model as an ONNX file, and compare it with PyTorch.
 
     The file takes ``images``, (N, H, W, channels) uint8 for any N, and returns ``probabilities``, (N, C), or (N, C, H,
-    W) where every pixel has a label. H and W are the model's own; images of other sizes must be resized first. Its
-    metadata, JSON under the key ``longtail``, holds labels and preprocessing.
+    W) where every pixel has a label. H and W are the model's own, with the test-time augmentation ``crops`` those
+    at which it keeps images; others must be resized first. Its metadata, JSON under the key ``longtail``, holds labels,
+    preprocessing and test-time augmentation.
 
     Args:
         model: what to export, on the CPU.
         path: the file to write.
         prior: class frequencies that the probabilities assume: ``uniform``, ``train``, C frequencies, or a file.
         images: files to compare on; random images if not given.
+        tta: test-time augmentation that is part of the file, see :meth:`Recognizer.scores`.
 
     Raises:
-        LongtailError: the extra is missing, or the probabilities of the file differ from PyTorch's.
+        LongtailError: the extra is missing, test-time augmentation is asked for of a model that labels pixels, or the
+            probabilities of the file differ from PyTorch's.
     """
     try:
         import onnx
@@ -83,10 +94,14 @@ def export_onnx(model: TrainedModel, path: Path, prior: Prior = "uniform", image
         import onnxscript  # noqa: F401
     except ImportError:
         raise LongtailError("export: needs the extra onnx: pip install 'longtail[onnx]'") from None
+    check_tta(tta, "--tta")
+    if tta != "none" and not isinstance(model, Recognizer):
+        raise LongtailError(f"export: --tta {tta} is for models that classify whole images")
     config = model.config
-    height, width = config.shape or (config.image_size, config.image_size)
+    side = model.input_size(tta) if isinstance(model, Recognizer) else config.image_size
+    height, width = config.shape or (side, side)
     inputs = _example_inputs(model, (height, width), images)
-    module = _ExportModule(model, prior).eval()
+    module = _ExportModule(model, prior, tta).eval()
     with torch.no_grad(), _silent():
         expected = module(inputs)
         # two images: a single one would be exported as a fixed size
@@ -110,6 +125,7 @@ def export_onnx(model: TrainedModel, path: Path, prior: Prior = "uniform", image
         "channels": config.channels,
         "shape": (height, width),
         "stored_size": config.stored_size,
+        "tta": tta,
         "prior": prior if isinstance(prior, str) and prior in {"uniform", "train"} else module.log_prior.exp().tolist(),
     }
     entry = proto.metadata_props.add()

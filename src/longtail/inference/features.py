@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longtail.data.dataset import ImageSet
 from longtail.data.loader import evaluation_batches
+from longtail.nn.encoder import channels_last
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def encode_split(
     """
     for views, labels in evaluation_batches(images, image_size, batch_size, rank, world_size):
         inputs = (views.pin_memory() if device.type == "cuda" else views).to(device, non_blocking=True)
-        if resize is not None and inputs.shape[-1] != resize:
+        if resize is not None and inputs.ndim == 4 and inputs.shape[-1] != resize:
             inputs = F.interpolate(inputs, size=resize, mode="bicubic", antialias=True).clamp(0, 1)
-        features = encoder(inputs.contiguous(memory_format=torch.channels_last)).float()
+        features = encoder(channels_last(inputs)).float()
         yield features, labels.to(device)

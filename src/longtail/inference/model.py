@@ -27,6 +27,7 @@ from longtail.inference.model_config import ModelConfig, model_folder, read_mode
 from longtail.losses import compute_log_prior
 from longtail.losses.posterior import broadcast_to_classes
 from longtail.nn import CosineClassifier, Encoder, LinearClassifier, MixtureEnsembleHead, ProjectionMLP
+from longtail.nn.encoder import channels_last
 from longtail.registry import TASKS
 
 Classifier = CosineClassifier | LinearClassifier | MixtureEnsembleHead
@@ -86,7 +87,7 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
 
     def raw_scores(self, images: Tensor) -> Tensor:
         """Return the scores of the classifier, which contain the training prior after plain cross-entropy."""
-        scores: Tensor = self.classifier(self.encoder(images.contiguous(memory_format=torch.channels_last))).float()
+        scores: Tensor = self.classifier(self.encoder(channels_last(images))).float()
         return scores
 
     def remove_prior(self, scores: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from longtail.data.image_io import open_image, resize_center_crop, to_rgb
+from longtail.data.image_io import open_image, open_square, resize_center_crop, to_rgb
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
 
@@ -51,6 +51,8 @@ class ONNXModel:
         self.shape: tuple[int, int] = tuple(info["shape"])
         self.stored_size: int = info["stored_size"]
         self.prior: str | list[float] = info["prior"]
+        self.tta: str = info.get("tta", "none")
+        """Test-time augmentation that is part of the file."""
 
     def predict(self, images: Iterable[Path | str | Image.Image], batch_size: int = 256) -> Array:
         """Return probabilities, (N, C), or (N, C, H, W).
@@ -64,7 +66,7 @@ class ONNXModel:
         """
         probabilities, batch = [], []
         for image in images:
-            batch.append(self._preprocess(image if isinstance(image, Image.Image) else open_image(Path(image))))
+            batch.append(self._preprocess(image if isinstance(image, Image.Image) else self._open(Path(image))))
             if len(batch) == batch_size:
                 probabilities.append(self._run(batch))
                 batch = []
@@ -93,6 +95,9 @@ class ONNXModel:
         (probabilities,) = self._session.run(None, {"images": np.stack(batch)})
         array: Array = probabilities
         return array
+
+    def _open(self, path: Path) -> Image.Image:
+        return open_image(path) if self.label_maps else open_square(path, self.stored_size, self.channels)
 
     def _preprocess(self, image: Image.Image) -> Array:
         """Return (H, W, channels) uint8, as a recogniser sees it."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from longtail.data.image_io import open_image
+from longtail.data.image_io import open_image, open_square
 from longtail.data.images import to_square
 from longtail.data.transforms.batched import center, to_float
 from longtail.errors import LongtailError
@@ -20,8 +21,11 @@ from longtail.evaluation.calibration import conformal_thresholds
 from longtail.evaluation.label_shift import EstimatedPrior, estimate_map
 from longtail.inference.model import Prior, TrainedModel
 from longtail.inference.model_card import ModelCardText
+from longtail.inference.options import TTA, check_tta
 from longtail.losses import posterior
 from longtail.nn import build_backbone
+
+_ENLARGEMENT = 256 / 224  # of images without room for crops, as photographs are kept
 
 ImageLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 
@@ -94,12 +98,76 @@ class Recognizer(TrainedModel):
         usage='model.predict(["image.png"], prior="uniform").names',
     )
 
+    @torch.no_grad()
+    def scores(self, images: Tensor, tta: TTA = "none") -> Tensor:
+        """Return (N, C) log-likelihood scores, free of any prior.
+
+        With test-time augmentation they are the mean over the views of an image: the logarithm of the geometric mean of
+        the views' likelihoods. A prior is added to them as it is to those of one view. The temperature is that of one
+        view.
+
+        Args:
+            images: (N, channels, R, R) in [0, 1], R as :meth:`input_size` says; with ``crops`` images of S pixels are
+                accepted too, see :meth:`views`.
+            tta: ``none``; ``flip``, the mean over an image and its mirror image; or ``crops``, the mean over its centre
+                and four corners, each also mirrored (Krizhevsky et al., NeurIPS 2012). Means of scores over crops at
+                test time are those of Shi et al., *Long-Tail Learning with Foundation Model*, ICML 2024, arXiv
+                2309.10019.
+        """
+        return self.remove_prior(self.mean_raw_scores(images, tta))
+
+    def mean_raw_scores(self, images: Tensor, tta: TTA = "none") -> Tensor:
+        """Return :meth:`raw_scores`, averaged over the views of test-time augmentation, one pass for each."""
+        views = iter(self.views(images, tta))
+        total, count = self.raw_scores(next(views)), 1
+        for view in views:
+            total, count = total + self.raw_scores(view), count + 1
+        return total if count == 1 else total / count
+
+    def input_size(self, tta: TTA = "none") -> int:
+        """Return the side in pixels of the images that the scores are computed from.
+
+        It is S, or with ``crops`` that at which images are kept before the centre is cropped.
+        """
+        return self.config.stored_size if tta == "crops" else self.config.image_size
+
+    def views(self, images: Tensor, tta: TTA) -> Iterator[Tensor]:
+        """Yield the views of images that test-time augmentation averages over.
+
+        Where images are kept at S pixels there is no room for crops: these are resized up in the ratio 256 : 224
+        (bicubic) first. If the network resizes its images (``network_size``), they are resized to that side in the same
+        ratio, and cropped to it.
+
+        Args:
+            images: (N, channels, R, R) in [0, 1].
+            tta: which views.
+        """
+        if tta == "none":
+            yield images
+            return
+        if tta == "flip":
+            yield images
+            yield images.flip(-1)
+            return
+        size = self.config.image_size
+        if images.shape[-1] == size:
+            size = self.encoder.resize or size
+            enlarged = max(size + 2, round(size * _ENLARGEMENT))  # at least one pixel on every side
+            shrinks = images.shape[-1] > enlarged
+            images = F.interpolate(images, size=enlarged, mode="bicubic", antialias=shrinks).clamp(0, 1)
+        room = images.shape[-1] - size
+        for top, left in ((room // 2, room // 2), (0, 0), (0, room), (room, 0), (room, room)):
+            crop = images[:, :, top : top + size, left : left + size]
+            yield crop
+            yield crop.flip(-1)
+
     def predict(
         self,
         images: ImageLike | Iterable[ImageLike],
         prior: Prior = "uniform",
         batch_size: int = 256,
         coverage: float | None = None,
+        tta: TTA = "none",
     ) -> Predictions:
         """Return class probabilities.
 
@@ -111,15 +179,18 @@ class Recognizer(TrainedModel):
             batch_size: images per pass through the network.
             coverage: fraction of each class's images whose conformal set contains their class, in (0, 1); no sets if
                 not given.
+            tta: test-time augmentation, see :meth:`scores`: ``none``, ``flip`` (2 times the computation) or ``crops``
+                (10 times).
 
         Raises:
             LongtailError: a file cannot be read, the prior does not fit, or there were no validation images, which
-                conformal sets need.
+                conformal sets need; or these are asked for with test-time augmentation.
         """
+        check_tta(tta)
         estimate = isinstance(prior, str) and prior == "estimate"
         log_prior = None if estimate else self.log_prior(prior)
-        thresholds = None if coverage is None else self.conformal_thresholds(coverage)
-        parts = [self.scores(batch).cpu() for batch in self._batches(images, batch_size)]
+        thresholds = None if coverage is None else self.conformal_thresholds(coverage, tta)
+        parts = [self.scores(batch, tta).cpu() for batch in self._batches(images, batch_size, self.input_size(tta))]
         scores = torch.cat(parts) if parts else torch.empty(0, len(self.config.class_names))
         estimated = None
         if estimate:
@@ -152,15 +223,23 @@ class Recognizer(TrainedModel):
         corrected: Tensor = torch.tensor(estimated.frequencies, dtype=torch.float64) * bias.exp()
         return corrected.tolist()
 
-    def conformal_thresholds(self, coverage: float) -> Tensor:
+    def conformal_thresholds(self, coverage: float, tta: str = "none") -> Tensor:
         """Return the (C,) probabilities under the uniform prior from which on a class is in a conformal set.
 
         Args:
             coverage: fraction of each class's images whose set contains their class, in (0, 1).
+            tta: test-time augmentation that the thresholds are for. The guarantee holds for ``none`` alone, with which
+                the validation images were predicted.
 
         Raises:
-            LongtailError: the coverage is out of its range, or there were no validation images.
+            LongtailError: the coverage is out of its range, there were no validation images, or there is test-time
+                augmentation.
         """
+        if tta != "none":
+            raise LongtailError(
+                "coverage: conformal sets are calibrated on predictions without test-time augmentation; use either "
+                "--coverage or --tta"
+            )
         if not 0 < coverage < 1:
             raise LongtailError(f"coverage {coverage}: expected a fraction between 0 and 1")
         stats = self.calibration_stats
@@ -171,7 +250,7 @@ class Recognizer(TrainedModel):
             )
         return conformal_thresholds(stats.true_probability, stats.labels, len(self.config.class_names), coverage)
 
-    def _batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int) -> Iterable[Tensor]:
+    def _batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int, side: int) -> Iterable[Tensor]:
         size = self.config.image_size
         if isinstance(images, Tensor) and images.ndim == 4:
             for part in images.split(batch_size):
@@ -179,35 +258,41 @@ class Recognizer(TrainedModel):
                 if pixels.shape[1:] == (self.config.channels, size, size):
                     yield (to_float(pixels) if part.dtype == torch.uint8 else part).to(self.device)
                 else:
-                    yield self._preprocess([to_pillow(image) for image in pixels]).to(self.device)
+                    yield self._preprocess([to_pillow(image) for image in pixels], side).to(self.device)
             return
         if isinstance(images, str | Path | Image.Image | np.ndarray | Tensor):
             images = [images]
         batch: list[Image.Image] = []
         for image in images:
-            batch.append(to_pillow(image))
+            batch.append(self._open(image))
             if len(batch) == batch_size:
-                yield self._preprocess(batch).to(self.device)
+                yield self._preprocess(batch, side).to(self.device)
                 batch = []
         if batch:
-            yield self._preprocess(batch).to(self.device)
+            yield self._preprocess(batch, side).to(self.device)
 
-    def _preprocess(self, images: list[Image.Image]) -> Tensor:
+    def _open(self, image: ImageLike) -> Image.Image:
+        # a file becomes a square as the training images did
+        if isinstance(image, str | Path):
+            return open_square(Path(image), self.config.stored_size, self.config.channels)
+        return to_pillow(image)
+
+    def _preprocess(self, images: list[Image.Image], side: int) -> Tensor:
         pixels = torch.stack([to_square(image, self.config.stored_size, self.config.channels) for image in images])
-        return to_float(center(pixels, self.config.image_size))
+        return to_float(center(pixels, side))
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return an image as the network sees it, (1, channels, S, S) in [0, 1]."""
-        return self._preprocess([image]).to(self.device)
+        return self._preprocess([image], self.config.image_size).to(self.device)
 
-    def export_input(self, image: Image.Image, size: tuple[int, int]) -> Tensor:  # noqa: ARG002
+    def export_input(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
         """Return an image as an exported file takes it, (H, W, channels) uint8.
 
         Args:
             image: of any size.
-            size: (H, W).
+            size: (H, W), equal, as :meth:`input_size` says.
         """
-        return (self.preprocess(image)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).cpu()
+        return (self._preprocess([image], size[0])[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
 
 
 def to_pillow(image: ImageLike) -> Image.Image:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtail.errors import LongtailError, did_you_mean
-from longtail.nn.pretrained import pretrained_cfg_overlay, wrap_timm_errors
+from longtail.errors import LongtailError
+from longtail.nn.network_name import format_network, is_decoder_network, parse_network, resolve_network, timm_settings
+from longtail.nn.pretrained import check_timm_network, pretrained_cfg_overlay, wrap_timm_errors
+from longtail.nn.tuning import add_adapters
 
 
 class _Block(nn.Module):
@@ -107,9 +110,11 @@ def build_backbone(name: str, channels: int = 3, pretrained: str = "none") -> nn
     """Return a network without its classifier, which has its feature width as ``num_features``.
 
     Args:
-        name: one of :data:`CUSTOM_BACKBONES`, or a timm model.
+        name: one of :data:`CUSTOM_BACKBONES`, a timm model, ``hf-hub:OWNER/NAME`` or ``local-dir:FOLDER``; all but the
+            first with arguments in parentheses, ``vit_small_patch16_224(img_size=160)``, for ``timm.create_model``.
+            The argument ``adapter`` is the width of adapters, see :func:`longtail.nn.tuning.add_adapters`.
         channels: channels of the images.
-        pretrained: ``none``, ``timm`` (the weights that timm downloads at first use), or a file of weights for the
+        pretrained: ``none``, ``timm`` (the model's own weights, downloaded at first use), or a file of weights for the
             timm model.
 
     Raises:
@@ -119,20 +124,104 @@ def build_backbone(name: str, channels: int = 3, pretrained: str = "none") -> nn
         if pretrained != "none":
             raise LongtailError(f"pretrained {pretrained}: there are no weights for {name}, only for timm models")
         return CUSTOM_BACKBONES[name](channels=channels)
+    check_network(name)
     import timm  # imported here, since it takes 2 s and many trainings do not need it
 
-    if not timm.is_model(name.split(".")[0]):
-        raise LongtailError(
-            f"network '{name}' is not known{did_you_mean(name, [*CUSTOM_BACKBONES, *timm.list_models()])}"
-        )
     overlay = pretrained_cfg_overlay(pretrained, name)
+    architecture, arguments = parse_network(resolve_network(name))
+    adapter = arguments.pop("adapter", None)
     with wrap_timm_errors(name, pretrained):
         model: nn.Module = timm.create_model(
-            name,
+            architecture,
             pretrained=pretrained != "none",
             pretrained_cfg_overlay=overlay or None,
             num_classes=0,
             in_chans=channels,
+            **arguments,
         )
     model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
+    if adapter is not None:
+        add_adapters(model, adapter)
     return model
+
+
+def check_network(network: str) -> None:
+    """Raise LongtailError if there is no such network; the names of its closest are in the message.
+
+    Args:
+        network: see :func:`build_backbone`.
+    """
+    if network in CUSTOM_BACKBONES:
+        return
+    name, arguments = parse_network(network)
+    if name in CUSTOM_BACKBONES:
+        raise LongtailError(
+            f"network '{network}': {name} takes no arguments ({', '.join(arguments)}), only timm models do"
+        )
+    check_timm_network(network, *CUSTOM_BACKBONES)
+
+
+def input_size(network: str) -> int | None:
+    """Return the side in pixels of the images that a network is built for; None where it takes images of any size.
+
+    Args:
+        network: see :func:`build_backbone`.
+
+    Raises:
+        LongtailError: see :func:`longtail.nn.network_name.timm_settings`.
+    """
+    settings = None if network in CUSTOM_BACKBONES or is_decoder_network(network) else timm_settings(network)
+    arguments = parse_network(network)[1]
+    if settings is None or not settings.fixed_input_size or arguments.get("dynamic_img_size"):
+        return None
+    size = arguments.get("img_size", settings.input_size[-1])
+    return int(size if isinstance(size, int) else size[-1])
+
+
+def with_input_size(network: str, size: int) -> str:
+    """Return the network for images of another size: position embeddings are resampled when weights are loaded.
+
+    Args:
+        network: one with an :func:`input_size`.
+        size: side in pixels.
+
+    Raises:
+        LongtailError: the size is no multiple of the network's patches, or the network exists in one size only.
+    """
+    import timm
+
+    name, arguments = parse_network(network)
+    if size != input_size(network):
+        arguments["img_size"] = size
+    architecture, options = parse_network(resolve_network(format_network(name, arguments)))
+    options.pop("adapter", None)
+    with wrap_timm_errors(network, "none"), torch.device("meta"):
+        model = timm.create_model(architecture, num_classes=0, **options)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    side = patch if isinstance(patch, int) else patch[-1]
+    if size % side:
+        below = size // side * side
+        near = f"{below} or {below + side}" if below else f"{side}"
+        raise LongtailError(
+            f"network '{network}': has patches of {side} × {side} pixels, so images of {size} × {size} do not fit; use "
+            f"--network_size {near}"
+        )
+    return format_network(name, arguments)
+
+
+def with_adapters(network: str, width: int) -> str:
+    """Return the network with adapters of some width.
+
+    Args:
+        network: see :func:`build_backbone`.
+        width: of the bottleneck.
+
+    Raises:
+        LongtailError: the network is no timm model.
+    """
+    name, arguments = parse_network(network)
+    if name in CUSTOM_BACKBONES or is_decoder_network(network):
+        raise LongtailError(
+            f"tune adapter: network '{network}' has no adapters, only timm models have; use --tune lora"
+        )
+    return format_network(name, {**arguments, "adapter": width})

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from longtail.errors import LongtailError, did_you_mean
 from longtail.nn.backbones import build_backbone
-from longtail.nn.pretrained import normalization
+from longtail.nn.network_name import is_timm_network, timm_settings
+from longtail.nn.pretrained import known_networks, normalization
 
 BackboneBuilder = Callable[[str, int, str], nn.Module]
 """A function of a network's name, the images' channels and ``pretrained``; see :func:`build_backbone`."""
@@ -78,11 +79,13 @@ class Encoder(nn.Module):
         self.num_features = width
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features of (B, channels, H, W) images in [0, 1].
+        """Return features of (B, channels, H, W) images in [0, 1]; (B, num_features) features are returned unchanged.
 
         Returns:
             (B, num_features); (B, num_features, H', W') from a backbone with features of pixels.
         """
+        if images.ndim == 2:  # of a frozen encoder, computed before
+            return images
         features: Tensor = self.backbone(self.normalize(_resize(images, self.resize)))
         return features
 
@@ -97,11 +100,9 @@ def pretrained_encoder(name: str, channels: int) -> Encoder:
     Raises:
         LongtailError: timm has no such model, or its weights cannot be loaded.
     """
-    import timm
-
-    if not timm.is_model(name.split(".")[0]):
-        raise LongtailError(f"timm has no model '{name}'{did_you_mean(name, timm.list_models())}")
-    settings = timm.get_pretrained_cfg(name)
+    if not is_timm_network(name):
+        raise LongtailError(f"timm has no model '{name}'{did_you_mean(name, known_networks())}")
+    settings = timm_settings(name)
     if settings is None or not settings.has_weights:
         raise LongtailError(f"timm has no pretrained weights for '{name}'")
     return Encoder(name, *normalization(name, channels), pretrained="timm", resize=settings.input_size[-1])
@@ -129,7 +130,9 @@ class FrozenEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return (B, num_features) features of (B, channels, H, W) images in [0, 1]."""
+        """Return (B, num_features) features of (B, channels, H, W) images in [0, 1]; features stay as they are."""
+        if images.ndim == 2:
+            return images
         if images.device.type == "cpu" and len(images) > _CPU_CHUNK:
             return torch.cat([self._encode(chunk) for chunk in images.split(_CPU_CHUNK)])
         return self._encode(images)
@@ -139,10 +142,16 @@ class FrozenEncoder(nn.Module):
         return features
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """Return (B, channels, H, W) images with their channels last in memory; (B, F) features as they are."""
+    return images if images.ndim == 2 else images.contiguous(memory_format=torch.channels_last)
+
+
 def _resize(images: Tensor, size: int | None) -> Tensor:
     if size is None or images.shape[-1] == size:
         return images
-    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+    shrinks = images.shape[-1] > size
+    return F.interpolate(images, size=size, mode="bicubic", antialias=shrinks).clamp(0, 1)
 
 
 def _fold_batch_norm(backbone: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from longtail.data.dataset import ImageSet
 from longtail.data.image_io import image_errors
 from longtail.errors import LongtailError
 from longtail.inference.features import encode_split
+from longtail.inference.options import TTA
 from longtail.inference.recognizer import Recognizer
 from longtail.tasks.loading import load_model, load_run
 
@@ -61,8 +62,8 @@ class _Subset:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def take(self, indices: Tensor) -> Tensor:
-        return self.images.take(self.positions[indices])
+    def plain(self, indices: Tensor, size: int) -> Tensor:
+        return self.images.plain(self.positions[indices], size)
 
 
 def read_upload(body: bytes) -> Image.Image:
@@ -83,11 +84,17 @@ def read_upload(body: bytes) -> Image.Image:
 
 
 def answer(
-    model: Recognizer, reference: ReferenceImages | None, image: Image.Image, prior: str, top: int = 5
+    model: Recognizer,
+    reference: ReferenceImages | None,
+    image: Image.Image,
+    prior: str,
+    top: int = 5,
+    tta: TTA = "none",
 ) -> dict[str, Any]:
-    """Return what the page shows of an image, as JSON holds it."""
+    """Return what the page shows of an image, as JSON holds it; no conformal set with test-time augmentation."""
     with torch.no_grad():
-        predictions = model.predict(image, prior, coverage=0.9 if model.calibration_stats is not None else None)
+        coverage = 0.9 if model.calibration_stats is not None and tta == "none" else None
+        predictions = model.predict(image, prior, coverage=coverage, tta=tta)
         response: dict[str, Any] = {
             "top": [{"class": name, "probability": value} for name, value in predictions.top(top)[0]],
             "set": None if predictions.sets is None else predictions.sets[0],
@@ -107,13 +114,16 @@ def answer(
     return response
 
 
-def build_app(model: Recognizer, reference: ReferenceImages | None = None, title: str = "longtail") -> Any:
+def build_app(
+    model: Recognizer, reference: ReferenceImages | None = None, title: str = "longtail", tta: TTA = "none"
+) -> Any:
     """Return the page and its answers as an ASGI application.
 
     Args:
         model: what predicts.
         reference: training images among which neighbours are searched; none are shown if not given.
         title: of the page.
+        tta: test-time augmentation, see :meth:`Recognizer.scores`.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -124,7 +134,7 @@ def build_app(model: Recognizer, reference: ReferenceImages | None = None, title
     slots = asyncio.Semaphore(_CONCURRENCY)
     pages = Environment(loader=PackageLoader("longtail.serve", "."), autoescape=True, trim_blocks=True)
     page = pages.get_template("page.html.j2").render(
-        title=title, model=model.config, neighbours=reference is not None, most_bytes=MOST_BYTES
+        title=title, model=model.config, neighbours=reference is not None, most_bytes=MOST_BYTES, tta=tta
     )
 
     async def home(_: Request) -> Response:
@@ -142,7 +152,7 @@ def build_app(model: Recognizer, reference: ReferenceImages | None = None, title
         try:
             async with slots:
                 image = await run_in_threadpool(read_upload, body)
-                response = await run_in_threadpool(answer, model, reference, image, prior)
+                response = await run_in_threadpool(answer, model, reference, image, prior, tta=tta)
         except LongtailError as error:
             return JSONResponse({"error": str(error)}, 400)
         return JSONResponse(response)
@@ -165,7 +175,9 @@ _POLICY = (
 )
 
 
-def serve(run: Path, host: str, port: int, data_root: str | None = None, quiet: bool = False) -> None:
+def serve(
+    run: Path, host: str, port: int, data_root: str | None = None, quiet: bool = False, tta: TTA = "none"
+) -> None:
     """Serve the page until it is interrupted.
 
     Args:
@@ -174,6 +186,7 @@ def serve(run: Path, host: str, port: int, data_root: str | None = None, quiet: 
         port: 0 takes a free one.
         data_root: where the training images are now, if not where they were.
         quiet: print nothing.
+        tta: test-time augmentation, see :meth:`Recognizer.scores`.
 
     Raises:
         LongtailError: the extra is missing, the model labels pixels, or the port is taken.
@@ -202,7 +215,7 @@ def serve(run: Path, host: str, port: int, data_root: str | None = None, quiet: 
             print(f"{address}  (Ctrl-C ends it)", flush=True)
         yield
 
-    app = build_app(model, reference, run.resolve().name)
+    app = build_app(model, reference, run.resolve().name, tta)
     app.router.lifespan_context = announce
     config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, limit_concurrency=200)
     uvicorn.Server(config).run(sockets=[listening])

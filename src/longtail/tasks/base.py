@@ -8,7 +8,6 @@ Legend: N images, C classes, H and W sides in pixels.
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -260,11 +259,23 @@ class Task(ABC, Generic[Model]):
         """
 
 
-def check_default_options(options: InferenceOptions, where: Path | str) -> None:
-    """Raise LongtailError if inference options are given where only the plain pass is supported."""
-    for option in dataclasses.fields(options):
-        if getattr(options, option.name) != option.default:
-            raise LongtailError(f"{where}: --{option.name} is for models that label pixels")
+def check_inference_options(options: InferenceOptions, label_maps: bool, where: Path | str) -> None:
+    """Raise LongtailError if there are inference options that are not for such models.
+
+    Args:
+        options: how the scores of an image are computed.
+        label_maps: whether every pixel has a label.
+        where: begins the message.
+    """
+    if label_maps:
+        if options.tta in {"crops", "auto"}:
+            raise LongtailError(
+                f"{where}: --tta {options.tta} is for models that classify whole images; use --tta flip"
+            )
+        return
+    for name in ("sliding_window", "tta_scales"):
+        if getattr(options, name) != getattr(InferenceOptions(), name):
+            raise LongtailError(f"{where}: --{name} is for models that label pixels")
 
 
 def log_priors(

@@ -9,7 +9,11 @@ from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import check_source
 from longtail.errors import LongtailError
-from longtail.nn.pretrained import PRETRAINED_NETWORK, find_pretrained
+from longtail.nn.backbones import check_network, input_size, with_adapters, with_input_size
+from longtail.nn.network_name import is_decoder_network, parse_network
+from longtail.nn.pretrained import PRETRAINED_NETWORK, check_pretrained, find_pretrained
+from longtail.nn.text_tower import find_text_tower
+from longtail.nn.tuning import ADAPTER_WIDTH
 from longtail.registry import METHODS, TASKS, TRANSFORMS
 
 _AUTO_STEPS = 20_000
@@ -20,16 +24,33 @@ def find_weights(config: Config) -> Config:
     """Return ``config`` with ``pretrained auto`` replaced by where the weights are; called before images are decoded.
 
     Raises:
-        LongtailError: the data source is wrong, or the weights cannot be reached.
+        LongtailError: the data source is wrong, there is no such network, its weights cannot be reached or do not fit
+            it, or it does not take the settings.
     """
-    if config.pretrained != "auto":
+    network, pretrained = config.network, config.pretrained
+    if pretrained != "none" and network == "auto":
+        network = PRETRAINED_NETWORK
+    if network == "auto":
         return config
-    network = PRETRAINED_NETWORK if config.network == "auto" else config.network
     try:
-        return config.replace(network=network, pretrained=find_pretrained(network))
+        if not is_decoder_network(network):
+            check_network(network)
+        if pretrained == "auto":
+            pretrained = find_pretrained(network)
+        check_pretrained(network, pretrained)
+        if config.classifier.init == "text":
+            find_text_tower(network, pretrained)
+        config = config.replace(network=network, pretrained=pretrained)
+        fit_network(config, config.data.image_size)
+        return config
     except LongtailError:
         check_source(config.data)  # of two errors the one in the data is reported
         raise
+
+
+def fine_tuning_epochs(images: int, batch_size: int) -> int:
+    """Return the epochs of fine-tuning a pretrained network: about 1,000 steps, between 3 and 30 epochs."""
+    return max(3, min(30, round(_AUTO_FINE_TUNING_STEPS / -(-images // batch_size))))
 
 
 def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
@@ -45,9 +66,11 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
         network = task.auto_network(data)
         config = config.replace(network=network)
         reasons.append(f"network {network}: images of {size} × {size} pixels")
+    config, network_reasons = fit_network(config, size)
+    reasons += network_reasons
     if config.epochs == "auto" and config.pretrained != "none":
         steps = -(-images // config.batch_size)
-        config = config.replace(epochs=max(3, min(30, round(_AUTO_FINE_TUNING_STEPS / steps))))
+        config = config.replace(epochs=fine_tuning_epochs(images, config.batch_size))
         reasons.append(
             f"epochs {config.epochs}: {steps} steps per epoch with {images:,} images; {_AUTO_FINE_TUNING_STEPS:,} "
             "steps of fine-tuning, between 3 and 30 epochs"
@@ -68,6 +91,34 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
     if contrast == "auto":
         contrast = TRANSFORMS[augment].contrast or augment
     return config.replace(data={"augment": augment, "contrast_augment": contrast}), [*reasons, *method_reasons]
+
+
+def fit_network(config: Config, image_size: int | None) -> tuple[Config, list[str]]:
+    """Return ``config`` with a network that has the adapters and the input size that the settings ask for.
+
+    A network for images of one size is built for ``network_size``, its own argument ``img_size`` or
+    ``data.image_size``; without them, images are resized to its own size.
+
+    Args:
+        config: its network is chosen.
+        image_size: side in pixels of the images; None if it is not known yet.
+
+    Raises:
+        LongtailError: the network has no adapters, or cannot have that size.
+    """
+    kind, _, width = config.tune.partition(":")
+    if kind == "adapter":
+        config = config.replace(network=with_adapters(config.network, int(width or ADAPTER_WIDTH)))
+    own = input_size(config.network)
+    if own is None:
+        return config, []
+    named = own if "img_size" in parse_network(config.network)[1] else None
+    size = config.network_size or named or config.data.image_size or own
+    network = with_input_size(config.network, size)
+    if image_size is None or (network, image_size) == (config.network, size):
+        return config.replace(network=network), []
+    config = config.replace(network=network, network_size=config.network_size or (None if image_size == size else size))
+    return config, [f"network {network}: takes images of {size} × {size} pixels"]
 
 
 def _teacher_knows_classes(teacher: Path, data: LongTailedData) -> bool:

@@ -18,6 +18,7 @@ INCIDENTAL = frozenset(
     {
         *("device", "compile", "checkpoint_seconds", "log"),
         *("data.root", "data.train", "data.val", "data.test", "data.memory_gib", "data.workers"),
+        "data.cache",
         "data.max_unreadable_fraction",
     }
 )

@@ -30,19 +30,19 @@ from longtail.distributed import (
 )
 from longtail.errors import LongtailError, StoppedError
 from longtail.files import write_text
-from longtail.inference.model import TrainedModel
-from longtail.inference.model_config import ModelConfig
+from longtail.inference.kept_features import check_same_encoder, draw_view, feature_data
 from longtail.methods.base import Method
-from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead
+from longtail.nn import Encoder
 from longtail.nn.pretrained import normalization
 from longtail.nn.tuning import freeze_batch_norm, set_trainable
 from longtail.randomness import mix
 from longtail.registry import METHODS, TASKS
 from longtail.tasks.evaluate import evaluate_split
 from longtail.training.auto_config import auto_config, find_weights
+from longtail.training.budget import choose_settings, remarks_on_duration
 from longtail.training.checkpoint import load_checkpoint, save_checkpoint
-from longtail.training.class_means import init_from_class_means
 from longtail.training.fabric import build_fabric
+from longtail.training.head_init import init_classifier
 from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
 from longtail.training.optim import build_optimizer, set_learning_rate
 from longtail.training.preemption import PreemptionHandler
@@ -50,6 +50,7 @@ from longtail.training.run_io import Run, create_run_folder
 from longtail.training.schedule import rate
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
 from longtail.training.teacher_cache import TeacherCache, teacher_cache
+from longtail.training.trained_model import build_model, modules_to_save, student_modules
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def fit(
     quiet: bool = False,
     teachers: Path | None = None,
     data: LongTailedData | None = None,
+    started: float | None = None,
 ) -> Run:
     """Train, evaluate and save a model.
 
@@ -80,12 +82,14 @@ def fit(
         quiet: show no progress bar. Messages go to the logger ``longtail``.
         teachers: folder that keeps trained teachers; ``teachers`` beside ``out`` if not given.
         data: the data set, if it is loaded already.
+        started: when the command started, of ``time.monotonic``, from which ``config.minutes`` count; now if not given.
 
     Raises:
         LongtailError: an input cannot be used; nothing was changed.
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
-    config = find_weights(config)  # before images are decoded
+    started = time.monotonic() if started is None else started
+    config, why = choose_settings(find_weights(config), out, started, resume)  # before images are decoded
     data = load_data(config.data, config.seed) if data is None else data
     config, reasons = auto_config(config, data)
     # the random state of the caller stays as it is
@@ -101,7 +105,7 @@ def fit(
                 create_run_folder(out, config, resume=resume, overwrite=overwrite)
             barrier()
             if config.recipe != "teacher":  # the student's run has logged them
-                for line in (*data.remarks, *reasons):
+                for line in (*data.remarks, *why, *reasons):
                     logger.info("%s", line)
             return trainer.run(resume, teachers, train_first)
 
@@ -110,7 +114,7 @@ class _Trainer:
     """One run, from its settings to its model."""
 
     def __init__(self, config: Config, data: LongTailedData, out: Path, *, quiet: bool) -> None:
-        self.config, self.data, self.out, self.quiet = config, data, out, quiet
+        self.config, self.images, self.data, self.out, self.quiet = config, data, data, out, quiet
         self.task, self.method_class = TASKS[data.task], METHODS[config.method]
         self.num_unreadable = 0
         self.fabric = build_fabric(config)
@@ -154,11 +158,18 @@ class _Trainer:
             )
 
     def run(self, resume: bool, teachers: Path, train_first: Callable[[Config, Path], object]) -> Run:
-        config, data = self.config, self.data
+        config, data = self.config, self.images
+        if config.recipe != "teacher" and not (resume and (self.out / "last.ckpt").is_file()):
+            for line in remarks_on_duration(config, self.data, self.encoder, self.fabric.device):
+                logger.info("%s", line)
+        if config.tune == "head" and not self.task.label_maps:
+            self._use_features()
         parts: tuple[Any, Any] = (None, None)
         teacher_seconds, cache = 0.0, None
         if self.method_class.needs_teacher(config):
             teacher = self.teacher or train_teacher(config, data, teachers, train_first)
+            if self.data is not data:
+                check_same_encoder(teacher.encoder, self.encoder)
             parts, teacher_seconds = (teacher.encoder, teacher.classifier), teacher.seconds
             if config.teacher.cache:
                 started = time.monotonic()
@@ -189,9 +200,8 @@ class _Trainer:
                 for batch in loader.batches(splits, -1 - number, only=[len(self.transforms) - 1]):
                     yield batch.to(device)
 
-            if config.classifier.init == "class_means":
-                init_from_class_means(method.classifier, method.encoder, data, self.fabric.device, config.batch_size)
-            method.init_memory(draw, data.train.labels)
+            init_classifier(method.classifier, method.encoder, self.data, config, device)
+            method.init_memory(draw, self.data.train.labels)
         if rank() == 0:  # settings that do not make it another run may have changed
             write_text(self.out / "config.yaml", config.to_yaml())
         log = MetricLogger(self.out, config.log, self.out.name, tracker.step)
@@ -200,6 +210,24 @@ class _Trainer:
             return self._finish(method, ema, tracker, log, teacher_seconds)
         finally:
             log.close()
+
+    def _use_features(self) -> None:
+        """Replace the images by features of the encoder, which is not trained."""
+        with PreemptionHandler(self.quiet) as stop:
+
+            def check() -> None:
+                if stop.name:
+                    raise StoppedError(stop.name, "while features were computed; those that are done are kept")
+
+            self.data = feature_data(
+                self.images,
+                self.encoder,
+                self.config,
+                device=self.fabric.device,
+                progress=not self.quiet,
+                check=check,
+            )
+        self.transforms = [draw_view] * len(self.transforms)
 
     def _loader(self, cache: Any, process: int = 0, processes: int = 1, views: int | None = None) -> TrainLoader:
         settings = self.config.data
@@ -243,7 +271,7 @@ class _Trainer:
             return None
         from timm.utils import ModelEmaV3
 
-        return ModelEmaV3(_student(method), decay=self.config.optimizer.ema_decay, use_warmup=True)
+        return ModelEmaV3(student_modules(method), decay=self.config.optimizer.ema_decay, use_warmup=True)
 
     def _train(
         self,
@@ -271,7 +299,7 @@ class _Trainer:
                     set_learning_rate(optimizer, learning_rate)
                     terms = self._step(wrapped, method, optimizer, batch, tracker)
                     if ema is not None:
-                        ema.update(_student(method), step=tracker.step)
+                        ema.update(student_modules(method), step=tracker.step)
                     assert batch.global_batch is not None
                     tracker.add(terms, batch.global_batch, batch.global_batch * views)
                     guard.add(tracker.step, terms)
@@ -357,9 +385,9 @@ class _Trainer:
 
     def _validate(self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, images: ImageSet) -> None:
         """Remember the weights that are best on the validation set; the earlier ones on a tie."""
-        student = _modules_to_save(method, ema)
+        student = modules_to_save(method, ema)
         broadcast_buffers(student)
-        model = self._model(student, {}, {})
+        model = build_model(student, self.config, self.images)
         metrics = evaluate_split(model, images, self.config, accuracy_only=True)[model.config.predicts_under]
         shown: dict[str, Any] = {name: metrics[name] for name in self.task.validation_metrics}
         score = next(iter(shown.values()))
@@ -368,36 +396,11 @@ class _Trainer:
             weights = {name: t.detach().cpu().clone() for name, t in student.state_dict().items()}
             tracker.best = {"score": score, "step": tracker.step, "weights": weights}
 
-    def _model(self, student: nn.ModuleDict, training_info: dict[str, Any], metrics: dict[str, Any]) -> TrainedModel:
-        data, classifier = self.data, student["classifier"]
-        mixture: dict[str, Any] = {}
-        if isinstance(classifier, MixtureEnsembleHead):
-            keys = (len(classifier.keys), classifier.keys.shape[1])
-            weight = classifier.ensemble_weight
-            mixture = {"head": "mixture_ensemble", "mixture_keys": keys, "ensemble_weight": weight}
-        model_config = ModelConfig(
-            class_names=data.class_names,
-            class_counts=tuple(data.class_counts),
-            network=self.config.network,
-            scale=self.config.classifier.scale,
-            task=data.task,
-            mean=student["encoder"].mean,  # type: ignore[arg-type]
-            std=student["encoder"].std,  # type: ignore[arg-type]
-            network_size=self.config.network_size,
-            predicts_under=self.method_class.predicts_under(self.config),
-            training_info=training_info,
-            metrics=metrics,
-            **self.task.model_geometry(data),
-            **mixture,
-        )
-        model: TrainedModel = self.task.model_class(student["encoder"], classifier, model_config)
-        return model
-
     def _finish(
         self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, teacher_seconds: float
     ) -> Run:
         config = self.config
-        student = _modules_to_save(method, ema)
+        student = modules_to_save(method, ema)
         broadcast_buffers(student)
         if tracker.best is not None:
             student.load_state_dict(tracker.best["weights"])
@@ -416,7 +419,7 @@ class _Trainer:
         }
         if tracker.best is not None:
             training_info["best_step"] = tracker.best["step"]
-        model = self._model(student, training_info, {})
+        model = build_model(student, config, self.images, training_info)
         if self.data.val is not None:
             model = self.task.calibrate(model, self.data.val, config)
         metrics = evaluate_split(model, self.data.test, config)
@@ -461,19 +464,6 @@ def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
-
-
-def _student(method: Method) -> nn.ModuleDict:
-    """Return the modules that a moving average is taken of."""
-    return nn.ModuleDict({"encoder": method.encoder, "classifier": method.classifier})
-
-
-def _modules_to_save(method: Method, ema: Any) -> nn.ModuleDict:
-    """Return encoder and classifier of a method, or of its moving average."""
-    student = _student(method) if ema is None else ema.module
-    classifier = student["classifier"]
-    assert isinstance(classifier, CosineClassifier)
-    return nn.ModuleDict({"encoder": student["encoder"], "classifier": method.head(classifier)})
 
 
 def _entropy(counts: Sequence[int]) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from longtail.config import Data
 from longtail.data.dataset import LongTailedData
 from longtail.data.listing import Listing, check
-from longtail.data.sources.from_listing import data_from_listing, raise_listing_errors
+from longtail.data.sources.from_listing import data_from_listing, raise_listing_errors, split_listing
 from longtail.errors import LongtailError
 from longtail.registry import SOURCES
 
@@ -56,6 +56,30 @@ def load_data(config: Data, seed: int) -> LongTailedData:
     if source.load is not None:
         return source.load(config, seed)
     return data_from_listing(read_listing(config), config, seed)
+
+
+def split_sizes(config: Data, seed: int) -> tuple[dict[str, int], int | None]:
+    """Return the number of images of each split, and the side in pixels that they have; no image file is opened.
+
+    Args:
+        config: which set, from where, and its tail.
+        seed: see :func:`load_data`.
+
+    Returns:
+        Sizes by split, and the side where the images have one that is given, None for image files.
+
+    Raises:
+        LongtailError: as :func:`load_data`.
+    """
+    source = _source(config)
+    if source.listing is not None:
+        listing = read_listing(config)
+        raise_listing_errors(listing)
+        splits = split_listing(listing, config, seed if config.seed is None else config.seed, [])
+        return {name: len(entries) for name, entries in splits.items()}, None
+    data = load_data(config, seed)
+    sets = {"train": data.train, "val": data.val, "test": data.test}
+    return {name: len(images) for name, images in sets.items() if images is not None}, data.image_size
 
 
 def read_listing(config: Data) -> Listing:

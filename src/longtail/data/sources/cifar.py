@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from longtail.config import Data
 from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, ImageSet, LongTailedData
 from longtail.data.images import ArrayImages
 from longtail.data.imbalance import hold_out_balanced, long_tailed, permuted_by_class, resolve_profile
+from longtail.data.row_store import user_cache
 from longtail.data.sources import Source
 from longtail.data.sources.hf_rows import DatasetRows, load_hf_dataset
 from longtail.errors import LongtailError
@@ -68,7 +68,7 @@ def _from_torchvision(root: Path | None, classes: int) -> tuple[list[_Split], li
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = CIFAR10 if classes == 10 else CIFAR100
-    folder = root if root is not None else cache_folder()
+    folder = user_cache() if root is None else root
     splits: list[_Split] = []
     names: list[str] = []
     for train in (True, False):
@@ -92,14 +92,6 @@ def _from_torchvision(root: Path | None, classes: int) -> tuple[list[_Split], li
         splits.append((pixels.__getitem__, torch.tensor(dataset.targets, dtype=torch.int64)))
         names = list(dataset.classes)
     return splits, names
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloads: ``$LONGTAIL_CACHE``, or ``longtail`` in the user's cache."""
-    configured = os.environ.get("LONGTAIL_CACHE")
-    if configured:
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "longtail"
 
 
 CIFAR10 = Source(load=functools.partial(load_cifar_lt, classes=10), balanced=True)

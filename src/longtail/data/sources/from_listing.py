@@ -1,23 +1,35 @@
-"""From a listing of image files to data: its splits, its tail, and images decoded now or when they are needed."""
+"""From a listing of image files to data: its splits, its tail, and images decoded once or when they are needed."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import PIL
 import torch
+from torch import Tensor
 
 from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.image_io import read_size
-from longtail.data.images import ArrayImages, FileImages, Images
+from longtail.data.images import ArrayImages, CopiedImages, FileImages, Images
 from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile, stratified_split
 from longtail.data.listing import Entries, Listing
+from longtail.data.row_store import RowStore, RowStoreError, cache_folder, content_hash
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
 from longtail.errors import LongtailError
+
+_SQUARES = 1  # changes when the same files are to become other squares
+_PART_BYTES = 2**24  # of the copies that are written at once
+_WORTH_SAYING = 5.0  # seconds of decoding
+
+logger = logging.getLogger(__name__)
 
 
 def raise_listing_errors(listing: Listing) -> None:
@@ -31,26 +43,20 @@ def raise_listing_errors(listing: Listing) -> None:
 def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedData:
     """Split a listing, make it long-tailed, and open its images as far as they fit into memory.
 
+    Where all views are made from squares of one size, copies of these are kept on disk: the next run decodes only the
+    files that are new or changed. They are read from there, mapped to memory.
+
     Args:
         listing: checked, see :func:`longtail.data.listing.check`.
-        config: fractions of the splits, the tail, image size and memory.
+        config: fractions of the splits, the tail, image size, memory, and where copies are kept.
         seed: of the split and the tail.
 
     Raises:
         LongtailError: the listing has errors, a class has too few images, or a file cannot be read.
     """
     raise_listing_errors(listing)
-    names = listing.class_names
-    if len(names) < 2:
-        raise LongtailError(f"{listing.root}: expected at least two classes, found '{names[0]}' alone")
     remarks = list(listing.remarks)
-    splits = dict(listing.splits)
-    if "val" in splits and config.val_fraction > 0:
-        remarks.append("data.val_fraction is not used: the set has validation images of its own")
-    if "all" in splits or "test" not in splits or (config.val_fraction > 0 and "val" not in splits):
-        splits = _split(splits, listing, config, seed, remarks)
-    splits["train"] = _make_long_tailed(splits["train"], names, config, seed)
-    _check_smallest_class(splits["train"], listing, config)
+    splits = split_listing(listing, config, seed, remarks)
     policy = choose_size(
         config,
         images=sum(len(entries) for entries in splits.values()),
@@ -58,17 +64,49 @@ def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedDa
         mean=listing.mean,
         std=listing.std,
     )
+    folder = cache_folder(config.cache)
+    sets = (
+        None if folder is None or not policy.squares else _copied(listing, splits, policy, folder / "images", remarks)
+    )
+    if sets is None:
+        fractions = {"train": config.max_unreadable_fraction}
+        sets = {name: _open(listing, entries, policy, fractions.get(name, 0.0)) for name, entries in splits.items()}
     return LongTailedData(
-        train=_open(listing, splits["train"], policy, config.max_unreadable_fraction),
-        val=_open(listing, splits["val"], policy) if "val" in splits else None,
-        test=_open(listing, splits["test"], policy),
-        class_names=tuple(names),
+        train=sets["train"],
+        val=sets.get("val"),
+        test=sets["test"],
+        class_names=tuple(listing.class_names),
         mean=policy.mean,
         std=policy.std,
         image_size=policy.size,
         augment=policy.augment,
         remarks=tuple(remarks),
     )
+
+
+def split_listing(listing: Listing, config: Data, seed: int, remarks: list[str]) -> dict[str, Entries]:
+    """Return the images of each split, the training images with the tail; no image file is opened.
+
+    Args:
+        listing: without errors.
+        config: fractions of the splits, and the tail.
+        seed: of the split and the tail.
+        remarks: where to say what a user should know about the splits.
+
+    Raises:
+        LongtailError: there are too few classes, or a class has too few images.
+    """
+    names = listing.class_names
+    if len(names) < 2:
+        raise LongtailError(f"{listing.root}: expected at least two classes, found '{names[0]}' alone")
+    splits = dict(listing.splits)
+    if "val" in splits and config.val_fraction > 0:
+        remarks.append("data.val_fraction is not used: the set has validation images of its own")
+    if "all" in splits or "test" not in splits or (config.val_fraction > 0 and "val" not in splits):
+        splits = _split(splits, listing, config, seed, remarks)
+    splits["train"] = _make_long_tailed(splits["train"], names, config, seed)
+    _check_smallest_class(splits["train"], listing, config)
+    return splits
 
 
 def _split(
@@ -119,19 +157,97 @@ def _short_sides(root: Path, names: Sequence[str]) -> list[int]:
     return [min(read_size(root / name)) for name in names[:: max(1, len(names) // SAMPLE)]]
 
 
-def _open(listing: Listing, entries: Entries, policy: SizePolicy, max_unreadable_fraction: float = 0.0) -> ImageSet:
+def _copied(
+    listing: Listing, splits: dict[str, Entries], policy: SizePolicy, folder: Path, remarks: list[str]
+) -> dict[str, ImageSet] | None:
+    """Return the splits as copies on disk, and decode what is missing there; None where copies cannot be kept.
+
+    Args:
+        listing: the images' folder.
+        splits: the images.
+        policy: side of the squares.
+        folder: where the copies are.
+        remarks: where to say how many images were decoded, and where the copies are or why there are none.
+
+    Raises:
+        LongtailError: a file of a set that is to be in memory cannot be read.
+    """
+    # paths below another folder may be the same, and sizes and times too where an archive sets these
+    depends_on = [str(listing.root.resolve()), policy.stored, _SQUARES, PIL.__version__]
+    store = RowStore(folder, content_hash(*depends_on), (policy.stored, policy.stored, 3), "uint8")
+    sets = {
+        name: ImageSet(FileImages(listing.root, entries.names, policy.stored), entries.labels, _ids(entries))
+        for name, entries in splits.items()
+    }
+    images, decoded = sum(map(len, sets.values())), 0
+    copied: dict[str, ImageSet] = {}
+
+    def decode(files: Images, positions: Tensor) -> Iterator[Tensor]:
+        nonlocal decoded
+        started = time.monotonic()
+        for part in positions.split(max(1, _PART_BYTES // store.row_bytes)):
+            yield files.take(part).permute(0, 2, 3, 1)
+            decoded += len(part)
+            left = (time.monotonic() - started) / len(part) * (len(positions) - len(part))
+            if decoded == len(part) and left > _WORTH_SAYING:
+                logger.info("decoding %s images: about %.0f s", f"{len(positions):,}", left)
+
+    try:
+        keys = {name: split.keys() for name, split in sets.items()}
+        needed = int((store.find(torch.cat(list(keys.values()))) < 0).sum()) * store.row_bytes
+        free = _free_bytes(folder) if needed else 0
+        if free < 2 * needed:
+            remarks.append(
+                f"no resized copies of the images are kept: {_mib(needed)} are needed, and {folder} has {_mib(free)} "
+                "free, less than twice that; --data.cache names another folder"
+            )
+            return None
+        for name, split in sets.items():
+            files = split.images
+            assert isinstance(files, FileImages)
+            rows = store.fill(keys[name], lambda missing, files=files: decode(files, missing), wait=True)  # type: ignore[misc]
+            copies = CopiedImages(files, store, rows, lazy=not policy.in_memory)
+            copied[name] = ImageSet(copies, split.labels, split.ids)
+    except LongtailError as error:
+        # of a large set, unreadable images are replaced during the training
+        if policy.in_memory and not isinstance(error, RowStoreError):
+            raise
+        remarks.append(f"no resized copies of the images are kept: {error}")
+        return None
+    where = f"in {folder} ({_mib(len(store) * store.row_bytes)})"
+    if decoded:
+        remarks.append(f"{decoded:,} of {images:,} images were decoded, and their resized copies are kept {where}")
+    else:
+        remarks.append(f"no image was decoded: there are resized copies of all {images:,} {where}")
+    return copied
+
+
+def _free_bytes(folder: Path) -> int:
+    """Return the free space of the disk where a folder is or will be."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.{1 if size < 10 * 2**20 else 0}f} MiB"
+
+
+def _ids(entries: Entries) -> Tensor:
+    return torch.tensor([path_id(name) for name in entries.names], dtype=torch.int64)
+
+
+def _open(listing: Listing, entries: Entries, policy: SizePolicy, max_unreadable_fraction: float) -> ImageSet:
     """Decode the images of a split where they fit into memory; otherwise read their headers and decode them later."""
-    ids = torch.tensor([path_id(name) for name in entries.names], dtype=torch.int64)
     if policy.in_memory:
         files = FileImages(listing.root, entries.names, policy.stored)
-        return ImageSet(ArrayImages(files.take(torch.arange(len(entries)))), entries.labels, ids)
+        return ImageSet(ArrayImages(files.take(torch.arange(len(entries)))), entries.labels, _ids(entries))
     images: Images = FileImages(listing.root, entries.names, policy.stored, 3, entries.labels, max_unreadable_fraction)
     if listing.check_headers or max_unreadable_fraction == 0:
         # an unreadable file is reported now rather than in the middle of an epoch, or after the training
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(lambda name: read_size(listing.root / name), entries.names):
                 pass
-    return ImageSet(images, entries.labels, ids)
+    return ImageSet(images, entries.labels, _ids(entries))
 
 
 def path_id(name: str) -> int:

@@ -16,31 +16,40 @@ from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.evaluation.class_frequencies import resolve_class_frequencies
 from longtail.evaluation.label_shift import EstimatedPrior, estimate_bbse, estimate_em
+from longtail.inference.options import InferenceOptions
 from longtail.inference.recognizer import Recognizer
 from longtail.losses import posterior
 from longtail.tasks.base import EvaluationRequest, Metrics
 from longtail.tasks.classification.evaluator import collect_logits
+from longtail.tasks.classification.tta import choose_tta
 from longtail.tasks.evaluate import evaluate_split
 
 
 def evaluate_run(
     model: Recognizer, config: Config, data: LongTailedData, request: EvaluationRequest
 ) -> tuple[dict[str, Metrics], str, dict[str, Any]]:
-    """Return metrics by prior, the name of the main prior, and estimates and conformal sets if they were asked for.
+    """Return metrics by prior, the name of the main prior, and what else was asked for.
 
+    That is estimates, conformal sets, and under ``tta`` what test-time augmentation gains on the validation images.
     With a test prior, ``target_accuracy`` is the accuracy where the classes have those frequencies.
     """
     names, counts = model.config.class_names, model.config.class_counts
-    prior, further = request.prior, {}
+    further: dict[str, Any] = {}
+    prior, thresholds = request.prior, None
+    if request.coverage is not None:
+        thresholds = model.conformal_thresholds(request.coverage, request.options.tta)
     test_prior = None
     if request.test_prior is not None:
         test_prior = resolve_class_frequencies(
             request.test_prior, names, counts, imbalance=request.imbalance, where="--test_prior"
         )
     priors: dict[str, Sequence[float]] = {} if test_prior is None else {"target": test_prior}
+    choice = choose_tta(model, data.val, request.options.tta)
+    if request.options.tta != "none":
+        further["tta"] = choice.as_json()
     outputs = None
-    if prior == "estimate" or request.coverage is not None:
-        scores, labels = (tensor.cpu() for tensor in collect_logits(model, data.test))
+    if prior == "estimate" or thresholds is not None:
+        scores, labels = (tensor.cpu() for tensor in collect_logits(model, data.test, choice.tta))
         outputs = [(torch.arange(len(labels)), scores, labels)]
         if prior == "estimate":
             estimates = _estimate_priors(model, scores, labels, test_prior)
@@ -52,11 +61,15 @@ def evaluate_run(
             for entry in estimates:
                 name = "estimate" if entry.method == "map" else entry.method
                 priors[name] = model.corrected_frequencies(entry)
-        if request.coverage is not None:
-            further["conformal"] = _conformal_sets(model, scores, labels, request.coverage, config)
+        if thresholds is not None:
+            further["conformal"] = {
+                "coverage": request.coverage,
+                **_conformal_sets(model, scores, labels, thresholds, config),
+            }
     if prior not in {"uniform", "train", "estimate"}:
         priors["given"], prior = resolve_class_frequencies(prior, names, counts), "given"
-    metrics = evaluate_split(model, data.test, config, priors=priors, outputs=outputs)
+    options = InferenceOptions(tta=choice.tta)
+    metrics = evaluate_split(model, data.test, config, options=options, priors=priors, outputs=outputs)
     if test_prior is not None:
         for values in metrics.values():
             pairs = [(q, value) for q, value in zip(test_prior, values["per_class"], strict=True) if value is not None]
@@ -86,13 +99,13 @@ def _estimate_priors(
 
 
 def _conformal_sets(
-    model: Recognizer, scores: Tensor, labels: Tensor, coverage: float, config: Config
+    model: Recognizer, scores: Tensor, labels: Tensor, thresholds: Tensor, config: Config
 ) -> dict[str, Any]:
     """Return mean size and coverage of the conformal sets, over all images and by shot group."""
-    in_set = posterior(scores).exp() >= model.conformal_thresholds(coverage).to(scores)
+    in_set = posterior(scores).exp() >= thresholds.to(scores)
     covered = in_set.gather(1, labels[:, None])[:, 0].double()
     groups = config.shots.groups(model.config.class_counts)
-    summary: dict[str, Any] = {"coverage": coverage}
+    summary: dict[str, Any] = {}
     for name in ("all", "many", "medium", "few"):
         chosen = torch.tensor([name in {group, "all"} for group in groups])[labels]
         if bool(chosen.any()):

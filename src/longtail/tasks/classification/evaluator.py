@@ -20,25 +20,26 @@ from longtail.evaluation.calibration import (
     reliability,
 )
 from longtail.evaluation.metrics import classification_metrics, confused_pairs, count_correct, most_confident_errors
+from longtail.inference.options import TTA
 from longtail.inference.recognizer import Recognizer
 from longtail.losses import posterior
 from longtail.tasks.base import Evaluator, Metrics
 
 
-def predict_split(model: Recognizer, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def predict_split(model: Recognizer, images: ImageSet, tta: TTA = "none") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield positions, prior-free scores and labels of this process's part of a split."""
     model.encoder.eval()
     positions, done = torch.arange(rank(), len(images), world_size()), 0
-    batches = evaluation_batches(images, model.config.image_size, rank=rank(), world=world_size())
+    batches = evaluation_batches(images, model.input_size(tta), rank=rank(), world=world_size())
     for views, labels in batches:
-        yield positions[done : done + len(labels)], model.scores(views.to(model.device)), labels.to(model.device)
+        yield positions[done : done + len(labels)], model.scores(views.to(model.device), tta), labels.to(model.device)
         done += len(labels)
 
 
-def collect_logits(model: Recognizer, images: ImageSet) -> tuple[Tensor, Tensor]:
+def collect_logits(model: Recognizer, images: ImageSet, tta: TTA = "none") -> tuple[Tensor, Tensor]:
     """Return (N, C) prior-free scores and (N,) labels of a whole split, in its order, in every process."""
     scores = torch.zeros(len(images), len(model.config.class_names), device=model.device)
-    for positions, part, _ in predict_split(model, images):
+    for positions, part, _ in predict_split(model, images, tta):
         scores[positions.to(model.device)] = part
     return all_reduce_sum(scores), images.labels.to(model.device)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from longtail.errors import LongtailError
 from longtail.inference.output import PredictionOutput, prediction_table
 from longtail.inference.recognizer import Recognizer
-from longtail.tasks.base import PredictionRequest, check_default_options
+from longtail.tasks.base import PredictionRequest, check_inference_options
 from longtail.tasks.classification.console import estimate_lines
 
 
@@ -17,8 +17,9 @@ def predict_files(model: Recognizer, files: Sequence[Path], request: PredictionR
     """Return the most probable classes of image files."""
     if request.out is not None:
         raise LongtailError(f"--out {request.out}: is for models that label pixels")
-    check_default_options(request.options, "predict")
-    predictions = model.predict(files, prior=request.prior, coverage=request.coverage)
+    check_inference_options(request.options, False, "predict")
+    tta = request.options.fixed_tta
+    predictions = model.predict(files, prior=request.prior, coverage=request.coverage, tta=tta)
     notes = []
     if predictions.prior is not None:
         estimate = {predictions.prior.method: dataclasses.asdict(predictions.prior)}

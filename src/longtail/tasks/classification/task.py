@@ -24,7 +24,7 @@ from longtail.tasks.base import (
     PredictionRequest,
     ReportSections,
     Task,
-    check_default_options,
+    check_inference_options,
 )
 from longtail.tasks.classification.calibration import calibrate
 from longtail.tasks.classification.console import trust_lines
@@ -32,6 +32,7 @@ from longtail.tasks.classification.error_images import save_error_images
 from longtail.tasks.classification.evaluate import evaluate_run
 from longtail.tasks.classification.evaluator import ClassificationEvaluator, predict_split
 from longtail.tasks.classification.predict import predict_files
+from longtail.tasks.classification.tta import tta_lines
 
 
 class Classification(Task[Recognizer]):
@@ -81,8 +82,8 @@ class Classification(Task[Recognizer]):
         self, model: Recognizer, images: ImageSet, options: InferenceOptions
     ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Yield positions, scores and labels of this process's part of a split."""
-        check_default_options(options, self.name)
-        return predict_split(model, images)
+        check_inference_options(options, self.label_maps, self.name)
+        return predict_split(model, images, options.fixed_tta)
 
     def evaluator(
         self,
@@ -98,13 +99,13 @@ class Classification(Task[Recognizer]):
     def evaluate_run(
         self, model: Recognizer, config: Config, data: LongTailedData, request: EvaluationRequest
     ) -> tuple[dict[str, Metrics], str, dict[str, Any]]:
-        """Return the metrics of a finished run by prior, the main prior, and estimates and conformal sets."""
-        check_default_options(request.options, "evaluate")
+        """Return the metrics of a finished run by prior, the main prior, and further results."""
+        check_inference_options(request.options, self.label_maps, "evaluate")
         return evaluate_run(model, config, data, request)
 
     def summary_lines(self, metrics: Mapping[str, Any]) -> list[str]:
-        """Return lines on calibration, estimated class frequencies and conformal sets."""
-        return trust_lines(metrics)
+        """Return lines on test-time augmentation, calibration, estimated class frequencies and conformal sets."""
+        return [*tta_lines(metrics), *trust_lines(metrics)]
 
     def save_examples(self, run: Path, images: ImageSet, metrics: Metrics) -> None:
         """Write the images of the most confident errors to the run's folder."""

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from longtail.data.image_io import to_rgb
+from longtail.errors import LongtailError
 from longtail.inference.model import Prior, TrainedModel
 from longtail.inference.model_card import ModelCardText
 from longtail.inference.options import InferenceOptions
@@ -59,6 +60,8 @@ class Segmenter(TrainedModel):
     def scores(self, images: Tensor, options: InferenceOptions | None = None) -> Tensor:
         """Return (B, C, H, W) log-likelihood scores, free of any prior, of (B, channels, H, W) images in [0, 1]."""
         options = options or InferenceOptions()
+        if options.tta in {"crops", "auto"}:
+            raise LongtailError(f"tta {options.tta}: is for models that classify whole images; use flip")
         height, width = images.shape[-2:]
         total: Tensor | None = None
         for scale in options.tta_scales:

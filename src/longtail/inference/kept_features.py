@@ -1,0 +1,181 @@
+"""Features of a frozen encoder in place of the images: computed once, kept on disk, used by every run that follows.
+
+Legend: N images, B of them in a batch, V views, F feature width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from longtail.config import Config
+from longtail.data.dataset import ImageSet, LongTailedData
+from longtail.data.images import Images
+from longtail.data.loader import TrainLoader, plain_batches
+from longtail.data.row_store import RowStore, cache_folder, content_hash
+from longtail.distributed import barrier, rank
+from longtail.errors import LongtailError
+from longtail.nn import Encoder, FrozenEncoder
+from longtail.nn.encoder import channels_last
+from longtail.randomness import mix, uniform
+from longtail.registry import TASKS
+
+logger = logging.getLogger(__name__)
+
+_VIEWS = mix(7)  # an independent stream of random draws, the same for every seed, so that all seeds share the features
+_BATCH = 64
+
+
+class FeatureImages:
+    """Features of V views of every image; the first view is the image without augmentation.
+
+    Args:
+        images: what they are features of.
+        features: V tensors (N, F).
+    """
+
+    lazy = False
+
+    def __init__(self, images: Images, features: Sequence[Tensor]) -> None:
+        self.images, self.features = images, tuple(features)
+        self.unreadable: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Return (B, V, F) features, of which :func:`draw_view` takes one view each."""
+        return torch.stack([view[indices] for view in self.features], dim=1)
+
+    def plain(self, indices: Tensor, size: int) -> Tensor:  # noqa: ARG002
+        """Return (B, F) features of the images without augmentation."""
+        return self.features[0][indices]
+
+    def open_with_fallback(self, index: int) -> Image.Image:
+        """Return an image."""
+        return self.images.open_with_fallback(index)
+
+    def open_sample(self, index: int) -> Any:
+        """Return an image."""
+        return self.images.open_sample(index)
+
+    def record_unreadable(self, reasons: dict[int, str]) -> None:
+        """Do nothing: the images are not read again."""
+        assert not reasons
+
+    def signature(self, index: int) -> bytes:
+        """Return the signature of an image."""
+        return self.images.signature(index)
+
+    def version(self, index: int) -> bytes:
+        """Return the version of an image."""
+        return self.images.version(index)
+
+
+def draw_view(features: Tensor, ids: Tensor, keys: tuple[int, ...]) -> Tensor:
+    """Return (B, F) features of one of V views of every image, a function of (keys of the draw, image id).
+
+    Args:
+        features: (B, V, F).
+        ids: (B,) int64.
+        keys: of the draw.
+    """
+    views = features.shape[1]
+    if views == 1:
+        return features[:, 0]
+    drawn = (uniform(ids, 1, *keys)[:, 0] * views).long()
+    return features[torch.arange(len(ids)), drawn]
+
+
+def check_same_encoder(teacher: Encoder, encoder: Encoder) -> None:
+    """Raise LongtailError if a teacher's encoder is another one than that whose features replace the images."""
+    if encoder_hash(teacher) != encoder_hash(encoder):
+        raise LongtailError(
+            "tune head: trains on kept features of the encoder, so the teacher must have the same encoder; use another "
+            "--tune, or --teacher.source train without --teacher.network"
+        )
+
+
+def encoder_hash(encoder: Encoder) -> str:
+    """Return a hash of an encoder's weights and of how it scales images."""
+    state = encoder.state_dict()
+    geometry = [encoder.mean, encoder.std, encoder.resize]
+    return content_hash(geometry, sorted(state), *(state[name] for name in sorted(state)))
+
+
+def feature_data(
+    data: LongTailedData,
+    encoder: Encoder,
+    config: Config,
+    *,
+    device: torch.device,
+    progress: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> LongTailedData:
+    """Return a data set with the features of a frozen encoder in place of the images.
+
+    Features that are on disk are not computed again: those of an image are found by its id, its content and the
+    encoder's weights, so other splits, seeds and long tails of the same images share them.
+
+    Args:
+        data: the images.
+        encoder: images to features; put into eval mode.
+        config: settings of the run: ``data.cache``, ``data.augment``, and ``feature_views``, V of the training images.
+        device: where to compute them.
+        progress: show a progress bar.
+        check: called after every batch; what it raises ends the computation, and what is done is kept.
+    """
+    frozen, network = FrozenEncoder(encoder).to(device), encoder_hash(encoder)
+    every = 0.5 if sys.stderr.isatty() else 30.0  # a log file need not hold each step of a bar
+    views, augment, folder = config.feature_views, config.data.augment, cache_folder(config.data.cache)
+
+    def compute(images: ImageSet, positions: Tensor, view: int) -> Iterator[Tensor]:
+        splits = positions.split(_BATCH)
+        inputs = plain_batches(images, splits, data.image_size)
+        if view > 0:
+            transforms = TASKS[data.task].build_transforms(config, data, ["classification"])
+            loader = TrainLoader(images, _BATCH, transforms, _VIEWS, workers=config.data.workers)
+            inputs = (batch.views[0] for batch in loader.batches(splits, -1 - view))
+        for batch in tqdm(
+            inputs, "features", len(splits), unit="batch", mininterval=every, maxinterval=every, disable=not progress
+        ):
+            yield _encode(frozen, batch, device)
+            check()
+
+    def rows(images: ImageSet, view: int) -> Tensor:
+        if folder is None:
+            return torch.cat(list(compute(images, torch.arange(len(images)), view)))
+        name = content_hash(network, data.image_size, [augment, view] if view > 0 else "plain")
+        store = RowStore(folder / "features", name, (encoder.num_features,), "float32")
+        keys = images.keys()
+        if rank() == 0:
+            store.fill(keys, lambda missing: compute(images, missing, view))
+        barrier()
+        found = store.fill(keys, lambda missing: compute(images, missing, view))
+        return torch.from_numpy(store.open()[found.numpy()])
+
+    replaced: dict[str, Any] = {}
+    for name, images in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if images is not None:
+            features = [rows(images, view) for view in range(views if name == "train" else 1)]
+            replaced[name] = dataclasses.replace(images, images=FeatureImages(images.images, features))
+    if folder is not None:
+        count = sum(len(split) for split in replaced.values()) + (views - 1) * len(data.train)
+        mib = count * encoder.num_features * 4 / 2**20
+        logger.info("features of %s images are kept in %s (%.0f MiB)", f"{count:,}", folder / "features", mib)
+    return dataclasses.replace(data, **replaced)
+
+
+@torch.no_grad()
+def _encode(encoder: FrozenEncoder, batch: Tensor, device: torch.device) -> Tensor:
+    inputs = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
+    features: Tensor = encoder(channels_last(inputs)).float().cpu()
+    return features

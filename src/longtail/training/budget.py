@@ -1,0 +1,196 @@
+"""Settings that fit into a given time: how much of a network is tuned, at what size, for how many epochs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from longtail.config import Config, load_recipe, read_config
+from longtail.data.dataset import LongTailedData
+from longtail.data.sources import split_sizes
+from longtail.devices import select_device
+from longtail.errors import LongtailError
+from longtail.nn import Encoder
+from longtail.nn.backbones import input_size
+from longtail.nn.pretrained import normalization
+from longtail.registry import TASKS
+from longtail.training.auto_config import fine_tuning_epochs
+from longtail.training.duration import Sizes, Speed, expected_seconds, format_duration, measure_speed
+
+_REFERENCE = 128  # side in pixels at which the speed is measured first
+_SIDES = tuple(range(96, 225, 16))
+_LARGEST_OF_SMALL = 160  # enlarging images of 32 pixels further gains nothing
+_USUAL_STEPS, _USUAL_EPOCHS = 600, 6  # with fewer than these a network has not converged
+_MOST_EPOCHS = 30
+_LEAST_EPOCHS = 3
+_MOST_FEATURE_VIEWS = 4
+_WORTH_SAYING, _LONG = 20.0, 3600.0  # seconds
+_REPORT = 6.0  # seconds for reading the model again, the report, and what else is neither network nor data
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Settings with the time that they are expected to take."""
+
+    tune: str
+    side: int
+    """Side in pixels of the images that the network is given."""
+    epochs: int
+    feature_views: int
+    seconds: float
+
+
+def sides_up_to(largest: int) -> list[int]:
+    """Return the sides in pixels to choose from, for images that have at most ``largest``."""
+    return [side for side in _SIDES if side <= largest] or [largest]
+
+
+def choose(config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Sequence[int]) -> Choice:
+    """Return the settings that make the most of a time.
+
+    All of the network is tuned where that leaves enough epochs; otherwise only the classifier is trained, on features
+    that are computed once. Enough are 6 epochs and 600 steps; more than twice as many gain less than larger images do.
+    Of the sizes of the images that this leaves, the one that uses the time best is taken. The order of preference comes
+    from the measurements in ``docs/evidence.md``.
+
+    Args:
+        config: settings of the run; ``epochs`` is chosen.
+        sizes: images of each split.
+        speed: of the network at the smallest side.
+        seconds: the time.
+        sides: in pixels, in order.
+    """
+
+    def choice(tune: str, side: int, epochs: int, views: int = 1) -> Choice:
+        settings = config.replace(tune=tune, epochs=epochs, feature_views=views)
+        expected = expected_seconds(settings, sizes, speed.at((side / sides[0]) ** 2))
+        return Choice(tune, side, epochs, views, expected)
+
+    def fitting(epochs: range) -> list[Choice]:
+        choices = [choice("full", side, number) for side in sides for number in epochs]
+        return [each for each in choices if each.seconds <= seconds]
+
+    steps = -(-sizes.train // config.batch_size)
+    enough = min(_MOST_EPOCHS, max(_USUAL_EPOCHS, -(-_USUAL_STEPS // steps)))
+    twice = min(_MOST_EPOCHS, 2 * enough)
+    usual = fitting(range(enough, twice + 1))
+    if usual:
+        best = max(usual, key=lambda each: each.seconds)
+        if best.side == sides[-1] and best.epochs == twice:  # time is left
+            best = max(fitting(range(twice, _MOST_EPOCHS + 1)), key=lambda each: (each.side, each.epochs))
+        return best
+    few = fitting(range(_LEAST_EPOCHS, enough))
+    if few:
+        return max(few, key=lambda each: (each.epochs, each.seconds))
+    epochs = fine_tuning_epochs(sizes.train, config.batch_size)
+    heads = [choice("head", side, epochs, views) for side in sides for views in range(1, _MOST_FEATURE_VIEWS + 1)]
+    fits = [each for each in heads if each.seconds <= seconds]
+    return max(fits, key=lambda each: each.seconds) if fits else min(heads, key=lambda each: each.seconds)
+
+
+def choose_settings(config: Config, out: Path, started: float, resume: bool) -> tuple[Config, list[str]]:
+    """Return ``config`` with what ``minutes`` leaves open chosen, and the reasons; a resumed run keeps its choice.
+
+    Args:
+        config: settings of the run; ``pretrained`` is resolved.
+        out: folder of the run.
+        started: when the command started, of ``time.monotonic``.
+        resume: whether a run that is there is continued.
+
+    Raises:
+        LongtailError: see :func:`fit_to_minutes`.
+    """
+    if config.minutes is None:
+        return config, []
+    if resume and (out / "config.yaml").is_file():
+        there = read_config(out / "config.yaml")
+        if there.minutes == config.minutes:
+            sizes = {"image_size": there.data.image_size}
+            kept = {name: getattr(there, name) for name in ("tune", "epochs", "feature_views", "network_size")}
+            return config.replace(data=sizes, **kept), []
+    return fit_to_minutes(config, started)
+
+
+def remarks_on_duration(config: Config, data: LongTailedData, encoder: Encoder, device: torch.device) -> list[str]:
+    """Return what a user should know of how long a run will take; empty for one of seconds.
+
+    Args:
+        config: settings of the run, without open ones.
+        data: what it trains on.
+        encoder: the network.
+        device: where it trains.
+    """
+    if TASKS[data.task].label_maps or config.minutes is not None:
+        return []
+    sizes = Sizes(len(data.train), 0 if data.val is None else len(data.val), len(data.test))
+    speed = measure_speed(encoder, data.image_size, device)
+    seconds = expected_seconds(config, sizes, speed)
+    if seconds < _WORTH_SAYING:
+        return []
+    line = f"expected duration: about {format_duration(seconds)} ({config.epochs} epochs of {sizes.train:,} images)"
+    if seconds < _LONG or device.type != "cpu":
+        return [line]
+    head = expected_seconds(config.replace(tune="head"), sizes, speed)
+    if config.pretrained == "none":
+        return [f"{line}; quicker: start from a pretrained network (--pretrained auto), or a GPU"]
+    quicker = f"--tune head (about {format_duration(head)}), --minutes 20" if config.tune != "head" else "--minutes 20"
+    return [f"{line}; quicker: {quicker}, or a GPU"]
+
+
+def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str]]:
+    """Return ``config`` with tuning, size and epochs chosen so that a run takes ``config.minutes``, and the reasons.
+
+    Settings that differ from the recipe's are kept.
+
+    Args:
+        config: settings of the run; ``pretrained`` is resolved.
+        started: when the command started, of ``time.monotonic``.
+
+    Raises:
+        LongtailError: the data cannot be read, or the network is not a pretrained one.
+    """
+    assert config.minutes is not None
+    if config.pretrained == "none":
+        raise LongtailError(
+            "minutes: chooses how a pretrained network is tuned; give --pretrained auto, timm or FILE, or set --epochs"
+        )
+    counts, side = split_sizes(config.data, config.seed)
+    sizes = Sizes(counts["train"], counts.get("val", 0), counts["test"])
+    device = select_device(config.device)
+    encoder = Encoder(config.network, *normalization(config.network, 3), pretrained=config.pretrained)
+    own = input_size(config.network)  # of a network that takes images of one size
+    largest = _LARGEST_OF_SMALL if side is not None and side <= 64 else side or _SIDES[-1]
+    sides = sides_up_to(largest) if own is None else [own]
+    reference = min(_REFERENCE, sides[-1]) if own is None else own
+    measured = measure_speed(encoder, reference, device)
+    left = config.minutes * 60 - (time.monotonic() - started) - _REPORT
+    chosen = choose(config, sizes, measured.at((sides[0] / reference) ** 2), left, sides)
+    default = load_recipe(config.recipe).config
+    changes: dict[str, object] = {"feature_views": chosen.feature_views} if chosen.tune == "head" else {}
+    if config.tune == default.tune:
+        changes["tune"] = chosen.tune
+    if config.epochs == default.epochs:
+        changes["epochs"] = chosen.epochs
+    if own is not None:
+        pass
+    elif side is None and config.data.image_size == default.data.image_size:
+        changes["data"] = {"image_size": chosen.side}
+    elif side is not None and config.network_size == default.network_size:
+        changes["network_size"] = chosen.side
+    config = config.replace(**changes)
+    assert isinstance(config.epochs, int)
+    reason = (
+        f"minutes {config.minutes:g}: tune {config.tune}, images of {chosen.side} pixels, {config.epochs} epochs, "
+        f"expected to take {format_duration(time.monotonic() - started + chosen.seconds + _REPORT)} in all (measured: "
+        f"{1000 * measured.train:.0f} ms to train on an image of {reference} pixels, {1000 * measured.encode:.0f} ms "
+        "to pass it through)"
+    )
+    if chosen.seconds < 0.8 * left:
+        reason += "; more time would gain little"
+    elif chosen.seconds > left:
+        reason += "; no settings are faster"
+    return config, [reason]

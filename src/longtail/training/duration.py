@@ -1,0 +1,134 @@
+"""How long a run takes on this machine: the speed of its network, measured, times the images that pass through it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from longtail.config import Config
+from longtail.nn import Encoder
+from longtail.registry import METHODS
+
+_IMAGES = 16  # of a measured batch: the time of an image hardly depends on it
+_SECONDS = 1.0  # of measurement for each direction, after one batch to warm up
+_HEAD_STEP = 0.004  # seconds of a step on kept features, on a slow core
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per image of a network."""
+
+    encode: float
+    """Without gradients."""
+    train: float
+    """Forward and backward."""
+
+    def at(self, factor: float) -> Speed:
+        """Return the speed for images of ``factor`` times as many pixels."""
+        return Speed(self.encode * factor, self.train * factor)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Number of images of each split."""
+
+    train: int
+    val: int
+    test: int
+
+
+def measure_speed(encoder: Encoder, size: int, device: torch.device, tuned: bool = True) -> Speed:
+    """Measure a network on random images; it is not changed, nor is the state of the random numbers.
+
+    Args:
+        encoder: the network.
+        size: side in pixels of the images that it is given.
+        device: where to measure.
+        tuned: whether its parameters are trained at all.
+    """
+    network = copy.deepcopy(encoder).to(device)
+    with torch.random.fork_rng(devices=[]):
+        images = torch.rand(_IMAGES, len(encoder.mean), size, size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+
+        def forward() -> None:
+            with torch.no_grad():
+                network(images)
+
+        def step() -> None:
+            features = network(images)
+            if features.requires_grad:
+                features.square().mean().backward()
+
+        network.eval()
+        encode = _time(forward, device)
+        network.train()
+        train = _time(step, device) if tuned else encode
+    return Speed(encode / _IMAGES, train / _IMAGES)
+
+
+def _time(function: Callable[[], None], device: torch.device) -> float:
+    """Return the median seconds of a call, after one call to warm up."""
+
+    def run() -> float:
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    run()
+    times = [run()]
+    while sum(times) < _SECONDS and len(times) < 5:
+        times.append(run())
+    return statistics.median(times)
+
+
+def expected_seconds(config: Config, sizes: Sizes, speed: Speed, *, missing_features: int | None = None) -> float:
+    """Return how long a run takes from its first pass over the images to its test metrics.
+
+    Args:
+        config: settings of the run, without open ones.
+        sizes: images of each split.
+        speed: of the network at the size that it is given.
+        missing_features: images whose features ``tune head`` still has to compute; all of them if not given.
+    """
+    assert isinstance(config.epochs, int)
+    method = METHODS[config.method]
+    steps = config.epochs * -(-sizes.train // config.batch_size)
+    evaluated = sizes.test + sizes.val * (1 + config.epochs // config.validate_every)
+    if config.tune == "head":
+        images = sizes.train * config.feature_views + sizes.val + sizes.test
+        passes = images if missing_features is None else missing_features
+        return passes * speed.encode + steps * _HEAD_STEP * method.num_student_views(config)
+    passes = config.epochs * sizes.train
+    seconds = passes * method.num_student_views(config) * speed.train + evaluated * speed.encode
+    if config.classifier.init == "class_means":
+        seconds += sizes.train * speed.encode
+    if method.needs_teacher(config):
+        seconds += passes * speed.encode
+        if config.teacher.source == "train":
+            first = config.replace(method="la", epochs=config.teacher.epochs or config.epochs)
+            first = dataclasses.replace(
+                first, classifier=dataclasses.replace(first.classifier, distillation_weight=0.0)
+            )
+            seconds += expected_seconds(first, sizes, speed)
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as a person says it.
+
+    >>> format_duration(42), format_duration(510), format_duration(20_000)
+    ('42 s', '8 min', '5 h 33 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from longtail.data.image_io import open_image, open_square, resize_center_crop
+from longtail.errors import LongtailError
+
+
+def photo(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """An image with detail at every scale: noise at several resolutions."""
+    rng, total = np.random.default_rng(seed), np.zeros((size[1], size[0], 3))
+    for cells in (4, 16, 64, 256):
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += np.asarray(noise.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
+    return Image.fromarray((total / 4).round().astype(np.uint8))
+
+
+def difference(path: Path, size: int, channels: int = 3) -> float:
+    """Return the largest difference between the square and that of the file at its full size."""
+    square, full = open_square(path, size, channels), resize_center_crop(open_image(path), size, channels)
+    assert (square.mode, square.size) == (full.mode, full.size)
+    return float(np.abs(np.asarray(square, dtype=np.float64) - np.asarray(full, dtype=np.float64)).max())
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "decoded"),
+    [
+        ((1024, 768), 64, (256, 192)),
+        ((1024, 768), 192, (512, 384)),
+        ((1024, 768), 193, (1024, 768)),  # half of it is less than twice the side
+        ((1021, 767), 47, (128, 96)),  # rounded up
+        ((767, 1021), 8, (96, 128)),  # libjpeg's smallest scale is 1/8
+        ((40, 30), 32, (40, 30)),
+    ],
+)
+def test_a_jpeg_file_is_decoded_at_the_size_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], side: int, decoded: tuple[int, int]
+) -> None:
+    path = tmp_path / "x.jpg"
+    sizes: list[tuple[int, int]] = []
+    photo(size).save(path, quality=90)
+
+    load = JpegImageFile.load
+
+    def recorded(image: JpegImageFile) -> object:
+        if image.tile:  # it is not decoded yet
+            sizes.append(image.size)
+        return load(image)
+
+    monkeypatch.setattr(JpegImageFile, "load", recorded)
+    assert open_square(path, side).size == (side, side)
+    assert sizes == [decoded]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_jpeg_file_gives_the_same_square(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo((401, 299)).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    assert difference(tmp_path / "x.jpg", 32) <= 6
+    assert difference(tmp_path / "x.jpg", 149) <= 6
+    assert difference(tmp_path / "x.jpg", 256) == 0  # larger than the file
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True, "quality": 60}])
+def test_every_kind_of_jpeg_file_gives_the_same_square(tmp_path: Path, mode: str, options: dict[str, int]) -> None:
+    photo((400, 300)).convert(mode).save(tmp_path / "x.jpg", **options)  # type: ignore[arg-type]
+    assert difference(tmp_path / "x.jpg", 64) <= 6
+    assert difference(tmp_path / "x.jpg", 64, channels=1) <= 6
+
+
+def test_a_file_of_several_photographs_gives_the_first(tmp_path: Path) -> None:
+    photo((400, 300)).save(tmp_path / "x.mpo", save_all=True, append_images=[photo((400, 300), seed=1)])
+    (tmp_path / "x.mpo").rename(tmp_path / "x.jpg")
+    assert difference(tmp_path / "x.jpg", 64) <= 6
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_other_files_are_decoded_whole(tmp_path: Path, mode: str) -> None:
+    photo((200, 150)).convert("L" if mode == "I;16" else mode).convert(mode).save(tmp_path / "x.png")
+    assert difference(tmp_path / "x.png", 32) == 0
+
+
+def test_a_stream_is_read_as_a_file_is(tmp_path: Path) -> None:
+    photo((400, 300)).save(tmp_path / "x.jpg")
+    stream = io.BytesIO((tmp_path / "x.jpg").read_bytes())
+    assert open_square(stream, 64).tobytes() == open_square(tmp_path / "x.jpg", 64).tobytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", "half"])
+def test_a_bad_file_is_refused_as_at_its_full_size(tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "x.jpg"
+    photo((400, 300)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
+    with pytest.raises(LongtailError, match=r"x\.jpg: is ") as full:
+        open_image(path)
+    with pytest.raises(LongtailError, match=r"x\.jpg: is ") as square:
+        open_square(path, 32)
+    assert str(square.value) == str(full.value)
+    with pytest.raises(LongtailError, match=r"^row 3: "):
+        open_square(io.BytesIO(path.read_bytes()), 32, name="row 3")
+    with pytest.raises(LongtailError, match=r"gone\.jpg: cannot be read: No such file"):
+        open_square(tmp_path / "gone.jpg", 32)

@@ -1,0 +1,163 @@
+"""How long a run takes, and which settings fit into a given time."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtail.config import Config, load_recipe
+from longtail.data.dataset import from_arrays
+from longtail.files import write_text
+from longtail.nn import Encoder
+from longtail.training import budget
+from longtail.training.budget import (
+    choose,
+    choose_settings,
+    fit_to_minutes,
+    remarks_on_duration,
+    sides_up_to,
+)
+from longtail.training.duration import Sizes, Speed, expected_seconds, format_duration, measure_speed
+from tests.conftest import Command
+
+SIZES = Sizes(train=10_847, val=0, test=10_000)
+SPEED = Speed(encode=0.002, train=0.007)  # EfficientNet-Lite0 at 96 pixels on two cores
+SIDES = sides_up_to(224)
+
+
+@pytest.fixture
+def folder() -> Config:
+    return load_recipe("folder").config.replace(network="tf_efficientnet_lite0")
+
+
+@pytest.mark.parametrize("minutes", [3, 5, 10, 20, 30, 60, 120])
+def test_the_time_is_used_and_kept_to(folder: Config, minutes: int) -> None:
+    chosen = choose(folder, SIZES, SPEED, 60 * minutes, SIDES)
+    assert 0.8 * 60 * minutes <= chosen.seconds <= 60 * minutes
+
+
+def test_more_time_is_never_spent_on_less(folder: Config) -> None:
+    choices = [choose(folder, SIZES, SPEED, 60 * minutes, SIDES) for minutes in (1, 2, 5, 8, 12, 20, 40, 90, 180)]
+    assert [choice.tune for choice in choices] == sorted((choice.tune for choice in choices), reverse=True)
+    pixels = [choice.side**2 * choice.epochs for choice in choices if choice.tune == "full"]
+    assert pixels == sorted(pixels)
+    assert all(choice.epochs >= 3 for choice in choices)
+
+
+def test_a_small_set_ends_early(folder: Config) -> None:
+    chosen = choose(folder, Sizes(140, 0, 30), SPEED, 3600, SIDES)
+    assert (chosen.tune, chosen.side, chosen.epochs) == ("full", 224, 30)
+    assert chosen.seconds < 600
+
+
+def test_too_little_time_takes_what_is_fastest(folder: Config) -> None:
+    chosen = choose(folder, SIZES, SPEED, 1, SIDES)
+    assert (chosen.tune, chosen.side, chosen.feature_views) == ("head", 96, 1)
+    assert chosen.seconds > 1
+
+
+def test_images_are_not_enlarged_beyond_the_largest_side(folder: Config) -> None:
+    assert choose(folder, SIZES, SPEED, 36_000, sides_up_to(160)).side == 160
+    assert choose(folder, SIZES, SPEED, 36_000, sides_up_to(48)).side == 48
+
+
+def test_expected_seconds_count_what_a_run_does(folder: Config) -> None:
+    config = folder.replace(epochs=2, classifier={"init": "random"})
+    sizes = Sizes(train=100, val=10, test=40)
+    speed = Speed(encode=1.0, train=3.0)
+    assert expected_seconds(config, sizes, speed) == 2 * 100 * 3 + 2 * 10 + 10 + 40
+    assert expected_seconds(config.replace(classifier={"init": "class_means"}), sizes, speed) == 670 + 100
+    assert expected_seconds(config.replace(classifier={"views": 2}), sizes, speed) == 670 + 600
+    # a teacher is trained first, and its features are taken at every step
+    distilled = config.replace(classifier={"distillation_weight": 1.0})
+    assert expected_seconds(distilled, sizes, speed) == 670 + 200 + 670
+    head = expected_seconds(config.replace(tune="head"), sizes, speed)
+    assert 150 < head < 151
+    assert expected_seconds(config.replace(tune="head"), sizes, speed, missing_features=0) < 1
+
+
+def test_measuring_changes_nothing() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder("resnet8", [0.5] * 3, [0.5] * 3)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    state, mode = torch.get_rng_state(), encoder.training
+    speed = measure_speed(encoder, 16, torch.device("cpu"))
+    assert speed.train > 0
+    assert speed.encode > 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert encoder.training == mode
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_a_resumed_run_keeps_its_choice(folder: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = folder.replace(minutes=5.0)
+    there = config.replace(tune="head", epochs=7, feature_views=2, data={"image_size": 96})
+    write_text(tmp_path / "config.yaml", there.to_yaml())
+
+    def fail(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(budget, "fit_to_minutes", fail)
+    assert choose_settings(config, tmp_path, 0.0, resume=True) == (there, [])
+    assert choose_settings(folder, tmp_path, 0.0, resume=False) == (folder, [])
+    with pytest.raises(AssertionError, match="measured again"):
+        choose_settings(config, tmp_path, 0.0, resume=False)
+
+
+def test_settings_that_differ_from_the_recipes_are_kept(photos: Path, tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    config = load_recipe("folder").config.replace(
+        minutes=1.0, network="test_resnet", pretrained=str(tmp_path / "weights.pth"), data={"root": str(photos)}
+    )
+    chosen, reasons = fit_to_minutes(config, time.monotonic())
+    assert (chosen.tune, chosen.epochs, chosen.data.image_size) == ("full", 30, 224)
+    assert "more time would gain little" in reasons[0]
+    chosen, _ = fit_to_minutes(config.replace(tune="norm", epochs=4), time.monotonic())
+    assert (chosen.tune, chosen.epochs) == ("norm", 4)
+
+
+def test_random_weights_have_no_budget(command: Command, photos: Path, tmp_path: Path) -> None:
+    arguments = ("train", "--data", photos, "--minutes", "5", "--pretrained", "none", "--out", tmp_path / "run")
+    code, _, error = command(*arguments)
+    assert code == 2
+    assert "minutes: chooses how a pretrained network is tuned" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_long_run_says_so_and_what_would_be_quicker(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(40, 3, 16, 16, dtype=torch.uint8)
+    labels = torch.arange(40) % 2
+    data = from_arrays((images, labels), (images, labels))
+    encoder = Encoder("resnet8", data.mean, data.std)
+    cpu = torch.device("cpu")
+    config = tiny.replace(method="la", pretrained="timm", epochs=10)
+
+    def remarks(seconds_per_image: float, settings: Config = config) -> list[str]:
+        speed = Speed(seconds_per_image / 3, seconds_per_image)
+        monkeypatch.setattr(budget, "measure_speed", lambda *_: speed)
+        return remarks_on_duration(settings, data, encoder, cpu)
+
+    assert remarks(0.001) == []
+    assert remarks(1.0) == ["expected duration: about 7 min (10 epochs of 40 images)"]
+    (line,) = remarks(60.0)
+    assert line.startswith("expected duration: about 6 h 53 min")
+    assert "quicker: --tune head (about 27 min), --minutes 20, or a GPU" in line
+    assert "--pretrained auto" in remarks(60.0, config.replace(pretrained="none"))[0]
+
+
+def test_durations_read_as_a_person_says_them() -> None:
+    assert [format_duration(seconds) for seconds in (3.2, 89, 95, 3600, 20_000)] == [
+        "3 s",
+        "89 s",
+        "2 min",
+        "60 min",
+        "5 h 33 min",
+    ]
