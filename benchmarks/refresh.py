@@ -37,16 +37,16 @@ def refreshed(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind, path = match[1], match[2]
-        if kind in {"features", "priors"}:
-            results = json.loads((ROOT / path).read_text(encoding="utf-8"))
-            lines = features(results) if kind == "features" else priors(results)
+        formats = {"features": features, "priors": priors, "runs": runs}
+        if kind in formats:
+            lines = formats[kind](json.loads((ROOT / path).read_text(encoding="utf-8")))
         else:
             results, records = read(Path(path).name)
             lines = "\n".join(markdown(records, results.get("baseline")))
         return f"<!-- {kind}: {path} -->\n{lines}\n<!-- end -->"
 
     text = re.sub(r"<!-- recipes -->\n.*?<!-- end -->", lambda _: recipes(), text, flags=re.DOTALL)
-    return re.sub(r"<!-- (table|features|priors): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (table|features|priors|runs): (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
 def recipes() -> str:
@@ -107,6 +107,27 @@ def priors(results: dict[str, Any]) -> str:
     for title, values in rows.items():
         cells = [f"{values[f'held by {method}'][0]:.0f}" for method in ("map", "em", "bbse")]
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def runs(results: dict[str, Any]) -> str:
+    """Return runs as a table of Markdown: mean and deviation over their seeds, and the columns of the file."""
+    metrics = ("balanced_accuracy", "many", "medium", "few")
+    columns: dict[str, str] = results["columns"]
+    header = ["run", "seeds", "balanced accuracy", "many", "medium", "few", *columns.values()]
+    lines = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+    for run in dict.fromkeys(entry["run"] for entry in results["runs"]):
+        entries = [entry for entry in results["runs"] if entry["run"] == run]
+        cells = [run, str(len(entries))]
+        for name in (*metrics, *columns):
+            values = [entry[name] for entry in entries if entry[name] is not None]
+            if not values:
+                cells.append("")
+                continue
+            cells.append(f"{statistics.fmean(values):.{1 if name in metrics or name == 'paper' else 0}f}")
+            if name in metrics and len(values) > 1:
+                cells[-1] += f" ± {statistics.stdev(values):.1f}"
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

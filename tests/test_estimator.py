@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -115,10 +117,28 @@ def test_priors() -> None:
     last = model.predict_proba(X_test)
     model.set_params(prior=by_label)
     assert np.array_equal(model.predict_proba(X_test), last)
+    model.set_params(prior={str(label): frequency for label, frequency in by_label.items()} | {"11": 1})
+    assert np.array_equal(model.predict_proba(X_test), last)  # a class that is not here is left out
     for prior in ("even", [1, 2], [0] * 10, [np.nan] * 10, {**by_label, 3: 0}):
         model.set_params(prior=prior)
         with pytest.raises(ValueError, match=r"prior.*: .*expected"):
             model.predict(X_test)
+
+
+def test_a_prior_by_class_name_in_a_fold_without_some_classes() -> None:
+    X, y, X_test, _ = long_tailed(0)  # noqa: N806
+    words = np.array([f"digit {label}" for label in range(10)])
+    prior = dict(zip(words, range(1, 11), strict=True))
+    chosen = y != 4
+    model = LongTailClassifier(hidden=32, prior=prior, random_state=0).fit(X[chosen], words[y[chosen]])
+    expected = np.delete(np.arange(1, 11), 4)
+    plain = LongTailClassifier(hidden=32, prior=expected / expected.sum(), random_state=0)
+    plain.fit(X[chosen], words[y[chosen]])
+    assert np.array_equal(model.predict_proba(X_test), plain.predict_proba(X_test))
+    scores = cross_val_score(model, X, words[y], cv=GroupKFold(n_splits=2), groups=y, error_score="raise")
+    assert len(scores) == 2  # each fold lacks half of the classes
+    with pytest.raises(ValueError, match=r"^prior: class 'digit 0' is missing, .*; is it 'digt 0', which is no class"):
+        model.set_params(prior={name.replace("digit 0", "digt 0"): 1 for name in words}).predict(X_test)
 
 
 def test_a_seed_determines_the_model_and_global_random_states_stay() -> None:
@@ -204,3 +224,41 @@ def test_tiny_data_sets() -> None:
         for method in ("ce", "la", "gml"):
             model = LongTailClassifier(method, hidden=8, epochs=1, batch_size=2, random_state=0).fit(X, y)
             assert np.isfinite(model.predict_proba(X)).all()
+
+
+def clusters(classes: int, samples: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """Return training samples, test samples, and the labels of both: each class is a Gaussian around a random point."""
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(classes, 64)) / 8
+    labels = np.repeat(np.arange(classes), samples)
+    train, test = (centers[labels] + 0.12 * rng.normal(size=(len(labels), 64)) for _ in range(2))
+    return train, test, labels
+
+
+def test_a_thousand_classes() -> None:
+    X, X_test, y = clusters(1000, 2)  # noqa: N806
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = LongTailClassifier(hidden=256, epochs=1, random_state=0).fit(X, y)
+    # nearest centroid has 0.99, and this classifier, from random class vectors, 0.2
+    assert balanced_accuracy_score(y, model.predict(X_test)) > 0.9
+    assert model.n_iter_ == -(-300 // 8)
+
+
+def test_the_number_of_steps_follows_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtail.estimator.MIN_STEPS", 1)
+    X, _, y = clusters(100, 2)  # noqa: N806
+    model = LongTailClassifier(hidden=8, epochs=1, batch_size=50, random_state=0, learning_rate=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        assert model.fit(X, y).n_iter_ == 25  # 100 steps of 50 show each of 100 classes 50 times
+
+
+def test_a_fit_that_has_not_converged_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, _, y = clusters(50, 4)  # noqa: N806
+    monkeypatch.setattr("longtail.estimator.MIN_STEPS", 1)
+    model = LongTailClassifier(hidden=2, epochs=1, random_state=0)  # two units are too few for 50 classes
+    with pytest.warns(
+        ConvergenceWarning, match=r"epochs \d+ % of the training samples are .*100 % by the nearest class"
+    ):
+        model.fit(X, y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -140,3 +141,45 @@ def test_a_shared_queue_is_one_for_all_classes() -> None:
     other = ClassQueues([50, 5], size=7, dim=2, shared=True)
     other.load_state_dict(queues.state_dict())
     assert torch.equal(other.ids, queues.ids)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_label_out_of_range_is_named_and_nothing_is_written(shared: bool) -> None:
+    queues = ClassQueues([5, 3, 2], size=10, minimum=2, dim=1, shared=shared)
+    features, ids = torch.ones(3, 1), torch.arange(3)
+    for labels in ([1, 2, 3], [0, -2, 1], [0, 255, 1]):
+        with pytest.raises(ValueError, match=r"^labels: expected values in \[0, 3\), or −1 to ignore it, got"):
+            queues.push(features, torch.tensor(labels), ids)
+    assert len(queues) == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_where_labels_are_not_read_samples_out_of_range_are_discarded(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator; the same code runs here, for tensors that say that they are on one."""
+    queues, expected = (ClassQueues([5, 3, 2], size=10, minimum=2, dim=1, shared=shared) for _ in range(2))
+    features, ids = torch.arange(5.0)[:, None], torch.arange(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_meta", True)
+        queues.push(features, torch.tensor([3, 1, 2**40, -7, 2]), ids)
+    expected.push(features[[1, 4]], torch.tensor([1, 2]), ids[[1, 4]])
+    for name, values in expected.state_dict().items():
+        assert torch.equal(queues.state_dict()[name], values)
+
+
+def test_counts_of_every_kind() -> None:
+    counts = [5, 3, 0]
+    kinds = (
+        tuple(counts),
+        np.array(counts),
+        np.array(counts, np.uint16),
+        np.array(counts, float),
+        torch.tensor(counts),
+    )
+    for kind in kinds:
+        assert queue_sizes(kind, 10, 1) == queue_sizes(counts, 10, 1) == [6, 3, 1]
+        assert ClassQueues(kind, 10, 1).sizes.tolist() == [6, 3, 1]
+    for wrong in ([5, -1], [0.5, 1], [float("nan"), 1], [float("inf"), 1], [[1, 2]]):
+        with pytest.raises(ValueError, match=r"^class_counts: expected one count for each class, whole and at least 0"):
+            ClassQueues(wrong, 10)

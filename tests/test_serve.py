@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import re
 import shutil
@@ -9,11 +11,14 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +33,10 @@ from starlette.testclient import TestClient
 from longtail.config import load_recipe
 from longtail.data.dataset import LongTailedData
 from longtail.inference.recognizer import Recognizer
+from longtail.serve import app as serve_app
 from longtail.serve import build_app
 from longtail.serve.app import MOST_BYTES, reference_images
+from longtail.serve.connections import trusted_hosts
 from longtail.tasks.loading import load_run
 from longtail.training.trainer import fit
 from tests.conftest import Command, small_card
@@ -157,14 +164,183 @@ def test_other_requests(client: TestClient) -> None:
     assert "Test-time augmentation" not in home.text
 
 
-@pytest.fixture
-def server(run: Path) -> Any:
-    with start_longtail("serve", run, "--port", "0") as process:
+@pytest.mark.parametrize(
+    ("host", "answered", "refused"),
+    [
+        (
+            "127.0.0.1",
+            ["127.0.0.1", "127.0.0.1:8000", "LocalHost:8000", "[::1]:8000"],
+            ["evil.example", "127.0.0.1.evil.example:8000", "192.168.0.5", "", "localhost.", "[::1", "localhost@evil"],
+        ),
+        ("192.168.0.5", ["192.168.0.5:80"], ["localhost", "192.168.0.50", "evil.example"]),
+        ("fd00::7", ["[fd00::7]:8000"], ["fd00::7", "[fd00::8]:8000", "localhost"]),
+        ("Page.example", ["page.example", "PAGE.example:80"], ["www.page.example", "127.0.0.1"]),
+        ("0.0.0.0", ["192.168.0.5:80", "[fd00::7]", "localhost", socket.gethostname()], ["evil.example", "1.evil", ""]),
+    ],
+)
+def test_only_the_hosts_that_it_was_started_for_are_answered(
+    run: Path, host: str, answered: list[str], refused: list[str]
+) -> None:
+    client = TestClient(build_app(loaded(run)[0], hosts=trusted_hosts(host)))
+    for name in answered:
+        assert client.get("/", headers={"Host": name}).status_code == 200, name
+    for name in refused:
+        for response in (
+            client.get("/", headers={"Host": name}),
+            client.post("/predict", content=picture(), headers={"Host": name}),
+        ):
+            assert response.status_code == 400, name
+            assert "is not one that this server was started for" in response.json()["error"]
+
+
+def test_further_hosts(run: Path) -> None:
+    client = TestClient(build_app(loaded(run)[0], hosts=[*trusted_hosts("127.0.0.1"), "page.example"]))
+    assert client.get("/", headers={"Host": "page.example"}).status_code == 200
+
+
+def test_uploads_beyond_what_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(build_app(loaded(run)[0]))
+    monkeypatch.setattr(serve_app, "MOST_PENDING_BYTES", 10_000)
+    refused = client.post("/predict", content=b"\0" * 20_000)
+    assert refused.status_code == 503
+    assert "too many uploads at once" in refused.json()["error"]
+    for _ in range(100):  # what was refused or answered is not counted any more
+        assert client.post("/predict", content=picture()).status_code == 200
+
+
+def test_a_file_system_that_is_full(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    client = TestClient(build_app(loaded(run)[0]))
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda max_size: Full())
+    refused = client.post("/predict", content=picture())
+    assert refused.status_code == 503
+    assert refused.json()["error"] == "the upload: cannot be kept: No space left on device"
+
+
+@contextlib.contextmanager
+def served(run: Path, prelude: str = "") -> Iterator[tuple[Any, str]]:
+    with start_longtail("serve", run, "--port", "0", prelude=prelude) as process:
         while "\n" not in process.stdout and process.poll() is None:
             time.sleep(0.01)
         yield process, process.stdout.split()[0] if process.stdout else process.stderr
         process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
+
+
+@pytest.fixture
+def server(run: Path) -> Any:
+    with served(run) as started:
+        yield started
+
+
+def resident(pid: int, field: str = "VmRSS") -> int:
+    """Return a process's resident memory in KiB, 0 where the system does not tell."""
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(rf"{field}:\s+(\d+)", status.read_text()) if status.is_file() else None
+    return int(found[1]) if found else 0
+
+
+async def request(port: int, body: bytes, pause: float = 0.0) -> int:
+    """Return the status of the answer to an upload, 0 if there is none; with a pause it is sent a byte at a time."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+        answered = asyncio.ensure_future(reader.readline())
+        for part in [body] if pause == 0 else [body[i : i + 1] for i in range(len(body))]:
+            writer.write(part)
+            await writer.drain()
+            if pause:
+                await asyncio.wait([answered], timeout=pause)
+            if answered.done():
+                break
+        line = await answered
+        return int(line.split()[1]) if line else 0
+    except ConnectionError:
+        return 0
+    finally:
+        writer.close()
+
+
+async def silent(port: int, start: bytes) -> int:
+    """Return what arrives at a connection that begins a request and never ends its header: 0, for it is closed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(start)
+    received = await asyncio.wait_for(reader.read(), 60)
+    writer.close()
+    return len(received)
+
+
+LIMITS = "import longtail.serve.app as a, longtail.serve.connections as c; a.BODY_SECONDS = {}; c.HEADER_SECONDS = {}"
+
+
+def test_a_client_that_sends_too_slowly_loses_its_place(run: Path) -> None:
+    async def both(port: int) -> list[int]:
+        return list(await asyncio.gather(request(port, picture(), pause=0.1), silent(port, b"POST /predict HTTP")))
+
+    with served(run, LIMITS.format(0.5, 0.3)) as (_, address):
+        port = int(address.rpartition(":")[2])
+        assert asyncio.run(both(port)) == [408, 0]
+        assert asyncio.run(request(port, picture(), pause=0.0005)) == 200
+
+
+@pytest.mark.slow
+def test_two_hundred_at_once_slow_ones_among_them(run: Path) -> None:
+    large = picture((1500, 1000))
+    assert len(large) > 4 * 2**20  # noise does not compress
+
+    async def all_at_once(port: int) -> list[int]:
+        return await asyncio.gather(
+            *(request(port, picture((64, 48), "JPEG")) for _ in range(120)),
+            *(request(port, large) for _ in range(20)),
+            *(request(port, zipped()) for _ in range(20)),
+            *(request(port, picture((8, 8)), pause=0.001) for _ in range(10)),  # slow, but in time
+            *(request(port, picture((8, 8)), pause=1.0) for _ in range(20)),  # for hours
+            *(silent(port, start) for start in (b"", b"POST /predict HTTP/1.1\r\nHost: 127") for _ in range(5)),
+        )
+
+    with served(run, LIMITS.format(3, 1)) as (process, address):
+        port = int(address.rpartition(":")[2])
+        assert asyncio.run(request(port, large)) == 200
+        start = resident(process.pid)
+        asyncio.run(all_at_once(port))
+        before = resident(process.pid)
+        codes = asyncio.run(all_at_once(port))
+        parts = {}
+        for name, count in (("small", 120), ("large", 20), ("none", 20), ("slow", 10), ("endless", 20), ("silent", 10)):
+            parts[name], codes = Counter(codes[:count]), codes[count:]
+        assert parts == {
+            "small": {200: 120},
+            "large": {200: 20},
+            "none": {400: 20},
+            "slow": {200: 10},
+            "endless": {408: 20},
+            "silent": {0: 10},
+        }
+        assert process.poll() is None
+        assert "Traceback" not in process.stderr
+        # nothing is kept, and of 20 large uploads at once, 90 MB, two at a time are in memory
+        assert resident(process.pid) - before < 20 * 1024
+        assert resident(process.pid, "VmHWM") - start < 90 * 1024
+        assert asyncio.run(request(port, picture())) == 200
+
+
+def test_a_client_that_leaves_in_the_middle(server: Any) -> None:
+    process, address = server
+    port = int(address.rpartition(":")[2])
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as line:
+            line.sendall(b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nabc")
+    assert asyncio.run(request(port, picture())) == 200
+    assert "Traceback" not in process.stderr
+
+
+def test_another_host_name_is_refused_by_the_real_server(server: Any) -> None:
+    _, address = server
+    assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(address.replace("127.0.0.1", "localhost")).status_code == 200
 
 
 def test_fifty_at_once(server: Any) -> None:

@@ -6,8 +6,9 @@ Legend: C classes, K slots in total, K_c of class c, D feature width, B samples 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,28 +27,45 @@ class Slots(NamedTuple):
     """(K,) int64 image ids; −1 where unfilled."""
 
 
-def queue_sizes(class_counts: Sequence[int], size: int, minimum: int) -> list[int]:
+def queue_sizes(class_counts: Tensor | Sequence[int] | Any, size: int, minimum: int) -> list[int]:
     """Return the number of slots of each class, K_c ≈ k_m + p(c) · (K − C · k_m), exactly ``size`` in total.
 
     Args:
-        class_counts: (C,) training images of each class.
+        class_counts: (C,) training images of each class: a sequence, array or tensor. A class without any has the
+            smallest number of slots.
         size: K.
         minimum: k_m, the smallest number of slots of a class, at least 1.
 
     Raises:
-        ValueError: fewer than C · k_m slots, or no images at all.
+        ValueError: fewer than C · k_m slots, no images at all, or counts that are negative or not whole.
     """
-    classes, total = len(class_counts), sum(class_counts)
+    counts = _whole_counts(class_counts)
+    classes, total = len(counts), sum(counts)
     rest = size - classes * minimum
     if minimum < 1 or rest < 0:
         raise ValueError(f"size: expected at least {classes} classes × {max(minimum, 1)} slots, got {size}")
-    if total <= 0 or min(class_counts) < 0:
+    if total <= 0:
         raise ValueError("class_counts: expected counts of at least 0, one of them positive")
     boundaries, seen = [0], 0
-    for index, count in enumerate(class_counts, start=1):
+    for index, count in enumerate(counts, start=1):
         seen += count
         boundaries.append(minimum * index - (-rest * seen // total))  # the cumulative share, rounded up
     return [above - below for below, above in itertools.pairwise(boundaries)]
+
+
+def _whole_counts(class_counts: Tensor | Sequence[int] | Any) -> list[int]:
+    """Return class counts as integers.
+
+    Raises:
+        ValueError: a count is negative or not whole, or there is not one for each class.
+    """
+    counts = class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts)
+    for index, count in enumerate(counts):
+        if isinstance(count, Sequence) or not count >= 0 or count == math.inf or count != int(count):
+            raise ValueError(
+                f"class_counts: expected one count for each class, whole and at least 0, got {count} for class {index}"
+            )
+    return [int(count) for count in counts]
 
 
 class ClassQueues:
@@ -58,8 +76,8 @@ class ClassQueues:
     queues, equal to those of one process with the whole batch.
 
     Args:
-        class_counts: (C,) training images of each class; they determine the slots of each class, see
-            :func:`queue_sizes`.
+        class_counts: (C,) training images of each class: a sequence, array or tensor. They determine the slots of each
+            class, see :func:`queue_sizes`.
         size: K, slots in total.
         minimum: k_m, the smallest number of slots of a class.
         dim: D, feature width.
@@ -69,14 +87,14 @@ class ClassQueues:
             ``minimum`` is ignored.
 
     Raises:
-        ValueError: fewer than C · k_m slots, or no images at all.
+        ValueError: fewer than C · k_m slots, no images at all, or counts that are negative or not whole.
 
     Source: Suh & Seo, ICML 2023, arXiv 2305.01160, section 4.
     """
 
     def __init__(
         self,
-        class_counts: Tensor | Sequence[int],
+        class_counts: Tensor | Sequence[int] | Any,
         size: int = 4096,
         minimum: int = 2,
         dim: int = 64,
@@ -85,7 +103,7 @@ class ClassQueues:
         dtype: torch.dtype = torch.float32,
         shared: bool = False,
     ) -> None:
-        counts = [int(count) for count in torch.as_tensor(class_counts).tolist()]
+        counts = _whole_counts(class_counts)
         self.class_counts, self.size, self.minimum, self.dim, self.shared = counts, size, minimum, dim, shared
         self.sizes = torch.tensor([size] if shared else queue_sizes(counts, size, minimum), device=device)
         self.starts = self.sizes.cumsum(0) - self.sizes
@@ -97,17 +115,29 @@ class ClassQueues:
         self._ids = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def push(self, features: Tensor, labels: Tensor, ids: Tensor, max_local_batch: int | None = None) -> None:
+    def push(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        max_local_batch: int | None = None,
+        *,
+        validate: bool = False,
+    ) -> None:
         """Append samples; those of a class replace its oldest ones. Later samples of a push count as newer.
+
+        A label out of range raises on a CPU. An accelerator's values would have to be waited for, so there its sample
+        is ignored.
 
         Args:
             features: (B, dim).
             labels: (B,) int64 in [0, C); a sample with label −1 is ignored.
             ids: (B,) int64 image ids.
             max_local_batch: under several processes, the largest B of any of them; None if B is the same on all.
+            validate: check the labels on an accelerator too.
 
         Raises:
-            ValueError: a shape or type is not as above.
+            ValueError: a shape, a type or, where it is checked, a label is not as above.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features: expected shape (B, {self.dim}), got {tuple(features.shape)}")
@@ -116,6 +146,14 @@ class ClassQueues:
                 raise ValueError(
                     f"{name}: expected shape ({len(features)},) of int64, got {tuple(tensor.shape)} of {tensor.dtype}"
                 )
+        classes = len(self.class_counts)
+        readable = len(labels) > 0 and not labels.is_meta and not torch.compiler.is_compiling()
+        if readable and (labels.device.type == "cpu" or validate):
+            low, high = (int(bound) for bound in torch.aminmax(labels))
+            if low < -1 or high >= classes:
+                raise ValueError(f"labels: expected values in [0, {classes}), or −1 to ignore it, got {low} to {high}")
+        else:
+            labels = torch.where(labels < classes, labels, -1)
         features, labels, ids = (
             gather_padded(tensor, fill_value, max_local_batch)
             for tensor, fill_value in ((features, 0), (labels, -1), (ids, -1))

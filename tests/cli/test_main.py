@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -93,6 +94,26 @@ def test_train_evaluate_predict(command: Command, tmp_path: Path) -> None:
     assert len(rows[0]["top"]) == 2
     assert rows[0]["top"] == rows[3]["top"]
     assert len(out.splitlines()) == 6
+
+
+def test_unreadable_images_are_left_out_listed_and_counted(command: Command, photos: Path, tmp_path: Path) -> None:
+    (photos / "cat" / "0.png").write_bytes(b"none")
+    (photos / "dog" / "bad\nname.png").write_bytes(b"")
+    settings = ("--network", "resnet8", "--pretrained", "none", "--epochs", "1", "--data.image_size", "16")
+    arguments = ("train", photos, *settings, "--out", tmp_path / "run")
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert "2 of 22 images cannot be read, more than data.max_unreadable_fraction 0.01 accepts" in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+    code, _, err = command(*arguments, "--data.max_unreadable_fraction", "0.2")
+    assert code == 0, err
+    assert "2 of 22 images cannot be read, and are left out (unreadable.csv in the run's folder lists them)" in err
+    with (tmp_path / "run" / "unreadable.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["path"] for row in rows} == {"cat/0.png", "dog/bad\nname.png"}
+    assert "is not an image that Pillow can read" in next(row["reason"] for row in rows if row["path"] == "cat/0.png")
+    assert "2 images could not be read" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_compare(command: Command, tmp_path: Path) -> None:
@@ -234,7 +255,7 @@ def test_a_place_where_no_folder_can_be(command: Command, out: str) -> None:
 def test_every_recipe_reads_and_round_trips(tmp_path: Path) -> None:
     from longtail.config import load_recipe, read_config, recipe_names
 
-    assert set(recipe_names()) == {*named_sets(), "folder", "masks"}
+    assert set(recipe_names()) == {*named_sets(), "folder", "masks", "cifar100-lt-best"}
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.about.summary
@@ -282,7 +303,7 @@ def test_a_shell_completes(command: Command) -> None:
         return set(subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout.split())
 
     assert completed("longtail", "re") == {"rebalance", "recipes", "report"}
-    assert completed("longtail", "train", "cifar") == {"cifar10-lt", "cifar100-lt"}
+    assert completed("longtail", "train", "cifar") == {"cifar10-lt", "cifar100-lt", "cifar100-lt-best"}
     assert "--data.imbalance" in completed("longtail", "train", "cifar100-lt", "--data.")
     assert completed("longtail", "serve", "run", "--p") == {"--port"}
     for shell, part in (("zsh", "bashcompinit"), ("fish", "-l imbalances")):

@@ -17,6 +17,7 @@ from longtail.data.image_io import open_image
 from longtail.data.images import ArrayImages, CopiedImages, FileImages
 from longtail.data.inspection import inspect
 from longtail.data.sources import from_listing, load_data
+from longtail.errors import LongtailError
 from tests.conftest import save_image
 from tests.inference.test_recognizer import build_recognizer
 
@@ -151,19 +152,34 @@ def test_a_set_that_memory_does_not_hold_is_read_from_its_copies(load: Load, pho
     assert not load()[1]
 
 
-def test_a_large_set_with_an_unreadable_image_is_decoded_when_it_is_needed(load: Load, photos: Path) -> None:
+def test_of_a_large_set_an_unreadable_image_has_no_copy_and_is_left_out(load: Load, photos: Path) -> None:
     for index, path in enumerate(sorted(photos.rglob("*.png"))):
         save_image(path, (150, 140), seed=index)
     settings = {"memory_gib": 1e-9, "augment": "photo", "max_unreadable_fraction": 0.5}
     data, _ = load(cache="none", **settings)
     assert isinstance(data.train.images, FileImages)
     path = photos / data.train.images.names[3]
-    path.write_bytes(path.read_bytes()[:5000])
-    data, _ = load(**settings)
-    assert isinstance(data.train.images, FileImages)
-    assert f"no resized copies of the images are kept: {path}: is damaged" in data.remarks[-1]
-    data.train.images.take(torch.tensor([3]))
-    assert list(data.train.images.unreadable) == [3]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    for _ in range(2):  # the second time with the copies of the others
+        skipping, _ = load(**settings)
+        assert isinstance(skipping.train.images, CopiedImages)
+        assert [name for name, _ in skipping.unreadable] == [data.train.images.names[3]]
+        assert "is damaged" in skipping.unreadable[0][1]
+        assert skipping.train.ids.tolist() == [*data.train.ids[:3].tolist(), *data.train.ids[4:].tolist()]
+        assert "1 of 21 images cannot be read, and are left out" in " ".join(skipping.remarks)
+    with pytest.raises(LongtailError, match=r"is damaged"):
+        load(**settings, unreadable="error")
+    # without copies it is found when it is taken, and replaced by another of its class
+    lazy, _ = load(cache="none", **settings)
+    lazy.train.images.take(torch.arange(len(lazy.train)))
+    assert list(lazy.train.images.unreadable) == [3]
+    # a file that is repaired is used again
+    path.write_bytes(whole)
+    assert len(load(**settings)[0].train) == len(data.train)
+    assert torch.equal(
+        load(**settings)[0].train.images.take(torch.tensor([3])), data.train.images.take(torch.tensor([3]))
+    )
 
 
 def test_copies_are_pickled_without_their_pixels(load: Load) -> None:

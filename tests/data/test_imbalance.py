@@ -19,6 +19,7 @@ from longtail.data.imbalance import (
     stratified_split,
     subsample,
 )
+from longtail.errors import LongtailError
 
 
 @pytest.mark.parametrize(
@@ -146,3 +147,12 @@ def test_gini_and_factor() -> None:
     assert gini([1, 3]) == pytest.approx(0.25)
     assert imbalance_factor([10, 2, 5]) == 5
     assert imbalance_factor([10, 0]) == math.inf
+
+
+@pytest.mark.parametrize("wrong", [3, 255, -1])
+def test_a_label_out_of_range_is_named(wrong: int) -> None:
+    labels = torch.tensor([0, 1, 2, wrong, 0, 0])
+    with pytest.raises(LongtailError, match=rf"^labels: expected values in \[0, 3\), got {wrong} for image 3$"):
+        permuted_by_class(labels, 3, 0)
+    with pytest.raises(LongtailError, match=rf"got {wrong} for image 3$"):
+        stratified_split(labels, 3, 0.1, 0.2, 0)

@@ -11,6 +11,8 @@ import pytest
 
 from longtail.config import Data, Shots
 from longtail.data.inspection import histogram, inspect
+from longtail.data.sources import load_data
+from longtail.data.splits import write_split
 from tests.conftest import Command, save_image
 
 
@@ -79,7 +81,7 @@ def test_masks_are_counted_in_pixels(scenes: Path) -> None:
 def test_the_command_reports_everything(faulty: Path, command: Command, tmp_path: Path) -> None:
     table, plot = tmp_path / "inspection.json", tmp_path / "deep" / "tail.png"
     code, out, err = command("inspect", faulty, "--json", table, "--plot", plot)
-    assert code == 0, err
+    assert code == 1, err
     for text in ("imbalance factor", "13.0", "unreadable: train: train/emu/bomb.png", "in two splits", "same content"):
         assert text in out
     assert plot.stat().st_size > 5000
@@ -89,6 +91,51 @@ def test_the_command_reports_everything(faulty: Path, command: Command, tmp_path
     assert code == 2
     assert "more problems: longtail inspect lists them" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_table_of_the_good_images_is_written_and_can_be_trained_on(
+    photos: Path, command: Command, tmp_path: Path
+) -> None:
+    awkward = photos / "cat" / "a\nb\t\x1b[31m.png"
+    save_image(awkward, seed=70)
+    (photos / "cat" / "0.png").write_bytes(b"none")
+    (photos / "dog" / "bad\nname.png").write_bytes(b"none")
+    table, values = tmp_path / "good.csv", tmp_path / "i.json"
+    code, out, _ = command("inspect", photos, "--fix", table, "--json", values)
+    assert code == 1
+    assert "error: 2 of 23 images cannot be read, more than data.max_unreadable_fraction 0.01" in out
+    assert r"unreadable: dog/bad\nname.png: is damaged or no image" in out
+    assert "\x1b" not in out
+    inspection = json.loads(values.read_text())
+    assert {entry["path"] for entry in inspection["unreadable"]} == {"cat/0.png", "dog/bad\nname.png"}
+    assert inspection["fixed"] == 21
+    settings = {"source": "list", "train": str(table), "root": str(photos)}
+    good = inspect(Data(**settings), 0, Shots())  # type: ignore[arg-type]
+    assert not good.errors
+    assert not good.unreadable
+    assert good.class_counts == [12, 6, 3]
+    code, out, _ = command("inspect", photos, "--data.max_unreadable_fraction", "0.2")
+    assert code == 0
+    assert "unreadable: " in out
+
+
+def test_what_training_would_refuse_is_an_error_beforehand(photos: Path, tmp_path: Path) -> None:
+    def errors(root: Path, **settings: object) -> list[str]:
+        return inspect(Data(source="folder", root=str(root), **settings), 0, Shots()).errors  # type: ignore[arg-type]
+
+    assert not errors(photos)
+    save_image(tmp_path / "one" / "cat" / "0.png")
+    save_image(tmp_path / "one" / "cat" / "1.png", seed=1)
+    assert errors(tmp_path / "one") == [f"{tmp_path / 'one'}: expected at least two classes, found 'cat' alone"]
+    save_image(photos / "fox" / "0.png", seed=99)
+    (error,) = errors(photos)
+    assert "class 'fox' has 1 image below" in error
+    assert "longtail split, then longtail train on its table" in error
+    # which is true
+    split = write_split(Data(source="folder", root=str(photos)), tmp_path / "s.csv", 0.0, 0.2, 0)
+    data = load_data(Data(source="list", train=str(tmp_path / "s.csv"), root=split["root"]), seed=0)
+    assert data.class_counts[data.class_names.index("fox")] == 1
+    assert errors(photos, min_images=3)
 
 
 def test_a_named_set_is_looked_at_with_its_recipes_tail(command: Command) -> None:

@@ -63,3 +63,22 @@ def test_samplers_are_registered_and_others_are_errors() -> None:
     assert set(SAMPLERS) == {"instance", "class", "sqrt", "progressive", "deferred"}
     with pytest.raises(LongtailError, match=r"data\.sampler 'sqr' is not known; perhaps you meant sqrt"):
         epoch_order(LABELS, "sqr", 0, 0)
+
+
+def test_labels_that_are_not_classes_are_named() -> None:
+    for sampler in ("instance", "class"):
+        with pytest.raises(LongtailError, match=r"^labels: expected values of at least 0, got -1 for image 2$"):
+            epoch_order(torch.tensor([0, 1, -1]), sampler, 0, 0)
+        with pytest.raises(
+            LongtailError, match=r"^labels: expected shape \(N,\) of int64, got \(2,\) of torch.float32$"
+        ):
+            epoch_order(torch.zeros(2), sampler, 0, 0)
+        assert epoch_order(torch.zeros(0, dtype=torch.int64), sampler, 0, 0).tolist() == []
+
+
+@pytest.mark.parametrize("sampler", ["class", "sqrt", "progressive"])
+def test_the_images_of_an_absent_class_are_never_shown(sampler: str) -> None:
+    labels = torch.tensor([0] * 50 + [3] * 50)  # of classes 1 and 2 there is none
+    order = epoch_order(labels, sampler, 0, 1, epochs=2)
+    assert set(order.tolist()) <= set(range(100))
+    assert 20 < (labels[order] == 0).sum() < 80

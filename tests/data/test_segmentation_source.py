@@ -150,7 +150,7 @@ def test_what_is_wrong_is_named(scenes: Path, spoil: Callable[[Path], None], mes
 def test_a_missing_root(tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match=r"data.root is missing: which folder holds images/ and annotations/"):
         load_data(Data(source="camvid"), 0)
-    with pytest.raises(LongtailError, match=r"images/training: holds no images"):
+    with pytest.raises(LongtailError, match=r"images: holds no folder train or training with images"):
         load(tmp_path)
 
 
@@ -240,3 +240,38 @@ def test_groups_are_thirds_by_pixels(scenes: Path) -> None:
     )
     assert sorted(data.groups(Shots())) == ["head", "middle", "tail"]
     assert data.groups(Shots())[2] == "tail"
+
+
+@pytest.mark.parametrize(("images", "masks"), [("train", "training"), ("Training", "TRAIN")])
+def test_the_splits_folders_have_any_of_their_names(scenes: Path, images: str, masks: str) -> None:
+    (scenes / "images" / "training").rename(scenes / "images" / images)
+    (scenes / "annotations" / "training").rename(scenes / "annotations" / masks)
+    (scenes / "images" / "validation").rename(scenes / "images" / "Val")
+    (scenes / "annotations" / "test").rename(scenes / "annotations" / "holdout")
+    data = load_data(Data(source="masks", root=str(scenes)), seed=0)
+    assert data.val is not None
+    assert [len(part) for part in (data.train, data.val, data.test)] == [12, 4, 6]
+    (scenes / "images" / "dev").symlink_to("gone")
+    with pytest.raises(LongtailError, match=r"images/dev: is a broken or circular link"):
+        load_data(Data(source="masks", root=str(scenes)), seed=0)
+
+
+@pytest.mark.parametrize("value", [255, 7])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_value_of_pixels_that_are_not_labelled_is_ignored(scenes: Path, value: int, named: bool) -> None:
+    before = load_data(Data(source="masks", root=str(scenes)), seed=0)
+    labels = [before.train.images.open_sample(index).labels for index in range(len(before.train))]
+    for path in (scenes / "annotations").rglob("*.png"):
+        values = np.array(Image.open(path))
+        values[values == 0] = value  # the first two rows
+        Image.fromarray(values).save(path)
+    if not named:
+        (scenes / "classes.txt").unlink()
+    with pytest.raises(LongtailError, match=r"--data\.ignore_value"):
+        load_data(Data(source="masks", root=str(scenes)), seed=0)
+    data = load_data(Data(source="masks", root=str(scenes), ignore_value=value), seed=0)
+    assert data.class_counts == before.class_counts
+    assert len(data.class_names) == 3
+    assert all(
+        np.array_equal(data.train.images.open_sample(index).labels, expected) for index, expected in enumerate(labels)
+    )

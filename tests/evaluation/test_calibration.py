@@ -9,6 +9,8 @@ from longtail.evaluation.calibration import (
     BINS,
     add_reliability,
     calibration_metrics,
+    conformal_interval,
+    conformal_minimum,
     conformal_thresholds,
     fit_bias,
     fit_temperature,
@@ -17,6 +19,7 @@ from longtail.evaluation.calibration import (
     reliability,
     wilson_interval,
 )
+from longtail.tasks.classification.calibration import fit_group_temperatures
 
 
 def calibrated(count: int, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +32,10 @@ def calibrated(count: int, classes: int = 4, seed: int = 0) -> tuple[torch.Tenso
 @pytest.mark.parametrize("factor", [0.3, 1.0, 4.0])
 def test_the_temperature_is_a_factor_of_the_scores(factor: float) -> None:
     scores, labels = calibrated(20_000)
-    assert fit_temperature(factor * scores, labels) == pytest.approx(factor, rel=0.05)
+    fit = fit_temperature(factor * scores, labels)
+    assert fit.temperature == pytest.approx(factor, rel=0.05)
+    assert fit.interval[0] <= fit.temperature <= fit.interval[1]
+    assert fit.images == 20_000
 
 
 def test_the_temperature_is_of_scores_free_of_the_prior() -> None:
@@ -37,7 +43,107 @@ def test_the_temperature_is_of_scores_free_of_the_prior() -> None:
     g = torch.Generator().manual_seed(0)
     scores = 2 * torch.randn(20_000, 4, generator=g, dtype=torch.float64)
     labels = torch.multinomial((scores + prior).softmax(dim=1), 1, generator=g)[:, 0]
-    assert fit_temperature(3 * scores, labels, prior) == pytest.approx(3, rel=0.05)
+    assert fit_temperature(3 * scores, labels, prior).temperature == pytest.approx(3, rel=0.05)
+
+
+def test_images_that_are_all_classified_correctly_are_no_reason_for_another_temperature() -> None:
+    for count in (1, 3, 10):
+        labels = torch.arange(count) % 3
+        fit = fit_temperature(3.0 * torch.nn.functional.one_hot(labels, 3), labels)
+        assert fit.temperature == 1
+        assert fit.interval[0] < 1 < fit.interval[1]
+
+
+def test_a_class_without_images_has_no_effect_on_the_temperature() -> None:
+    scores, labels = calibrated(500)
+    log_prior = (torch.bincount(labels, minlength=5) / 500).double().log()
+    assert log_prior[4] == -torch.inf
+    with_it = torch.cat([scores, torch.full((500, 1), 9.0)], dim=1)
+    assert fit_temperature(3 * with_it, labels, log_prior) == fit_temperature(3 * scores, labels, log_prior[:4])
+
+
+def test_the_interval_of_a_temperature_has_its_coverage() -> None:
+    inside = 0
+    for seed in range(100):
+        scores, labels = calibrated(200, seed=seed)
+        low, high = fit_temperature(1.5 * scores, labels).interval
+        inside += low <= 1.5 <= high
+    assert 90 <= inside < 100  # nominal: 95
+
+
+def validation_set(
+    count: int, classes: int, margin: float, factor: float, g: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores of a classifier whose right temperature is a factor, and labels."""
+    scores = torch.randn(count, classes, generator=g, dtype=torch.float64)
+    scores[torch.arange(count), torch.randint(classes, (count,), generator=g)] += margin
+    return factor * scores, torch.multinomial(scores.softmax(dim=1), 1, generator=g)[:, 0]
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.5, 3.0])
+@pytest.mark.parametrize("margin", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("classes", [3, 20])
+def test_temperatures_from_few_images_are_not_worse_than_none(classes: int, margin: float, factor: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    fresh, fresh_labels = validation_set(4000, classes, margin, factor, g)
+    groups = ["many"] + ["few"] * (classes - 1)
+    uniform = torch.zeros(classes)
+    group_of = torch.tensor([0] + [1] * (classes - 1))[fresh.argmax(dim=1)]
+
+    def nll(temperature: torch.Tensor | float) -> float:
+        return float(torch.nn.functional.cross_entropy(fresh / temperature, fresh_labels))
+
+    plain = nll(1.0)
+    for count in (3, 10, 10, 10, 10, 30, 30, 100, 300):
+        scores, labels = validation_set(count, classes, margin, factor, g)
+        single = fit_temperature(scores, labels)
+        assert nll(single.temperature) < 1.02 * plain
+        fits = fit_group_temperatures(scores, labels, uniform, groups, single)
+        by_group = torch.tensor([fits[name].temperature for name in ("many", "few")], dtype=torch.float64)
+        assert nll(by_group[group_of][:, None]) < 1.02 * plain
+    if factor == 3 and margin > 1:  # and with 300 images most of what there is to gain is gained
+        assert plain - nll(single.temperature) > 0.9 * (plain - nll(3.0))
+
+
+def test_a_group_keeps_the_temperature_of_all_until_its_images_show_another_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    scores, labels = validation_set(20_000, 4, 2.0, 1.0, g)
+    groups = ["many", "many", "few", "few"]
+    few = scores.argmax(dim=1) >= 2
+    scores[few] *= 3
+    overall = fit_temperature(scores, labels)
+    fits = fit_group_temperatures(scores, labels, torch.zeros(4), groups, overall)
+    assert fits["many"].temperature == pytest.approx(1, abs=0.1)
+    assert fits["few"].temperature == pytest.approx(3, rel=0.1)
+    assert fits["many"].images + fits["few"].images == 20_000
+    handful = torch.cat([few.nonzero()[:3, 0], (~few).nonzero()[:1000, 0]])
+    fits = fit_group_temperatures(scores[handful], labels[handful], torch.zeros(4), groups, overall)
+    assert fits["few"].temperature == overall.temperature
+    assert fits["few"].images == 3
+    fits = fit_group_temperatures(scores[~few], labels[~few], torch.zeros(4), groups, overall)
+    assert (fits["few"].temperature, fits["few"].images) == (overall.temperature, 0)
+
+
+@pytest.mark.parametrize("classes", [3, 10, 30])
+def test_a_bias_from_few_images_is_seldom_worse_than_none(classes: int) -> None:
+    g = torch.Generator().manual_seed(2)
+    fresh, fresh_labels = validation_set(4000, classes, 3.0, 1.0, g)
+    plain = float(torch.nn.functional.cross_entropy(fresh, fresh_labels))
+    for per_class in (1, 3, 10):
+        neutral, excess, without_shrinkage = 0, list[float](), list[float]()
+        for _ in range(10):
+            scores, labels = validation_set(per_class * classes, classes, 3.0, 1.0, g)
+            bias = fit_bias(scores, labels).double()
+            neutral += bool((bias == 0).all())
+            for values, sums in ((bias, excess), (fit_bias(scores, labels, shrink=False), without_shrinkage)):
+                sums.append(float(torch.nn.functional.cross_entropy(fresh + values, fresh_labels)) / plain - 1)
+        assert neutral >= 3
+        assert sum(excess) / 10 < 0.02
+        assert sum(excess) < sum(without_shrinkage)
+
+
+def test_without_images_there_is_no_bias() -> None:
+    assert fit_bias(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).tolist() == [0, 0, 0]
 
 
 def test_the_bias_corrects_the_scores() -> None:
@@ -107,6 +213,20 @@ def test_a_class_with_too_few_held_out_images_is_in_every_set() -> None:
     thresholds = conformal_thresholds(torch.rand(23), labels, 3, 0.9)
     assert thresholds[0] > 0
     assert thresholds[1:].tolist() == [0, 0]
+
+
+def test_the_coverage_of_a_class_varies_as_its_interval_says() -> None:
+    assert conformal_minimum(0.9) == 9
+    assert conformal_minimum(0.8) == 4
+    assert conformal_interval(8, 0.9) == (100, 100)
+    low, high = conformal_interval(15, 0.8)
+    g = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(400):
+        threshold = conformal_thresholds(torch.rand(15, generator=g), torch.zeros(15, dtype=torch.int64), 1, 0.8)
+        inside += low <= 100 * (1 - float(threshold)) <= high  # of uniform probabilities: the fraction above it
+    assert 0.92 < inside / 400 < 0.98  # nominal: 0.95
+    assert conformal_interval(15_000, 0.8) == pytest.approx((80, 80), abs=1)
 
 
 def test_wilson_interval() -> None:

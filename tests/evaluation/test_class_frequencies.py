@@ -53,13 +53,15 @@ def test_values(values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1, 2], r"^prior: expected 3 frequencies above 0, got \[1, 2\]$"),
-        ([1, 2, 0], "expected 3 frequencies above 0"),
-        ([1, 2, float("nan")], "expected 3 frequencies above 0"),
-        ([1, 2, float("inf")], "expected 3 frequencies above 0"),
-        ([1, 2, "many"], "expected 3 frequencies above 0"),
-        (np.eye(3), "expected 3 frequencies above 0"),
-        ([1] * 1000, r"got \[1, 1, .*\.\.\.$"),
+        ([1, 2], r"^prior: expected 3 frequencies above 0, got 2: \[1, 2\]; a mapping from class name to"),
+        ([1, 2, 0], r"^prior: expected 3 frequencies above 0, got 0 for class 'emu'$"),
+        ([1, -0.5, 0], r"^prior: expected 3 frequencies above 0, got -0\.5 for class 'dog'$"),
+        ([1, 2, float("nan")], "expected 3 frequencies above 0, got nan for class 'emu'"),
+        ([1, 2, float("inf")], "expected 3 frequencies above 0, got inf for class 'emu'"),
+        ([1, "many", 2], "expected 3 frequencies above 0, got 'many' for class 'dog'"),
+        (np.eye(3), r"expected 3 frequencies above 0, got \[1\.0, 0\.0, 0\.0\] for class 'cat'"),
+        (5, "expected 3 frequencies above 0, got 5;"),
+        ([1] * 1000, r"got 1000: \[1, 1, .*\.\.\.; a mapping"),
         ({"cat": 1, "dog": 1}, "^prior: class 'emu' is missing"),
         ({"cat": 1, "dog": 1, "emu": 1, "fox": 1}, "^prior: there is no class 'fox'"),
     ],
@@ -71,6 +73,38 @@ def test_values_that_do_not_fit(values: Sequence[float], message: str) -> None:
 
 def test_labels_that_are_not_text() -> None:
     assert resolve_class_frequencies({0: 1, 1: 3}, [0, 1], [5, 5]) == [0.25, 0.75]
+    for keys in ([0, 1], ["0.0", "1.0"], list(np.arange(2)), [False, True]):
+        assert resolve_class_frequencies(dict(zip(keys, (1, 3), strict=True)), [0.0, 1.0], [5, 5]) == [0.25, 0.75]
+    pandas = pytest.importorskip("pandas")
+    assert resolve_class_frequencies(pandas.Series([3, 1], index=["b", "a"]), ["a", "b"], [5, 5]) == [0.25, 0.75]
+
+
+def test_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    table = tmp_path / "p.csv"
+    table.write_text(f"{decomposed},1\ntea,3\n", encoding="utf-8")
+    for spec in ({decomposed: 1, "tea": 3}, table):
+        assert resolve_class_frequencies(spec, [composed, "tea"], [5, 5]) == [0.25, 0.75]
+    assert resolve_class_frequencies({composed: 1, "tea": 3}, [decomposed, "tea"], [5, 5]) == [0.25, 0.75]
+    with pytest.raises(LongtailError, match="is listed twice"):
+        resolve_class_frequencies({composed: 1, decomposed: 1, "tea": 3}, [composed, "tea"], [5, 5])
+
+
+def test_classes_that_are_not_there_can_be_left_out(tmp_path: Path) -> None:
+    everything = {"cat": 6, "dog": 3, "emu": 1, "fox": 90, "gnu": "any"}
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps(everything))
+    specs: list[Any] = [everything, file, str(file)]
+    for spec in specs:
+        assert resolve(spec, ignore_unknown=True) == pytest.approx([0.6, 0.3, 0.1])
+        with pytest.raises(LongtailError, match="there is no class 'fox'"):
+            resolve(spec)
+    with pytest.raises(LongtailError, match=r"class 'dog' is missing, .*; is it 'dgo', which is no class\?$"):
+        resolve({"cat": 1, "dgo": 1, "emu": 1}, ignore_unknown=True)
+
+
+def test_large_frequencies_do_not_overflow() -> None:
+    assert resolve([1e308, 1e308, 1e308]) == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize(

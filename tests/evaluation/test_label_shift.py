@@ -50,6 +50,7 @@ def test_integer_weights_equal_repeated_images() -> None:
 
 
 COUNTS = [100, 30, 3]  # training images of the three classes
+COUNTS_OF_FIVE = [100, 30, 20, 10, 3]
 
 
 def test_map_has_little_prior_strength_with_many_images() -> None:
@@ -109,6 +110,47 @@ def test_bbse_is_accurate_and_independent_of_the_scores_scale() -> None:
     assert inside / 36 > 0.8  # nominal: 0.95
     with pytest.raises(LongtailError, match="class number 2 has no held-out image"):
         estimate_bbse([0, 1], [0, 1], [0, 1], 3)
+
+
+def test_bbse_of_few_held_out_images_is_uncertain() -> None:
+    prior, widths, inside = np.array([0.6, 0.3, 0.1]), [], 0
+    for seed in range(12):
+        scores, _ = sample(prior, 2000, 2 * seed + 1)
+        estimates = []
+        for per_class in (2, 200):
+            # one after the other until every class has so many
+            heldout, labels = sample(np.full(3, 1 / 3), 5000, 2 * seed)
+            chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(3)])
+            estimates.append(estimate_bbse(scores.argmax(1), labels[chosen], heldout[chosen].argmax(1), 3))
+        few, many = estimates
+        assert (few.validation_images, many.validation_images) == (6, 600)
+        widths.append([sum(entry.high) - sum(entry.low) for entry in estimates])
+        inside += sum(low <= q <= high for q, low, high in zip(prior, few.low, few.high, strict=True))
+    few_width, many_width = np.mean(widths, axis=0)
+    assert few_width > 3 * many_width
+    assert inside / 36 > 0.85  # nominal: 0.95; with the bootstrap two images that are both right leave no doubt
+
+
+def test_a_correction_from_few_images_widens_the_intervals() -> None:
+    inside, without = 0, 0
+    shift = np.linspace(-1, 1, 5)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        prior = rng.dirichlet(np.ones(5))
+        labels = rng.choice(5, 500, p=prior)
+        noise = rng.normal(size=(500, 5))
+        noise[np.arange(500), labels] += 2.0
+        few = 0.2 * rng.normal(size=(2, 5))  # of what few images show of the shift nothing is left
+        arguments = (2 * noise + shift, COUNTS_OF_FIVE, few.mean(axis=0), few)
+        for images in (5, None):
+            estimate = estimate_map(*arguments, validation_images=images)
+            assert estimate.validation_images == images
+            covered = sum(low <= q <= high for q, low, high in zip(prior, estimate.low, estimate.high, strict=True))
+            if images:
+                inside += covered
+            else:
+                without += covered
+    assert without < 70 < 80 < inside  # of 100; nominal: 95
 
 
 def test_an_absent_class_has_a_frequency_above_zero() -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import scipy.stats
 import torch
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
@@ -9,6 +12,7 @@ from longtail.evaluation.metrics import (
     classification_metrics,
     confused_pairs,
     count_correct,
+    low_end,
     most_confident_errors,
 )
 from longtail.losses import compute_log_prior
@@ -79,3 +83,63 @@ def test_most_confident_errors_of_each_kind() -> None:
         torch.arange(50), torch.zeros(50, dtype=torch.int64), torch.rand(50), [1] * 50, max_errors=8
     )
     assert len(many["alike"]) == 8
+
+
+def test_what_a_mean_hides() -> None:
+    assert low_end([90.0, 30.0, 60.0]) == {
+        "worst_tenth": 30,
+        "worst_class": 30,
+        "harmonic_mean": pytest.approx(3 / (1 / 90 + 1 / 30 + 1 / 60)),
+    }
+    # 21 classes with test images: the worst tenth is 3 of them
+    accuracies = [float(value) for value in range(100, 79, -1)]
+    low = low_end([*accuracies, None, None])
+    assert (low["worst_tenth"], low["worst_class"]) == (81, 80)
+    assert low["harmonic_mean"] == pytest.approx(scipy.stats.hmean(accuracies))
+    assert low_end([50.0, 0.0])["harmonic_mean"] == 0
+    assert low_end([None, None]) == {"worst_tenth": None, "worst_class": None, "harmonic_mean": None}
+    # two sets with one mean
+    even, uneven = (
+        classification_metrics(torch.tensor([[10] * 10, hits, [10] * 10]), [50] * 10, Shots())
+        for hits in ([9] * 10, [10] * 9 + [0])
+    )
+    assert even["balanced_accuracy"] == uneven["balanced_accuracy"] == 90
+    assert (even["worst_tenth"], even["harmonic_mean"]) == (90, pytest.approx(90))
+    assert (uneven["worst_tenth"], uneven["worst_class"], uneven["harmonic_mean"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("wrong", [3, 255, -2])
+def test_a_label_out_of_range_is_named(wrong: int) -> None:
+    scores, labels, counts = torch.eye(3)[[0, 1, 2]], torch.tensor([0, wrong, 2]), [5, 3, 2]
+    message = rf"expected values in \[0, 3\), or −1 to ignore it, got .*{wrong}"
+    with pytest.raises(ValueError, match=f"^labels: {message}"):
+        count_correct(scores, labels)
+    for function in (confused_pairs, partial(most_confident_errors, confidence=torch.ones(3))):
+        with pytest.raises(ValueError, match=f"^labels: {message}"):
+            function(labels, labels.clamp(0, 2), class_counts=counts)
+        with pytest.raises(ValueError, match=f"^predicted: {message}"):
+            function(labels.clamp(0, 2), labels, class_counts=counts)
+
+
+def test_an_ignored_image_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, labels, counts = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 0, 2]), [5, 3, 2]
+    expected = count_correct(scores, labels)
+    wide = torch.cat([scores, scores])
+    assert torch.equal(count_correct(wide, torch.cat([labels, torch.full((4,), -1)])), expected)
+    predicted, ignored = torch.tensor([0, 2, 2, 1, 1, 2]), torch.tensor([0, 1, 1, -1, -1, 2])
+    (pair,) = confused_pairs(ignored, predicted, counts)
+    assert (pair["class"], pair["predicted"], pair["images"], pair["share"]) == (1, 2, 2, 100)
+    errors = most_confident_errors(ignored, predicted, torch.linspace(0, 1, 6), counts)
+    assert [entry["image"] for entries in errors.values() for entry in entries] == [2]
+    # on an accelerator, where labels are not read, those out of range are ignored
+    monkeypatch.setattr("longtail.losses.checks.values_are_known", lambda _: False)
+    assert torch.equal(count_correct(wide, torch.cat([labels, torch.tensor([3, 255, -7, 2**40])])), expected)
+
+
+def test_errors_between_classes_without_training_images_are_shown() -> None:
+    errors = most_confident_errors(torch.tensor([1, 1, 0]), torch.tensor([2, 0, 1]), torch.ones(3), [5, 0, 0])
+    assert {kind: [entry["image"] for entry in entries] for kind, entries in errors.items()} == {
+        "to_larger": [1],
+        "to_smaller": [2],
+        "alike": [0],
+    }

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from longtail.experiments.records import Record, differences, recommendation, summarize, table
+from longtail.experiments.records import Record, columns, differences, recommendation, summarize, table
 
 
 def record(method: str, seed: int, accuracy: float, many: float | None = None) -> Record:
@@ -81,3 +82,15 @@ def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> N
     assert recommendation([*ce, *la, *clear]) == "take gml: best balanced accuracy, 57.3"
     assert "one seed" in recommendation([ce[0], la[0]])
     assert recommendation(la) == ""
+
+
+def test_a_metric_that_an_earlier_version_did_not_compute_is_left_out() -> None:
+    metrics = {"balanced_accuracy": 80.0, "many": 90.0, "medium": 80.0, "few": None}
+    old = replace(record("la", 0, 80.0), metrics=metrics)
+    new = replace(old, seed=1, metrics={**metrics, "worst_tenth": 20.0, "worst_class": 10.0, "harmonic_mean": 50.0})
+    assert [title for _, title in columns([new])][-4:] == ["few", "worst tenth", "worst class", "harmonic mean"]
+    assert [title for _, title in columns([old, new])][-1] == "few"
+    assert table([new])[1][0][1:8] == ["80.0", "90.0", "80.0", "n/a", "20.0", "10.0", "50.0"]
+    header, rows = table([old, new])
+    assert len(header) == len(rows[0])
+    assert summarize([old, new], "la", "worst_class") is None

@@ -94,6 +94,33 @@ def test_every_method_can_be_distilled_into(tiny: Config, data: LongTailedData, 
     assert terms["distillation"].item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "la", "classifier": {"views": 2, "distillation_weight": 0.5}},
+        {
+            "method": "gml",
+            "gml": {"share_query": False, "distillation_weight": 0.5},
+            "classifier": {"every_view": True},
+        },
+    ],
+    ids=["la", "gml"],
+)
+def test_every_view_can_be_distilled(tiny: Config, data: LongTailedData, changes: dict[str, Any]) -> None:
+    config = tiny.replace(**changes).replace(classifier={"distill_every_view": True})
+    teacher = new_encoder()
+    classifier = CosineClassifier(teacher.num_features, 10)
+    method = build_method(config, data, teacher, classifier).eval()
+    batch = batches(method, data)[0]
+    with torch.no_grad():
+        each = [
+            distillation(method.classifier(method.encoder(view)), classifier(teacher.eval()(view))).item()
+            for view in batch.views[:2]
+        ]
+    assert each[0] != each[1]
+    assert method(batch)["distillation"].item() == pytest.approx(0.5 * sum(each) / 2, rel=1e-4)
+
+
 def test_every_view_can_be_classified(tiny: Config, data: LongTailedData) -> None:
     config = tiny.replace(method="bcl", bcl={"views": 2}, classifier={"every_view": True})
     method = build_method(config, data).eval()
@@ -170,3 +197,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     fit_in_two(config, tmp_path / "cut", 8, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert (tmp_path / "teachers").exists() == METHODS[config.method].needs_teacher(config)
+
+
+def test_cached_scores_are_of_one_view(tiny: Config) -> None:
+    with pytest.raises(LongtailError, match=r"classifier.distill_every_view: teacher.cache"):
+        tiny.replace(classifier={"distill_every_view": True}, teacher={"cache": 2})

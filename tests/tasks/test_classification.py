@@ -15,11 +15,14 @@ import torch
 
 from longtail import Recognizer
 from longtail.config import Config, load_recipe, read_config
+from longtail.data.dataset import ImageSet
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.experiments.evaluate import evaluate
 from longtail.experiments.rebalance import RebalanceSettings, rebalance
 from longtail.inference.export import export_onnx
+from longtail.report import run_report
+from longtail.tasks.classification.calibration import calibrate
 from longtail.tasks.evaluate import evaluate_split
 from longtail.tasks.loading import load_model
 from longtail.training.trainer import fit
@@ -85,6 +88,11 @@ def test_a_target_that_is_the_reverse_of_the_training_set(run: Path) -> None:
         # the most frequent class of the target is the rarest in training
         assert int(np.argmax(frequencies)) == int(np.argmin(metrics["class_counts"]))
     sets = metrics["conformal"]
+    stats = Recognizer.load(run).calibration_stats
+    assert stats is not None
+    assert metrics["temperature_fits"]["all"]["images"] == len(stats.labels)
+    assert sets["validation_images"] == metrics["estimates"]["map"]["validation_images"] == len(stats.labels)
+    assert sets["coverage_interval"][0] < 90 < sets["coverage_interval"][1]
     assert sets["few"]["covered"] > 80
     assert sets["all"]["size"] < 4
 
@@ -126,12 +134,44 @@ def test_without_validation_images(tiny: Config, tmp_path: Path) -> None:
     fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
     recognizer = Recognizer.load(tmp_path / "run")
     assert recognizer.config.temperature == 1
+    assert recognizer.config.calibrated_on == ""
     assert not (tmp_path / "run" / "recognizer" / "validation.safetensors").exists()
     with pytest.raises(
         LongtailError, match=r"conformal sets need validation images, and the run had none; train with some"
     ):
         recognizer.conformal_thresholds(0.9)
     assert set(evaluate(tmp_path / "run", "estimate")["estimates"]) == {"map", "em"}  # bbse needs them
+
+
+def test_a_saved_model_says_what_its_calibration_rests_on(run: Path, tmp_path: Path) -> None:
+    recognizer = Recognizer.load(run)
+    assert recognizer.calibration_stats is not None
+    sentence = recognizer.config.calibrated_on
+    fit = recognizer.config.temperature_fits["all"]
+    assert sentence.startswith(f"calibrated on {fit.images} validation images: temperature {fit.temperature:.2f} (95 %")
+    assert fit.images == len(recognizer.calibration_stats.labels)
+    assert fit.temperature == recognizer.config.temperature
+    assert f"Probabilities were {sentence}." in (run / "recognizer" / "README.md").read_text()
+    assert f"Probabilities were {sentence}." in run_report(run).read_text()
+    # a model of an earlier version has no such record
+    shutil.copytree(run / "recognizer", tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["temperature_fits"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    old = Recognizer.load(tmp_path / "old")
+    assert (old.config.temperature, old.config.calibrated_on) == (fit.temperature, "")
+
+
+def test_on_ten_validation_images_the_model_stays_as_it_is(run: Path) -> None:
+    recognizer, config = Recognizer.load(run), read_config(run / "config.yaml")
+    val = load_data(config.data, 0).val
+    assert val is not None
+    few = ImageSet(val.images, val.labels[:10], val.ids[:10])
+    calibrated = calibrate(recognizer, few, config)
+    assert calibrated.config.temperature == 1
+    assert calibrated.config.temperature_fits["all"].images == 10
+    assert "10 validation images" in calibrated.config.calibrated_on
+    assert "do not show that another one is better than 1" in calibrated.config.calibrated_on
 
 
 def test_a_new_head_is_calibrated_anew(run: Path, tmp_path: Path) -> None:
@@ -148,8 +188,15 @@ def test_a_temperature_for_each_shot_group(tmp_path: Path) -> None:
     recognizer = Recognizer.load(tmp_path / "run")
     groups, temperatures = config.shots.groups(run.model_config.class_counts), recognizer.config.class_temperatures
     assert len(temperatures) == 10
-    assert len({(group, value) for group, value in zip(groups, temperatures, strict=True)}) == len(set(groups))
+    fits = recognizer.config.temperature_fits
+    assert set(fits) == {"all", *groups}
+    assert list(temperatures) == [fits[group].temperature for group in groups]
+    assert sum(fits[group].images for group in set(groups)) == fits["all"].images
+    assert all(fit.interval[0] <= fit.temperature <= fit.interval[1] for fit in fits.values())
+    # this network needs no other temperature than 1: give the groups some
+    temperatures = tuple({"many": 1.5, "medium": 0.8, "few": 0.6}[group] for group in groups)
     assert len(set(temperatures)) > 1
+    recognizer.config = dataclasses.replace(recognizer.config, class_temperatures=temperatures)
     assert export_onnx(recognizer, tmp_path / "m.onnx", "train").difference < 1e-4
     # the scores of an image are divided by the temperature of its predicted class
     images = torch.rand(6, 1, 8, 8)
@@ -181,6 +228,11 @@ def test_on_the_command_line(run: Path, tmp_path: Path, command: Command) -> Non
     code, out, _ = command("evaluate", run, "--test_prior", "backward", "--prior", "estimate", "--coverage", "0.9")
     assert code == 0
     for part in (
+        "calibrated on ",
+        " validation images: temperature ",
+        " (95 % interval ",
+        "conformal thresholds rest on ",
+        "  rests on ",
         "accuracy at target",
         "estimate",
         "bbse",
@@ -194,6 +246,8 @@ def test_on_the_command_line(run: Path, tmp_path: Path, command: Command) -> Non
     )
     assert code == 0
     assert "class frequencies estimated by map" in out
+    assert "conformal thresholds rest on " in out
+    assert "  rests on " in out
     assert "set" in json.loads((tmp_path / "p").read_text())[0]
     (tmp_path / "prior.csv").write_text("".join(f"{digit},{1 + digit}\n" for digit in range(10)))
     assert command("predict", run, *images, "--prior", tmp_path / "prior.csv")[0] == 0

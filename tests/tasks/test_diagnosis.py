@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from longtail.config import Config
+from longtail.config import Config, load_recipe
+from longtail.evaluation.temperature_fit import TemperatureFit
+from longtail.registry import METHODS
 from longtail.tasks.classification.diagnosis import diagnose
 from longtail.training.metric_log import read_metrics
 from longtail.training.trainer import fit
@@ -26,11 +28,12 @@ def findings(
     metrics: dict[str, Any] | None = None,
     lines: list[dict[str, Any]] | None = None,
     under: str = "uniform",
+    card: dict[str, Any] | None = None,
     **config: Any,
 ) -> list[str]:
     """Return what is reported of a good run in which these figures are others."""
     by_prior = {prior: {**GOOD, **(metrics or {})} for prior in ("uniform", "train")}
-    model_config = small_card(NAMES, COUNTS, predicts_under=under)
+    model_config = small_card(NAMES, COUNTS, predicts_under=under, **(card or {}))
     reported = diagnose(model_config, Config().replace(**config), lines or [LINE] * 16, by_prior)
     return [f"{finding.problem} {finding.evidence} {finding.advice}" for finding in reported]
 
@@ -67,6 +70,13 @@ def test_nothing_stands_out_of_a_good_run() -> None:
         (
             {"metrics": {"calibration": {"ece": 23.0}}},
             ["Probabilities are poorly calibrated", "23 %", "--data.val_fraction"],
+        ),
+        (
+            {
+                "metrics": {"calibration": {"ece": 23.0}},
+                "card": {"temperature_fits": {"all": TemperatureFit(temperature=1.0, interval=(0.5, 2.0), images=12)}},
+            },
+            ["Probabilities are poorly calibrated", "23 %", "rests on 12 validation images", "More validation images"],
         ),
         ({"metrics": UNTRAINED}, ["The network has learned hardly anything", "10.0 %, that of a guess 10.0 %"]),
     ],
@@ -125,6 +135,30 @@ def test_of_an_untrained_network_that_alone_is_reported(method: str, metrics: di
         assert "learned hardly anything" in reported
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{**UNTRAINED_LINE, "loss/classifier": 9.8 - 0.4 * index} for index in range(16)],  # not converged
+        [{**UNTRAINED_LINE, "temperature": 0.021}],
+        [{**UNTRAINED_LINE, "temperature": 0.95}],
+        [{**UNTRAINED_LINE, "queue_fill": 0.1}],
+    ],
+)
+def test_what_an_untrained_network_has_anyway_is_not_reported(lines: list[dict[str, Any]]) -> None:
+    good = findings(lines=lines)
+    assert len(good) == 1  # of a network that has learned something it would be
+    (reported,) = findings(UNTRAINED, lines)
+    assert "learned hardly anything" in reported
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"dice", "lovasz"}))
+def test_of_every_method_a_good_run_has_no_finding_and_an_untrained_one_has_one(method: str) -> None:
+    for under in ("uniform", "train"):
+        assert findings(method=method, under=under) == []
+        (reported,) = findings(UNTRAINED, [UNTRAINED_LINE] * 16, method=method, under=under)
+        assert "learned hardly anything" in reported
+
+
 def test_a_network_that_knows_its_training_images_alone() -> None:
     reported = findings(UNTRAINED, losses(*[0.01] * 16))
     assert [text.partition(".")[0] for text in reported] == [
@@ -141,6 +175,16 @@ def test_a_run_that_hardly_trained(tiny: Config, tmp_path: Path, method: str) ->
     assert len(epochs) == 1
     reported = diagnose(run.model_config, run.config, epochs, run.test_metrics)
     assert [finding.problem for finding in reported] == ["The network has learned hardly anything."]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gml", "la", "ce"])
+def test_a_run_that_trained_well(tmp_path: Path, method: str) -> None:
+    config = load_recipe("digits-lt").config.replace(method=method, epochs=60, data={"val_fraction": 0.2})
+    run = fit(config, tmp_path / "run", quiet=True)
+    epochs = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert run.test_metrics["uniform"]["balanced_accuracy"] > 85
+    assert [finding.problem for finding in diagnose(run.model_config, run.config, epochs, run.test_metrics)] == []
 
 
 def test_groups_that_are_not_there() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from longtail.allocator import reuse_freed_memory
 from longtail.cli.parsing import load_plugins
+from longtail.data.paths import printable
 from longtail.errors import LongtailError, StoppedError, did_you_mean
 
 DESCRIPTION = """usage: longtail COMMAND [OPTIONS]
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except LongtailError as error:
         process = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
         prefix = "" if process is None else f"process {process}: "
-        print(f"longtail: error: {prefix}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"longtail: error: {prefix}{printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
     except StoppedError as stop:
         hint = (

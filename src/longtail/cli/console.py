@@ -8,11 +8,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longtail.data.paths import printable
 from longtail.registry import TASKS
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: bool = False) -> None:
     """Print a table; the first column, or with ``left`` all columns, are aligned left."""
+    rows = [[printable(cell) for cell in row] for row in rows]  # names of files and classes may hold anything
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for index, row in enumerate([header, *rows]):
         cells = [
@@ -71,7 +73,7 @@ class _ConsoleHandler(logging.Handler):
         from tqdm import tqdm
 
         if os.environ.get("RANK", "0") == "0":
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def show_messages(quiet: bool) -> None:

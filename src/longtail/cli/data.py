@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from longtail.cli.console import Counter, print_table, show_messages
 from longtail.cli.options import Embed, Inspect, Split
 from longtail.cli.parsing import parse, split_source
 from longtail.config import validate_section
+from longtail.data.paths import printable
 from longtail.files import write_json_output
 
 if TYPE_CHECKING:
@@ -19,22 +21,31 @@ _SHOWN_PROBLEMS = 10  # of each kind
 
 
 def inspect(arguments: list[str]) -> None:
-    """Print the class distribution and the problems of a data set."""
+    """Print the class distribution and the problems of a data set; exit with code 1 where training would refuse it."""
     data, rest = split_source("inspect", arguments)
     options = parse(Inspect, "inspect SOURCE", rest, Inspect(data=data))
     check_output(options.json)
     check_output(options.plot, "--plot", ".png")
+    check_output(options.fix, "--fix", ".csv")
     settings, shots = validate_section(options.data, "data"), validate_section(options.shots, "shots")
     from longtail.data.inspection import inspect as inspect_data
 
     with Counter(options.quiet) as counter:
-        inspection = inspect_data(settings, options.seed, shots, counter.add)
+        inspection = inspect_data(settings, options.seed, shots, counter.add, fix=options.fix)
     if options.json:
         write_json_output(options.json, inspection.to_dict())
     if options.plot:
         _plot(inspection, options.plot)
     if not options.quiet:
         _print_inspection(inspection)
+        if options.fix:
+            print(
+                f"fixed: {options.fix} lists the {inspection.fixed:,} images that can be read; "
+                f"longtail train --data {options.fix} --data.root {inspection.root}"
+            )
+    if inspection.errors:
+        sys.stdout.flush()
+        sys.exit(1)
 
 
 def _plot(inspection: Inspection, path: Path) -> None:
@@ -63,7 +74,7 @@ def _print_inspection(inspection: Inspection) -> None:
         ["imbalance factor", "∞ (a class has no images)" if factor is None else f"{factor:.1f}"],
         ["Gini", f"{inspection.gini:.3f}"],
         ["groups", ", ".join(f"{group} {sizes[group]}" for group in sizes)],
-        ["smallest classes", ", ".join(f"{name} {count:,}" for name, count in inspection.least)],
+        ["smallest classes", ", ".join(f"{printable(name)} {count:,}" for name, count in inspection.least)],
     ]
     rows += [[f"{side} in pixels", f"{v[0]} to {v[2]}, median {v[1]}"] for side, v in inspection.sides.items()]
     print_table([inspection.source, ""], rows, left=True)
@@ -80,7 +91,7 @@ def _print_inspection(inspection: Inspection) -> None:
     for kind in dict.fromkeys(kind for kind, _ in problems):
         texts = [text for other, text in problems if other == kind]
         for text in texts[:_SHOWN_PROBLEMS]:
-            print(f"{kind}: {text}")
+            print(f"{kind}: {printable(text)}")
         if len(texts) > _SHOWN_PROBLEMS:
             print(f"{kind}: and {len(texts) - _SHOWN_PROBLEMS:,} more; --json FILE lists all")
 
@@ -100,7 +111,7 @@ def split(arguments: list[str]) -> None:
     if not options.quiet:
         print_table(["split", "images"], [[split, f"{count:,}"] for split, count in summary["images"].items()])
         if summary["short"]:
-            print(f"too few images for every split: {', '.join(summary['short'])}")
+            print(f"too few images for every split: {printable(', '.join(summary['short']))}")
         print(f"split: {options.out}; longtail train --data {options.out} --data.root {summary['root']}")
 
 

@@ -158,7 +158,7 @@ def serve(arguments: list[str]) -> None:
     from longtail.serve import serve as serve_run
 
     root = None if options.root is None else str(options.root)
-    serve_run(options.run, options.host, options.port, root, options.quiet, options.tta)
+    serve_run(options.run, options.host, options.port, root, options.quiet, options.tta, options.allowed_hosts)
 
 
 def report(arguments: list[str]) -> None:

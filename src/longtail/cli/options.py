@@ -164,6 +164,8 @@ class Serve:
     """Address to listen at; the default is seen from this machine alone."""
     port: int = 8000
     """Port; 0 takes a free one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further host names to answer to, for a reverse proxy that passes on its own; those of HOST always are."""
     tta: TTA = "none"
     """Test-time augmentation: flip (2 times the computation) or crops (10 times)."""
     root: Path | None = None
@@ -216,7 +218,7 @@ class Inspect:
     """Class distribution and problems of a data set: longtail inspect SOURCE [OPTIONS].
 
     SOURCE is a named set, a folder with one sub-folder per class, a list (.txt), a table (.csv, .tsv, .parquet),
-    annotations (.json) or hub:NAME.
+    annotations (.json) or hub:NAME. The exit code is 1 where training would refuse the set, else 0.
     """
 
     data: Data
@@ -225,6 +227,8 @@ class Inspect:
     """Seed of a named set's tail, as in training."""
     plot: Path | None = None
     """Write the histogram of the classes to this PNG file."""
+    fix: Path | None = None
+    """Write a table of the images that can be read to this .csv file, for longtail train --data."""
     json: Path | None = None
     """Write the results to this file."""
     quiet: Flag = False

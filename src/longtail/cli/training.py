@@ -40,6 +40,8 @@ def train(arguments: list[str]) -> None:
     if options.json:
         write_json_output(options.json, metrics)
     print_metrics(run.model_config.task, metrics)
+    if run.model_config.calibrated_on:
+        print(run.model_config.calibrated_on)
     print(f"{run.student_passes:,} student passes in {run.seconds:.0f} s", end="")
     print(f", the teacher took {run.teacher_seconds:.0f} s" if run.teacher_seconds else "")
     print(f"model:  {out / 'recognizer'}\nreport: {page}")

@@ -65,7 +65,14 @@ class Data:
     label_column: str | None = None
     """Column that holds labels or class names."""
     split_column: str | None = None
-    """Column that says train, val or test."""
+    """Column that says train, val or test, or one of their synonyms."""
+    class_depth: Positive | None = None
+    """Own folders: number of folders in the name of a class; what lies deeper belongs to it. Every folder with images
+    is a class if not given."""
+    skip_empty: bool = False
+    """Own folders: leave out class folders without images instead of refusing them."""
+    ignore_value: Annotated[int, Field(ge=0, le=65_535)] | None = None
+    """Masks: a value, such as 255, of pixels that are not labelled, besides 0."""
     profile: Literal["auto", "natural", "exponential", "step", "pareto"] = "auto"
     """How the training images are subsampled to a long tail; auto: exponential for named sets that are balanced, else
     natural (all images)."""
@@ -89,9 +96,12 @@ class Data:
     """Side in pixels at which image files are used; chosen from the images if not given."""
     memory_gib: PositiveFloat = 4.0
     """Decode a set once and keep it in memory if it needs no more than this; otherwise decode batch by batch."""
+    unreadable: Literal["skip", "error"] = "skip"
+    """Images of your own that cannot be read: skip leaves them out, or replaces one that fails during training by
+    another of its class, and lists all in unreadable.csv of the run's folder; error refuses the set, as an unreadable
+    mask always does."""
     max_unreadable_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Largest fraction of the training images that may turn out to be unreadable during training; each is replaced by
-    another image of its class and reported."""
+    """Largest fraction of the images that may be unreadable and skipped; a set with more is refused."""
     cache: str = "auto"
     """Folder for what is computed once per image (resized copies of image files, features of a frozen network); auto:
     LONGTAIL_CACHE or the user's folder of caches; none: keep nothing."""
@@ -182,6 +192,8 @@ class Classifier:
     and gml; always on for paco and gpaco)."""
     distillation_weight: Weight = 0.0
     """Weight of the distillation from the teacher's classifier (gml has its own setting)."""
+    distill_every_view: bool = False
+    """Distil every view that is classified instead of the first only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +302,11 @@ class Config:
 
     def __post_init__(self) -> None:
         METHODS.check(self.method, "method")
+        if self.classifier.distill_every_view and self.teacher.cache > 0:
+            raise LongtailError(
+                "classifier.distill_every_view: teacher.cache holds the teacher's scores of one view per image; set "
+                "teacher.cache to 0"
+            )
         if not _TUNE.fullmatch(self.tune):
             raise LongtailError(
                 f"tune '{self.tune}': expected full, norm, last:N, lora, lora:R, adapter, adapter:W or head, with "

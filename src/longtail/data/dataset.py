@@ -71,6 +71,8 @@ class LongTailedData:
     """Default augmentation of these images, a name in :data:`longtail.registry.TRANSFORMS`."""
     remarks: tuple[str, ...] = ()
     """What a user should know about the set before training on it."""
+    unreadable: tuple[tuple[str, str], ...] = ()
+    """Path and reason of every image that could not be read and was left out."""
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
+from longtail.data.paths import find_path, printable
 from longtail.errors import LongtailError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
-"""File name suffixes, in lower case, of files that are treated as images."""
 _CLEAN = 2  # times the side that is wanted; what a JPEG file's own scaling loses is then invisible after the reduction
+
+
+_OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
+"""Formats that Pillow decodes where it was built with a library."""
+_NO_IMAGES = frozenset({"EPS", "MPEG"})
+"""Formats that Pillow recognises, but does not decode by itself."""
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the file name suffixes, in lower case, of the formats that Pillow decodes here."""
+    Image.init()
+
+    def decodes(name: str) -> bool:
+        if name not in Image.OPEN or name in _NO_IMAGES or not features.check(_OPTIONAL.get(name, "pil")):
+            return False
+        factory = Image.OPEN[name][0]
+        return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
+
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if decodes(name))
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file is treated as an image, by its name."""
+    return Path(name).suffix.lower() in image_suffixes()
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
@@ -25,9 +50,10 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         LongtailError: a path does not exist, or a folder contains no images.
     """
     files: list[Path] = []
-    for path in paths:
+    for given in paths:
+        path = find_path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
             if not inside:
                 raise LongtailError(f"{path}: holds no images")
             files += inside
@@ -92,20 +118,21 @@ def image_errors(path: Path | str) -> Iterator[None]:
     Args:
         path: the file, or a description of the image; the message begins with it.
     """
+    name = printable(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
+        raise LongtailError(f"{name}: cannot be read: {error.strerror}") from None
     except UnidentifiedImageError:
         empty = isinstance(path, Path) and path.stat().st_size == 0
         what = "is empty" if empty else "is not an image that Pillow can read"
-        raise LongtailError(f"{path}: {what}; remove or replace it") from None
+        raise LongtailError(f"{name}: {what}; remove or replace it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise LongtailError(f"{path}: is larger than Pillow decodes safely ({error}); shrink it") from None
+        raise LongtailError(f"{name}: is larger than Pillow decodes safely ({error}); shrink it") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise LongtailError(f"{path}: is damaged ({' '.join(str(error).split())}); remove or replace it") from None
+        raise LongtailError(f"{name}: is damaged ({' '.join(str(error).split())}); remove or replace it") from None
 
 
 def resize_center_crop(image: Image.Image, size: int, channels: int = 3) -> Image.Image:

@@ -247,6 +247,12 @@ class FileImages(LazyImages):
     def __len__(self) -> int:
         return len(self.names)
 
+    def at(self, positions: Tensor) -> FileImages:
+        """Return the images at (M,) positions, int64."""
+        names = [self.names[index] for index in positions.tolist()]
+        labels = None if self.labels is None else self.labels[positions]
+        return FileImages(self.root, names, self.size, self.channels, labels, self.max_unreadable_fraction)
+
     def open(self, index: int) -> Image.Image:
         """Return the image at ``index``."""
         return open_image(self.root / self.names[index])

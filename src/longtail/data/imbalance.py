@@ -73,8 +73,32 @@ def rank_classes(order: str, names: Sequence[str], seed: int) -> list[int]:
     return list(range(len(names)))
 
 
+def check_labels(labels: Tensor, classes: int | None = None) -> None:
+    """Check that every image has a class.
+
+    Args:
+        labels: (N,) int64.
+        classes: C; None for any number.
+
+    Raises:
+        LongtailError: a label is not in [0, C), or the labels are not (N,) int64.
+    """
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise LongtailError(f"labels: expected shape (N,) of int64, got {tuple(labels.shape)} of {labels.dtype}")
+    wrong = (labels < 0) if classes is None else (labels < 0) | (labels >= classes)
+    if bool(wrong.any()):
+        image = int(wrong.nonzero()[0])
+        expected = "values of at least 0" if classes is None else f"values in [0, {classes})"
+        raise LongtailError(f"labels: expected {expected}, got {int(labels[image])} for image {image}")
+
+
 def permuted_by_class(labels: Tensor, classes: int, seed: int) -> list[Tensor]:
-    """Return, for each of the C classes, the positions of its images in a random order given by the seed alone."""
+    """Return, for each of the C classes, the positions of its images in a random order given by the seed alone.
+
+    Raises:
+        LongtailError: a label is not in [0, C).
+    """
+    check_labels(labels, classes)
     grouped = torch.argsort(labels, stable=True).split(torch.bincount(labels, minlength=classes).tolist())
     return [
         positions[torch.randperm(len(positions), generator=generator(seed, index))]
@@ -146,7 +170,7 @@ def stratified_split(labels: Tensor, classes: int, val: float, test: float, seed
     of 1 is in train.
 
     Args:
-        labels: (N,) int64.
+        labels: (N,) int64 in [0, C).
         classes: C.
         val: fraction of each class for validation; 0 makes no such split.
         test: fraction of each class for the test; 0 makes no such split.
@@ -154,6 +178,9 @@ def stratified_split(labels: Tensor, classes: int, val: float, test: float, seed
 
     Returns:
         (N,) int64, 0 for train, 1 for val, 2 for test; and the classes without an image in one of the splits asked for.
+
+    Raises:
+        LongtailError: a label is not in [0, C).
     """
     assignment = torch.zeros(len(labels), dtype=torch.int64)
     short = []

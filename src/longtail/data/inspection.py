@@ -6,6 +6,7 @@ Files are read in chunks; only a digest and the size of each image are kept.
 from __future__ import annotations
 
 import collections
+import csv
 import dataclasses
 import hashlib
 import io
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,14 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.imbalance import gini, imbalance_factor
 from longtail.data.listing import Listing
 from longtail.data.sources import load_data, read_listing
+from longtail.data.sources.from_listing import split_listing
+from longtail.data.sources.unreadable import refusal
+from longtail.errors import LongtailError
+from longtail.files import write_text
 from longtail.registry import SOURCES
 
 _CHUNK = 2048  # files that are read at once
+_SMALLEST_BATCH = 2  # BatchNorm needs it
 
 
 @dataclass(kw_only=True)
@@ -61,8 +68,12 @@ class Inspection:
     leaks: list[list[str]] = field(default_factory=list)
     """Groups of files with the same content in several splits."""
     errors: list[str] = field(default_factory=list)
-    """What prevents training on the set."""
+    """What training would refuse the set for."""
     remarks: list[str] = field(default_factory=list)
+    root: str | None = None
+    """Folder of the image files."""
+    fixed: int | None = None
+    """Number of files in the table that was asked for."""
 
     @property
     def least(self) -> list[tuple[str, int]]:
@@ -83,7 +94,14 @@ class Inspection:
         }
 
 
-def inspect(config: Data, seed: int, shots: Shots, tick: Callable[[int], None] = lambda _count: None) -> Inspection:
+def inspect(
+    config: Data,
+    seed: int,
+    shots: Shots,
+    tick: Callable[[int], None] = lambda _count: None,
+    *,
+    fix: Path | None = None,
+) -> Inspection:
     """Read every image of a set and report its problems.
 
     Args:
@@ -91,12 +109,15 @@ def inspect(config: Data, seed: int, shots: Shots, tick: Callable[[int], None] =
         seed: of the tail and the splits, as in training.
         shots: thresholds of the groups of classes.
         tick: called with the number of images after each chunk that was read.
+        fix: where to write a table (path, class_name and, where there are splits, split) of the files that can be read.
 
     Raises:
-        LongtailError: the set is unknown, or cannot be listed at all.
+        LongtailError: the set is unknown, or cannot be listed at all; or there are no files to write a table of.
     """
     if SOURCES[config.source].listing is not None:
-        return _inspect_files(read_listing(config), config, shots, tick)
+        return _inspect_files(read_listing(config), config, seed, shots, tick, fix)
+    if fix is not None:
+        raise LongtailError(f"--fix {fix}: {config.source} consists of no image files; expected a folder or a table")
     data = load_data(config, seed)
     inspection = _inspection(config, data.class_names, data.class_counts, data.groups(shots), data)
     inspection.remarks = list(data.remarks)
@@ -107,19 +128,59 @@ def inspect(config: Data, seed: int, shots: Shots, tick: Callable[[int], None] =
     return inspection
 
 
-def _inspect_files(listing: Listing, config: Data, shots: Shots, tick: Callable[[int], None]) -> Inspection:
+def _inspect_files(
+    listing: Listing, config: Data, seed: int, shots: Shots, tick: Callable[[int], None], fix: Path | None
+) -> Inspection:
     classes = len(listing.class_names)
     counts = np.bincount(listing.training.labels.numpy(), minlength=classes)[:classes].tolist()
     inspection = _inspection(config, listing.class_names, counts, shots.groups(counts), LongTailedData)
     inspection.splits = {split: len(entries) for split, entries in listing.splits.items()}
     inspection.errors, inspection.remarks = list(listing.errors), list(listing.remarks)
+    inspection.root = str(listing.root)
     files = (
         (f"{split}: {name}" if split != "all" else name, split, (listing.root / name).read_bytes)
         for split, entries in listing.splits.items()
         for name in entries.names
     )
     _read_files(inspection, files, tick)
+    bad = {entry["path"] for entry in inspection.unreadable}
+    if not listing.errors:
+        inspection.errors += _refusals(listing, config, seed, inspection)
+    if fix is not None:
+        inspection.fixed = _write_good(listing, bad, fix)
     return inspection
+
+
+def _refusals(listing: Listing, config: Data, seed: int, inspection: Inspection) -> list[str]:
+    """Return why training would refuse a set whose listing has no errors."""
+    total = sum(inspection.splits.values())
+    reasons = [f"{entry['path']}: {entry['reason']}" for entry in inspection.unreadable]
+    messages = [refusal(config, reasons, total)]
+    try:
+        train = split_listing(listing, config, config.seed if config.seed is not None else seed, [])["train"]
+        if len(train) < _SMALLEST_BATCH:
+            messages.append(f"train: there is a single training image, expected at least {_SMALLEST_BATCH} for a batch")
+    except LongtailError as error:
+        messages.append(str(error))
+    return [message for message in messages if message is not None]
+
+
+def _write_good(listing: Listing, bad: set[str], path: Path) -> int:
+    """Write the table of the files that can be read; returns their number."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    whole = set(listing.splits) == {"all"}
+    rows.writerow(["path", "class_name"] if whole else ["path", "class_name", "split"])
+    count = 0
+    for split, entries in listing.splits.items():
+        for name, label in zip(entries.names, entries.labels.tolist(), strict=True):
+            if (name if whole else f"{split}: {name}") not in bad and label < len(listing.class_names):
+                row = [name, listing.class_names[label]]
+                rows.writerow(row if whole else [*row, split])
+                count += 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue(), errors="surrogateescape")
+    return count
 
 
 def _inspection(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from longtail.data.imbalance import check_labels
 from longtail.randomness import generator, mix
 from longtail.registry import SAMPLERS
 
@@ -60,7 +61,7 @@ def epoch_order(
     """Return the positions of the images that an epoch shows, (N,) int64, in their order.
 
     Args:
-        labels: (N,) int64.
+        labels: (N,) int64 of at least 0.
         sampler: a name in :data:`longtail.registry.SAMPLERS`.
         seed: of the training.
         epoch: from 0.
@@ -68,12 +69,13 @@ def epoch_order(
         deferred_from: fraction of the training after which the deferred sampler shows classes equally often.
 
     Raises:
-        LongtailError: there is no such sampler.
+        LongtailError: there is no such sampler, or a label is negative.
     """
+    check_labels(labels)
     draws = generator(seed, _ORDER, epoch)
     counts = torch.bincount(labels)
     shares = SAMPLERS[sampler](counts, epoch, epochs, deferred_from)
-    if shares is None:
+    if shares is None or len(labels) == 0:
         return torch.randperm(len(labels), generator=draws)
     # the class first, then one of its images: weights of single images would lose digits where there are millions
     classes = torch.multinomial(shares, len(labels), replacement=True, generator=draws)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from longtail.data.paths import find_path
 from longtail.errors import LongtailError, did_you_mean
 from longtail.registry import SOURCES
 
@@ -27,17 +28,17 @@ def source_of(text: str) -> dict[str, Any]:
     Raises:
         LongtailError: it is none of these.
     """
-    path = Path(text)
+    path = find_path(Path(text))  # under the name that the disk has
     if text in SOURCES and not (text in _KINDS and path.exists()):
         return {"source": text}
     if text.startswith("hub:"):
         return {"source": "hub", "name": text.removeprefix("hub:")}
     if (path / "images").is_dir() and (path / "annotations").is_dir():
-        return {"source": "masks", "root": text}
+        return {"source": "masks", "root": str(path)}
     if path.is_dir():
-        return {"source": "hub" if next(path.rglob("*.parquet"), None) is not None else "folder", "root": text}
+        return {"source": "hub" if next(path.rglob("*.parquet"), None) is not None else "folder", "root": str(path)}
     if path.suffix.lower() in {".txt", ".lst", ".csv", ".tsv", ".parquet", ".json"}:
-        return {"source": "list", "train": text}
+        return {"source": "list", "train": str(path)}
     raise LongtailError(
         f"data '{text}': there is no such folder or set{did_you_mean(text, named_sets())}; expected a named set, a "
         "folder, a list (.txt), a table (.csv, .tsv, .parquet), annotations (.json) or hub:NAME"

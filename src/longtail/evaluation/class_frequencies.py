@@ -6,6 +6,7 @@ Legend: C classes.
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longtail.data.class_order import head_first
+from longtail.data.paths import nfc
 from longtail.errors import LongtailError, did_you_mean
 
 PriorName = Literal["uniform", "train"]
@@ -29,6 +31,7 @@ def resolve_class_frequencies(
     *,
     imbalance: float = 100.0,
     where: str = "prior",
+    ignore_unknown: bool = False,
 ) -> list[float]:
     """Return C class frequencies with sum 1, in the order of ``class_names``.
 
@@ -41,7 +44,7 @@ def resolve_class_frequencies(
               reverse order, see :func:`long_tailed_frequencies`;
             - a file: a JSON object of class names and frequencies, or a table (.csv, .tsv) of two columns, class and
               frequency, with or without a header;
-            - a mapping from class name to frequency;
+            - a mapping from class name to frequency, such as a dictionary or a pandas series;
             - C frequencies in the order of ``class_names``, as a sequence, array or tensor.
 
             Frequencies in files, mappings and sequences must be above 0 and need not sum to 1.
@@ -49,13 +52,16 @@ def resolve_class_frequencies(
         class_counts: (C,) training images of each class.
         imbalance: largest frequency over the smallest of ``forward`` and ``backward``, at least 1.
         where: name of the argument or flag, for error messages.
+        ignore_unknown: leave out the classes of a mapping or file that are not in ``class_names``, such as those that a
+            fold of a cross-validation lacks; the frequencies of the others are scaled to sum 1.
 
     Raises:
         LongtailError: there is no such file, it cannot be read, or a class is missing, unknown, listed twice or
-            without a frequency above 0.
+            without a frequency above 0; the message names the class and the value.
     """
     if isinstance(spec, Path):
-        return _from_pairs(_read_pairs(spec, class_names, f"{where} '{spec}'"), class_names, f"{where} '{spec}'")
+        place = f"{where} '{spec}'"
+        return _from_pairs(_read_pairs(spec, class_names, place), class_names, place, ignore_unknown)
     if isinstance(spec, str):
         if spec == "uniform":
             return [1 / len(class_names)] * len(class_names)
@@ -71,13 +77,23 @@ def resolve_class_frequencies(
                 f"{where} '{spec}': expected uniform, train, forward, backward or a file of class frequencies; "
                 "there is no such file"
             )
-        return resolve_class_frequencies(Path(spec), class_names, class_counts, where=where)
+        return resolve_class_frequencies(
+            Path(spec), class_names, class_counts, where=where, ignore_unknown=ignore_unknown
+        )
     if isinstance(spec, Mapping):
-        return _from_pairs(spec.items(), class_names, where)
+        return _from_pairs(spec.items(), class_names, where, ignore_unknown)
+    if hasattr(spec, "items") and hasattr(spec, "keys"):  # a pandas series is no Mapping
+        return _from_pairs(spec.items(), class_names, where, ignore_unknown)
     values = spec.tolist() if hasattr(spec, "tolist") else spec  # of an array or tensor
     numbers = [_to_float(value) for value in values] if isinstance(values, Iterable) else []
-    if len(numbers) != len(class_names) or not all(_is_frequency(number) for number in numbers):
-        raise LongtailError(f"{where}: expected {len(class_names)} frequencies above 0, got {_shorten(spec)}")
+    expected = f"expected {len(class_names)} frequencies above 0"
+    if len(numbers) != len(class_names):
+        count = f"{len(numbers)}: " if isinstance(values, Iterable) else ""
+        advice = "; a mapping from class name to frequency does not depend on the number of classes"
+        raise LongtailError(f"{where}: {expected}, got {count}{_shorten(spec)}{advice}")
+    for name, value, number in zip(class_names, values, numbers, strict=True):
+        if not _is_frequency(number):
+            raise LongtailError(f"{where}: {expected}, got {_shorten(value)} for class '{name}'")
     return _normalize([number for number in numbers if number is not None])
 
 
@@ -112,8 +128,8 @@ def _read_pairs(path: Path, class_names: Sequence[Hashable], where: str) -> list
         if wrong_row is not None:
             raise LongtailError(f"{where}: expected two columns, a class and its frequency, got {wrong_row}")
         pairs = [(row[0], row[1]) for row in rows]
-        names = {str(name) for name in class_names}
-        has_header = bool(pairs) and _to_float(pairs[0][1]) is None and pairs[0][0] not in names
+        names = {nfc(str(name)) for name in class_names}
+        has_header = bool(pairs) and _to_float(pairs[0][1]) is None and nfc(pairs[0][0]) not in names
         return pairs[1:] if has_header else pairs
     try:
         entries = json.loads(text, object_pairs_hook=list)
@@ -124,29 +140,43 @@ def _read_pairs(path: Path, class_names: Sequence[Hashable], where: str) -> list
     return entries
 
 
-def _from_pairs(pairs: Iterable[tuple[Any, Any]], class_names: Sequence[Hashable], where: str) -> list[float]:
-    """Return normalised frequencies from pairs of class name and frequency; names are compared as text."""
-    names = [str(name) for name in class_names]
+def _from_pairs(
+    pairs: Iterable[tuple[Any, Any]], class_names: Sequence[Hashable], where: str, ignore_unknown: bool
+) -> list[float]:
+    """Return normalised frequencies from pairs of class name and frequency.
+
+    Names are equal if they are equal as values, such as the label 1.0 and the key 1, or as text in one Unicode form.
+    """
+    names = [nfc(str(name)) for name in class_names]
+    by_value = dict(zip(class_names, names, strict=True))
     known_names = set(names)
     frequencies: dict[str, float] = {}
+    unknown: list[str] = []
     for key, value in pairs:
-        name, number = str(key), _to_float(value)
+        name, number = by_value.get(key, nfc(str(key))), _to_float(value)
         if name not in known_names:
-            raise LongtailError(f"{where}: there is no class '{name}'{did_you_mean(name, names)}")
+            if not ignore_unknown:
+                raise LongtailError(f"{where}: there is no class '{name}'{did_you_mean(name, names)}")
+            unknown.append(name)
+            continue
         if name in frequencies:
             raise LongtailError(f"{where}: class '{name}' is listed twice")
         if number is None or not _is_frequency(number):
-            raise LongtailError(f"{where}: class '{name}' has {value!r}, expected a frequency above 0")
+            raise LongtailError(f"{where}: class '{name}' has {_shorten(value)}, expected a frequency above 0")
         frequencies[name] = number
     missing = next((name for name in names if name not in frequencies), None)
     if missing is not None:
-        raise LongtailError(f"{where}: class '{missing}' is missing, expected a frequency of every class")
-    total = sum(frequencies.values())
-    return [frequencies[name] / total for name in names]
+        close = difflib.get_close_matches(missing, unknown, n=1)
+        hint = f"; is it '{close[0]}', which is no class?" if close else ""
+        raise LongtailError(f"{where}: class '{missing}' is missing, expected a frequency of every class{hint}")
+    return _normalize([frequencies[name] for name in names])
 
 
 def _normalize(values: Sequence[float]) -> list[float]:
     total = sum(values)
+    if total == math.inf:  # of finite values near float64's largest
+        largest = max(values)
+        return _normalize([value / largest for value in values])
     return [value / total for value in values]
 
 

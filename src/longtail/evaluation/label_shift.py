@@ -42,6 +42,8 @@ class EstimatedPrior:
     """Method ``map``: the Dirichlet prior has its mode at the training frequencies to this power."""
     prior_strength: float | None = None
     """Method ``map``: pseudo-images of the Dirichlet prior, as a multiple of the number of images."""
+    validation_images: int | None = None
+    """Labelled images that the correction of the scores or the confusion matrix rests on, if that was said."""
 
 
 def estimate_em(
@@ -67,7 +69,12 @@ def estimate_em(
 
 
 def estimate_map(
-    scores: Any, class_counts: Any, bias: Any = None, halves: Any = None, weights: Any = None
+    scores: Any,
+    class_counts: Any,
+    bias: Any = None,
+    halves: Any = None,
+    weights: Any = None,
+    validation_images: int | None = None,
 ) -> EstimatedPrior:
     """Estimate class frequencies by maximum a posteriori, with a Dirichlet prior chosen by cross-validation.
 
@@ -88,6 +95,7 @@ def estimate_map(
         bias: (C,) correction of the scores, see :func:`~longtail.evaluation.calibration.fit_bias`; none if not given.
         halves: (2, C) corrections fitted on each half of the validation images; required with ``bias``.
         weights: (N,) weight of each image; equal if not given.
+        validation_images: number of images that the corrections were fitted on, for the record.
 
     Returns:
         Frequencies, with intervals that cover the number of images and the difference between the halves.
@@ -119,9 +127,12 @@ def estimate_map(
         # the halves differ by twice the standard error of the whole; pooled over the classes, relative to frequencies
         first, second = (np.log(estimate(*fold)[1]) for fold in zip(fold_biases, folds, strict=True))
         variance += np.mean((first - second) ** 2) / 4 * frequencies**2
+    if validation_images is not None and bias is not None:
+        # few images leave the bias, of which one in log frequency is a typical size, as uncertain as it was before
+        variance += frequencies**2 / (1 + validation_images / scores.shape[1])
     half_width = 1.96 * np.sqrt(variance)
     result = _build_estimate("map", frequencies, frequencies - half_width, frequencies + half_width)
-    return dataclasses.replace(result, power=power, prior_strength=prior_strength)
+    return dataclasses.replace(result, power=power, prior_strength=prior_strength, validation_images=validation_images)
 
 
 def _cross_validate(
@@ -243,11 +254,13 @@ def _variance(likelihood: Array, weights: Array, frequencies: Array) -> Array:
 def estimate_bbse(predicted: Any, heldout_labels: Any, heldout_predicted: Any, num_classes: int) -> EstimatedPrior:
     """Estimate class frequencies by black-box shift estimation, from predicted classes and a confusion matrix.
 
-    Solves μ = P(predicted | label) q for q ≥ 0 by least squares. The intervals are percentiles of the bootstrap over
-    the unlabelled and the held-out images.
+    Solves μ = P(predicted | label) q for q ≥ 0 by least squares. Each column of the confusion matrix has a Dirichlet
+    prior worth one image, whose prediction is as often correct as those of all classes together: a class with one
+    held-out image is not taken to be always, or never, recognised. The intervals are percentiles over resampled
+    unlabelled images and confusion matrices from their posterior, so that few held-out images make them wide.
 
     Source: Lipton et al., *Detecting and Correcting for Label Shift with Black Box Predictors*, ICML 2018,
-    arXiv 1802.03916.
+    arXiv 1802.03916; resampling from the posterior: Rubin, *The Bayesian Bootstrap*, 1981.
 
     Args:
         predicted: (N,) predicted classes of unlabelled images.
@@ -268,16 +281,21 @@ def estimate_bbse(predicted: Any, heldout_labels: Any, heldout_predicted: Any, n
         raise LongtailError(
             f"prior: class number {int(per_class.argmin())} has no held-out image, which the confusion matrix needs"
         )
+    accuracy = (np.trace(confusion) + 1) / (len(labels) + 2)
+    prior = np.full((num_classes, num_classes), (1 - accuracy) / max(1, num_classes - 1))
+    np.fill_diagonal(prior, accuracy)
+    posterior = confusion + prior
     counts = np.bincount(predicted, minlength=num_classes).astype(np.float64)
     rng = np.random.default_rng(0)
-    frequencies = _solve(confusion / per_class, counts / counts.sum())
+    frequencies = _solve(posterior / posterior.sum(axis=0), counts / counts.sum())
     resampled = []
     for _ in range(_RESAMPLES):
-        columns = [rng.multinomial(int(n), confusion[:, c] / n) / n for c, n in enumerate(per_class)]
+        columns = [rng.dirichlet(column) for column in posterior.T]
         target = rng.multinomial(len(predicted), counts / counts.sum()) / len(predicted)
         resampled.append(_solve(np.stack(columns, axis=1), target))
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    return _build_estimate("bbse", frequencies, low, high)
+    estimate = _build_estimate("bbse", frequencies, low, high)
+    return dataclasses.replace(estimate, validation_images=len(labels))
 
 
 def _solve(confusion: Array, target: Array) -> Array:

@@ -15,6 +15,7 @@ from torch import Tensor
 from longtail.config import Shots
 from longtail.evaluation.calibration import wilson_interval
 from longtail.losses import posterior
+from longtail.losses.checks import valid_labels
 
 
 def count_correct(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None) -> Tensor:
@@ -24,13 +25,19 @@ def count_correct(scores: Tensor, labels: Tensor, log_prior: Tensor | None = Non
 
     Args:
         scores: (N, C) log-likelihood scores.
-        labels: (N,) true classes.
+        labels: (N,) int64 true classes; −1 is ignored.
         log_prior: (C,) log class frequencies that predictions assume; None is the uniform prior.
+
+    Raises:
+        ValueError: a label is out of range, or not an int64; on an accelerator such an image is ignored.
     """
     classes = scores.shape[1]
+    labels = valid_labels(labels, classes)
     hits = posterior(scores, log_prior).topk(min(5, classes), dim=1).indices == labels[:, None]
-    chosen = (labels, labels[hits[:, 0]], labels[hits.any(dim=1)])
-    return torch.stack([torch.bincount(part, minlength=classes) for part in chosen])
+    # ignored images are counted in an extra column
+    columns = torch.where(labels < 0, classes, labels)
+    chosen = (columns, columns[hits[:, 0]], columns[hits.any(dim=1)])
+    return torch.stack([torch.bincount(part, minlength=classes + 1)[:classes] for part in chosen])
 
 
 def classification_metrics(counts: Tensor, class_counts: Sequence[int], shots: Shots) -> dict[str, Any]:
@@ -43,9 +50,10 @@ def classification_metrics(counts: Tensor, class_counts: Sequence[int], shots: S
 
     Returns:
         ``balanced_accuracy`` (mean over the classes with test images), ``top1``, ``top5`` (over images), ``many``,
-        ``medium``, ``few`` (mean over a group's classes with test images; None without any), ``per_class`` (C values,
-        None for a class without test images), ``images``; and 95 % intervals, which cover the sampling of the test
-        images only: ``intervals`` of the means over classes, ``per_class_interval`` (Wilson).
+        ``medium``, ``few`` (mean over a group's classes with test images; None without any), ``worst_tenth``,
+        ``worst_class``, ``harmonic_mean`` (see :func:`low_end`), ``per_class`` (C values, None for a class without test
+        images), ``images``; and 95 % intervals, which cover the sampling of the test images only: ``intervals`` of the
+        means over classes, ``per_class_interval`` (Wilson).
     """
     present, top1_hits, top5_hits = counts.tolist()
     per_class = [100 * h / n if n else None for h, n in zip(top1_hits, present, strict=True)]
@@ -58,6 +66,7 @@ def classification_metrics(counts: Tensor, class_counts: Sequence[int], shots: S
     for group in ("many", "medium", "few"):
         values = [value for value, name in zip(per_class, groups, strict=True) if name == group]
         accuracies[group] = mean_of_present(values)
+    accuracies |= low_end(per_class)
     class_hits = list(zip(top1_hits, present, groups, strict=True))
     intervals = {
         name: _interval_of_mean([(h, n) for h, n, group in class_hits if n and name in {group, "balanced_accuracy"}])
@@ -69,6 +78,29 @@ def classification_metrics(counts: Tensor, class_counts: Sequence[int], shots: S
         "images": images,
         "intervals": intervals,
         "per_class_interval": [list(wilson_interval(h, n)) if n else None for h, n, _ in class_hits],
+    }
+
+
+def low_end(per_class: Sequence[float | None]) -> dict[str, float | None]:
+    """Return what a mean over classes hides, of accuracies in percent; None where no class has test images.
+
+    With few test images of a class the worst values are partly chance, and lower than the classes' true accuracies.
+
+    Args:
+        per_class: (C,) accuracies; None for a class without test images.
+
+    Returns:
+        ``worst_tenth`` (mean of the tenth of the classes with the lowest accuracy, rounded up to whole classes),
+        ``worst_class`` (the lowest accuracy), ``harmonic_mean`` (over classes; 0 as soon as one class has 0).
+    """
+    values = sorted(value for value in per_class if value is not None)
+    if not values:
+        return {"worst_tenth": None, "worst_class": None, "harmonic_mean": None}
+    tenth = values[: -(-len(values) // 10)]
+    return {
+        "worst_tenth": sum(tenth) / len(tenth),
+        "worst_class": values[0],
+        "harmonic_mean": len(values) / sum(1 / value for value in values) if values[0] > 0 else 0.0,
     }
 
 
@@ -89,16 +121,22 @@ def confused_pairs(
     """Return the most confused pairs of classes, by falling share of the true class's images.
 
     Args:
-        labels: (N,) true classes.
-        predicted: (N,) predicted classes.
+        labels: (N,) int64 true classes; −1 is ignored.
+        predicted: (N,) int64 predicted classes.
         class_counts: (C,) training images of each class.
         max_pairs: maximum number of pairs; a pair with a single image is left out.
 
     Returns:
         For each pair ``class`` and ``predicted`` (class numbers), ``images``, ``share`` of the true class's test images
         in percent, ``to_larger`` (whether the predicted class has more training images).
+
+    Raises:
+        ValueError: a class is out of range, or not an int64.
     """
     classes = len(class_counts)
+    labels, predicted = valid_labels(labels, classes), valid_labels(predicted, classes, "predicted")
+    counted = (labels >= 0) & (predicted >= 0)
+    labels, predicted = labels[counted], predicted[counted]
     present = torch.bincount(labels, minlength=classes)
     wrong = predicted != labels
     pairs, pair_counts = torch.unique(labels[wrong] * classes + predicted[wrong], return_counts=True)
@@ -129,8 +167,8 @@ def most_confident_errors(
     """Return the most confident errors of each kind, at most one of each true class.
 
     Args:
-        labels: (N,) true classes.
-        predicted: (N,) predicted classes.
+        labels: (N,) int64 true classes; −1 is ignored.
+        predicted: (N,) int64 predicted classes.
         confidence: (N,) probability of the predicted class, in [0, 1].
         class_counts: (C,) training images of each class.
         max_errors: maximum number of errors of each kind.
@@ -138,10 +176,16 @@ def most_confident_errors(
     Returns:
         For each of :data:`ERROR_KINDS` entries by falling confidence, with ``image`` (index in the set), ``class`` and
         ``predicted`` (class numbers) and ``confidence`` (in percent).
+
+    Raises:
+        ValueError: a class is out of range, or not an int64.
     """
+    classes = len(class_counts)
+    labels, predicted = valid_labels(labels, classes), valid_labels(predicted, classes, "predicted")
     train_counts = torch.tensor(class_counts, dtype=torch.float64)
-    ratio = train_counts[predicted] / train_counts[labels]
-    wrong = predicted != labels
+    # two classes without training images are alike
+    ratio = (train_counts[predicted] / train_counts[labels]).nan_to_num(nan=1.0, posinf=math.inf)
+    wrong = (predicted != labels) & (labels >= 0) & (predicted >= 0)
     masks = {
         "to_larger": wrong & (ratio >= 2),
         "to_smaller": wrong & (ratio <= 0.5),

@@ -118,6 +118,7 @@ def rebalance(
         metrics={},
         temperature=1.0,
         class_temperatures=(),
+        temperature_fits={},
     )
     rebalanced = type(model)(model.encoder, head, model_config)
     if data.val is not None:

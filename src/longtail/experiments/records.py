@@ -23,7 +23,8 @@ class Record:
     method: str
     seed: int
     metrics: Mapping[str, float | None]
-    """Metrics in percent, None where a group has no class; the names are those of the task's columns and more."""
+    """Metrics in percent, None where a group has no class; the names are those of the task's columns and more, without
+    those that the version that trained the run did not compute."""
     seconds: float
     """Time to train the student."""
     student_passes: int
@@ -57,7 +58,7 @@ def run_record(run: Run) -> Record:
     return Record(
         method=run.config.method,
         seed=run.config.seed,
-        metrics={name: run.metrics.get(name) for name in names},
+        metrics={name: run.metrics[name] for name in names if name in run.metrics},
         epochs=run.model_config.training_info["epochs"],
         predicts_under=run.model_config.predicts_under,
         student_passes=run.student_passes,
@@ -136,7 +137,7 @@ def imbalances_of(records: Sequence[Record]) -> list[float | None]:
 def summarize(records: Sequence[Record], method: str, name: str) -> Summary | None:
     """Return mean and deviation of a metric or cost over a method's seeds; None where any of its values is."""
     values = [
-        record.metrics[name] if name in record.metrics else getattr(record, name)
+        record.metrics[name] if name in record.metrics else getattr(record, name, None)
         for record in records
         if record.method == method
     ]
@@ -167,7 +168,9 @@ def differences(records: Sequence[Record], baseline: object = None) -> list[Diff
 def _difference(
     records: Sequence[Record], method: str, baseline: str, imbalance: float | None, measure: str
 ) -> Difference | None:
-    ours, theirs = ({r.seed: r.metrics[measure] for r in records if r.method == name} for name in (method, baseline))
+    ours, theirs = (
+        {r.seed: r.metrics.get(measure) for r in records if r.method == name} for name in (method, baseline)
+    )
     both = ((ours[seed], theirs[seed]) for seed in ours if seed in theirs)
     gaps = [a - b for a, b in both if a is not None and b is not None]
     if not gaps:
@@ -227,8 +230,11 @@ def markdown(records: Sequence[Record], baseline: object = None) -> list[str]:
 
 
 def columns(records: Sequence[Record]) -> Sequence[tuple[str, str]]:
-    """Return the fields that a table of these records shows, with their titles."""
-    return TASKS[records[0].task].columns if records else ()
+    """Return the fields that a table of these records shows, with their titles: those that all of them have."""
+    if not records:
+        return ()
+    names = TASKS[records[0].task].columns
+    return [(name, title) for name, title in names if all(name in record.metrics for record in records)]
 
 
 def table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:

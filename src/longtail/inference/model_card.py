@@ -73,12 +73,12 @@ def _training(config: ModelConfig) -> list[str]:
     ]
     if "rebalanced" in info:
         lines.append(f"Its classifier was re-trained afterwards: {info['rebalanced']}.")
-    calibrated = config.temperature != 1
-    lines.append(
-        f"Probabilities were calibrated on validation images: temperature {config.temperature:.2f}."
-        if calibrated
-        else "Probabilities were not calibrated: there were no validation images."
-    )
+    if config.calibrated_on:
+        lines.append(f"Probabilities were {config.calibrated_on}.")
+    elif config.temperature != 1:
+        lines.append(f"Probabilities were calibrated on validation images: temperature {config.temperature:.2f}.")
+    else:
+        lines.append("Probabilities were not calibrated: there were no validation images.")
     return [*lines, ""]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from longtail.errors import LongtailError
+from longtail.evaluation.temperature_fit import TemperatureFit, describe_temperatures
 from longtail.registry import TASKS
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
@@ -51,6 +52,9 @@ class ModelConfig:
     """Divisor of the scores, fitted on the validation images; 1 where there were none."""
     class_temperatures: tuple[_Temperature, ...] = ()
     """The same by predicted class, where every shot group has its own; empty otherwise."""
+    temperature_fits: dict[str, TemperatureFit] = field(default_factory=dict)
+    """The temperature of all classes as ``all``, those of shot groups by name, with 95 % intervals and the number of
+    validation images that each rests on; empty without validation images, and in models that were saved without it."""
     predicts_under: Literal["uniform", "train"]
     """The prior in the scores: that of the training set after plain cross-entropy, else uniform."""
     training_info: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +64,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         TASKS.check(self.task, "task")
+
+    @property
+    def calibrated_on(self) -> str:
+        """A sentence on the temperatures and the validation images that they rest on; empty if none was recorded."""
+        return describe_temperatures(self.temperature_fits)
 
     @property
     def channels(self) -> int:

@@ -212,8 +212,10 @@ class Recognizer(TrainedModel):
         if len(scores) == 0:
             raise LongtailError("prior estimate: there are no images to estimate it from")
         stats = self.calibration_stats
-        bias, halves = (None, None) if stats is None else (stats.bias.numpy(), stats.halves.numpy())
-        return estimate_map(scores.cpu().numpy(), self.config.class_counts, bias, halves, weights)
+        values, counts = scores.cpu().numpy(), self.config.class_counts
+        if stats is None:
+            return estimate_map(values, counts, weights=weights, validation_images=0)
+        return estimate_map(values, counts, stats.bias.numpy(), stats.halves.numpy(), weights, len(stats.labels))
 
     def corrected_frequencies(self, estimated: EstimatedPrior) -> list[float]:
         """Return (C,) frequencies to predict under: the estimated ones times the correction of the scores."""

@@ -1,7 +1,8 @@
 """Contrastive losses to compare with: supervised, balanced and parametric.
 
 Legend: B queries, K keys, C classes, D embedding width. s_ij = z_i·k_j/τ with unit-norm z and k; P(i) the keys of
-query i's class except itself, A(i) all keys except itself. A key with label −1 is ignored.
+query i's class except itself, A(i) all keys except itself. A key with label −1 is ignored, and so is a query. Queries
+and keys in half precision are converted to float32 first; under autocast, all but their product is in float32.
 
     supervised   −(1/|P|) Σ_{p∈P} s_ip + log Σ_{a∈A} exp(s_ia)                        (Khosla et al., NeurIPS 2020)
     balanced     −(1/|P|) Σ_{p∈P} s_ip + log Σ_c (1/|A_c|) Σ_{a∈A_c} exp(s_ia)        (Zhu et al., CVPR 2022)
@@ -18,7 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from longtail.losses.reduction import batch_mean
+from longtail.losses.checks import valid_labels
+from longtail.losses.reduction import batch_mean, to_full_precision
 
 
 def _similarities(
@@ -29,7 +31,9 @@ def _similarities(
     if self_mask is not None:
         mask = mask & ~self_mask
     positive = mask & (labels[:, None] == key_labels[None])
-    return (queries @ keys.t() / temperature).masked_fill(~mask, -math.inf), positive, mask
+    # again after the product, which autocast computes in half precision
+    products = to_full_precision(to_full_precision(queries) @ to_full_precision(keys).t())
+    return (products / temperature).masked_fill(~mask, -math.inf), positive, mask
 
 
 def _mean_of_positives(values: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,15 +52,16 @@ def supcon_loss(
 ) -> Tensor:
     """Return the supervised contrastive loss, a scalar.
 
-    A query without a positive is left out of the mean; if no query has one, the loss is 0.
+    A query without a positive is left out of the mean; if no query has one, the loss is 0. Labels are only compared
+    with one another, so any number of classes will do.
 
     Source: Khosla et al., *Supervised Contrastive Learning*, NeurIPS 2020, arXiv 2004.11362, equation 2 (L_out).
 
     Args:
         queries: (B, D), unit norm.
-        labels: (B,) int64 in [0, C).
+        labels: (B,) int64 of at least 0; a negative one is ignored.
         keys: (K, D), unit norm.
-        key_labels: (K,) int64 in [0, C); −1 is ignored.
+        key_labels: (K,) int64 of at least 0; a negative one is ignored.
         temperature: τ > 0.
         self_mask: (B, K) bool, True where a key is the query itself; None if no key is.
     """
@@ -75,6 +80,8 @@ def balanced_contrastive_loss(
     num_classes: int,
     temperature: float = 0.1,
     self_mask: Tensor | None = None,
+    *,
+    validate: bool = False,
 ) -> Tensor:
     """Return the balanced contrastive loss, a scalar: every class has the same share of the denominator.
 
@@ -83,18 +90,25 @@ def balanced_contrastive_loss(
 
     Args:
         queries: (B, D), unit norm.
-        labels: (B,) int64 in [0, C).
+        labels: (B,) int64 in [0, C); −1 is ignored.
         keys: (K, D), unit norm.
         key_labels: (K,) int64 in [0, C); −1 is ignored.
         num_classes: C.
         temperature: τ > 0.
         self_mask: (B, K) bool, True where a key is the query itself; None if no key is.
+        validate: see :func:`longtail.losses.posterior_cross_entropy`.
+
+    Raises:
+        ValueError: a label is out of range, or not an int64.
     """
+    labels = valid_labels(labels, num_classes, validate=validate)
+    key_labels = valid_labels(key_labels, num_classes, "key_labels", validate=validate)
     similarities, positive, key_mask = _similarities(queries, labels, keys, key_labels, temperature, self_mask)
     mean, has_positive = _mean_of_positives(similarities, positive)
     column = key_labels.clamp(min=0)
     # |A_c|: a query is not among its own keys, so its class has one fewer
-    class_size = queries.new_zeros(len(queries), num_classes).index_add(1, column, key_mask.to(queries.dtype))
+    class_size = similarities.new_zeros(len(queries), num_classes)
+    class_size = class_size.index_add(1, column, key_mask.to(similarities.dtype))
     log_size = class_size.clamp(min=1).log().gather(1, column[None].expand(len(queries), -1))
     rows = torch.where(has_positive[:, None], similarities - log_size, 0.0)
     return batch_mean(torch.where(has_positive, rows.logsumexp(dim=1) - mean, 0.0), has_positive)
@@ -109,28 +123,40 @@ def parametric_contrastive_loss(
     temperature: float = 0.05,
     sample_weight: float = 0.05,
     self_mask: Tensor | None = None,
+    *,
+    validate: bool = False,
 ) -> Tensor:
     """Return the parametric contrastive loss, a scalar.
 
     A query is compared with all class centres and all keys in one softmax; the centre of its class is a positive of
-    weight 1, every key of its class a positive of weight α.
+    weight 1, every key of its class a positive of weight α. A query of a class without training images, whose score is
+    −inf by the log prior, is left out of the mean.
 
     Source: Cui et al., *Parametric Contrastive Learning*, ICCV 2021, arXiv 2107.12028, equation 5.
 
     Args:
         scores: (B, C) class scores of the queries' images, log prior included; they stand for the class centres.
         queries: (B, D), unit norm.
-        labels: (B,) int64 in [0, C).
+        labels: (B,) int64 in [0, C); −1 is ignored.
         keys: (K, D), unit norm.
         key_labels: (K,) int64 in [0, C); −1 is ignored.
         temperature: τ > 0.
         sample_weight: α ≥ 0; with 0, keys occur in the denominator only.
         self_mask: (B, K) bool, True where a key is the query itself; None if no key is.
+        validate: see :func:`longtail.losses.posterior_cross_entropy`.
+
+    Raises:
+        ValueError: a label is out of range, or not an int64.
     """
+    scores = to_full_precision(scores)
+    labels = valid_labels(labels, scores.shape[1], validate=validate)
+    key_labels = valid_labels(key_labels, scores.shape[1], "key_labels", validate=validate)
     similarities, positive, _ = _similarities(queries, labels, keys, key_labels, temperature, self_mask)
     log_sum = torch.logaddexp(scores.logsumexp(dim=1), similarities.logsumexp(dim=1))
     weights = sample_weight * positive.to(scores.dtype)
     total = 1 + weights.sum(dim=1)
-    positive_sum = scores.gather(1, labels[:, None])[:, 0] + (weights * similarities.masked_fill(~positive, 0.0)).sum(1)
+    own = scores.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    mask = (labels >= 0) & (own > -math.inf)
+    positive_sum = own.where(mask, 0.0) + (weights * similarities.masked_fill(~positive, 0.0)).sum(1)
     losses = log_sum - positive_sum / total
-    return batch_mean(losses, torch.ones_like(labels, dtype=torch.bool))
+    return batch_mean(losses.where(mask, 0.0), mask)

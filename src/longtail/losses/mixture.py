@@ -17,13 +17,12 @@ Above :data:`MIN_TEMPERATURE` this is inside float32's range, and no maximum has
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longtail.losses.checks import MIN_TEMPERATURE, check_mixture
+from longtail.losses.checks import MIN_TEMPERATURE, Counts, check_mixture, valid_labels
 from longtail.losses.mixture_autograd import full_precision, mixture_losses
 from longtail.losses.posterior import ClassPrior
 from longtail.losses.reduction import batch_mean
@@ -70,11 +69,11 @@ def gml_loss(
         key_ids: (K,) int64 image ids of the keys.
         reduction: ``mean`` (over the queries that count), ``sum`` or ``none``.
         validate: check shapes, types and values first; False avoids the synchronisation with an accelerator that the
-            values need.
+            values need: labels are then checked on a CPU only, and ignored elsewhere if they are out of range.
 
     Returns:
-        A scalar, or (B,) for ``none``. A query whose class has no key (other than from its own image) does not count:
-        it is left out of the mean, and 0 otherwise.
+        A scalar, or (B,) for ``none``. A query whose class has no key (other than from its own image) or no training
+        image (a log prior of −inf) does not count: it is left out of the mean, and 0 otherwise.
 
     Raises:
         ValueError: an argument's shape, type or values are not as above.
@@ -109,7 +108,11 @@ def class_log_likelihood(
 
     Returns:
         (B, C) float32 (float64 for float64); −inf for a class without keys, whose posterior is then 0.
+
+    Raises:
+        ValueError: a label is out of range, or not an int64; on an accelerator such a key is ignored.
     """
+    key_labels = valid_labels(key_labels, num_classes, "key_labels")
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with full_precision(queries.device.type):
         exponentials = (queries.to(dtype) @ keys.to(dtype).t() / temperature).exp()
@@ -125,7 +128,8 @@ class GMLLoss(nn.Module):
     """The GML loss with its learned temperature, for any training loop.
 
     Args:
-        class_counts: (C,) training images of each class.
+        class_counts: (C,) training images of each class: a sequence, array or tensor. A query or key of a class
+            without any is left out.
         temperature: initial τ, inside :data:`TEMPERATURE_BOUNDS`.
         learn_temperature: learn τ; otherwise it is constant.
         validate: see :func:`gml_loss`.
@@ -143,7 +147,7 @@ class GMLLoss(nn.Module):
 
     def __init__(
         self,
-        class_counts: Tensor | Sequence[int],
+        class_counts: Counts,
         temperature: float = 0.1,
         learn_temperature: bool = True,
         *,

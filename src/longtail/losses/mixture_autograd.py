@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtail.losses.checks import valid_labels
+from longtail.losses.reduction import to_full_precision
+
 CPU_BLOCK_ENTRIES, BLOCK_ENTRIES = 2**19, 2**24
 """Entries of the B × K similarities computed at a time: what fits a CPU core's cache, or an accelerator's memory."""
 MIN_BLOCK_KEYS = 64
@@ -60,6 +63,10 @@ def mixture_losses(
     dtype = torch.promote_types(queries.dtype, torch.float32)
     if not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=dtype, device=queries.device)
+    # counts of keys are summed in the type of the prior
+    log_prior = to_full_precision(log_prior)
+    labels = valid_labels(labels, len(log_prior))
+    key_labels = valid_labels(key_labels, len(log_prior), "key_labels")
     # the keys of a class of frequency 0 are left out, like unfilled slots
     key_labels = torch.where(log_prior[key_labels.clamp(min=0)] > -math.inf, key_labels, -1)
     filled, key_class = key_labels >= 0, key_labels.clamp(min=0)

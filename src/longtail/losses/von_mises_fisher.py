@@ -65,7 +65,7 @@ def concentration(mean: Tensor) -> Tensor:
 
 
 def vmf_scores(queries: Tensor, mean: Tensor, temperature: float = 0.1) -> Tensor:
-    """Return (B, C) log p(z|c) by the closed form above, up to a constant for each query.
+    """Return (B, C) log p(z|c) by the closed form above, up to a constant for each query; float32 or float64.
 
     A class without samples has mean 0, and so the uniform distribution on the sphere.
 
@@ -84,4 +84,6 @@ def vmf_scores(queries: Tensor, mean: Tensor, temperature: float = 0.1) -> Tenso
     # ‖κμ + z/τ‖² without the B × C × D differences
     square = kappa**2 + 2 * (scaled @ direction.t()) + (scaled**2).sum(dim=1, keepdim=True)
     length = square.clamp(min=1e-12).sqrt()
-    return (log_bessel_ratio(length, order) - log_bessel_ratio(kappa, order)).to(queries.dtype)
+    return (log_bessel_ratio(length, order) - log_bessel_ratio(kappa, order)).to(
+        torch.promote_types(queries.dtype, torch.float32)
+    )

@@ -38,7 +38,7 @@ class TeacherOutput(NamedTuple):
     features: Tensor | None
     """(B, F) of the key view, where a method has keys; maps (B, F, h, w)."""
     scores: Tensor | None
-    """(B, C) of the classification view, where the method distils; maps (B, C, h, w)."""
+    """(D · B, C) of the D distilled views, one view after the other; maps (D · B, C, h, w)."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,11 @@ class Method(nn.Module, ABC):
         return cls.num_student_views(config)
 
     @classmethod
+    def num_distilled_views(cls, config: Config) -> int:
+        """Return how many of the classified views, the first, learn from the teacher's scores."""
+        return cls.num_classified_views(config) if config.classifier.distill_every_view else 1
+
+    @classmethod
     def views(cls, config: Config) -> tuple[ViewUse, ...]:
         """Return what each view of a batch is for, which decides how it is augmented."""
         classification: ViewUse = "classification"
@@ -211,11 +216,13 @@ class Method(nn.Module, ABC):
         )
         terms |= self.auxiliary_loss(features, scores, batch, teacher_output)
         if teacher_output.scores is not None:
+            distilled = self.num_distilled_views(self.config)
+            counted = self.adapter.downsample_labels(labels) >= 0
             terms["distillation"] = self.distillation_weight(self.config) * distillation(
-                scores[:size],
+                scores[: size * distilled],
                 teacher_output.scores,
                 self.config.teacher.distillation_temperature,
-                self.adapter.downsample_labels(labels) >= 0,
+                counted.repeat(distilled, *(1,) * (counted.ndim - 1)),
             )
         return terms
 
@@ -229,7 +236,11 @@ class Method(nn.Module, ABC):
             return TeacherOutput(None, batch.teacher_scores)
         assert teacher is not None
         assert classifier is not None
-        return TeacherOutput(None, classifier(teacher(batch.views[0])))
+        return TeacherOutput(None, torch.cat([classifier(teacher(view)) for view in self.distilled_views(batch)]))
+
+    def distilled_views(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the views whose scores the student learns from the teacher."""
+        return batch.views[: self.num_distilled_views(self.config)]
 
     def log_prior(self) -> Tensor | None:
         """Return what is added to the scores in training, (C,)."""

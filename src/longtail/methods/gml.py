@@ -262,17 +262,18 @@ class GML(Method):
         if batch.key_features is not None:
             return TeacherOutput(batch.key_features, batch.teacher_scores)
         teacher, classifier = self._teacher
-        classification, key = batch.views[0], batch.views[0 if self.settings.share_key else -1]
+        distilled, key = self.distilled_views(batch), batch.views[0 if self.settings.share_key else -1]
         distils = self.distillation_weight(self.config) > 0 and classifier is not None
         if self.settings.keys == "momentum" or teacher is None:
             return TeacherOutput(self.ema(key), super().teacher_outputs(batch).scores)
         if not distils or classifier is None:
             return TeacherOutput(self._with_ema_features(teacher(key), key), None)
         if self.settings.share_key:
-            features = teacher(classification)
-            return TeacherOutput(features, classifier(features))
-        features = teacher(torch.cat([classification, key]))
-        return TeacherOutput(self._with_ema_features(features[len(batch) :], key), classifier(features[: len(batch)]))
+            features = teacher(torch.cat(distilled))
+            return TeacherOutput(features[: len(batch)], classifier(features))
+        features = teacher(torch.cat([*distilled, key]))
+        size = len(features) - len(batch)
+        return TeacherOutput(self._with_ema_features(features[size:], key), classifier(features[:size]))
 
     def _with_ema_features(self, features: Tensor, key: Tensor) -> Tensor:
         """Return the teacher's features, with those of the moving average appended where both compute the keys."""

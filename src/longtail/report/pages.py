@@ -32,7 +32,7 @@ from longtail.inference.model_config import read_model_config
 from longtail.registry import METHODS, TASKS
 from longtail.report import plots as comparison_plots
 from longtail.training.metric_log import read_metrics
-from longtail.training.run_io import Run, read_finished
+from longtail.training.run_io import Run, count_unreadable, read_finished
 
 
 def _render(name: str, **values: Any) -> str:
@@ -57,6 +57,7 @@ def run_report(folder: Path) -> Path:
         figures=[(title, Markup(plots.svg(figure))) for title, figure in [*shown.figures, *_curves(config, epochs)]],
         shown=shown,
         test=test,
+        unreadable=count_unreadable(folder),
         settings=config.to_yaml(),
     )
     write_text(folder / "report.html", page)

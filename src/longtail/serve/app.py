@@ -1,14 +1,16 @@
 """A local page to drop images on: classes with probabilities, a choice of prior, the nearest training images.
 
 Everything is on one page without anything from elsewhere. An upload is one image in the body of a request; what is too
-large, empty or no image gets a 4xx answer with one line, and the server lives on. Legend: N training images, C classes.
+large, too slow, empty or no image gets a 4xx answer with one line, and the server lives on. Legend: N training images,
+C classes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +28,18 @@ from longtail.errors import LongtailError
 from longtail.inference.features import encode_split
 from longtail.inference.options import TTA
 from longtail.inference.recognizer import Recognizer
+from longtail.serve.connections import TrustedHosts, listen, reaping_protocol, trusted_hosts
 from longtail.tasks.loading import load_model, load_run
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 60_000_000
+BODY_SECONDS = 60.0
+"""Time that an upload may take to arrive."""
+MOST_PENDING_BYTES = 2**30
+"""Of all uploads that arrive or wait."""
+_IN_MEMORY_BYTES = 2**18  # of each of them; the rest lies in a temporary file
 _CONCURRENCY = 2  # images that are predicted at the same time; the others wait
+_MOST_CONNECTIONS = 400  # at once; with a temporary file each, below the usual limit of 1,024 open files
 _NEIGHBOURS = 5
 _MAX_REFERENCE_IMAGES = 20_000  # training images among which neighbours are searched
 
@@ -98,7 +107,7 @@ def answer(
         response: dict[str, Any] = {
             "top": [{"class": name, "probability": value} for name, value in predictions.top(top)[0]],
             "set": None if predictions.sets is None else predictions.sets[0],
-            "calibrated": model.config.temperature != 1 or bool(model.config.class_temperatures),
+            "calibrated": model.config.temperature != 1 or bool(model.config.temperature_fits),
             "nearest": [],
         }
         if reference is not None:
@@ -114,8 +123,54 @@ def answer(
     return response
 
 
+class _RefusedError(Exception):
+    """An upload that is not taken."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Uploads:
+    """The bodies of all requests that arrive or wait for their turn."""
+
+    def __init__(self) -> None:
+        self.pending = 0
+
+    async def collect(self, request: Any, file: Any) -> int:
+        """Write a body to a file and return its size, which the caller subtracts from :attr:`pending` in the end.
+
+        Raises:
+            _RefusedError: it is too large, or there are too many.
+        """
+        size, given = 0, request.headers.get("content-length", "0")
+        if given.isdecimal() and int(given) > MOST_BYTES:  # refused before it is read
+            raise _RefusedError(413, f"the upload: has more than {MOST_BYTES // 2**20} MiB")
+        try:
+            async for part in request.stream():
+                size += len(part)
+                self.pending += len(part)
+                if size > MOST_BYTES:
+                    raise _RefusedError(413, f"the upload: has more than {MOST_BYTES // 2**20} MiB")
+                if self.pending > MOST_PENDING_BYTES:
+                    raise _RefusedError(503, "the server: has too many uploads at once; try again in a moment")
+                file.write(part)
+        except OSError as error:
+            self.pending -= size
+            raise _RefusedError(503, f"the upload: cannot be kept: {error.strerror}") from None
+        except BaseException:
+            self.pending -= size
+            raise
+        return size
+
+
 def build_app(
-    model: Recognizer, reference: ReferenceImages | None = None, title: str = "longtail", tta: TTA = "none"
+    model: Recognizer,
+    reference: ReferenceImages | None = None,
+    title: str = "longtail",
+    tta: TTA = "none",
+    hosts: Sequence[str] | None = None,
+    body_seconds: float = BODY_SECONDS,
 ) -> Any:
     """Return the page and its answers as an ASGI application.
 
@@ -124,14 +179,18 @@ def build_app(
         reference: training images among which neighbours are searched; none are shown if not given.
         title: of the page.
         tta: test-time augmentation, see :meth:`Recognizer.scores`.
+        hosts: names in the Host header that are answered to, see :class:`~longtail.serve.connections.TrustedHosts`; all
+            if not given.
+        body_seconds: time that an upload may take to arrive.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
+    from starlette.middleware import Middleware
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
-    slots = asyncio.Semaphore(_CONCURRENCY)
+    slots, uploads = asyncio.Semaphore(_CONCURRENCY), _Uploads()
     pages = Environment(loader=PackageLoader("longtail.serve", "."), autoescape=True, trim_blocks=True)
     page = pages.get_template("page.html.j2").render(
         title=title, model=model.config, neighbours=reference is not None, most_bytes=MOST_BYTES, tta=tta
@@ -144,28 +203,30 @@ def build_app(
         prior = request.query_params.get("prior", "uniform")
         if prior not in {"uniform", "train"}:
             return JSONResponse({"error": f"prior '{prior[:50]}': expected uniform or train"}, 400)
-        body = b""
-        async for part in _body(request):
-            body += part
-            if len(body) > MOST_BYTES:
-                return JSONResponse({"error": f"the upload: has more than {MOST_BYTES // 2**20} MiB"}, 413)
-        try:
-            async with slots:
-                image = await run_in_threadpool(read_upload, body)
-                response = await run_in_threadpool(answer, model, reference, image, prior, tta=tta)
-        except LongtailError as error:
-            return JSONResponse({"error": str(error)}, 400)
+        with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as file:
+            try:
+                size = await asyncio.wait_for(uploads.collect(request, file), body_seconds)
+            except asyncio.TimeoutError:
+                message = f"the upload: has not arrived within {body_seconds:g} seconds"
+                return JSONResponse({"error": message}, 408, headers={"Connection": "close"})
+            except _RefusedError as error:
+                return JSONResponse({"error": str(error)}, error.status, headers={"Connection": "close"})
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody reads it
+            try:
+                async with slots:
+                    file.seek(0)
+                    image = await run_in_threadpool(read_upload, file.read())
+                    response = await run_in_threadpool(answer, model, reference, image, prior, tta=tta)
+            except LongtailError as error:
+                return JSONResponse({"error": str(error)}, 400)
+            finally:
+                uploads.pending -= size
         return JSONResponse(response)
 
-    async def _body(request: Request) -> AsyncIterator[bytes]:
-        given = request.headers.get("content-length", "0")
-        if given.isdecimal() and int(given) > MOST_BYTES:
-            yield b"\0" * (MOST_BYTES + 1)  # refused before it is read
-            return
-        async for part in request.stream():
-            yield part
-
-    return Starlette(routes=[Route("/", home), Route("/predict", predict, methods=["POST"])])
+    middleware = [] if hosts is None else [Middleware(TrustedHosts, hosts=hosts)]
+    routes = [Route("/", home), Route("/predict", predict, methods=["POST"])]
+    return Starlette(routes=routes, middleware=middleware)
 
 
 # nothing from elsewhere is loaded, and nothing that an answer holds can run
@@ -176,9 +237,18 @@ _POLICY = (
 
 
 def serve(
-    run: Path, host: str, port: int, data_root: str | None = None, quiet: bool = False, tta: TTA = "none"
+    run: Path,
+    host: str,
+    port: int,
+    data_root: str | None = None,
+    quiet: bool = False,
+    tta: TTA = "none",
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve the page until it is interrupted.
+
+    Requests are answered only to the names that it was started for: a page from elsewhere whose own name is made to
+    resolve to this machine (DNS rebinding) would read the answers otherwise.
 
     Args:
         run: folder of a run, or of a model.
@@ -187,6 +257,7 @@ def serve(
         data_root: where the training images are now, if not where they were.
         quiet: print nothing.
         tta: test-time augmentation, see :meth:`Recognizer.scores`.
+        allowed_hosts: further names that it is reached by, as behind another server.
 
     Raises:
         LongtailError: the extra is missing, the model labels pixels, or the port is taken.
@@ -206,8 +277,9 @@ def serve(
     except LongtailError as error:
         if not quiet:
             print(f"without neighbours: {error}")
-    listening = _listen(host, port)
-    address = f"http://{host}:{listening.getsockname()[1]}"
+    listening = listen(host, port)
+    named = f"[{host}]" if ":" in host else host
+    address = f"http://{named}:{listening.getsockname()[1]}"
 
     @asynccontextmanager
     async def announce(_: Any) -> AsyncIterator[None]:
@@ -215,21 +287,10 @@ def serve(
             print(f"{address}  (Ctrl-C ends it)", flush=True)
         yield
 
-    app = build_app(model, reference, run.resolve().name, tta)
+    hosts = [*trusted_hosts(host), *allowed_hosts]
+    app = build_app(model, reference, run.resolve().name, tta, hosts, BODY_SECONDS)
     app.router.lifespan_context = announce
-    config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, limit_concurrency=200)
+    config = uvicorn.Config(
+        app, http=reaping_protocol(), log_level="warning", timeout_keep_alive=5, limit_concurrency=_MOST_CONNECTIONS
+    )
     uvicorn.Server(config).run(sockets=[listening])
-
-
-def _listen(host: str, port: int) -> Any:
-    import socket
-
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(128)  # clients that connect as soon as the address is printed wait instead of being refused
-    except (OSError, OverflowError) as error:
-        listening.close()
-        raise LongtailError(f"--host {host} --port {port}: cannot be listened at: {error}") from None
-    return listening

@@ -87,6 +87,8 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
     )
     task.check(config)
     augment = data.augment if config.data.augment == "auto" else config.data.augment
+    if config.data.augment == "auto" and augment == "cifar" and config.pretrained != "none":
+        augment = "cifar-plain"  # AutoAugment and Cutout need far more epochs than fine-tuning takes
     contrast = config.data.contrast_augment
     if contrast == "auto":
         contrast = TRANSFORMS[augment].contrast or augment

@@ -54,7 +54,7 @@ def choose(config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Se
 
     All of the network is tuned where that leaves enough epochs; otherwise only the classifier is trained, on features
     that are computed once. Enough are 6 epochs and 600 steps; more than twice as many gain less than larger images do.
-    Of the sizes of the images that this leaves, the one that uses the time best is taken. The order of preference comes
+    Of what uses the time well, the largest images are taken. The order of preference comes
     from the measurements in ``docs/evidence.md``.
 
     Args:
@@ -79,7 +79,8 @@ def choose(config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Se
     twice = min(_MOST_EPOCHS, 2 * enough)
     usual = fitting(range(enough, twice + 1))
     if usual:
-        best = max(usual, key=lambda each: each.seconds)
+        most = max(each.seconds for each in usual)
+        best = max((each for each in usual if each.seconds >= 0.92 * most), key=lambda each: (each.side, each.seconds))
         if best.side == sides[-1] and best.epochs == twice:  # time is left
             best = max(fitting(range(twice, _MOST_EPOCHS + 1)), key=lambda each: (each.side, each.epochs))
         return best

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from longtail.nn import Encoder
 from longtail.registry import METHODS
 
 _IMAGES = 16  # of a measured batch: the time of an image hardly depends on it
-_SECONDS = 1.0  # of measurement for each direction, after one batch to warm up
+_SECONDS, _CALLS = 2.0, 12  # of measurement for each direction at most, after two batches to warm up
 _HEAD_STEP = 0.004  # seconds of a step on kept features, on a slow core
 
 
@@ -74,7 +73,7 @@ def measure_speed(encoder: Encoder, size: int, device: torch.device, tuned: bool
 
 
 def _time(function: Callable[[], None], device: torch.device) -> float:
-    """Return the median seconds of a call, after one call to warm up."""
+    """Return the lower quartile of the seconds of a call: a burst of other work is not the speed of the machine."""
 
     def run() -> float:
         started = time.perf_counter()
@@ -84,10 +83,11 @@ def _time(function: Callable[[], None], device: torch.device) -> float:
         return time.perf_counter() - started
 
     run()
+    run()
     times = [run()]
-    while sum(times) < _SECONDS and len(times) < 5:
+    while sum(times) < _SECONDS and len(times) < _CALLS:
         times.append(run())
-    return statistics.median(times)
+    return sorted(times)[len(times) // 4]
 
 
 def expected_seconds(config: Config, sizes: Sizes, speed: Speed, *, missing_features: int | None = None) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from longtail.config import Config, read_config
+from longtail.data.dataset import LongTailedData
+from longtail.distributed import rank
 from longtail.errors import LongtailError
 from longtail.files import write_text
 from longtail.inference.model_config import ModelConfig, read_model_config
@@ -19,7 +23,7 @@ INCIDENTAL = frozenset(
         *("device", "compile", "checkpoint_seconds", "log"),
         *("data.root", "data.train", "data.val", "data.test", "data.memory_gib", "data.workers"),
         "data.cache",
-        "data.max_unreadable_fraction",
+        *("data.unreadable", "data.max_unreadable_fraction"),
     }
 )
 """Settings that do not make it another run: where it is computed, how often it is saved, where its images are."""
@@ -71,6 +75,36 @@ def create_run_folder(folder: Path, config: Config, *, resume: bool, overwrite: 
         raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
     if not (folder / "config.yaml").is_file():
         write_text(folder / "config.yaml", config.to_yaml())
+
+
+def write_unreadable(folder: Path, data: LongTailedData) -> None:
+    """Write ``unreadable.csv``, the path and reason of every image that could not be read; nothing if there is none.
+
+    Args:
+        folder: of the run.
+        data: what it trains and is evaluated on. Of images that are decoded when they are needed, those that have
+            failed so far are listed.
+    """
+    found = dict(data.unreadable)
+    for split, images in (("train", data.train), ("val", data.val), ("test", data.test)):
+        for index, reason in ({} if images is None else images.images.unreadable).items():
+            assert images is not None
+            names = getattr(images.images, "names", None)
+            found[f"{split}, row {int(images.ids[index])}" if names is None else names[index]] = reason
+    if not found or rank() != 0:
+        return
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *found.items()])
+    write_text(folder / "unreadable.csv", text.getvalue(), errors="surrogateescape")
+
+
+def count_unreadable(folder: Path) -> int:
+    """Return the number of images that a run could not read."""
+    path = folder / "unreadable.csv"
+    if not path.is_file():
+        return 0
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return sum(1 for _ in csv.reader(file)) - 1
 
 
 def _check_same_run(there: Config, here: Config, folder: Path) -> None:

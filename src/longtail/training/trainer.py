@@ -46,7 +46,7 @@ from longtail.training.head_init import init_classifier
 from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
 from longtail.training.optim import build_optimizer, set_learning_rate
 from longtail.training.preemption import PreemptionHandler
-from longtail.training.run_io import Run, create_run_folder
+from longtail.training.run_io import Run, create_run_folder, write_unreadable
 from longtail.training.schedule import rate
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
 from longtail.training.teacher_cache import TeacherCache, teacher_cache
@@ -103,6 +103,7 @@ def fit(
         with wrap_peer_failure():
             if rank() == 0:
                 create_run_folder(out, config, resume=resume, overwrite=overwrite)
+                write_unreadable(out, data)
             barrier()
             if config.recipe != "teacher":  # the student's run has logged them
                 for line in (*data.remarks, *why, *reasons):
@@ -429,6 +430,7 @@ class _Trainer:
             if config.recipe != "teacher":
                 self.task.save_examples(self.out, self.data.test, metrics[model.config.predicts_under])
         log.add({"kind": "test", "step": tracker.step, **metrics})
+        write_unreadable(self.out, self.images)
         barrier()
         seconds = training_info["seconds"]
         return Run(self.out, config, model.config, metrics, tracker.student_passes, seconds, teacher_seconds)

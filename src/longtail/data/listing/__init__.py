@@ -4,10 +4,10 @@ A module reads each format; :func:`check` then looks for what all of them can ge
 """
 
 from longtail.data.listing.checks import check
-from longtail.data.listing.folders import names_by_folder, read_folder
+from longtail.data.listing.folders import find_split_folders, names_by_folder, read_folder
 from longtail.data.listing.formats import encode_labels, read_annotations, read_list, read_splits
 from longtail.data.listing.tables import read_table
-from longtail.data.listing.types import SPLITS, Entries, Listing
+from longtail.data.listing.types import SPLITS, Entries, Listing, split_of
 
 __all__ = [
     "SPLITS",
@@ -15,10 +15,12 @@ __all__ = [
     "Listing",
     "check",
     "encode_labels",
+    "find_split_folders",
     "names_by_folder",
     "read_annotations",
     "read_folder",
     "read_list",
     "read_splits",
     "read_table",
+    "split_of",
 ]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from longtail.data.listing.types import Listing
-from longtail.errors import did_you_mean
+from longtail.data.listing.types import Entries, Listing
+from longtail.data.paths import find_path, nfc, printable
 
 
 def check(listing: Listing) -> None:
-    """Add what is wrong to a listing's errors and remarks, and keep one entry of a file that a split lists twice."""
+    """Add what is wrong to a listing's errors and remarks, and keep one entry of a file that a split lists twice.
+
+    Paths that differ from a file's name in their Unicode form only become that name.
+    """
     _check_names(listing.class_names, listing.errors)
     classes = len(listing.class_names)
     counts = torch.bincount(listing.training.labels, minlength=classes)
@@ -25,9 +29,10 @@ def check(listing: Listing) -> None:
             )
     empty = torch.nonzero(counts[:classes] == 0).flatten().tolist()
     if empty:
-        shown = ", ".join(str(label) for label in empty[:5]) + ("…" if len(empty) > 5 else "")
+        shown = ", ".join(printable(listing.class_names[label]) for label in empty[:5])
         listing.errors.append(
-            f"train: {len(empty)} of {classes} labels have no training image ({shown}): number the classes without gaps"
+            f"train: {len(empty)} of {classes} classes have no training image ({shown}{'…' if len(empty) > 5 else ''})"
+            ": add images, or remove the classes"
         )
     _check_files(listing)
     _check_repeated(listing)
@@ -39,48 +44,91 @@ def _check_names(names: Sequence[str], errors: list[str]) -> None:
         plain = " ".join(name.casefold().split())
         if plain in seen:
             errors.append(
-                f"the classes '{seen[plain]}' and '{name}' differ only in case or blanks: make them one, or rename one"
+                f"the classes '{printable(seen[plain])}' and '{printable(name)}' differ only in case or blanks: make "
+                "them one, or rename one"
             )
         seen.setdefault(plain, name)
 
 
 def _check_files(listing: Listing) -> None:
     """Look for every file, a folder at a time: a system call for each of a million files would take minutes."""
-    folders: dict[str, set[str] | None] = {}
+    folders = _Folders(listing.root)
+    missing: dict[str, dict[str, list[str]]] = {}
     for split, entries in listing.splits.items():
-        missing = []
-        for name in entries.names:
-            folder, _, file = name.rpartition("/")
-            if folder not in folders:
-                try:
-                    with os.scandir(listing.root / folder) as files:
-                        folders[folder] = {entry.name for entry in files}
-                except OSError:
-                    folders[folder] = None
-            existing = folders[folder]
-            if existing is None or file not in existing:
-                missing.append(name)
-        if missing:
-            shown = ", ".join(missing[:3]) + ("…" if len(missing) > 3 else "")
-            listing.errors.append(
-                f"{split}: {len(missing):,} of {len(entries):,} files are missing below {listing.root} ({shown}): "
-                f"{_first_failure(listing.root, missing[0])}"
-            )
+        names = [folders.find(name) for name in entries.names]
+        absent = [name for name, found in zip(entries.names, names, strict=True) if found is None]
+        if absent:
+            missing.setdefault(_first_failure(listing.root, absent[0]), {})[split] = absent
+        listing.splits[split] = Entries(
+            [found or name for name, found in zip(entries.names, names, strict=True)], entries.labels
+        )
+    for reason, by_split in missing.items():
+        count = sum(map(len, by_split.values()))
+        total = sum(len(listing.splits[split]) for split in by_split)
+        examples = [name for names in by_split.values() for name in names][:3]
+        shown = printable(", ".join(examples)) + ("…" if count > 3 else "")
+        listing.errors.append(
+            f"{', '.join(by_split)}: {count:,} of {total:,} files are missing below {printable(listing.root)} "
+            f"({shown}): {reason}"
+        )
+
+
+class _Folders:
+    """What is in the folders below a root, each read once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.contents: dict[str, tuple[set[str], dict[str, str]]] = {}
+
+    def find(self, name: str) -> str | None:
+        """Return the name that the disk has for a path, which may differ in its Unicode form; None if none exists."""
+        folder, _, file = name.rpartition("/")
+        exact, composed = self._read(folder)
+        if file in exact:
+            return name
+        if name.isascii():
+            return None
+        if not exact and folder:
+            found = self._find_folder(folder)
+            if found is None or found == folder:
+                return None
+            return self.find(f"{found}/{file}")
+        stored = composed.get(nfc(file))
+        return None if stored is None else (f"{folder}/{stored}" if folder else stored)
+
+    def _find_folder(self, folder: str) -> str | None:
+        found = find_path(self.root / folder)
+        return found.relative_to(self.root).as_posix() if found.is_dir() else None
+
+    def _read(self, folder: str) -> tuple[set[str], dict[str, str]]:
+        """Return the names in a folder that are no broken links, and those beyond ASCII by their composed form."""
+        if folder not in self.contents:
+            try:
+                with os.scandir(self.root / folder) as files:
+                    names = {entry.name for entry in files if not entry.is_symlink() or Path(entry).exists()}
+            except OSError:
+                names = set()
+            self.contents[folder] = (names, {nfc(name): name for name in names if not name.isascii()})
+        return self.contents[folder]
 
 
 def _first_failure(root: Path, name: str) -> str:
     """Return which part of a path does not exist, and the names closest to it."""
     parent = root
     for part in Path(name).parts:
-        if not (parent / part).exists():
+        place = find_path(parent / part)
+        if not place.exists():
+            if place.is_symlink():
+                return f"{printable(place)} is a broken or circular link"
             try:
-                beside = sorted(entry.name for entry in os.scandir(parent))[:100_000]
+                beside = sorted(entry.name for entry in os.scandir(parent))[:10_001]
             except OSError:
-                beside = []
-            close = did_you_mean(part, beside) if len(beside) <= 10_000 else ""
-            return f"{parent} has no '{part}'{close}"
-        parent = parent / part
-    return f"{parent} cannot be read"
+                return f"{printable(parent)} cannot be read"
+            close = difflib.get_close_matches(part, beside, n=3) if len(beside) <= 10_000 else []
+            hint = f"; perhaps you meant {printable(' or '.join(close))}?" if close else ""
+            return f"{printable(parent)} has no '{printable(part)}'{hint}"
+        parent = place
+    return f"{printable(parent)} cannot be read"
 
 
 def _check_repeated(listing: Listing) -> None:
@@ -97,7 +145,9 @@ def _check_repeated(listing: Listing) -> None:
                 across.setdefault((owner[name][0], split), []).append(name)
                 kept.append(position)
             elif owner[name][1] != label:
-                listing.errors.append(f"{split}: {name} is listed under the labels {owner[name][1]} and {label}")
+                listing.errors.append(
+                    f"{split}: {printable(name)} is listed under the labels {owner[name][1]} and {label}"
+                )
         if len(kept) < len(entries):
             repeated = len(entries) - len(kept)
             listing.remarks.append(
@@ -106,7 +156,7 @@ def _check_repeated(listing: Listing) -> None:
             listing.splits[split] = entries.at(torch.tensor(kept, dtype=torch.int64))
     for (first, second), names in across.items():
         files = "file is" if len(names) == 1 else "files are"
-        example = f"{names[0]}{'…' if len(names) > 1 else ''}"
+        example = f"{printable(names[0])}{'…' if len(names) > 1 else ''}"
         listing.errors.append(
             f"{len(names):,} {files} listed in {first} and again in {second} ({example}): test and validation images "
             "must not be trained on"

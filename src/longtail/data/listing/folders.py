@@ -1,48 +1,212 @@
-"""Folders of images with one sub-folder per class."""
+"""Folders of images: every folder that contains images is a class, named by its path."""
 
 from __future__ import annotations
 
 import collections
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from longtail.data.image_io import IMAGE_SUFFIXES
-from longtail.data.listing.types import SPLIT_ALIASES, Entries, Listing
+from longtail.data.image_io import is_image_name
+from longtail.data.listing.types import SPLIT_ALIASES, SPLITS, Entries, Listing, split_of
+from longtail.data.paths import nfc, printable
 from longtail.errors import LongtailError, did_you_mean
 
+_SHOWN = 3  # names in a message
 
-def read_folder(root: Path) -> Listing:
-    """Read a folder with one sub-folder per class, below ``train``, ``val`` and ``test`` or directly.
+
+def read_folder(root: Path, *, class_depth: int | None = None, skip_empty: bool = False) -> Listing:
+    """Read a folder of class folders, below folders of splits (:data:`SPLIT_ALIASES`, in any case) or directly.
+
+    Every folder that contains images is a class, whatever its depth; its name is its path, ``animals/cat``.
+
+    Args:
+        root: the folder.
+        class_depth: number of folders in a class's name; what lies deeper belongs to it. None: no limit.
+        skip_empty: leave out class folders without images; otherwise each of them is an error.
 
     Raises:
-        LongtailError: a folder cannot be read, or has no sub-folders. Other problems are in the listing's ``errors``.
+        LongtailError: a folder cannot be read, or contains no folder. Other problems are in the listing's ``errors``.
     """
-    errors: list[str] = []
-    if not any(_is(entry, "dir") for entry in (_scan(root / "train") if (root / "train").is_dir() else ())):
-        # no splits; a class may be called train
-        files = _class_files(root, errors)
-        names = list(files)
-        return Listing(root, {"all": _entries(files, names, "")}, names, errors)
-    train = _class_files(root / "train", errors)
-    names = list(train)
-    listing = Listing(root, {"train": _entries(train, names, "train/")}, names, errors)
-    folders = {split: name for name, split in SPLIT_ALIASES.items() if (root / name).is_dir()}
-    for split, folder in folders.items():
-        files = _class_files(root / folder, errors)
-        for unseen in sorted(set(files) - set(names)):
-            errors.append(
-                f"{root / folder / unseen}: the class '{unseen}' is not among the training classes"
-                f"{did_you_mean(unseen, names)}"
-            )
-        listing.splits[split] = _entries(files, names, f"{folder}/")
-    if "test" not in folders and "val" in folders:
+    reader = _Reader(class_depth, skip_empty)
+    splits = find_split_folders(root, reader.errors)
+    if not splits:
+        files = reader.class_files(root)
+        return reader.listing(root, {"all": ("", files)}, [])
+    for entry in _scan(root):
+        if split_of(entry.name) is None and not _is(entry, "dir") and not _is(entry, "file"):
+            reader.errors.append(_not_a_folder(root, entry, "images"))
+    contents = {split: (f"{folder}/", reader.class_files(root / folder)) for split, folder in splits.items()}
+    beside = [
+        entry.name for entry in _scan(root) if _is(entry, "dir") and split_of(entry.name) is None
+    ]  # other than a split
+    if "test" not in contents and "val" in contents:
         # the only other split is what the model is evaluated on, so it cannot choose the epoch too
-        listing.splits["test"] = listing.splits.pop("val")
-    return listing
+        contents["test"] = contents.pop("val")
+    return reader.listing(root, contents, beside)
+
+
+def find_split_folders(root: Path, errors: list[str], *, nested: bool = True) -> dict[str, str]:
+    """Return the names of the folders of the splits below a folder; none unless there is one of training images.
+
+    Args:
+        root: the folder.
+        errors: where to add what is wrong: two folders of one split, a split that is no folder.
+        nested: whether a folder of training images is recognised by folders in it, since a class may be called train.
+    """
+    entries = [entry for entry in _scan(root) if split_of(entry.name) is not None]
+    candidates = [entry for entry in entries if _is(entry, "dir")]
+    if nested:
+        with_folders = [entry for entry in candidates if any(_is(inner, "dir") for inner in _scan(root / entry.name))]
+        if not any(split_of(entry.name) == "train" for entry in with_folders):
+            others = [entry for entry in _scan(root) if _is(entry, "dir")]
+            if others and len(with_folders) == len(others) and len(entries) == len(candidates):
+                names = ", ".join(sorted(entry.name for entry in others))
+                errors.append(
+                    f"{printable(root)}: has folders of splits ({names}) but none of training images; "
+                    f"expected one of {', '.join(SPLIT_ALIASES['train'])}"
+                )
+            return {}
+    folders: dict[str, str] = {}
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        split = split_of(entry.name)
+        assert split is not None
+        if entry not in candidates:
+            errors.append(_not_a_folder(root, entry, f"the {split} images"))
+        elif split in folders:
+            errors.append(
+                f"{printable(root)}: has two folders of {split} images, '{folders[split]}' and '{entry.name}'; "
+                "make them one, or rename one"
+            )
+        else:
+            folders[split] = entry.name
+    return {split: folders[split] for split in SPLITS if split in folders}
+
+
+def _not_a_folder(root: Path, entry: os.DirEntry[str], what: str) -> str:
+    place = printable(root / entry.name)
+    if _is(entry, "file"):
+        return f"{place}: is a file, expected a folder of {what}; rename it"
+    return f"{place}: is a broken or circular link; repair or remove it"
+
+
+_Files = dict[str, list[str]]
+"""Paths of images by class, in order of path."""
+
+
+@dataclass
+class _Reader:
+    """Reads class folders, and gathers what is wrong in them."""
+
+    class_depth: int | None
+    skip_empty: bool
+    errors: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    empty: dict[str, str] = field(default_factory=dict)
+    """Class folders without images: by name, what they contain instead."""
+
+    def class_files(self, root: Path) -> _Files:
+        """Return the images of every class below a folder, as paths below it."""
+        files: _Files = {}
+        empty: dict[str, str] = {}
+        entries = sorted(_scan(root), key=lambda entry: entry.name)
+        folders = [entry for entry in entries if _is(entry, "dir")]
+        loose = [entry.name for entry in entries if _is(entry, "file") and is_image_name(entry.name)]
+        for entry in entries:
+            if not _is(entry, "dir") and not _is(entry, "file"):
+                self.errors.append(_not_a_folder(root, entry, "a class"))
+        if not folders:
+            instead = f"{len(loose)} images without one" if loose else "no images"
+            raise LongtailError(f"{root}: expected a sub-folder with images for each class, found {instead}")
+        if loose:
+            self.remarks.append(
+                f"{printable(root)}: {len(loose):,} images beside the class folders belong to no class, and are left "
+                f"out ({_shown(loose)})"
+            )
+        for entry in folders:
+            self._walk(root, entry.name, files, empty, {_identity(root)})
+        # a class may have several folders (two spellings, or class_depth), of which one has images
+        self.empty |= {name: place for name, place in empty.items() if name not in files}
+        return files
+
+    def _walk(self, root: Path, path: str, files: _Files, empty: dict[str, str], above: set[tuple[int, int]]) -> None:
+        """Add the images of a class folder and of those below it; ``path`` leads to it from ``root``."""
+        identity = _identity(root / path)
+        if identity in above:
+            self.errors.append(f"{printable(root / path)}: is a link to a folder that contains it; remove it")
+            return
+        images: list[str] = []
+        other: list[str] = []
+        folders: list[str] = []
+        for entry in sorted(_scan(root / path), key=lambda entry: entry.name):
+            if _is(entry, "dir"):
+                folders.append(entry.name)
+            elif not _is(entry, "file"):
+                self.errors.append(_not_a_folder(root / path, entry, "a class"))
+            else:
+                (images if is_image_name(entry.name) else other).append(entry.name)
+        name = "/".join(nfc(path).split("/")[: self.class_depth])
+        if images:
+            files.setdefault(name, []).extend(f"{path}/{image}" for image in images)
+            self.errors += [
+                f"{printable(root / path / file)}: is not an image by its name; remove it from the class "
+                f"'{printable(name)}'"
+                for file in other
+            ]
+        elif not folders:
+            empty[name] = f"{printable(root / path)}" + (f", only {_shown(other)}" if other else "")
+        for folder in folders:
+            self._walk(root, f"{path}/{folder}", files, empty, above | {identity})
+
+    def listing(self, root: Path, contents: Mapping[str, tuple[str, _Files]], beside: Sequence[str]) -> Listing:
+        """Return what was read, by split: the prefix of the paths, and the images by class."""
+        names = sorted(contents["train" if "train" in contents else "all"][1])
+        splits = {}
+        for split, (prefix, files) in contents.items():
+            unseen = sorted(set(files) - set(names))
+            for name in unseen:
+                place = printable(root / prefix / name)
+                if name not in self.empty:
+                    self.errors.append(
+                        f"{place}: the class '{printable(name)}' is not among the training classes"
+                        f"{did_you_mean(name, names)}"
+                    )
+                elif self.skip_empty:
+                    self.remarks.append(
+                        f"{place}: {len(files[name])} images of a class without training images are left out"
+                    )
+            splits[split] = _entries(files, names, prefix)
+        self._report_empty()
+        if beside:
+            self.remarks.append(
+                f"{printable(root)}: {len(beside)} folders beside the splits are not used ({_shown(sorted(beside))})"
+            )
+        inner = [name for name in names if any(other.startswith(f"{name}/") for other in names)]
+        if inner:
+            self.remarks.append(
+                f"{len(inner)} classes have others below them ({_shown(inner)}); --data.class_depth 1 makes each of "
+                "them one class"
+            )
+        if not names and not self.errors:
+            raise LongtailError(f"{root}: expected a sub-folder with images for each class, found no images")
+        return Listing(root, splits, names, self.errors, self.remarks)
+
+    def _report_empty(self) -> None:
+        if self.skip_empty:
+            if self.empty:
+                self.remarks.append(
+                    f"{len(self.empty)} class folders have no images, and are left out ({_shown(sorted(self.empty))})"
+                )
+            return
+        for name, place in self.empty.items():
+            self.errors.append(
+                f"{place}: the class '{printable(name)}' has no images; add some, remove the folder, or leave such "
+                "folders out with --data.skip_empty"
+            )
 
 
 def names_by_folder(entries: Entries, classes: int) -> list[str]:
@@ -57,7 +221,7 @@ def names_by_folder(entries: Entries, classes: int) -> list[str]:
         if folders[label] not in {None, folder}:
             return [str(index) for index in range(classes)]
         folders[label] = folder
-    parts = [(folder or "").split("/") for folder in folders]
+    parts = [nfc(folder or "").split("/") for folder in folders]
     names = [path[-1] for path in parts]
     for depth in range(2, max(map(len, parts), default=0) + 1):
         repeated = {name for name, count in collections.Counter(names).items() if count > 1}
@@ -69,39 +233,19 @@ def names_by_folder(entries: Entries, classes: int) -> list[str]:
 
 def _entries(files: Mapping[str, Sequence[str]], names: Sequence[str], prefix: str) -> Entries:
     """Return the files of every class as entries, in order of the class names."""
-    paths = [f"{prefix}{name}/{file}" for name in names for file in files.get(name, [])]
+    paths = [f"{prefix}{file}" for name in names for file in files.get(name, [])]
     labels = [index for index, name in enumerate(names) for _ in files.get(name, [])]
     return Entries(paths, torch.tensor(labels, dtype=torch.int64))
 
 
-def _class_files(root: Path, errors: list[str]) -> dict[str, list[str]]:
-    """Return the names of every class's images, classes and files in order of name; add what is wrong to ``errors``."""
-    entries = sorted(_scan(root), key=lambda entry: entry.name)
-    classes = [entry.name for entry in entries if _is(entry, "dir")]
-    if not classes:
-        loose = sum(1 for entry in entries if _suffix(entry.name) in IMAGE_SUFFIXES)
-        instead = f"{loose} images without one" if loose else "no images"
-        raise LongtailError(f"{root}: expected a sub-folder with images for each class, found {instead}")
-    files_of = {}
-    for name in classes:
-        folder = root / name
-        files = []
-        for entry in sorted(_scan(folder), key=lambda entry: entry.name):
-            if not _is(entry, "file"):
-                if not _is(entry, "dir"):
-                    errors.append(f"{folder / entry.name}: is a broken or circular link; remove it")
-            elif _suffix(entry.name) not in IMAGE_SUFFIXES:
-                errors.append(f"{folder / entry.name}: is not an image by its name; remove it from the class '{name}'")
-            else:
-                files.append(entry.name)
-        if not files and not errors:
-            errors.append(f"{folder}: the class '{name}' has no images; add some or remove the folder")
-        files_of[name] = files
-    return files_of
+def _shown(names: Sequence[str]) -> str:
+    return printable(", ".join(names[:_SHOWN])) + ("…" if len(names) > _SHOWN else "")
 
 
-def _suffix(name: str) -> str:
-    return "." + name.rpartition(".")[2].lower()
+def _identity(folder: Path) -> tuple[int, int]:
+    """Return what tells a folder from all others, whatever links lead to it."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _is(entry: os.DirEntry[str], kind: Literal["dir", "file"]) -> bool:
@@ -115,6 +259,10 @@ def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Yield what is in a folder, without hidden files and Windows' thumbnails."""
     try:
         with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith(".") and entry.name != "Thumbs.db")
+            yield from (
+                entry
+                for entry in entries
+                if not entry.name.startswith(".") and entry.name not in {"Thumbs.db", "desktop.ini"}
+            )
     except OSError as error:
-        raise LongtailError(f"{folder}: cannot be read: {error.strerror}") from None
+        raise LongtailError(f"{printable(folder)}: cannot be read: {error.strerror}") from None

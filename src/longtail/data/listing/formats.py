@@ -7,15 +7,18 @@ import json
 import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from longtail.data.listing.folders import names_by_folder
-from longtail.data.listing.tables import read_table, read_text
-from longtail.data.listing.types import SPLIT_ALIASES, SPLITS, Entries, Listing
+from longtail.data.listing.tables import Table, from_latin1, is_undecoded, parse_labels, read_table, read_text
+from longtail.data.listing.types import SPLIT_ALIASES, SPLITS, Entries, Listing, split_of
+from longtail.data.paths import nfc, printable
 from longtail.errors import LongtailError, did_you_mean
+
+Label = TypeVar("Label", int, str)
 
 
 def read_list(path: Path) -> tuple[list[str], list[int]]:
@@ -33,22 +36,28 @@ def read_list(path: Path) -> tuple[list[str], list[int]]:
                 continue
             name, _, label = line.strip().rpartition("\t")
         if not name or not label.isdecimal():
-            raise LongtailError(f"{path}, line {number}: expected 'path label' with a label from 0, got '{line[:80]}'")
+            raise LongtailError(
+                f"{printable(path)}, line {number}: expected 'path label' with a label from 0, got "
+                f"'{printable(line.rstrip()[:80])}'"
+            )
         names.append(name.strip())
         labels.append(int(label))
     if not names:
-        raise LongtailError(f"{path}: lists no images")
+        raise LongtailError(f"{printable(path)}: lists no images")
     return names, labels
 
 
 def read_annotations(
-    path: Path, category_ids: list[int] | None = None
+    path: Path, category_ids: list[int] | None = None, remarks: list[str] | None = None
 ) -> tuple[list[str], list[int], list[str], list[int]]:
     """Read a JSON file in iNaturalist's layout; returns paths, labels, class names and category ids, in their order.
+
+    Categories without an image are no classes.
 
     Args:
         path: the file.
         category_ids: of the training classes, by which the labels of another split are numbered.
+        remarks: where to say which categories are left out.
 
     Raises:
         LongtailError: it is not JSON, or lacks images, annotations or categories.
@@ -56,48 +65,63 @@ def read_annotations(
     try:
         content = json.loads(read_text(path))
         files = {image["id"]: image["file_name"] for image in content["images"]}
-        categories = sorted((entry["id"], str(entry["name"])) for entry in content["categories"])
+        categories = sorted((entry["id"], nfc(str(entry["name"]))) for entry in content["categories"])
+        if category_ids is None:
+            used = {entry["category_id"] for entry in content["annotations"]}
+            unused = [name for identity, name in categories if identity not in used]
+            if used and unused and remarks is not None:
+                shown = printable(", ".join(unused[:3])) + ("…" if len(unused) > 3 else "")
+                remarks.append(
+                    f"{printable(path)}: {len(unused):,} of {len(categories):,} categories have no image, and are no "
+                    f"classes ({shown})"
+                )
+            categories = [category for category in categories if category[0] in used]
         order = [identity for identity, _ in categories] if category_ids is None else category_ids
         index = {identity: position for position, identity in enumerate(order)}
         unknown = next((a["category_id"] for a in content["annotations"] if a["category_id"] not in index), None)
         if unknown is not None:
-            raise LongtailError(f"{path}: category {unknown} is not among the training classes")
+            raise LongtailError(f"{printable(path)}: category {unknown} is not among the training classes")
         pairs = [(files[entry["image_id"]], index[entry["category_id"]]) for entry in content["annotations"]]
     except json.JSONDecodeError as error:
-        raise LongtailError(f"{path}: is not JSON: {error}") from None
+        raise LongtailError(f"{printable(path)}: is not JSON: {error}") from None
     except (KeyError, TypeError) as error:
         raise LongtailError(
-            f"{path}: expected images (id, file_name), annotations (image_id, category_id) and categories (id, name); "
-            f"{error} is missing or of the wrong type"
+            f"{printable(path)}: expected images (id, file_name), annotations (image_id, category_id) and categories "
+            f"(id, name); {error} is missing or of the wrong type"
         ) from None
     if not pairs:
-        raise LongtailError(f"{path}: lists no images")
+        raise LongtailError(f"{printable(path)}: lists no images")
     names = [name for _, name in categories]
     if len(set(names)) < len(names):  # iNaturalist 2018 was published with numbers for names, and without
         names = [f"{name} ({identity})" for identity, name in categories]
     return [name for name, _ in pairs], [label for _, label in pairs], names, order
 
 
-def encode_labels(labels: Sequence[int | str], names: list[str] | None = None) -> tuple[Tensor, list[str]]:
-    """Return labels as (N,) int64, and the class names.
+def encode_labels(labels: Sequence[Label], classes: Sequence[Label] | None = None) -> tuple[Tensor, list[Label]]:
+    """Return labels as (N,) int64 positions in ``classes``, and these. Nothing is allocated by the largest label.
 
     Args:
-        labels: N integers, which stay as they are, or N names, which are numbered.
-        names: of the training classes; the names in ``labels``, sorted, if not given.
+        labels: N integers or N names.
+        classes: of the training images; the labels themselves, sorted, if not given.
 
     Raises:
-        LongtailError: a name is not among ``names``.
+        LongtailError: a label is not among ``classes``.
     """
-    if labels and isinstance(labels[0], str):
-        names = sorted({str(label) for label in labels}) if names is None else names
-        index = {name: position for position, name in enumerate(names)}
-        unknown = next((label for label in labels if label not in index), None)
-        if unknown is not None:
+    classes = sorted(set(labels)) if classes is None else list(classes)
+    index = {label: position for position, label in enumerate(classes)}
+    try:
+        positions = array.array("q", [index[label] for label in labels])
+    except KeyError as error:
+        unknown = error.args[0]
+        if isinstance(unknown, str):
+            close = did_you_mean(unknown, map(str, classes))
             raise LongtailError(
-                f"class '{unknown}' is not among the training classes{did_you_mean(str(unknown), names)}"
-            )
-        return torch.tensor([index[str(label)] for label in labels], dtype=torch.int64), names
-    return torch.frombuffer(array.array("q", [int(label) for label in labels]), dtype=torch.int64).clone(), names or []
+                f"class '{printable(unknown)}' is not among the training classes{printable(close)}"
+            ) from None
+        raise LongtailError(
+            f"label {unknown} is not among the {len(classes):,} training classes, {classes[0]} to {classes[-1]}"
+        ) from None
+    return torch.frombuffer(positions, dtype=torch.int64).clone(), list(classes)
 
 
 def read_splits(
@@ -109,6 +133,8 @@ def read_splits(
 ) -> Listing:
     """Read a list, a table or annotations for every split; the suffix of a file tells its format.
 
+    Integer labels that are not 0 to C − 1 name the classes, as ids from a database do.
+
     Args:
         sources: files by split; one table with a column of splits may stand for all.
         root: folder that the paths in them are relative to.
@@ -119,61 +145,117 @@ def read_splits(
     Raises:
         LongtailError: a file cannot be read, there is no training split, or labels are names here and numbers there.
     """
+    remarks: list[str] = []
     raw: dict[str, tuple[list[str], list[Any]]] = {}
+    tables: dict[str, Table] = {}
     names: list[str] | None = None
     category_ids: list[int] | None = None
     for split in sorted(sources, key=lambda split: split != "train"):
         path = sources[split]
         if path.suffix.lower() in {".csv", ".tsv", ".parquet"}:
-            files, labels, splits = read_table(path, image_column, label_column, split_column)
-            raw |= {split: (files, labels)} if splits is None else _by_split(path, files, labels, splits)
+            tables[split] = _decode_table(read_table(path, image_column, label_column, split_column), root, remarks)
         elif path.suffix.lower() == ".json":
-            files, labels, category_names, order = read_annotations(path, category_ids)
+            files, labels, category_names, order = read_annotations(path, category_ids, remarks)
             if category_ids is None:
                 names, category_ids = category_names, order
-            raw[split] = (files, labels)
+            raw[split] = (_decode(path, root, files, remarks), labels)
         else:
-            raw[split] = read_list(path)
+            files, labels = read_list(path)
+            raw[split] = (_decode(path, root, files, remarks), labels)
+    for (split, table), labels_of in zip(tables.items(), parse_labels(list(tables.values())), strict=True):
+        remarks += table.remarks
+        raw |= {split: (table.files, list(labels_of))} if table.splits is None else _by_split(table, labels_of)
     if "train" not in raw:
         raise LongtailError(f"{', '.join(map(str, sources.values()))}: there is no training split")
-    named = _labels_are_names(raw)
+    _check_kinds(raw)
     entries: dict[str, Entries] = {}
+    classes: list[Any] | None = None if names is None else list(range(len(names)))
     for split in sorted(raw, key=lambda split: split != "train"):
         files, labels = raw[split]
-        numbers, label_names = encode_labels(labels, names if named else None)
-        if named:
-            names = label_names
+        try:
+            numbers, classes = encode_labels(labels, classes)
+        except LongtailError as error:
+            raise LongtailError(f"{split}: {error}") from None
         entries[split] = Entries([_normalize(file) for file in files], numbers)
+    assert classes is not None
     if names is None:
-        classes = int(entries["train"].labels.max()) + 1
-        names = names_by_folder(entries["train"], classes)
+        names = _class_names(classes, entries["train"], remarks)
     if set(entries) == {"train"}:
         entries = {"all": entries["train"]}
-    return Listing(root, {split: entries[split] for split in ("all", *SPLITS) if split in entries}, names)
+    splits = {split: entries[split] for split in ("all", *SPLITS) if split in entries}
+    return Listing(root, splits, names, remarks=remarks)
 
 
-def _by_split(
-    path: Path, files: Sequence[str], labels: Sequence[Any], splits: Sequence[str]
-) -> dict[str, tuple[list[str], list[Any]]]:
+def _class_names(classes: Sequence[int | str], train: Entries, remarks: list[str]) -> list[str]:
+    """Return the names of the classes whose labels were these."""
+    if isinstance(classes[0], str):
+        return [str(name) for name in classes]
+    if classes[-1] == len(classes) - 1:
+        return names_by_folder(train, len(classes))
+    remarks.append(
+        f"the labels of the training images are {len(classes):,} different numbers from {classes[0]} to {classes[-1]}: "
+        "they name the classes"
+    )
+    return [str(identity) for identity in classes]
+
+
+def _decode_table(table: Table, root: Path, remarks: list[str]) -> Table:
+    """Return a table whose texts are decoded; which encoding it has is guessed by the files that exist."""
+    texts = _decode(table.path, root, [*table.files, *table.labels], remarks, paths=len(table.files))
+    count = len(table.files)
+    labels = [nfc(label) for label in texts[count:]]
+    return Table(table.path, texts[:count], labels, table.label_column, table.splits, table.remarks)
+
+
+def _decode(path: Path, root: Path, texts: list[str], remarks: list[str], paths: int | None = None) -> list[str]:
+    """Read texts that are not UTF-8 as Latin-1, unless they name files that exist by these bytes.
+
+    Args:
+        path: the file that they are from.
+        root: folder of the images.
+        texts: paths, and what else is to be decoded.
+        remarks: where to say that the encoding was guessed.
+        paths: how many of the texts are paths; all if not given.
+    """
+    if not any(map(is_undecoded, texts)):
+        return texts
+    names = [text for text in texts[:paths] if is_undecoded(text)][:20]
+    if any((root / name).exists() for name in names):
+        return texts
+    remarks.append(f"{printable(path)}: is not UTF-8; it is read as Latin-1 (a guess)")
+    return [from_latin1(text) if is_undecoded(text) else text for text in texts]
+
+
+def _by_split(table: Table, labels: Sequence[Any]) -> dict[str, tuple[list[str], list[Any]]]:
     """Return the rows of a table by the values in its column of splits."""
     rows: dict[str, tuple[list[str], list[Any]]] = {}
-    for value in dict.fromkeys(splits):
-        split = "train" if value == "train" else SPLIT_ALIASES.get(value)
-        if split is None:
-            raise LongtailError(f"{path}: split '{value}' is not known: expected train, val or test")
-        chosen = [index for index, other in enumerate(splits) if other == value]
-        rows[split] = ([files[index] for index in chosen], [labels[index] for index in chosen])
+    assert table.splits is not None
+    numbers: dict[str, str] = {}
+    for row, value in enumerate(table.splits, start=1):
+        if value not in numbers:
+            split = split_of(value)
+            if split is None:
+                known = ", ".join(name for aliases in SPLIT_ALIASES.values() for name in aliases)
+                raise LongtailError(
+                    f"{printable(table.path)}, row {row}: split '{printable(value)}' is not known: expected train, val "
+                    f"or test (in any case; understood are {known})"
+                )
+            numbers[value] = split
+    for value, file, label in zip(table.splits, table.files, labels, strict=True):
+        files, chosen = rows.setdefault(numbers[value], ([], []))
+        files.append(file)
+        chosen.append(label)
     return rows
 
 
-def _labels_are_names(raw: Mapping[str, tuple[list[str], list[Any]]]) -> bool:
+def _check_kinds(raw: Mapping[str, tuple[list[str], list[Any]]]) -> None:
+    """Raise LongtailError if the labels of a split are names and those of another numbers."""
     kinds = {
         split: "names" if labels and isinstance(labels[0], str) else "numbers" for split, (_, labels) in raw.items()
     }
     for split, kind in kinds.items():
         if kind != kinds["train"]:
             raise LongtailError(f"{split}: its labels are {kind}, those of train are {kinds['train']}; use one of them")
-    return kinds["train"] == "names"
 
 
 def _normalize(path: str) -> str:

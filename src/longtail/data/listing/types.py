@@ -9,8 +9,23 @@ from torch import Tensor
 
 SPLITS = ("train", "val", "test")
 
-SPLIT_ALIASES = {"validation": "val", "valid": "val", "val": "val", "test": "test"}
-"""Names of folders, and values in a column of splits, for every split but train."""
+SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "holdout"),
+}
+"""Names of folders, and values in a column of splits, for every split; in any case."""
+
+_SPLIT_OF = {alias: split for split, aliases in SPLIT_ALIASES.items() for alias in aliases}
+
+
+def split_of(name: str) -> str | None:
+    """Return which of :data:`SPLITS` a name of a folder or in a table stands for; None if it is none.
+
+    >>> split_of("Validation"), split_of("holdout"), split_of("cats")
+    ('val', 'test', None)
+    """
+    return _SPLIT_OF.get(name.strip().casefold())
 
 
 @dataclass(frozen=True)

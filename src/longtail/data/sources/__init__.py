@@ -14,6 +14,7 @@ from pathlib import Path
 from longtail.config import Data
 from longtail.data.dataset import LongTailedData
 from longtail.data.listing import Listing, check
+from longtail.data.paths import find_path
 from longtail.data.sources.from_listing import data_from_listing, raise_listing_errors, split_listing
 from longtail.errors import LongtailError
 from longtail.registry import SOURCES
@@ -107,6 +108,6 @@ def is_balanced(name: str) -> bool:
 
 def _source(config: Data) -> Source:
     source = SOURCES[config.source]
-    if config.root is not None and not Path(config.root).exists():
+    if config.root is not None and not find_path(Path(config.root)).exists():
         raise LongtailError(f"data.root '{config.root}': there is no such folder")
     return source

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from longtail.config import Data
 from longtail.data.listing import Listing, read_folder, read_splits
+from longtail.data.paths import find_path
 from longtail.data.sources import Source
 from longtail.errors import LongtailError
 
@@ -14,7 +15,8 @@ def _read_folder(config: Data) -> Listing:
     """Read one sub-folder per class."""
     if config.root is None:
         raise LongtailError("data.root is missing: which folder holds the images? (--data.root FOLDER)")
-    listing = read_folder(Path(config.root))
+    root = find_path(Path(config.root))
+    listing = read_folder(root, class_depth=config.class_depth, skip_empty=config.skip_empty)
     listing.check_headers = True
     return listing
 
@@ -22,10 +24,10 @@ def _read_folder(config: Data) -> Listing:
 def _read_list(config: Data) -> Listing:
     """Read lists, tables or annotations, a file for each split."""
     paths = {"train": config.train, "val": config.val, "test": config.test}
-    sources = {split: Path(path) for split, path in paths.items() if path is not None}
+    sources = {split: find_path(Path(path)) for split, path in paths.items() if path is not None}
     if "train" not in sources:
         raise LongtailError("data.train is missing: which list, table or annotations name the training images?")
-    root = Path(config.root) if config.root is not None else sources["train"].parent
+    root = find_path(Path(config.root)) if config.root is not None else sources["train"].parent
     return read_splits(sources, root, config.image_column, config.label_column, config.split_column)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -23,6 +24,7 @@ from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_prof
 from longtail.data.listing import Entries, Listing
 from longtail.data.row_store import RowStore, RowStoreError, cache_folder, content_hash
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
+from longtail.data.sources.unreadable import Unreadable, decode_readable, without
 from longtail.errors import LongtailError
 
 _SQUARES = 1  # changes when the same files are to become other squares
@@ -64,13 +66,17 @@ def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedDa
         mean=listing.mean,
         std=listing.std,
     )
+    unreadable = Unreadable(config, sum(len(entries) for entries in splits.values()))
     folder = cache_folder(config.cache)
-    sets = (
-        None if folder is None or not policy.squares else _copied(listing, splits, policy, folder / "images", remarks)
-    )
+    sets = None
+    if folder is not None and policy.squares:
+        sets = _copied(listing, splits, policy, folder / "images", remarks, unreadable)
     if sets is None:
-        fractions = {"train": config.max_unreadable_fraction}
-        sets = {name: _open(listing, entries, policy, fractions.get(name, 0.0)) for name, entries in splits.items()}
+        unreadable = Unreadable(config, unreadable.total)
+        sets = {name: _open(listing, name, entries, policy, unreadable) for name, entries in splits.items()}
+    unreadable.check(remarks)
+    if unreadable.found:
+        _check_smallest_class(sets["train"].labels, listing, config)
     return LongTailedData(
         train=sets["train"],
         val=sets.get("val"),
@@ -81,6 +87,7 @@ def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedDa
         image_size=policy.size,
         augment=policy.augment,
         remarks=tuple(remarks),
+        unreadable=tuple(unreadable.found),
     )
 
 
@@ -105,7 +112,7 @@ def split_listing(listing: Listing, config: Data, seed: int, remarks: list[str])
     if "all" in splits or "test" not in splits or (config.val_fraction > 0 and "val" not in splits):
         splits = _split(splits, listing, config, seed, remarks)
     splits["train"] = _make_long_tailed(splits["train"], names, config, seed)
-    _check_smallest_class(splits["train"], listing, config)
+    _check_smallest_class(splits["train"].labels, listing, config)
     return splits
 
 
@@ -122,8 +129,8 @@ def _split(
     if single is not None and test > 0:
         raise LongtailError(
             f"class '{listing.class_names[single]}' has {counts[single]} image{'s' * (counts[single] != 1)} "
-            f"below {listing.root}: at least 2 are expected, one to train on and one to test on; "
-            "add images or remove the class"
+            f"below {listing.root}: at least 2 are expected, one to train on and one to test on; add images, remove "
+            "the class, or train on it without a test image: longtail split, then longtail train on its table"
         )
     assignment, short = stratified_split(whole.labels, classes, val, test, seed)
     if short:
@@ -142,8 +149,8 @@ def _make_long_tailed(entries: Entries, names: Sequence[str], config: Data, seed
     return entries.at(long_tailed(order, names, profile, config.imbalance, config.class_order, seed))
 
 
-def _check_smallest_class(train: Entries, listing: Listing, config: Data) -> None:
-    counts = torch.bincount(train.labels, minlength=len(listing.class_names)).tolist()
+def _check_smallest_class(labels: Tensor, listing: Listing, config: Data) -> None:
+    counts = torch.bincount(labels, minlength=len(listing.class_names)).tolist()
     index = min(range(len(counts)), key=lambda index: counts[index])
     if counts[index] < config.min_images:
         raise LongtailError(
@@ -154,11 +161,25 @@ def _check_smallest_class(train: Entries, listing: Listing, config: Data) -> Non
 
 def _short_sides(root: Path, names: Sequence[str]) -> list[int]:
     """Return the shorter sides in pixels of evenly spread files, at least :data:`SAMPLE` where there are as many."""
-    return [min(read_size(root / name)) for name in names[:: max(1, len(names) // SAMPLE)]]
+    sides: list[int] = []
+    failure: LongtailError | None = None
+    for name in names[:: max(1, len(names) // SAMPLE)]:
+        try:
+            sides.append(min(read_size(root / name)))
+        except LongtailError as error:  # what is done about it is decided when the images are opened
+            failure = failure or error
+    if not sides and failure is not None:
+        raise failure
+    return sides
 
 
 def _copied(
-    listing: Listing, splits: dict[str, Entries], policy: SizePolicy, folder: Path, remarks: list[str]
+    listing: Listing,
+    splits: dict[str, Entries],
+    policy: SizePolicy,
+    folder: Path,
+    remarks: list[str],
+    unreadable: Unreadable,
 ) -> dict[str, ImageSet] | None:
     """Return the splits as copies on disk, and decode what is missing there; None where copies cannot be kept.
 
@@ -168,9 +189,10 @@ def _copied(
         policy: side of the squares.
         folder: where the copies are.
         remarks: where to say how many images were decoded, and where the copies are or why there are none.
+        unreadable: gathers the files that cannot be read; they are left out, and have no copy.
 
     Raises:
-        LongtailError: a file of a set that is to be in memory cannot be read.
+        LongtailError: more files cannot be read than ``unreadable`` accepts.
     """
     # paths below another folder may be the same, and sizes and times too where an archive sets these
     depends_on = [str(listing.root.resolve()), policy.stored, _SQUARES, PIL.__version__]
@@ -182,11 +204,14 @@ def _copied(
     images, decoded = sum(map(len, sets.values())), 0
     copied: dict[str, ImageSet] = {}
 
-    def decode(files: Images, positions: Tensor) -> Iterator[Tensor]:
+    def decode(files: FileImages, positions: Tensor) -> Iterator[Tensor]:
         nonlocal decoded
         started = time.monotonic()
         for part in positions.split(max(1, _PART_BYTES // store.row_bytes)):
-            yield files.take(part).permute(0, 2, 3, 1)
+            squares, reasons = decode_readable(files, part)
+            if reasons:
+                raise _FoundUnreadable(reasons)
+            yield squares
             decoded += len(part)
             left = (time.monotonic() - started) / len(part) * (len(positions) - len(part))
             if decoded == len(part) and left > _WORTH_SAYING:
@@ -203,22 +228,29 @@ def _copied(
             )
             return None
         for name, split in sets.items():
+            good = torch.arange(len(split))
             files = split.images
             assert isinstance(files, FileImages)
-            rows = store.fill(keys[name], lambda missing, files=files: decode(files, missing), wait=True)  # type: ignore[misc]
-            copies = CopiedImages(files, store, rows, lazy=not policy.in_memory)
-            copied[name] = ImageSet(copies, split.labels, split.ids)
-    except LongtailError as error:
-        # of a large set, unreadable images are replaced during the training
-        if policy.in_memory and not isinstance(error, RowStoreError):
-            raise
+            while True:
+                part = files.at(good)
+                try:
+                    rows = store.fill(keys[name][good], functools.partial(decode, part), wait=True)
+                    break
+                except _FoundUnreadable as error:
+                    unreadable.add({part.names[index]: reason for index, reason in error.reasons.items()})
+                    good = without(good, error.reasons)
+            copies = CopiedImages(part, store, rows, lazy=not policy.in_memory)
+            copied[name] = ImageSet(copies, split.labels[good], split.ids[good])
+    except RowStoreError as error:
         remarks.append(f"no resized copies of the images are kept: {error}")
         return None
     where = f"in {folder} ({_mib(len(store) * store.row_bytes)})"
     if decoded:
         remarks.append(f"{decoded:,} of {images:,} images were decoded, and their resized copies are kept {where}")
     else:
-        remarks.append(f"no image was decoded: there are resized copies of all {images:,} {where}")
+        remarks.append(
+            f"no image was decoded: there are resized copies of all {images - len(unreadable.found):,} {where}"
+        )
     return copied
 
 
@@ -236,18 +268,53 @@ def _ids(entries: Entries) -> Tensor:
     return torch.tensor([path_id(name) for name in entries.names], dtype=torch.int64)
 
 
-def _open(listing: Listing, entries: Entries, policy: SizePolicy, max_unreadable_fraction: float) -> ImageSet:
+class _FoundUnreadable(Exception):  # noqa: N818
+    """Ends the filling of a store: there is no row for an image that cannot be read.
+
+    Args:
+        reasons: by position in the images.
+    """
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
+
+
+def _open(listing: Listing, split: str, entries: Entries, policy: SizePolicy, unreadable: Unreadable) -> ImageSet:
     """Decode the images of a split where they fit into memory; otherwise read their headers and decode them later."""
+    files = FileImages(
+        listing.root, entries.names, policy.stored, 3, entries.labels, unreadable.config.max_unreadable_fraction
+    )
+    positions = torch.arange(len(entries))
     if policy.in_memory:
-        files = FileImages(listing.root, entries.names, policy.stored)
-        return ImageSet(ArrayImages(files.take(torch.arange(len(entries)))), entries.labels, _ids(entries))
-    images: Images = FileImages(listing.root, entries.names, policy.stored, 3, entries.labels, max_unreadable_fraction)
-    if listing.check_headers or max_unreadable_fraction == 0:
-        # an unreadable file is reported now rather than in the middle of an epoch, or after the training
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(lambda name: read_size(listing.root / name), entries.names):
-                pass
-    return ImageSet(images, entries.labels, _ids(entries))
+        squares, reasons = decode_readable(files, positions)
+    elif listing.check_headers or split != "train" or unreadable.refuses:
+        # an unreadable file is found now rather than in the middle of an epoch, or after the training
+        reasons = _unreadable_headers(files)
+    else:
+        reasons = {}
+    unreadable.add({entries.names[index]: reason for index, reason in reasons.items()})
+    good = without(positions, reasons)
+    images: Images
+    if policy.in_memory:
+        images = ArrayImages(squares.permute(0, 3, 1, 2))
+    else:
+        images = files.at(good)
+        images.max_unreadable_fraction = 0.0 if unreadable.refuses else unreadable.config.max_unreadable_fraction
+    return ImageSet(images, entries.labels[good], _ids(entries)[good])
+
+
+def _unreadable_headers(files: FileImages) -> dict[int, str]:
+    def fails(name: str) -> str | None:
+        try:
+            read_size(files.root / name)
+        except LongtailError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(fails, files.names))
+    return {index: reason for index, reason in enumerate(results) if reason is not None}
 
 
 def path_id(name: str) -> int:

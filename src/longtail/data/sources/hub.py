@@ -10,11 +10,13 @@ from torch import Tensor
 
 from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
-from longtail.data.images import ArrayImages, EncodedImages, Images
+from longtail.data.images import ArrayImages, EncodedImages
 from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile, stratified_split
+from longtail.data.listing import split_of
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
 from longtail.data.sources import Source
 from longtail.data.sources.hf_rows import DatasetRows, load_hf_dataset
+from longtail.data.sources.unreadable import Unreadable, decode_readable, without
 from longtail.errors import LongtailError
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -62,23 +64,31 @@ def load_hub(config: Data, seed: int) -> LongTailedData:
         images=sum(len(part.positions) for part in parts.values()),
         short_sides=lambda: _short_sides(parts["train"], where),
     )
+    unreadable = Unreadable(config, sum(len(part.positions) for part in parts.values()))
+    sets = {name: _open(part, policy, where, unreadable) for name, part in parts.items()}
+    unreadable.check(remarks)
+    lost = torch.nonzero(torch.bincount(sets["train"].labels, minlength=len(names)) == 0).flatten().tolist()
+    if lost:
+        raise LongtailError(f"{where}: the class '{names[lost[0]]}' has no training image that can be read")
     return LongTailedData(
-        train=_open(parts["train"], policy, where, config.max_unreadable_fraction),
-        val=_open(parts["val"], policy, where) if "val" in parts else None,
-        test=_open(parts["test"], policy, where),
+        train=sets["train"],
+        val=sets.get("val"),
+        test=sets["test"],
         class_names=tuple(names),
         mean=policy.mean,
         std=policy.std,
         image_size=policy.size,
         augment=policy.augment,
         remarks=tuple(remarks),
+        unreadable=tuple(unreadable.found),
     )
 
 
 def _read_tables(config: Data, where: str, remarks: list[str]) -> dict[str, DatasetRows]:
     """Return the tables that have labels, by their names in the set, numbered as the training classes are."""
     name = config.name or "" if config.root is None else str(Path(config.root).resolve())
-    splits = load_hf_dataset(name, where)
+    loaded = load_hf_dataset(name, where)
+    splits = {split_of(split) or split: loaded[split] for split in loaded}
     images = (config.image_column,) if config.image_column else _IMAGE_COLUMNS
     labels = (config.label_column,) if config.label_column else _LABEL_COLUMNS
     if "train" not in splits:
@@ -104,7 +114,7 @@ def _read_tables(config: Data, where: str, remarks: list[str]) -> dict[str, Data
 def _split(tables: dict[str, DatasetRows], classes: int, config: Data, seed: int) -> dict[str, _Part]:
     """Return train, test and, where there is one, val; what the set lacks is held out of its training images."""
     train = tables["train"]
-    val, test = tables.get("validation") or tables.get("val"), tables.get("test")
+    val, test = tables.get("val"), tables.get("test")
     if test is None and val is not None:
         test, val = val, None
     existing = {"train": train, "val": val, "test": test}
@@ -127,18 +137,21 @@ def _short_sides(train: _Part, where: str) -> list[int]:
     return [min(images.open(index).size) for index in range(len(encoded))]
 
 
-def _open(part: _Part, policy: SizePolicy, where: str, max_unreadable_fraction: float = 0.0) -> ImageSet:
+def _open(part: _Part, policy: SizePolicy, where: str, unreadable: Unreadable) -> ImageSet:
     """Decode the images of a split where they fit into memory, otherwise when they are needed."""
     rows, positions, labels = part.rows, part.positions, part.labels
 
     def read_row(index: int) -> bytes:
         return rows.encoded_images([int(positions[index])])[0]
 
-    fraction = 0.0 if policy.in_memory else max_unreadable_fraction
-    images: Images = EncodedImages(read_row, len(positions), where, policy.stored, 3, labels, fraction)
-    if policy.in_memory:
-        images = ArrayImages(images.take(torch.arange(len(positions))))
-    return ImageSet(images, labels, positions)
+    fraction = 0.0 if unreadable.refuses else unreadable.config.max_unreadable_fraction
+    encoded = EncodedImages(read_row, len(positions), where, policy.stored, 3, labels, fraction)
+    if not policy.in_memory:
+        return ImageSet(encoded, labels, positions)
+    squares, reasons = decode_readable(encoded, torch.arange(len(positions)))
+    unreadable.add({f"row {int(positions[index])}": reason for index, reason in reasons.items()})
+    images = ArrayImages(squares.permute(0, 3, 1, 2))
+    return ImageSet(images, without(labels, reasons), without(positions, reasons))
 
 
 HUB = Source(load=load_hub)

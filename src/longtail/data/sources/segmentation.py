@@ -1,6 +1,6 @@
 """Images with a label for every pixel: folders in ADE20K's layout.
 
-    ROOT/images/{training,validation,test}/NAME.jpg
+    ROOT/images/{training,validation,test}/NAME.jpg         or train, val, … as in longtail.data.listing.types
     ROOT/annotations/{training,validation,test}/NAME.png    a value for each pixel: 0 unlabelled, else a class number
     ROOT/classes.txt                                        names of the classes 1, 2, …, one per line (or ADE20K's own
                                                             objectInfo150.txt); without it classes are named by number
@@ -28,8 +28,10 @@ from torch import Tensor
 from longtail.config import Data, Shots
 from longtail.data.class_order import frequency_thirds
 from longtail.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailedData
-from longtail.data.image_io import IMAGE_SUFFIXES, open_image, read_size, to_rgb
+from longtail.data.image_io import is_image_name, open_image, read_size, to_rgb
 from longtail.data.images import FileImages
+from longtail.data.listing import SPLITS, find_split_folders
+from longtail.data.paths import find_path
 from longtail.data.sources import Source
 from longtail.errors import LongtailError
 
@@ -48,7 +50,6 @@ CAMVID_CLASSES = (
 )
 """The eleven classes of CamVid (Brostow et al., 2008; Badrinarayanan et al., 2017)."""
 
-_FOLDERS = {"train": "training", "val": "validation", "test": "test"}
 Labels = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -67,11 +68,12 @@ class SegmentationImages(FileImages):
         root: the folder.
         names: N paths of images below it.
         masks: N paths of masks below it.
+        ignore_value: of pixels in a mask that are not labelled, besides 0.
     """
 
-    def __init__(self, root: Path, names: list[str], masks: list[str]) -> None:
+    def __init__(self, root: Path, names: list[str], masks: list[str], ignore_value: int | None = None) -> None:
         super().__init__(root, names, 0)
-        self.masks = masks
+        self.masks, self.ignore_value = masks, ignore_value
 
     def open_sample(self, index: int) -> SegmentationSample:
         """Return an image with its labels.
@@ -80,7 +82,7 @@ class SegmentationImages(FileImages):
             LongtailError: the image or its mask cannot be read, or their sizes differ.
         """
         image = to_rgb(self.open(index))
-        labels = read_mask(self.root / self.masks[index]) - 1
+        labels = read_mask(self.root / self.masks[index], self.ignore_value) - 1
         if labels.shape != image.size[::-1]:
             raise _size_error(self.root / self.names[index], image.size, self.root / self.masks[index], labels.shape)
         return SegmentationSample(image, labels)
@@ -113,8 +115,12 @@ class SegmentationData(LongTailedData):
         return frequency_thirds(self.class_counts)
 
 
-def read_mask(path: Path) -> Labels:
+def read_mask(path: Path, ignore_value: int | None = None) -> Labels:
     """Return the values of a mask, (H, W) int32; of a palette image its indices.
+
+    Args:
+        path: the file.
+        ignore_value: a value that is returned as 0, unlabelled.
 
     Raises:
         LongtailError: the file cannot be read, or has colours instead of one value for each pixel.
@@ -124,7 +130,10 @@ def read_mask(path: Path) -> Labels:
         raise LongtailError(
             f"{path}: has {len(image.getbands())} channels ({image.mode}), expected one: the number of its class"
         )
-    return np.array(image).astype(np.int32)
+    values = np.array(image).astype(np.int32)
+    if ignore_value is not None:
+        values[values == ignore_value] = 0
+    return values
 
 
 def load_segmentation(
@@ -146,17 +155,20 @@ def load_segmentation(
             f"data.root is missing: which folder holds images/ and annotations/ of {config.source}? "
             "(--data.root FOLDER)"
         )
-    root = Path(config.root)
-    pairs = {split: _pairs(root, folder) for split, folder in _FOLDERS.items()}
+    root = find_path(Path(config.root))
+    folders = {kind: _split_folders(root / kind) for kind in ("images", "annotations")}
+    pairs = {split: _pairs(root, split, folders) for split in SPLITS}
     if not pairs["train"]:
-        raise LongtailError(f"{root / 'images' / 'training'}: holds no images; expected images/ and annotations/ there")
+        raise LongtailError(
+            f"{root / 'images'}: holds no folder train or training with images; expected images/ and annotations/ there"
+        )
     if not pairs[test]:
         test = "val"
     if not pairs[test]:
-        raise LongtailError(f"{root / 'images' / 'validation'}: holds no images; expected some to evaluate on")
-    pairs = {split: pairs[split] for split in _FOLDERS if pairs[split] and split in {"train", "val", test}}
+        raise LongtailError(f"{root / 'images'}: holds no images of val or test; expected some to evaluate on")
+    pairs = {split: pairs[split] for split in SPLITS if pairs[split] and split in {"train", "val", test}}
     names = _class_names(root, default_names)
-    counted = {split: _count_pixels(root, files, names) for split, files in pairs.items()}
+    counted = {split: _count_pixels(root, files, names, config.ignore_value) for split, files in pairs.items()}
     width = max(masks.counts.shape[1] for masks in counted.values())
     if names is None:
         names = tuple(f"class {number}" for number in range(1, width))
@@ -167,16 +179,18 @@ def load_segmentation(
     totals = train.sum(dim=0)
     unseen = next((index for index, count in enumerate(totals.tolist()) if count == 0), None)
     if unseen is not None:
+        place = root / "annotations" / folders["annotations"]["train"]
         raise LongtailError(
-            f"{root / 'annotations' / 'training'}: class '{names[unseen]}' (value {unseen + 1}) has no pixel there; "
-            "add images of it, or give its number to another class in classes.txt and the masks"
+            f"{place}: class '{names[unseen]}' (value {unseen + 1}) has no pixel there; add images of it, or give its "
+            "number to another class in classes.txt and the masks; --data.ignore_value leaves out a value, such as "
+            "255, of pixels that are not labelled"
         )
     present = train > 0
     shares = present.double() / present.sum(dim=1, keepdim=True).clamp(min=1)
     rarest = torch.where(present, totals, torch.iinfo(torch.int64).max).argmin(dim=1)
     sets = {
         split: ImageSet(
-            SegmentationImages(root, [name for name, _ in files], [mask for _, mask in files]),
+            SegmentationImages(root, [name for name, _ in files], [mask for _, mask in files], config.ignore_value),
             rarest if split == "train" else torch.zeros(len(files), dtype=torch.int64),
             torch.arange(len(files)),
         )
@@ -223,11 +237,32 @@ def _ade20k_classes(root: Path) -> tuple[str, ...]:
     return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
 
 
-def _pairs(root: Path, folder: str) -> list[tuple[str, str]]:
-    """Return every image of a split with its mask, as paths below the root."""
-    images, masks = root / "images" / folder, root / "annotations" / folder
-    if not images.is_dir() and not masks.is_dir():
+def _split_folders(folder: Path) -> dict[str, str]:
+    """Return the names of the folders of the splits, in any of their spellings."""
+    if not folder.is_dir():
+        return {}
+    errors: list[str] = []
+    folders = find_split_folders(folder, errors, nested=False)
+    if errors:
+        raise LongtailError(errors[0])
+    return folders
+
+
+def _pairs(root: Path, split: str, folders: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
+    """Return every image of a split with its mask, as paths below the root.
+
+    Args:
+        root: the folder.
+        split: one of train, val and test.
+        folders: names of the splits' folders below ``images`` and ``annotations``.
+    """
+    if not any(split in of for of in folders.values()):
         return []
+    names = {
+        kind: of.get(split) or next(other[split] for other in folders.values() if split in other)
+        for kind, of in folders.items()
+    }
+    images, masks = root / "images" / names["images"], root / "annotations" / names["annotations"]
     image_of, mask_of = _files_by_stem(images), _files_by_stem(masks)
     for stem, name in image_of.items():
         if stem not in mask_of:
@@ -235,7 +270,10 @@ def _pairs(root: Path, folder: str) -> list[tuple[str, str]]:
     for stem, name in mask_of.items():
         if stem not in image_of:
             raise LongtailError(f"{masks / name}: has no image {images / f'{stem}.jpg'}; add it, or remove the mask")
-    return [(f"images/{folder}/{image_of[stem]}", f"annotations/{folder}/{mask_of[stem]}") for stem in sorted(image_of)]
+    return [
+        (f"images/{names['images']}/{image_of[stem]}", f"annotations/{names['annotations']}/{mask_of[stem]}")
+        for stem in sorted(image_of)
+    ]
 
 
 def _files_by_stem(folder: Path) -> dict[str, str]:
@@ -244,7 +282,7 @@ def _files_by_stem(folder: Path) -> dict[str, str]:
         return {}
     files: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+        if is_image_name(path.name) and not path.name.startswith("."):
             name = path.relative_to(folder)
             stem = str(name.with_suffix(""))
             if stem in files:
@@ -264,12 +302,14 @@ class _MaskCounts(NamedTuple):
         return torch.nonzero(self.counts[:, 1:].sum(dim=1) == 0).flatten().tolist()
 
 
-def _count_pixels(root: Path, pairs: list[tuple[str, str]], names: tuple[str, ...] | None) -> _MaskCounts:
+def _count_pixels(
+    root: Path, pairs: list[tuple[str, str]], names: tuple[str, ...] | None, ignore_value: int | None
+) -> _MaskCounts:
     """Read every mask: its size, and how many pixels have which value."""
 
     def count(pair: tuple[str, str]) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
         image, mask = root / pair[0], root / pair[1]
-        values = read_mask(mask)
+        values = read_mask(mask, ignore_value)
         if (
             values.shape != read_size(image)[::-1]
             and values.shape != ImageOps.exif_transpose(open_image(image)).size[::-1]
@@ -278,7 +318,8 @@ def _count_pixels(root: Path, pairs: list[tuple[str, str]], names: tuple[str, ..
         largest, smallest = int(values.max(initial=0)), int(values.min(initial=0))
         if names is not None and largest > len(names):
             raise LongtailError(
-                f"{mask}: holds the value {largest}, expected 0 (unlabelled) to {len(names)} (the number of classes)"
+                f"{mask}: holds the value {largest}, expected 0 (unlabelled) to {len(names)} (the number of classes); "
+                f"if its pixels are not labelled: --data.ignore_value {largest}"
             )
         if smallest < 0 or largest > 65_535:
             raise LongtailError(f"{mask}: holds values from {smallest} to {largest}, expected 0 to 65,535")

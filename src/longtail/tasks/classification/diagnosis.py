@@ -35,18 +35,19 @@ def diagnose(
     """
     main = metrics[model_config.predicts_under]
     at_chance = _at_chance(model_config, main)
-    findings = [
-        _not_converged(epochs),
-        at_chance,
-        _overfitting(config, epochs, main),
-        *METHODS[config.method].diagnose(config, epochs),
-    ]
-    if at_chance is None:  # which classes a network names that has learned nothing, and how confidently, says nothing
-        findings[2:2] = [
+    if at_chance is not None:
+        # of a network that has learned nothing, the classes that it names, its confidence, its queues and the slope of
+        # its loss say nothing; only that it knows its training images would be another matter
+        findings = [at_chance, _overfitting(config, epochs, main)]
+    else:
+        findings = [
+            _not_converged(epochs),
             _tail_not_recognised(model_config, config, main, metrics["uniform"]),
             _head_behind_medium(main),
+            _overfitting(config, epochs, main),
+            *METHODS[config.method].diagnose(config, epochs),
+            _overconfident(model_config, main),
         ]
-        findings.append(_overconfident(main))
     return [finding for finding in findings if finding is not None]
 
 
@@ -116,12 +117,13 @@ def _overfitting(config: Config, epochs: Sequence[Mapping[str, Any]], main: Mapp
     )
 
 
-def _overconfident(main: Mapping[str, Any]) -> Finding | None:
+def _overconfident(model_config: ModelConfig, main: Mapping[str, Any]) -> Finding | None:
     calibration = main.get("calibration")
     if calibration is None or calibration["ece"] < 10:
         return None
-    return Finding(
-        "Probabilities are poorly calibrated.",
-        f"Confidence and accuracy differ by {calibration['ece']:.0f} % on average.",
-        "Calibrate on validation images: --data.val_fraction 0.1, and --calibration group.",
-    )
+    fit, advice = model_config.temperature_fits.get("all"), "Calibrate on validation images: --data.val_fraction 0.1."
+    evidence = f"Confidence and accuracy differ by {calibration['ece']:.0f} % on average."
+    if fit is not None:
+        evidence += f" The temperature rests on {fit.images:,} validation image{'' if fit.images == 1 else 's'}."
+        advice = "More validation images (--data.val_fraction), or a temperature per shot group: --calibration group."
+    return Finding("Probabilities are poorly calibrated.", evidence, advice)

@@ -20,6 +20,7 @@ from longtail.inference.options import InferenceOptions
 from longtail.inference.recognizer import Recognizer
 from longtail.losses import posterior
 from longtail.tasks.base import EvaluationRequest, Metrics
+from longtail.tasks.classification.calibration import conformal_images
 from longtail.tasks.classification.evaluator import collect_logits
 from longtail.tasks.classification.tta import choose_tta
 from longtail.tasks.evaluate import evaluate_split
@@ -35,6 +36,10 @@ def evaluate_run(
     """
     names, counts = model.config.class_names, model.config.class_counts
     further: dict[str, Any] = {}
+    if model.config.temperature_fits:
+        further["temperature_fits"] = {
+            name: dataclasses.asdict(fit) for name, fit in model.config.temperature_fits.items()
+        }
     prior, thresholds = request.prior, None
     if request.coverage is not None:
         thresholds = model.conformal_thresholds(request.coverage, request.options.tta)
@@ -62,9 +67,11 @@ def evaluate_run(
                 name = "estimate" if entry.method == "map" else entry.method
                 priors[name] = model.corrected_frequencies(entry)
         if thresholds is not None:
+            assert request.coverage is not None
             further["conformal"] = {
                 "coverage": request.coverage,
                 **_conformal_sets(model, scores, labels, thresholds, config),
+                **conformal_images(model, request.coverage),
             }
     if prior not in {"uniform", "train", "estimate"}:
         priors["given"], prior = resolve_class_frequencies(prior, names, counts), "given"

@@ -10,7 +10,8 @@ from longtail.errors import LongtailError
 from longtail.inference.output import PredictionOutput, prediction_table
 from longtail.inference.recognizer import Recognizer
 from longtail.tasks.base import PredictionRequest, check_inference_options
-from longtail.tasks.classification.console import estimate_lines
+from longtail.tasks.classification.calibration import conformal_images
+from longtail.tasks.classification.console import conformal_line, estimate_lines
 
 
 def predict_files(model: Recognizer, files: Sequence[Path], request: PredictionRequest) -> PredictionOutput:
@@ -21,7 +22,9 @@ def predict_files(model: Recognizer, files: Sequence[Path], request: PredictionR
     tta = request.options.fixed_tta
     predictions = model.predict(files, prior=request.prior, coverage=request.coverage, tta=tta)
     notes = []
+    if request.coverage is not None:
+        notes.append(conformal_line(conformal_images(model, request.coverage)))
     if predictions.prior is not None:
         estimate = {predictions.prior.method: dataclasses.asdict(predictions.prior)}
-        notes = estimate_lines(estimate, predictions.class_names)
+        notes += estimate_lines(estimate, predictions.class_names)
     return prediction_table(files, predictions.top(request.top), predictions.sets, notes)

@@ -43,18 +43,23 @@ def report_sections(
             (title, plots.reliability(main["calibration"]["diagram"])),
             ("Accuracy without the least confident images", plots.rejection(main["calibration"]["rejection"])),
         ]
+    columns = [
+        ("balanced_accuracy", "balanced accuracy"),
+        ("top1", "top-1"),
+        ("top5", "top-5"),
+        *((group, group) for group in ("many", "medium", "few")),
+        ("worst_tenth", "worst tenth of the classes"),
+        ("worst_class", "worst class"),
+        ("harmonic_mean", "harmonic mean"),
+    ]
     order = head_first(counts)
     ordered = [names[i] for i in order], [groups[i] for i in order]
     return ReportSections(
         counted="training images",
         note=f"Classes in many have more than {config.shots.many_above} training images, classes in few fewer than "
         f"{config.shots.few_below}.",
-        columns=[
-            ("balanced_accuracy", "balanced accuracy"),
-            ("top1", "top-1"),
-            ("top5", "top-5"),
-            *((group, group) for group in ("many", "medium", "few")),
-        ],
+        # a run of an earlier version has not all of them
+        columns=[(name, title) for name, title in columns if name in main],
         group_sizes={group: groups.count(group) for group in ("many", "medium", "few")},
         figures=[
             ("Class distribution", plots.class_histogram(ordered[0], [counts[i] for i in order], ordered[1])),

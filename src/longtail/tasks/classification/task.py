@@ -45,6 +45,9 @@ class Classification(Task[Recognizer]):
         ("many", "many"),
         ("medium", "medium"),
         ("few", "few"),
+        ("worst_tenth", "worst tenth"),
+        ("worst_class", "worst class"),
+        ("harmonic_mean", "harmonic mean"),
     )
     printed_metrics: ClassVar[Mapping[str, str]] = {
         "balanced_accuracy": "balanced accuracy",
@@ -53,6 +56,9 @@ class Classification(Task[Recognizer]):
         "many": "many",
         "medium": "medium",
         "few": "few",
+        "worst_tenth": "worst tenth",
+        "worst_class": "worst class",
+        "harmonic_mean": "harmonic mean",
     }
     compared_metrics = ("balanced_accuracy",)
     validation_metrics = ("balanced_accuracy", "top1")

@@ -1,0 +1,129 @@
+"""Connections of the local page: its address, the names that it answers to, and how long a client may be idle."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from longtail.errors import LongtailError
+
+HEADER_SECONDS = 15.0
+"""A connection without a request is closed after once to twice this time."""
+ANY_ADDRESS = "any address"
+"""Among trusted hosts: whatever is an IP address and no name."""
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]@/]+)(?::\d*)?")  # with or without port
+
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+_App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
+
+
+def trusted_hosts(host: str) -> list[str]:
+    """Return what a browser may call a server that listens at an address or name.
+
+    At all addresses (``0.0.0.0``) these are the names of this machine and any IP address: no page from elsewhere can
+    give itself an address of this machine for a name.
+    """
+    if host in {"0.0.0.0", "::", ""}:
+        return [*_LOOPBACK, socket.gethostname().lower(), socket.getfqdn().lower(), ANY_ADDRESS]
+    name = f"[{host}]" if ":" in host else host
+    if name in _LOOPBACK or host.startswith("127."):
+        return list(dict.fromkeys([name, *_LOOPBACK]))
+    return [name.lower()]
+
+
+class TrustedHosts:
+    """ASGI middleware that answers requests to other hosts with 400, as Starlette's ``TrustedHostMiddleware`` does.
+
+    That one knows no IPv6 addresses before version 1, and no set of all addresses.
+
+    Args:
+        app: the application.
+        hosts: without port, IPv6 addresses in brackets; :data:`ANY_ADDRESS` stands for every address.
+    """
+
+    def __init__(self, app: _App, hosts: Sequence[str]) -> None:
+        self.app, self.hosts = app, [host.lower() for host in hosts]
+
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        """Answer a request."""
+        if scope["type"] in {"http", "websocket"} and not self._trusts(scope):
+            from starlette.responses import JSONResponse
+
+            names = ", ".join(self.hosts)
+            refusal = JSONResponse(
+                {"error": f"the host name: is not one that this server was started for: {names}"}, 400
+            )
+            await refusal(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _trusts(self, scope: _Message) -> bool:
+        named = [value for name, value in scope["headers"] if name == b"host"]
+        if len(named) != 1:
+            return False
+        matched = _HOST.fullmatch(named[0].decode("latin-1").lower())
+        if matched is None:
+            return False
+        host = matched[1]
+        if host in self.hosts:
+            return True
+        if ANY_ADDRESS not in self.hosts:
+            return False
+        try:
+            ipaddress.ip_address(host.strip("[]"))
+        except ValueError:
+            return False
+        return True
+
+
+def reaping_protocol() -> Any:
+    """Return uvicorn's HTTP protocol, with connections closed whose request does not begin or whose header never ends.
+
+    Uvicorn has a time limit between two requests only.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class ReapingProtocol(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._idle_since: Any = None
+            self._reaper = self.loop.call_later(HEADER_SECONDS, self._reap, False)
+
+        def _reap(self, was_idle: bool) -> None:
+            cycle = self.cycle
+            idle = cycle is None or cycle.response_complete
+            if idle and was_idle and self._idle_since is cycle:
+                self.transport.close()
+                return
+            self._idle_since = cycle
+            self._reaper = self.loop.call_later(HEADER_SECONDS, self._reap, idle)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._reaper.cancel()
+            super().connection_lost(exc)
+
+    return ReapingProtocol
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        LongtailError: the address is not this machine's, or the port is taken.
+    """
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(128)  # clients that connect as soon as the address is printed wait instead of being refused
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise LongtailError(f"--host {host} --port {port}: cannot be listened at: {error}") from None
+    return listening

@@ -1,0 +1,188 @@
+"""Folders as people have them: their names for splits, classes at any depth, empty folders, links, Unicode forms."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtail.config import Data
+from longtail.data.listing import Listing, check, read_folder, split_of
+from longtail.data.paths import find_path, nfc, printable
+from longtail.data.source_spec import source_of
+from longtail.data.sources import load_data, read_listing
+from longtail.errors import LongtailError
+from tests.conftest import save_image
+
+CAFE = "caf\u00e9"
+CAFE_OF_MACOS = unicodedata.normalize("NFD", CAFE)
+
+
+def tree(root: Path, *paths: str) -> None:
+    for seed, path in enumerate(paths):
+        save_image(root / path, seed=seed)
+
+
+def listed(root: Path, class_depth: int | None = None, skip_empty: bool = False) -> Listing:
+    listing = read_folder(root, class_depth=class_depth, skip_empty=skip_empty)
+    check(listing)
+    return listing
+
+
+@pytest.mark.parametrize("train", ["train", "training", "Train", "TRAINING"])
+@pytest.mark.parametrize(
+    ("val", "test"),
+    [("val", "test"), ("valid", "testing"), ("validation", "Test"), ("dev", "holdout"), ("Val", "Holdout")],
+)
+def test_split_folders_have_the_names_that_people_give_them(tmp_path: Path, train: str, val: str, test: str) -> None:
+    tree(tmp_path, *(f"{split}/{name}/{split}.png" for split in (train, val, test) for name in ("cat", "dog")))
+    listing = listed(tmp_path)
+    assert not listing.errors
+    assert listing.class_names == ["cat", "dog"]
+    assert {split: entries.names for split, entries in listing.splits.items()} == {
+        "train": [f"{train}/cat/{train}.png", f"{train}/dog/{train}.png"],
+        "val": [f"{val}/cat/{val}.png", f"{val}/dog/{val}.png"],
+        "test": [f"{test}/cat/{test}.png", f"{test}/dog/{test}.png"],
+    }
+
+
+def test_two_folders_of_one_split_and_splits_without_training_images_are_errors(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{split}/{name}/{split}.png" for split in ("train", "val", "valid") for name in ("cat", "dog")))
+    assert listed(tmp_path).errors == [
+        f"{tmp_path}: has two folders of val images, 'val' and 'valid'; make them one, or rename one"
+    ]
+    (tmp_path / "train").rename(tmp_path / "valid" / "train")
+    assert "has folders of splits (val, valid) but none of training images" in listed(tmp_path).errors[0]
+
+
+def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
+    tree(tmp_path, "train/a.png", "dev/b.png", "cat/c.png")
+    assert listed(tmp_path).class_names == ["cat", "dev", "train"]
+    assert split_of("cat") is None
+
+
+def test_a_folder_with_images_is_a_class_at_any_depth(tmp_path: Path) -> None:
+    tree(tmp_path, "animals/cat/0.png", "animals/dog/big/1.png", "a/airfield/2.png", "tree/3.png", "tree/oak/4.png")
+    listing = listed(tmp_path)
+    assert not listing.errors
+    assert listing.class_names == ["a/airfield", "animals/cat", "animals/dog/big", "tree", "tree/oak"]
+    assert [listing.class_names[label] for label in listing.training.labels] == [
+        *("a/airfield", "animals/cat", "animals/dog/big", "tree", "tree/oak")
+    ]
+    assert listing.training.names[1] == "animals/cat/0.png"
+    assert "1 classes have others below them (tree)" in listing.remarks[0]
+    joined = listed(tmp_path, class_depth=1)
+    assert joined.class_names == ["a", "animals", "tree"]
+    assert torch.bincount(joined.training.labels).tolist() == [1, 2, 2]
+    assert not joined.remarks
+    assert listed(tmp_path, class_depth=2).class_names == [
+        "a/airfield",
+        "animals/cat",
+        "animals/dog",
+        *("tree", "tree/oak"),
+    ]
+    assert read_listing(Data(source="folder", root=str(tmp_path), class_depth=1)).class_names == joined.class_names
+
+
+def test_an_empty_class_folder_is_named_once(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/0.png", "cat/1.png", "dog/2.png", "dog/3.png")
+    (tmp_path / "emu").mkdir()
+    (tmp_path / "fox" / "small").mkdir(parents=True)
+    (tmp_path / "gnu").mkdir()
+    (tmp_path / "gnu" / "notes.txt").write_text("none")
+    errors = listed(tmp_path).errors
+    assert len(errors) == 3
+    for error, name in zip(errors, ("emu", "fox/small", "gnu"), strict=True):
+        assert f"the class '{name}' has no images" in error
+        assert "--data.skip_empty" in error
+    assert "only notes.txt" in errors[2]
+    listing = listed(tmp_path, skip_empty=True)
+    assert not listing.errors
+    assert listing.class_names == ["cat", "dog"]
+    assert listing.remarks == ["3 class folders have no images, and are left out (emu, fox/small, gnu)"]
+    assert load_data(Data(source="folder", root=str(tmp_path), skip_empty=True), seed=0).class_counts == [1, 1]
+
+
+def test_an_empty_training_class_with_test_images(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{split}/{name}/{split}.png" for split in ("train", "test") for name in ("cat", "dog")))
+    tree(tmp_path, "test/emu/9.png")
+    (tmp_path / "train" / "emu").mkdir()
+    assert len(listed(tmp_path).errors) == 1
+    listing = listed(tmp_path, skip_empty=True)
+    assert not listing.errors
+    assert len(listing.splits["test"]) == 2
+    assert "1 images of a class without training images are left out" in listing.remarks[0]
+
+
+def test_what_is_not_used_is_named(tmp_path: Path) -> None:
+    tree(tmp_path, "train/cat/0.png", "train/dog/1.png", "train/loose.png", "extra/cat/3.png")
+    remarks = listed(tmp_path).remarks
+    assert f"{tmp_path / 'train'}: 1 images beside the class folders belong to no class" in remarks[0]
+    assert "1 folders beside the splits are not used (extra)" in remarks[1]
+
+
+@pytest.mark.parametrize("place", ["test", "train/emu", "train/cat/x.png", "other"])
+def test_a_link_that_leads_nowhere_is_an_error_at_every_level(tmp_path: Path, place: str) -> None:
+    tree(tmp_path, *(f"{split}/{name}/{split}.png" for split in ("train", "val") for name in ("cat", "dog")))
+    assert not listed(tmp_path).errors
+    (tmp_path / place).symlink_to(tmp_path / "gone")
+    assert listed(tmp_path).errors == [f"{tmp_path / place}: is a broken or circular link; repair or remove it"]
+
+
+def test_a_broken_link_among_class_folders_and_a_file_in_place_of_a_split(tmp_path: Path) -> None:
+    tree(tmp_path / "flat", "cat/0.png", "dog/1.png")
+    (tmp_path / "flat" / "emu").symlink_to("gone")
+    assert "emu: is a broken or circular link" in listed(tmp_path / "flat").errors[0]
+    tree(tmp_path / "split", "train/cat/0.png", "train/dog/1.png")
+    (tmp_path / "split" / "Test").write_text("")
+    assert listed(tmp_path / "split").errors == [
+        f"{tmp_path / 'split' / 'Test'}: is a file, expected a folder of the test images; rename it"
+    ]
+
+
+def test_names_in_two_unicode_forms_are_one_class(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"train/{name}/{i}.png" for name in (CAFE, "bar") for i in range(3)))
+    save_image(tmp_path / "test" / CAFE_OF_MACOS / "0.png", seed=70)
+    save_image(tmp_path / "train" / CAFE_OF_MACOS / "9.png", seed=71)
+    listing = listed(tmp_path)
+    assert not listing.errors
+    assert listing.class_names == ["bar", CAFE]
+    assert listing.splits["test"].labels.tolist() == [1]
+    assert torch.bincount(listing.training.labels).tolist() == [3, 4]
+    assert all((tmp_path / name).is_file() for entries in listing.splits.values() for name in entries.names)
+
+
+def test_a_path_is_found_in_another_unicode_form(tmp_path: Path) -> None:
+    tree(tmp_path / CAFE_OF_MACOS, "cat/0.png", "dog/1.png")
+    assert find_path(tmp_path / CAFE / "cat") == tmp_path / CAFE_OF_MACOS / "cat"
+    assert find_path(tmp_path / CAFE / "gone") == tmp_path / CAFE / "gone"
+    assert source_of(str(tmp_path / CAFE)) == {"source": "folder", "root": str(tmp_path / CAFE_OF_MACOS)}
+    assert nfc(CAFE_OF_MACOS) == CAFE
+    assert read_listing(Data(source="folder", root=str(tmp_path / CAFE))).class_names == ["cat", "dog"]
+
+
+def test_names_are_shown_on_one_line() -> None:
+    assert printable("a\nb\tc\x1b[31m") == r"a\nb\tc\x1b[31m"
+    assert printable(os.fsdecode(b"caf\xe9")) == r"caf\xe9"
+    assert printable("naïve 日本.png") == "naïve 日本.png"
+
+
+def test_an_error_shows_an_awkward_name_escaped(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/0.png", "cat/1.png", "dog/2.png", "dog/3.png")
+    (tmp_path / "cat" / "a\n\x1b[31mb.txt").write_text("")
+    with pytest.raises(LongtailError, match=r"cat/a\\n\\x1b\[31mb\.txt: is not an image by its name") as error:
+        load_data(Data(source="folder", root=str(tmp_path)), seed=0)
+    assert str(error.value).isprintable()
+
+
+def test_every_suffix_that_pillow_reads_is_an_image(tmp_path: Path) -> None:
+    for index, suffix in enumerate(("jfif", "jpe", "JPG", "webp", "qoi", "tga")):
+        save_image(tmp_path / ("cat" if index % 2 else "dog") / f"{index}.png", seed=index).rename(
+            tmp_path / ("cat" if index % 2 else "dog") / f"{index}.{suffix}"
+        )
+    listing = listed(tmp_path)
+    assert not listing.errors
+    assert len(listing.training) == 6
