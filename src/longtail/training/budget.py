@@ -54,8 +54,7 @@ def choose(config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Se
 
     All of the network is tuned where that leaves enough epochs; otherwise only the classifier is trained, on features
     that are computed once. Enough are 6 epochs and 600 steps; more than twice as many gain less than larger images do.
-    Of what uses the time well, the largest images are taken. The order of preference comes
-    from the measurements in ``docs/evidence.md``.
+    Of what uses the time well, the largest images are taken.
 
     Args:
         config: settings of the run; ``epochs`` is chosen.
