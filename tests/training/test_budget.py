@@ -21,6 +21,7 @@ from longtail.training.budget import (
     sides_up_to,
 )
 from longtail.training.duration import Sizes, Speed, expected_seconds, format_duration, measure_speed
+from longtail.training.teacher import teacher_config
 from tests.conftest import Command
 
 SIZES = Sizes(train=10_847, val=0, test=10_000)
@@ -76,7 +77,6 @@ def test_expected_seconds_count_what_a_run_does(folder: Config) -> None:
     assert expected_seconds(distilled, sizes, speed) == 670 + 200 + 670
     head = expected_seconds(config.replace(tune="head"), sizes, speed)
     assert 150 < head < 151
-    assert expected_seconds(config.replace(tune="head"), sizes, speed, missing_features=0) < 1
 
 
 def test_measuring_changes_nothing() -> None:
@@ -102,8 +102,8 @@ def test_a_resumed_run_keeps_its_choice(folder: Config, tmp_path: Path, monkeypa
         raise AssertionError("measured again")
 
     monkeypatch.setattr(budget, "fit_to_minutes", fail)
-    assert choose_settings(config, tmp_path, 0.0, resume=True) == (there, [])
-    assert choose_settings(folder, tmp_path, 0.0, resume=False) == (folder, [])
+    assert choose_settings(config, tmp_path, 0.0, resume=True) == (there, [], None)
+    assert choose_settings(folder, tmp_path, 0.0, resume=False) == (folder, [], None)
     with pytest.raises(AssertionError, match="measured again"):
         choose_settings(config, tmp_path, 0.0, resume=False)
 
@@ -114,13 +114,37 @@ def test_settings_that_differ_from_the_recipes_are_kept(photos: Path, tmp_path: 
     model = timm.create_model("test_resnet", num_classes=0)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     config = load_recipe("folder").config.replace(
-        minutes=1.0, network="test_resnet", pretrained=str(tmp_path / "weights.pth"), data={"root": str(photos)}
+        minutes=600.0, network="test_resnet", pretrained=str(tmp_path / "weights.pth"), data={"root": str(photos)}
     )
-    chosen, reasons = fit_to_minutes(config, time.monotonic())
+    chosen, reasons, _ = fit_to_minutes(config, time.monotonic())
     assert (chosen.tune, chosen.epochs, chosen.data.image_size) == ("full", 30, 224)
     assert "more time would gain little" in reasons[0]
-    chosen, _ = fit_to_minutes(config.replace(tune="norm", epochs=4), time.monotonic())
+    chosen, _, _ = fit_to_minutes(config.replace(tune="norm", epochs=4), time.monotonic())
     assert (chosen.tune, chosen.epochs) == ("norm", 4)
+
+    mine = config.replace(recipe="mine")  # from a file, which is not among the package's
+    assert fit_to_minutes(mine, time.monotonic())[0].epochs == 30
+
+
+def test_a_set_that_is_loaded_to_count_its_images_is_not_loaded_again(tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "weights.pth")
+    config = load_recipe("folder").config.replace(
+        minutes=600.0, network="test_resnet", pretrained=str(tmp_path / "weights.pth"), data={"source": "digits-lt"}
+    )
+    chosen, _, data = fit_to_minutes(config, time.monotonic())
+    assert data is not None
+    assert len(data.class_names) == 10
+    assert chosen.network_size == 160
+    assert teacher_config(chosen, data).minutes is None  # its settings are the student's, and are not chosen again
+
+
+def test_a_comparison_has_no_budget(command: Command, photos: Path, tmp_path: Path) -> None:
+    code, _, error = command("compare", photos, "--minutes", "5", "--out", tmp_path / "out")
+    assert code == 2
+    assert "minutes: is for longtail train" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_random_weights_have_no_budget(command: Command, photos: Path, tmp_path: Path) -> None:

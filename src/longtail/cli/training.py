@@ -54,6 +54,8 @@ def compare(arguments: list[str]) -> None:
     for flag, number in (("seeds", options.seeds), ("jobs", options.jobs)):
         if number < 1:
             raise LongtailError(f"--{flag} {number}: expected at least 1")
+    if config.minutes is not None:
+        raise LongtailError("minutes: is for longtail train; the runs of a comparison have equal epochs or passes")
     out = options.out or Path("runs") / f"compare-{recipe.name}"
     check_folder(out)
     check_output(options.json)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from longtail.config import Config, load_recipe, read_config
+from longtail.config import Config, load_recipe, read_config, recipe_names
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import split_sizes
 from longtail.devices import select_device
@@ -92,8 +92,10 @@ def choose(config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Se
     return max(fits, key=lambda each: each.seconds) if fits else min(heads, key=lambda each: each.seconds)
 
 
-def choose_settings(config: Config, out: Path, started: float, resume: bool) -> tuple[Config, list[str]]:
-    """Return ``config`` with what ``minutes`` leaves open chosen, and the reasons; a resumed run keeps its choice.
+def choose_settings(
+    config: Config, out: Path, started: float, resume: bool
+) -> tuple[Config, list[str], LongTailedData | None]:
+    """Return what :func:`fit_to_minutes` does where ``minutes`` is given; a resumed run keeps its choice.
 
     Args:
         config: settings of the run; ``pretrained`` is resolved.
@@ -105,13 +107,13 @@ def choose_settings(config: Config, out: Path, started: float, resume: bool) -> 
         LongtailError: see :func:`fit_to_minutes`.
     """
     if config.minutes is None:
-        return config, []
+        return config, [], None
     if resume and (out / "config.yaml").is_file():
         there = read_config(out / "config.yaml")
         if there.minutes == config.minutes:
             sizes = {"image_size": there.data.image_size}
             kept = {name: getattr(there, name) for name in ("tune", "epochs", "feature_views", "network_size")}
-            return config.replace(data=sizes, **kept), []
+            return config.replace(data=sizes, **kept), [], None
     return fit_to_minutes(config, started)
 
 
@@ -141,14 +143,17 @@ def remarks_on_duration(config: Config, data: LongTailedData, encoder: Encoder, 
     return [f"{line}; quicker: {quicker}, or a GPU"]
 
 
-def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str]]:
-    """Return ``config`` with tuning, size and epochs chosen so that a run takes ``config.minutes``, and the reasons.
+def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], LongTailedData | None]:
+    """Choose tuning, size and epochs so that a run takes ``config.minutes``.
 
     Settings that differ from the recipe's are kept.
 
     Args:
         config: settings of the run; ``pretrained`` is resolved.
         started: when the command started, of ``time.monotonic``.
+
+    Returns:
+        The settings, the reasons, and the data where it had to be loaded to count its images.
 
     Raises:
         LongtailError: the data cannot be read, or the network is not a pretrained one.
@@ -158,7 +163,8 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str]]:
         raise LongtailError(
             "minutes: chooses how a pretrained network is tuned; give --pretrained auto, timm or FILE, or set --epochs"
         )
-    counts, side = split_sizes(config.data, config.seed)
+    counts, data = split_sizes(config.data, config.seed)
+    side = None if data is None else data.image_size
     sizes = Sizes(counts["train"], counts.get("val", 0), counts["test"])
     device = select_device(config.device)
     encoder = Encoder(config.network, *normalization(config.network, 3), pretrained=config.pretrained)
@@ -169,7 +175,7 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str]]:
     measured = measure_speed(encoder, reference, device)
     left = config.minutes * 60 - (time.monotonic() - started) - _REPORT
     chosen = choose(config, sizes, measured.at((sides[0] / reference) ** 2), left, sides)
-    default = load_recipe(config.recipe).config
+    default = load_recipe(config.recipe if config.recipe in recipe_names() else "folder").config
     changes: dict[str, object] = {"feature_views": chosen.feature_views} if chosen.tune == "head" else {}
     if config.tune == default.tune:
         changes["tune"] = chosen.tune
@@ -193,4 +199,4 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str]]:
         reason += "; more time would gain little"
     elif chosen.seconds > left:
         reason += "; no settings are faster"
-    return config, [reason]
+    return config, [reason], data

@@ -90,14 +90,13 @@ def _time(function: Callable[[], None], device: torch.device) -> float:
     return sorted(times)[len(times) // 4]
 
 
-def expected_seconds(config: Config, sizes: Sizes, speed: Speed, *, missing_features: int | None = None) -> float:
+def expected_seconds(config: Config, sizes: Sizes, speed: Speed) -> float:
     """Return how long a run takes from its first pass over the images to its test metrics.
 
     Args:
         config: settings of the run, without open ones.
         sizes: images of each split.
         speed: of the network at the size that it is given.
-        missing_features: images whose features ``tune head`` still has to compute; all of them if not given.
     """
     assert isinstance(config.epochs, int)
     method = METHODS[config.method]
@@ -105,8 +104,7 @@ def expected_seconds(config: Config, sizes: Sizes, speed: Speed, *, missing_feat
     evaluated = sizes.test + sizes.val * (1 + config.epochs // config.validate_every)
     if config.tune == "head":
         images = sizes.train * config.feature_views + sizes.val + sizes.test
-        passes = images if missing_features is None else missing_features
-        return passes * speed.encode + steps * _HEAD_STEP * method.num_student_views(config)
+        return images * speed.encode + steps * _HEAD_STEP * method.num_student_views(config)
     passes = config.epochs * sizes.train
     seconds = passes * method.num_student_views(config) * speed.train + evaluated * speed.encode
     if config.classifier.init == "class_means":

@@ -46,6 +46,7 @@ def teacher_config(config: Config, data: LongTailedData) -> Config:
     return task.teacher_config(
         dataclasses.replace(config, settings=task_settings).replace(
             recipe="teacher",
+            minutes=None,
             method="la",
             network=config.network if config.teacher.network == "auto" else config.teacher.network,
             epochs=config.teacher.epochs or config.epochs,

@@ -89,8 +89,8 @@ def fit(
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
     started = time.monotonic() if started is None else started
-    config, why = choose_settings(find_weights(config), out, started, resume)  # before images are decoded
-    data = load_data(config.data, config.seed) if data is None else data
+    config, why, loaded = choose_settings(find_weights(config), out, started, resume)  # before images are decoded
+    data = data or loaded or load_data(config.data, config.seed)
     config, reasons = auto_config(config, data)
     # the random state of the caller stays as it is
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -59,15 +59,15 @@ def load_data(config: Data, seed: int) -> LongTailedData:
     return data_from_listing(read_listing(config), config, seed)
 
 
-def split_sizes(config: Data, seed: int) -> tuple[dict[str, int], int | None]:
-    """Return the number of images of each split, and the side in pixels that they have; no image file is opened.
+def split_sizes(config: Data, seed: int) -> tuple[dict[str, int], LongTailedData | None]:
+    """Return the number of images of each split; no image file is opened.
 
     Args:
         config: which set, from where, and its tail.
         seed: see :func:`load_data`.
 
     Returns:
-        Sizes by split, and the side where the images have one that is given, None for image files.
+        Sizes by split, and the data where it had to be loaded, None for image files.
 
     Raises:
         LongtailError: as :func:`load_data`.
@@ -80,7 +80,7 @@ def split_sizes(config: Data, seed: int) -> tuple[dict[str, int], int | None]:
         return {name: len(entries) for name, entries in splits.items()}, None
     data = load_data(config, seed)
     sets = {"train": data.train, "val": data.val, "test": data.test}
-    return {name: len(images) for name, images in sets.items() if images is not None}, data.image_size
+    return {name: len(images) for name, images in sets.items() if images is not None}, data
 
 
 def read_listing(config: Data) -> Listing:
