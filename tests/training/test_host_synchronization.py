@@ -65,4 +65,4 @@ def _two_steps_without_values(method: Method, batch: Batch) -> None:
         optimizer.step()
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
     tracker = MetricTracker()
-    tracker.add(terms, len(batch), len(batch))
+    tracker.add_terms(terms, len(batch))

@@ -238,6 +238,21 @@ class Shots:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """How an accelerator is used; what is learned is the same but for rounding."""
+
+    __pydantic_config__ = _STRICT
+
+    batches: Literal["auto", "device", "host"] = "auto"
+    """Where training batches are made: device: the images are kept in the accelerator's memory as bytes and augmented
+    there; host: by this machine's cores. auto: on a CUDA device where the images fit."""
+    memory: Annotated[float, Field(gt=0, le=0.9)] = 0.25
+    """Fraction of the accelerator's memory that images and prepared views may take."""
+    graph: bool = True
+    """Record a training step as a CUDA graph and launch it whole, where batches are made on the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The settings of a run."""
 
@@ -298,6 +313,7 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     classifier: Classifier = field(default_factory=Classifier)
     teacher: Teacher = field(default_factory=Teacher)
+    accelerator: Accelerator = field(default_factory=Accelerator)
     shots: Shots = field(default_factory=Shots)
 
     def __post_init__(self) -> None:
@@ -365,6 +381,7 @@ _CORE_SECTIONS: dict[str, type] = {
     "schedule": Schedule,
     "classifier": Classifier,
     "teacher": Teacher,
+    "accelerator": Accelerator,
     "shots": Shots,
 }
 

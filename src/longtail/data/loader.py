@@ -43,8 +43,9 @@ class Batch:
     """Most images that any process has of this batch; B if None."""
     global_batch: int | None = None
     """Images that all processes together have of it."""
-    epoch_fraction: float = 0.0
-    """Fraction of the training's epochs before this one, in [0, 1)."""
+    epoch_fraction: float | Tensor = 0.0
+    """Fraction of the training's epochs before this one, in [0, 1); a scalar of the device where batches are made
+    there, since a recorded step cannot contain a number that changes."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -151,8 +152,12 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from step ``start`` on."""
+        return self.batches(self.splits(epoch)[start:], epoch)
+
+    def splits(self, epoch: int) -> list[Tensor]:
+        """Return the positions of the images of every batch of ``epoch``, int64, in all processes together."""
         order = epoch_order(self.images.labels, self.sampler, self.seed, epoch, self.epochs, self.deferred_from)
-        return self.batches(list(order.tensor_split(self.steps))[start:], epoch)
+        return list(order.tensor_split(self.steps))
 
     def batches(self, splits: Sequence[Tensor], epoch: int, only: Sequence[int] | None = None) -> Iterator[Batch]:
         """Yield batches of given images, with the views of ``epoch``.

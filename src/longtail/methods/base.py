@@ -190,6 +190,18 @@ class Method(nn.Module, ABC):
         """Return whether the teacher's key view is the classification view."""
         return False
 
+    @classmethod
+    def teacher_is_frozen(cls, config: Config) -> bool:  # noqa: ARG003
+        """Return whether :meth:`teacher_outputs` depends on nothing that training changes; it can then be called ahead
+        of the step, for many batches at once.
+        """
+        return True
+
+    @classmethod
+    def num_teacher_views(cls, config: Config) -> int:  # noqa: ARG003
+        """Return how many views of a batch, the last, are for a frozen teacher alone."""
+        return 0
+
     def encode(self, views: Sequence[Tensor]) -> Tensor:
         """Return the features of all views, one view after the other.
 

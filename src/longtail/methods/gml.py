@@ -205,6 +205,16 @@ class GML(Method):
         return cls.num_student_views(config) if config.classifier.every_view else 1
 
     @classmethod
+    def teacher_is_frozen(cls, config: Config) -> bool:
+        """Return whether no key is computed by a moving average of the student."""
+        return config.section(GMLSettings).keys == "teacher"
+
+    @classmethod
+    def num_teacher_views(cls, config: Config) -> int:
+        """Return 1 where there is a key view."""
+        return len(cls.views(config)) - cls.num_student_views(config)
+
+    @classmethod
     def shares_key_view(cls, config: Config) -> bool:
         """Return whether the teacher's key view is the classification view."""
         return config.section(GMLSettings).share_key

@@ -60,5 +60,8 @@ class LDAM(ReweightedLoss):
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy with margins, re-weighted by class late in the training."""
         late = batch.epoch_fraction >= self.config.section(LDAMSettings).reweight_from
-        weights = self.weights if late else torch.ones_like(self.weights)
+        if isinstance(late, Tensor):
+            weights = torch.where(late, self.weights, 1.0)
+        else:
+            weights = self.weights if late else torch.ones_like(self.weights)
         return weighted_cross_entropy(with_margin(scores, labels, self.margins, self.classifier.scale), labels, weights)

@@ -66,7 +66,7 @@ class ProCo(Contrastive):
         log_likelihood = vmf_scores(embeddings, mean, self.settings.temperature)
         return posterior_cross_entropy(log_likelihood, labels, self.log_prior())
 
-    def _update(self, embeddings: Tensor, labels: Tensor, epoch_fraction: float) -> None:
+    def _update(self, embeddings: Tensor, labels: Tensor, epoch_fraction: float | Tensor) -> None:
         sums = all_reduce_sum(torch.zeros_like(self.sums[1]).index_add_(0, labels, embeddings))
         counts = torch.zeros_like(self.counts[1]).index_add_(0, labels, torch.ones_like(embeddings[:, 0]))
         counts = all_reduce_sum(counts)

@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,19 @@ tqdm.monitor_interval = 0
 
 
 class MetricTracker:
-    """Counts steps, images and loss terms. The sums stay on the device: reading one makes the host wait."""
+    """Counts steps, images and loss terms. The sums stay on the device: reading one makes the host wait.
+
+    Attributes:
+        collect: where steps are not launched one by one from here, a function that adds those that have not been added
+            yet; it is called before anything is read.
+    """
 
     def __init__(self) -> None:
         self.step = 0
         self.student_passes = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
+        self.collect: Callable[[], None] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -51,12 +57,15 @@ class MetricTracker:
         """Return the mean of the gradient norms of the epoch."""
         return torch.stack(self.norms).mean().item() if self.norms else 0.0
 
-    def add(self, terms: Mapping[str, Tensor], images: int, passes: int) -> None:
-        """Add a step over ``images`` images, of all processes together."""
+    def count(self, images: int, passes: int) -> None:
+        """Count a step over ``images`` images, of all processes together."""
+        self.step, self.images, self.student_passes = self.step + 1, self.images + images, self.student_passes + passes
+
+    def add_terms(self, terms: Mapping[str, Tensor], images: int) -> None:
+        """Add the loss terms of a step over ``images`` images."""
         for name, value in terms.items():
             weighted = value.detach() * images
             self.sums[name] = self.sums[name] + weighted if name in self.sums else weighted
-        self.step, self.images, self.student_passes = self.step + 1, self.images + images, self.student_passes + passes
 
     def speed(self) -> float:
         """Return images per second in this epoch so far."""
@@ -64,19 +73,27 @@ class MetricTracker:
 
     def means(self) -> dict[str, float]:
         """Return the mean of each loss term over the epoch so far, in this process."""
+        self._collect()
         return {name: (value / self.images).item() for name, value in self.sums.items()}
 
     def global_means(self) -> dict[str, float]:
         """Return the mean of each loss term over all processes."""
+        self._collect()
         return {name: (all_reduce_sum(value) / world_size() / self.images).item() for name, value in self.sums.items()}
+
+    def _collect(self) -> None:
+        if self.collect is not None:
+            self.collect()
 
     def state(self) -> dict[str, Any]:
         """Return everything, as a checkpoint holds it."""
-        return {**vars(self), "sums": {name: all_reduce_sum(value) / world_size() for name, value in self.sums.items()}}
+        self._collect()
+        sums = {name: all_reduce_sum(value) / world_size() for name, value in self.sums.items()}
+        return {**{name: value for name, value in vars(self).items() if name != "collect"}, "sums": sums}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore the state of a checkpoint."""
-        for name in vars(self):
+        for name in vars(self).keys() - {"collect"}:
             setattr(self, name, state[name])
         self.sums = {name: value.to(device) for name, value in self.sums.items()}
         self.norms = [value.to(device) for value in self.norms]
@@ -109,16 +126,17 @@ class NonFiniteLossGuard:
             values = arrived
         self._pending.append((step, list(terms), values, event))
         while self._pending and (self._pending[0][3] is None or self._pending[0][3].query()):
-            self._read(*self._pending.popleft())
+            self.check(*self._pending.popleft()[:3])
 
     def flush(self) -> None:
         """Check the values that have not been read yet."""
         while self._pending:
             if self._pending[0][3] is not None:
                 self._pending[0][3].synchronize()
-            self._read(*self._pending.popleft())
+            self.check(*self._pending.popleft()[:3])
 
-    def _read(self, step: int, names: list[str], values: Tensor, _event: object) -> None:
+    def check(self, step: int, names: Sequence[str], values: Tensor) -> None:
+        """Check (T,) values of the terms of a step, on the host; raises as :meth:`add` does."""
         finite = values.isfinite()
         if not bool(finite.all()):
             bad = finite.tolist().index(False)

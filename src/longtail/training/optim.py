@@ -11,25 +11,44 @@ from longtail.methods.base import Method
 from longtail.nn.tuning import layer_depths
 
 
-def build_optimizer(method: Method, config: Config) -> torch.optim.Optimizer:
+def build_optimizer(method: Method, config: Config, on_device: bool = False) -> torch.optim.Optimizer:
     """Return the optimizer of the parameters of a method that require gradients.
 
     Every group has a factor ``lr_scale`` of the learning rate.
+
+    Args:
+        method: what is trained.
+        config: settings of the run.
+        on_device: whether a step needs nothing of the host: its learning rate may then be a tensor, and a CUDA graph
+            may contain it. All parameters are updated by one kernel.
     """
     settings = config.optimizer
+    options: dict[str, Any] = {"fused": True} if on_device else {}
     groups = [
         {"params": parameters, "lr_scale": scale, **({} if decay else {"weight_decay": 0.0})}
         for (scale, decay), parameters in _groups(method, config).items()
     ]
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        options |= {"capturable": True} if on_device and next(method.parameters()).is_cuda else {}
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, **options)
     return torch.optim.SGD(
         groups,
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
+        **options,
     )
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Restore the state of an optimizer that :func:`build_optimizer` built, for this device or for another one."""
+    how = ("lr", "foreach", "fused", "capturable", "differentiable")
+    groups = [
+        {**saved, **{name: group[name] for name in how if name in group}}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:

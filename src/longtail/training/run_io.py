@@ -22,7 +22,7 @@ INCIDENTAL = frozenset(
     {
         *("device", "compile", "checkpoint_seconds", "log"),
         *("data.root", "data.train", "data.val", "data.test", "data.memory_gib", "data.workers"),
-        "data.cache",
+        *("data.cache", "accelerator.batches", "accelerator.memory", "accelerator.graph"),
         *("data.unreadable", "data.max_unreadable_fraction"),
     }
 )

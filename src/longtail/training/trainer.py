@@ -20,14 +20,7 @@ from longtail.config import Config
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loader import Batch, TrainLoader
 from longtail.data.sources import load_data
-from longtail.distributed import (
-    barrier,
-    broadcast_buffers,
-    rank,
-    sum_batch_sizes,
-    world_size,
-    wrap_peer_failure,
-)
+from longtail.distributed import barrier, broadcast_buffers, rank, world_size, wrap_peer_failure
 from longtail.errors import LongtailError, StoppedError
 from longtail.files import write_text
 from longtail.inference.kept_features import check_same_encoder, draw_view, feature_data
@@ -44,18 +37,17 @@ from longtail.training.checkpoint import load_checkpoint, save_checkpoint
 from longtail.training.fabric import build_fabric
 from longtail.training.head_init import init_classifier
 from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
-from longtail.training.optim import build_optimizer, set_learning_rate
+from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, create_run_folder, write_unreadable
-from longtail.training.schedule import rate
+from longtail.training.steps import DeviceSteps, LoaderSteps, Student, batches_on_device, build_steps
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
 from longtail.training.teacher_cache import TeacherCache, teacher_cache
 from longtail.training.trained_model import build_model, modules_to_save, student_modules
 
 logger = logging.getLogger(__name__)
 
-_INITIAL, _STEP = mix(3), mix(4)  # independent streams of random draws
-_NORM_EVERY = 10  # steps between two measurements of the gradient norm, where it is not clipped
+_INITIAL = mix(3)  # an independent stream of random draws
 
 
 def fit(
@@ -182,17 +174,24 @@ class _Trainer:
         if world_size() > 1 and self.fabric.device.type != "cpu":
             nn.SyncBatchNorm.convert_sync_batchnorm(method)
         method.to(memory_format=torch.channels_last)
-        if config.compile:
-            method.encoder.backbone.compile()
-        optimizer: Any = build_optimizer(method, config)
-        wrapped, optimizer = self.fabric.setup(method, optimizer)
-        ema = self._ema(method)
+        if config.compile:  # once for each size of a batch, of which there are two
+            method.encoder.backbone.compile(dynamic=False)
         loader = self._loader(cache, rank(), world_size())
+        on_device, remark = batches_on_device(config, loader, self.fabric.device)
+        if remark:
+            logger.info("%s", remark)
+        optimizer: Any = build_optimizer(method, config, on_device)
+        wrapped, optimizer = self.fabric.setup(method, optimizer)
         tracker = MetricTracker()
+        student = Student(
+            *(config, self.fabric, method, wrapped, optimizer, self._ema(method), tracker),
+            guard=NonFiniteLossGuard(self.out),
+            total=loader.steps * self.epochs,
+        )
         checkpoint = self.out / "last.ckpt"
         if resume and checkpoint.is_file():
-            self._restore(load_checkpoint(checkpoint), method, optimizer, ema, tracker)
-            logger.info("resumed at step %d of %d", tracker.step, loader.steps * self.epochs)
+            self._restore(load_checkpoint(checkpoint), student)
+            logger.info("resumed at step %d of %d", tracker.step, student.total)
         else:
             device = self.fabric.device
 
@@ -206,9 +205,11 @@ class _Trainer:
         if rank() == 0:  # settings that do not make it another run may have changed
             write_text(self.out / "config.yaml", config.to_yaml())
         log = MetricLogger(self.out, config.log, self.out.name, tracker.step)
+        steps = build_steps(student, loader, on_device)
         try:
-            self._train(wrapped, method, optimizer, ema, loader, tracker, log)
-            return self._finish(method, ema, tracker, log, teacher_seconds)
+            with steps.context():
+                self._train(student, steps, loader.steps, log)
+                return self._finish(student, log, teacher_seconds)
         finally:
             log.close()
 
@@ -274,79 +275,36 @@ class _Trainer:
 
         return ModelEmaV3(student_modules(method), decay=self.config.optimizer.ema_decay, use_warmup=True)
 
-    def _train(
-        self,
-        wrapped: Any,
-        method: Method,
-        optimizer: Any,
-        ema: Any,
-        loader: TrainLoader,
-        tracker: MetricTracker,
-        log: MetricLogger,
-    ) -> None:
-        config, total = self.config, loader.steps * self.epochs
-        views = method.num_student_views(config)
-        method.train()
-        freeze_batch_norm(method.encoder.backbone)
-        guard = NonFiniteLossGuard(self.out)
+    def _train(self, student: Student, steps: LoaderSteps | DeviceSteps, per_epoch: int, log: MetricLogger) -> None:
+        config, tracker, total = self.config, student.tracker, student.total
+        student.method.train()
+        freeze_batch_norm(student.method.encoder.backbone)
         saved = tick = time.monotonic()
         with (
             Progress(config.method, tracker.step, total, self.quiet) as progress,
             PreemptionHandler(self.quiet) as stop,
         ):
-            for epoch in range(tracker.step // loader.steps, self.epochs):
-                for batch in loader.epoch(epoch, tracker.step % loader.steps):
-                    learning_rate = config.optimizer.learning_rate * rate(config.schedule, tracker.step, total)
-                    set_learning_rate(optimizer, learning_rate)
-                    terms = self._step(wrapped, method, optimizer, batch, tracker)
-                    if ema is not None:
-                        ema.update(student_modules(method), step=tracker.step)
-                    assert batch.global_batch is not None
-                    tracker.add(terms, batch.global_batch, batch.global_batch * views)
-                    guard.add(tracker.step, terms)
+            for epoch in range(tracker.step // per_epoch, self.epochs):
+                for learning_rate in steps.epoch(epoch, tracker.step % per_epoch):
                     tracker.seconds += time.monotonic() - tick
+                    if config.compile and tracker.step == 1:
+                        logger.info("the first step, with the compilation of the network: %.0f s", tracker.seconds)
                     progress.step(epoch, self.epochs, learning_rate, tracker)
-                    if tracker.step % loader.steps == 0:
-                        self._end_epoch(method, ema, tracker, log, epoch, learning_rate)
+                    if tracker.step % per_epoch == 0:
+                        self._end_epoch(student, log, epoch, learning_rate)
                     due = time.monotonic() - saved >= config.checkpoint_seconds
                     signal_name, due = stop.sync(tracker.step, due, self.fabric.device)
                     if due or signal_name or tracker.step == total:
-                        guard.flush()
-                        self._save(method, optimizer, ema, tracker)
+                        steps.check()
+                        self._save(student)
                         saved = time.monotonic()
                     if signal_name and tracker.step < total:
                         raise StoppedError(signal_name, f"at step {tracker.step} of {total}")
                     # what follows a step is not counted as training time
                     tick = time.monotonic()
 
-    def _step(
-        self, wrapped: Any, method: Method, optimizer: Any, batch: Batch, tracker: MetricTracker
-    ) -> dict[str, Tensor]:
-        settings = self.config.optimizer
-        # random draws inside a network (dropout, for one) depend on the step as well
-        _seed(mix(self.config.seed, _STEP, tracker.step, rank()))
-        optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, Tensor] = {}
-        parts = batch.split(settings.grad_accumulation_steps)
-        sizes = sum_batch_sizes([len(part) for part in parts], self.fabric.device)
-        for number, part in enumerate(parts):
-            with self.fabric.no_backward_sync(wrapped, enabled=world_size() > 1 and number + 1 < len(parts)):
-                terms = wrapped(part.to(self.fabric.device))
-                weight = sizes[number] / sum(sizes)
-                self.fabric.backward(torch.stack(list(terms.values())).sum() * weight)
-            for name, value in terms.items():
-                totals[name] = totals[name] + value.detach() * weight if name in totals else value.detach() * weight
-        if settings.grad_clip_norm is not None or tracker.step % _NORM_EVERY == 0:
-            max_norm = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
-            norm = self.fabric.clip_gradients(method, optimizer, max_norm=max_norm, error_if_nonfinite=False)
-            assert norm is not None
-            tracker.add_norm(norm)
-        optimizer.step()
-        return totals
-
-    def _end_epoch(
-        self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, epoch: int, learning_rate: float
-    ) -> None:
+    def _end_epoch(self, student: Student, log: MetricLogger, epoch: int, learning_rate: float) -> None:
+        method, ema, tracker = student.method, student.ema, student.tracker
         means = tracker.global_means()
         entropy = method.conditional_entropy(self.config, means, method.adapter.one_per_image)
         bits = None if entropy is None else (_entropy(self.data.class_counts) - entropy) / math.log(2)
@@ -397,14 +355,12 @@ class _Trainer:
             weights = {name: t.detach().cpu().clone() for name, t in student.state_dict().items()}
             tracker.best = {"score": score, "step": tracker.step, "weights": weights}
 
-    def _finish(
-        self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, teacher_seconds: float
-    ) -> Run:
-        config = self.config
-        student = modules_to_save(method, ema)
-        broadcast_buffers(student)
+    def _finish(self, student: Student, log: MetricLogger, teacher_seconds: float) -> Run:
+        config, tracker = self.config, student.tracker
+        modules = modules_to_save(student.method, student.ema)
+        broadcast_buffers(modules)
         if tracker.best is not None:
-            student.load_state_dict(tracker.best["weights"])
+            modules.load_state_dict(tracker.best["weights"])
         training_info: dict[str, Any] = {
             "longtail": longtail.__version__,
             "torch": torch.__version__,
@@ -420,7 +376,7 @@ class _Trainer:
         }
         if tracker.best is not None:
             training_info["best_step"] = tracker.best["step"]
-        model = build_model(student, config, self.images, training_info)
+        model = build_model(modules, config, self.images, training_info)
         if self.data.val is not None:
             model = self.task.calibrate(model, self.data.val, config)
         metrics = evaluate_split(model, self.data.test, config)
@@ -435,37 +391,31 @@ class _Trainer:
         seconds = training_info["seconds"]
         return Run(self.out, config, model.config, metrics, tracker.student_passes, seconds, teacher_seconds)
 
-    def _save(self, method: Method, optimizer: Any, ema: Any, tracker: MetricTracker) -> None:
-        state = {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "tracker": tracker.state()}
-        if ema is not None:
-            state["ema"] = ema.module.state_dict()
+    def _save(self, student: Student) -> None:
+        optimizer = student.optimizer.state_dict()
+        state = {"method": student.method.state_dict(), "optimizer": optimizer, "tracker": student.tracker.state()}
+        if student.ema is not None:
+            state["ema"] = student.ema.module.state_dict()
         if rank() == 0:
             save_checkpoint(self.out / "last.ckpt", {"images": self.data.fingerprint, **state})
 
-    def _restore(self, state: dict[str, Any], method: Method, optimizer: Any, ema: Any, tracker: MetricTracker) -> None:
+    def _restore(self, state: dict[str, Any], student: Student) -> None:
         if state.get("images") != self.data.fingerprint:
             raise LongtailError(
                 f"{self.out / 'last.ckpt'}: was trained on other images than there are now; "
                 "restore them, or start again with --overwrite"
             )
         try:
-            method.load_state_dict(state["method"])
-            optimizer.load_state_dict(state["optimizer"])
-            if ema is not None:
-                ema.module.load_state_dict(state["ema"])
-            tracker.restore(state["tracker"], self.fabric.device)
+            student.method.load_state_dict(state["method"])
+            load_optimizer(student.optimizer, state["optimizer"])
+            if student.ema is not None:
+                student.ema.module.load_state_dict(state["ema"])
+            student.tracker.restore(state["tracker"], self.fabric.device)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             message = " ".join(str(error).split())[:200]
             raise LongtailError(
                 f"{self.out / 'last.ckpt'}: is another recipe's checkpoint ({message}); start again with --overwrite"
             ) from None
-
-
-def _seed(seed: int) -> None:
-    # torch.manual_seed would queue a call with its stack trace every time where CUDA is built in but not in use
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(seed)
 
 
 def _entropy(counts: Sequence[int]) -> float:

@@ -1,0 +1,316 @@
+"""The steps of a training: each launched operation by operation, or recorded once as a CUDA graph and launched whole.
+
+Both do the same to weights, optimizer and memories. What differs is where the batches are made and when the loss terms
+are read. Legend: R rows of the log of terms, T loss terms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longtail.config import Config
+from longtail.data.device_loader import DeviceLoader, obstacle
+from longtail.data.loader import Batch, TrainLoader
+from longtail.distributed import rank, sum_batch_sizes, world_size
+from longtail.errors import LongtailError
+from longtail.methods.base import Method
+from longtail.randomness import mix
+from longtail.training.metric_log import MetricTracker, NonFiniteLossGuard
+from longtail.training.optim import set_learning_rate
+from longtail.training.schedule import rate
+from longtail.training.trained_model import student_modules
+
+logger = logging.getLogger(__name__)
+
+_STEP = mix(4)  # an independent stream of random draws
+_NORM_EVERY = 10  # steps between two measurements of the gradient norm, where it is not clipped
+_WARM_UP = 2  # steps of a batch size before it is recorded: libraries choose their kernels, optimizers make their state
+
+
+@dataclasses.dataclass
+class Student:
+    """What a step changes, and what it needs for it."""
+
+    config: Config
+    fabric: Any
+    method: Method
+    wrapped: Any
+    """The method as Fabric wraps it."""
+    optimizer: Any
+    ema: Any
+    """Moving average of the student, or None."""
+    tracker: MetricTracker
+    guard: NonFiniteLossGuard
+    total: int
+    """Steps of the training."""
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate at a step."""
+        return self.config.optimizer.learning_rate * rate(self.config.schedule, step, self.total)
+
+    def optimize(self, batch: Batch, measure_norm: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the loss terms of a batch, and the norm of the gradient if it is measured, after a step along it."""
+        settings, fabric = self.config.optimizer, self.fabric
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        parts = batch.split(settings.grad_accumulation_steps)
+        sizes = sum_batch_sizes([len(part) for part in parts], fabric.device)
+        for number, part in enumerate(parts):
+            with fabric.no_backward_sync(self.wrapped, enabled=world_size() > 1 and number + 1 < len(parts)):
+                terms = self.wrapped(part.to(fabric.device))
+                weight = sizes[number] / sum(sizes)
+                fabric.backward(torch.stack(list(terms.values())).sum() * weight)
+            for name, value in terms.items():
+                totals[name] = totals[name] + value.detach() * weight if name in totals else value.detach() * weight
+        norm = None
+        if settings.grad_clip_norm is not None:
+            norm = fabric.clip_gradients(
+                self.method, self.optimizer, max_norm=settings.grad_clip_norm, error_if_nonfinite=False
+            )
+        elif measure_norm:
+            gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+            norm = torch.stack(torch._foreach_norm(gradients)).norm() / self._loss_scale()
+        self.optimizer.step()
+        return totals, norm
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)  # of 16-mixed
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def seed(self) -> None:
+        """Make random draws inside a network, dropout for one, a function of the step."""
+        seed = mix(self.config.seed, _STEP, self.tracker.step, rank())
+        # torch.manual_seed would queue a call with its stack trace every time where CUDA is built in but not in use
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
+
+    def end_step(self, images: int) -> None:
+        """Update the moving average and the counts after a step over ``images`` images of all processes."""
+        if self.ema is not None:
+            self.ema.update(student_modules(self.method), step=self.tracker.step)
+        self.tracker.count(images, images * self.method.num_student_views(self.config))
+
+
+class LoaderSteps:
+    """Steps on the batches of a loader, each launched operation by operation."""
+
+    def __init__(self, student: Student, loader: TrainLoader) -> None:
+        self.student, self.loader = student, loader
+
+    def context(self) -> AbstractContextManager[object]:
+        """Return a context in which the steps, and what reads their results, run."""
+        return contextlib.nullcontext()
+
+    def epoch(self, epoch: int, start: int) -> Iterator[float]:
+        """Run the steps of an epoch from ``start`` on, and yield the learning rate of each after it."""
+        student, tracker = self.student, self.student.tracker
+        for batch in self.loader.epoch(epoch, start):
+            learning_rate = student.learning_rate(tracker.step)
+            set_learning_rate(student.optimizer, learning_rate)
+            student.seed()
+            terms, norm = student.optimize(batch, measure_norm=tracker.step % _NORM_EVERY == 0)
+            if norm is not None:
+                tracker.add_norm(norm)
+            assert batch.global_batch is not None
+            tracker.add_terms(terms, batch.global_batch)
+            student.end_step(batch.global_batch)
+            student.guard.add(tracker.step, terms)
+            yield learning_rate
+
+    def check(self) -> None:
+        """Raise LongtailError if a loss that has not been read yet is not finite."""
+        self.student.guard.flush()
+
+
+class DeviceSteps:
+    """Steps on batches that are made on the device; the host reads loss terms now and then, many at once.
+
+    Args:
+        student: what is trained; its optimizer takes a learning rate that is a tensor.
+        loader: the batches.
+        record: launch a step as one CUDA graph, recorded once for each size of a batch. Where that fails, steps are
+            launched operation by operation, and the reason is logged.
+    """
+
+    def __init__(self, student: Student, loader: DeviceLoader, record: bool) -> None:
+        self.student, self.loader = student, loader
+        self.record = record and loader.device.type == "cuda"
+        self._stream = torch.cuda.Stream(loader.device) if loader.device.type == "cuda" else None
+        self._graphs: dict[int, Any] = {}
+        self._launched: dict[int, int] = {}
+        self._names: list[str] = []
+        self._log = torch.zeros(0)  # (R, T + 1) loss terms and gradient norm of the steps since the last reading
+        self._unread: list[tuple[int, int, int]] = []  # step, row and images of each of them
+        student.tracker.collect = self._collect
+        for group in student.optimizer.param_groups:
+            group["lr"] = torch.zeros(1, device=loader.device)[0]
+
+    def context(self) -> AbstractContextManager[object]:
+        """Return a context in which the steps, and what reads their results, run: a stream of their own."""
+        if self._stream is None:
+            return contextlib.nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self.loader.device))
+        return torch.cuda.stream(self._stream)
+
+    def epoch(self, epoch: int, start: int) -> Iterator[float]:
+        """Run the steps of an epoch from ``start`` on, and yield the learning rate of each after it."""
+        student, tracker, steps = self.student, self.student.tracker, self.loader.loader.steps
+        for row, size in self.loader.epoch(epoch, start):
+            if row == 0:
+                self._collect()
+            student.seed()
+            step = tracker.step
+            self.launch(size)
+            self._unread.append((step, row, size))
+            student.end_step(size)
+            if tracker.step % steps == 0:
+                self._collect()  # waits for the device, so that the time of the epoch is counted in it
+            yield student.learning_rate(step)
+
+    def check(self) -> None:
+        """Raise LongtailError if a loss that has not been read yet is not finite."""
+        self._collect()
+
+    def launch(self, size: int) -> None:
+        """Launch a step over a batch of ``size`` images, as a graph if there is one or can be."""
+        if size in self._graphs:
+            self._graphs[size].replay()
+            return
+        if self.record and self._launched.get(size, 0) >= _WARM_UP:
+            graph = self._recorded(size)
+            if graph is not None:
+                self._graphs[size] = graph
+                graph.replay()
+                return
+        self.step(size)
+        self._launched[size] = self._launched.get(size, 0) + 1
+
+    def step(self, size: int) -> None:
+        """Launch the operations of one step, all of them independent of values that change from step to step."""
+        student = self.student
+        learning_rate = self.loader.rate()[0]
+        for group in student.optimizer.param_groups:
+            group["lr"].copy_(learning_rate * group["lr_scale"])
+        terms, norm = student.optimize(self.loader.batch(size), measure_norm=True)
+        assert norm is not None
+        values = torch.stack([*terms.values(), norm.detach()]).float()
+        if not self._names:
+            self._names = list(terms)
+            self._log = torch.zeros(self.loader.rows, len(values), device=self.loader.device)
+        self._log.index_copy_(0, self.loader.counter, values[None])
+        self.loader.advance()
+
+    def _recorded(self, size: int) -> Any:
+        """Return a graph of the step for batches of ``size``; None, with the reason logged, if it cannot be one."""
+        student, started = self.student, time.monotonic()
+        before = _addresses(student.method)
+        student.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        try:
+            # other threads, which train beside this one, may go on meanwhile
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                self.step(size)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+        else:
+            moved = sorted(name for name, address in _addresses(student.method).items() if before[name] != address)
+            if not moved:
+                logger.debug(
+                    "a step of %d images is one CUDA graph, recorded in %.1f s", size, time.monotonic() - started
+                )
+                return graph
+            # the graph would read the old tensor again and again
+            reason = f"method {student.config.method} replaces its tensor '{moved[0]}' in every step"
+        self.record = False
+        logger.info("a step cannot be one CUDA graph, and is launched operation by operation: %s", reason)
+        return None
+
+    def _collect(self) -> None:
+        """Read the loss terms of the steps since the last reading, and add them to the tracker."""
+        if not self._unread:
+            return
+        unread, self._unread = self._unread, []
+        log = self._log[unread[0][1] : unread[-1][1] + 1].clone()  # consecutive rows, which the next steps overwrite
+        values = log.cpu()
+        for (step, _, _), terms in zip(unread, values, strict=True):
+            self.student.guard.check(step + 1, self._names, terms[:-1])
+        tracker, clips = self.student.tracker, self.student.config.optimizer.grad_clip_norm is not None
+        sizes = torch.tensor([float(size) for _, _, size in unread])
+        sums = (values[:, :-1] * sizes[:, None]).sum(dim=0).to(log.device)
+        tracker.add_terms(dict(zip(self._names, sums, strict=True)), 1)
+        for (step, _, _), norm in zip(unread, log[:, -1], strict=True):
+            if clips or step % _NORM_EVERY == 0:
+                tracker.add_norm(norm)
+
+
+def _addresses(method: Method) -> Mapping[str, int]:
+    """Return where every tensor of a method lies, those of its memories too, which are no buffers."""
+    found: dict[str, int] = {}
+    for path, module in method.named_modules():
+        owners: dict[str, object] = {path: module}
+        owners |= {f"{path}.{name}": value for name, value in vars(module).items() if not isinstance(value, nn.Module)}
+        for prefix, owner in owners.items():
+            tensors = {**getattr(owner, "_buffers", {}), **getattr(owner, "_parameters", {})}
+            tensors |= {k: v for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, Tensor)}
+            found |= {f"{prefix}.{k}".strip("."): v.data_ptr() for k, v in tensors.items() if v is not None}
+    return found
+
+
+def build_steps(student: Student, loader: TrainLoader, batches_on_device: bool) -> LoaderSteps | DeviceSteps:
+    """Return the steps of a training; see :func:`batches_on_device`."""
+    if not batches_on_device:
+        return LoaderSteps(student, loader)
+    config, method, fabric = student.config, student.method, student.fabric
+    ahead = method.needs_teacher(config) and method.teacher_is_frozen(config) and loader.cache is None
+
+    def teacher_pass(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        with fabric.autocast():
+            return method.teacher_outputs(batch)
+
+    device_loader = DeviceLoader(
+        loader,
+        fabric.device,
+        _memory(config, fabric.device),
+        student.learning_rate,
+        teacher_pass if ahead else None,
+        len(loader.views) - method.num_teacher_views(config) if ahead else None,
+    )
+    return DeviceSteps(student, device_loader, config.accelerator.graph)
+
+
+def batches_on_device(config: Config, loader: TrainLoader, device: torch.device) -> tuple[bool, str]:
+    """Return whether batches are made on the device, and what to tell the user of it.
+
+    Raises:
+        LongtailError: that is asked for, and cannot be.
+    """
+    wanted = config.accelerator.batches
+    if wanted == "host" or (wanted == "auto" and device.type != "cuda"):
+        return False, ""
+    reason = obstacle(loader, _memory(config, device))
+    if config.precision == "16-mixed":
+        reason = "the scale of the loss in precision 16-mixed is decided on the host"
+    if not reason:
+        return True, f"{len(loader.images):,} training images are kept on {device} and augmented there"
+    if wanted == "device":
+        raise LongtailError(f"accelerator.batches device: cannot be, {reason}; leave it out")
+    return False, f"training images are not kept on {device}: {reason}"
+
+
+def _memory(config: Config, device: torch.device) -> float:
+    """Return the bytes that images and views may take."""
+    if device.type != "cuda":
+        return math.inf
+    return config.accelerator.memory * torch.cuda.get_device_properties(device).total_memory

@@ -1,0 +1,135 @@
+"""Training on batches that are made on the device, here a CPU: without a CUDA graph, all else as on an accelerator."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longtail.config import Config, read_config
+from longtail.errors import LongtailError
+from longtail.registry import METHODS
+from longtail.training import steps as training_steps
+from longtail.training.checkpoint import load_checkpoint
+from longtail.training.metric_log import read_metrics
+from longtail.training.trainer import fit
+
+ON_DEVICE = {"batches": "device"}
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in load_checkpoint(folder / "last.ckpt")["method"].items() if isinstance(v, torch.Tensor)}
+
+
+def _epochs(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].label_maps != "only"])
+def test_every_method_trains_as_with_batches_of_the_host(tiny: Config, name: str, tmp_path: Path) -> None:
+    config = tiny.replace(method=name, gml={"distillation_weight": 1.0})
+    fit(config, tmp_path / "host", quiet=True)
+    fit(config.replace(accelerator=ON_DEVICE), tmp_path / "device", quiet=True)
+    host, device = _weights(tmp_path / "host"), _weights(tmp_path / "device")
+    assert host.keys() == device.keys()
+    for key, value in host.items():
+        torch.testing.assert_close(device[key], value, rtol=5e-3, atol=3e-3)
+    for ours, theirs in zip(_epochs(tmp_path / "device"), _epochs(tmp_path / "host"), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            if key.startswith("loss") or key in {"step", "learning_rate", "gradient_norm", "student_passes"}:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-2, abs=1e-5), key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"name": "adamw", "learning_rate": 0.002, "grad_clip_norm": 1.0}},
+        {"optimizer": {"ema_decay": 0.9, "grad_accumulation_steps": 2}},
+        {"teacher": {"cache": 2}},
+        {"classifier": {"views": 2, "distillation_weight": 1.0, "distill_every_view": True}, "method": "la"},
+        {"method": "ldam", "ldam": {"reweight_from": 0.5}},
+    ],
+)
+def test_so_does_every_kind_of_step(tiny: Config, changes: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny.replace(**changes)
+    fit(config, tmp_path / "host", quiet=True)
+    fit(config.replace(accelerator=ON_DEVICE), tmp_path / "device", quiet=True)
+    host, device = _weights(tmp_path / "host"), _weights(tmp_path / "device")
+    for key, value in host.items():
+        torch.testing.assert_close(device[key], value, rtol=5e-3, atol=3e-3)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.replace(accelerator=ON_DEVICE)
+    complete = fit(config, tmp_path / "whole", quiet=True)
+    teachers = tmp_path / "teachers"
+    launch, seen = training_steps.DeviceSteps.launch, [0]
+
+    class StopError(Exception):
+        pass
+
+    def stops(self: Any, size: int) -> None:
+        seen[0] += 1
+        if seen[0] == 9:
+            raise StopError
+        launch(self, size)
+
+    monkeypatch.setattr(training_steps.DeviceSteps, "launch", stops)
+    with pytest.raises(StopError):
+        fit(config, tmp_path / "stopped", quiet=True, teachers=teachers)
+    monkeypatch.undo()
+    again = fit(config, tmp_path / "stopped", quiet=True, resume=True, teachers=teachers)
+    whole, resumed = _weights(tmp_path / "whole"), _weights(tmp_path / "stopped")
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+    assert again.metrics == complete.metrics
+
+
+def test_a_run_goes_on_where_batches_are_made_elsewhere(tiny: Config, tmp_path: Path) -> None:
+    """A checkpoint of an accelerator can be continued on a CPU, and the other way round."""
+    for first, second in (("device", "host"), ("host", "device")):
+        folder = tmp_path / first
+        config = tiny.replace(method="ce", optimizer={"name": "adamw"}, epochs=1)
+        fit(config.replace(accelerator={"batches": first}), folder, quiet=True)
+        state = load_checkpoint(folder / "last.ckpt")
+        # one more epoch, as if the run had been longer
+        longer = read_config(folder / "config.yaml").replace(epochs=2, accelerator={"batches": second})
+        (folder / "config.yaml").write_text(longer.to_yaml())
+        run = fit(longer, folder, quiet=True, resume=True)
+        assert load_checkpoint(folder / "last.ckpt")["tracker"]["step"] == 2 * state["tracker"]["step"]
+        assert run.student_passes == 2 * state["tracker"]["student_passes"]
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, seen = training_steps.DeviceSteps.step, [0]
+
+    def breaks(self: Any, size: int) -> None:
+        seen[0] += 1
+        if seen[0] == 5:
+            with torch.no_grad():
+                self.student.method.classifier.weight.fill_(float("nan"))
+        step(self, size)
+
+    monkeypatch.setattr(training_steps.DeviceSteps, "step", breaks)
+    config = tiny.replace(method="ce", accelerator=ON_DEVICE, checkpoint_seconds=60.0)
+    with pytest.raises(LongtailError, match="'classifier' is nan at step 5"):
+        fit(config, tmp_path / "run", quiet=True)
+
+
+def test_what_cannot_be_on_the_device_is_said(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace(method="ce", tune="head", accelerator=ON_DEVICE)
+    with pytest.raises(LongtailError, match=r"accelerator.batches device: .*; leave it out"):
+        fit(config, tmp_path / "run", quiet=True)
+
+
+def test_where_the_images_are_is_said(tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="longtail"):
+        fit(tiny.replace(method="ce", epochs=1, accelerator=ON_DEVICE), tmp_path / "run", quiet=True)
+    assert "training images are kept on cpu and augmented there" in caplog.text
