@@ -201,8 +201,9 @@ class Compare:
     """Imbalance factors to compare under, separated by commas; the recipe's own if not given."""
     budget: Literal["passes", "epochs"] = "passes"
     """What is equal for all methods: student passes (images through the student), or epochs."""
-    jobs: int = 1
-    """Runs at a time, each in a process of its own with its share of the cores."""
+    jobs: int | None = None
+    """Runs at a time. On a CPU each is a process of its own with its share of the cores (default: 1); on a GPU they are
+    threads, as many as its memory holds (default: at most 8)."""
     out: Path | None = None
     """Folder of the runs (default: runs/compare-RECIPE); finished runs in it are not trained again."""
     overwrite: Flag = False

@@ -52,7 +52,7 @@ def compare(arguments: list[str]) -> None:
     recipe, rest = recipe_with_data(arguments, "digits-lt")
     options, config = parse_with_config(Compare, "compare", rest, recipe.config)
     for flag, number in (("seeds", options.seeds), ("jobs", options.jobs)):
-        if number < 1:
+        if number is not None and number < 1:
             raise LongtailError(f"--{flag} {number}: expected at least 1")
     if config.minutes is not None:
         raise LongtailError("minutes: is for longtail train; the runs of a comparison have equal epochs or passes")

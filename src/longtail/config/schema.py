@@ -266,10 +266,10 @@ class Config:
     """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, supcon, paco,
     gpaco, bcl, proco, gml; for labels of pixels ce, la, focal, cb, gml, dice, lovasz."""
     network: str = "auto"
-    """Student network: conv8, resnet8/14/20/32/44/56/110, or any timm model, optionally with arguments,
-    "vit_small_patch16_224(drop_path_rate=0.1)", or from the Hub (hf-hub:OWNER/NAME) or a folder (local-dir:FOLDER); for
-    labels of pixels upernet:ENCODER or segformer:ENCODER, optionally with :WIDTH of the decoder (default 256). auto:
-    chosen by the image size."""
+    """Student network: conv8, resnet8/14/20/32/44/56/110 (with x2 or x4 behind it that many times as wide), or any timm
+    model, optionally with arguments, "vit_small_patch16_224(drop_path_rate=0.1)", or from the Hub (hf-hub:OWNER/NAME)
+    or a folder (local-dir:FOLDER); for labels of pixels upernet:ENCODER or segformer:ENCODER, optionally with :WIDTH of
+    the decoder (default 256). auto: chosen by the image size."""
     pretrained: str = "none"
     """Initial weights of a timm model: none, a file (.safetensors, .pth), timm (its own, downloaded at first use), or
     auto (its own, from the Hub's local cache, an installed package of weights or the network). Images are then

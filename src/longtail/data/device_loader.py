@@ -13,10 +13,13 @@ kept, F feature width, C classes, D distilled views.
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +33,49 @@ BLOCK_BYTES = 2**30  # of the views that are prepared at a time, and as much aga
 TeacherPass = Callable[[Batch], tuple[Tensor | None, Tensor | None]]
 """A frozen teacher's (B, F) features of the key views and (D · B, C) scores, see
 :class:`longtail.methods.base.TeacherOutput`."""
+
+
+class SharedViews:
+    """Views that several trainings on one device have in common: those of one seed show the same views of an epoch.
+
+    A training that is ahead makes them, and one that follows takes them, unless it follows so far behind that they are
+    gone.
+
+    Args:
+        capacity: bytes that are kept; the views that were asked for the longest time ago go first.
+    """
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity = capacity
+        self.made, self.found = 0, 0
+        """How many views were made, and how many were found here."""
+        self._views: collections.OrderedDict[Hashable, tuple[Tensor, Any]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return the views of a key, made now or found; they are ready for the current stream."""
+        with self._lock:
+            if key in self._views:
+                self.found += 1
+                self._views.move_to_end(key)
+                tensor, event = self._views[key]
+            else:
+                self.made += 1
+                tensor, event = make(), None
+                if tensor.is_cuda:
+                    event = torch.cuda.Event()
+                    event.record()
+                self._views[key] = tensor, event
+                while len(self._views) > 1 and sum(_bytes(kept) for kept, _ in self._views.values()) > self.capacity:
+                    self._views.popitem(last=False)
+        if event is not None:
+            event.wait()
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return tensor
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 class _Block(NamedTuple):
@@ -50,6 +96,8 @@ class DeviceLoader:
         learning_rate: the learning rate of a step, counted from the start of the training.
         teacher_pass: what a frozen teacher computes of a batch, prepared with its views; None leaves that to the step.
         kept_views: V, the first views of a batch, which the step needs; the others are for the teacher alone.
+        shared: views that other trainings beside this one have made.
+        view_names: what tells the views of a batch from those of other trainings: data, size and augmentation.
     """
 
     def __init__(
@@ -60,9 +108,12 @@ class DeviceLoader:
         learning_rate: Callable[[int], float],
         teacher_pass: TeacherPass | None = None,
         kept_views: int | None = None,
+        shared: SharedViews | None = None,
+        view_names: Sequence[Hashable] = (),
     ) -> None:
         self.loader, self.device = loader, device
         self.learning_rate, self.teacher_pass = learning_rate, teacher_pass
+        self.shared, self.view_names = shared, tuple(view_names)
         self.kept_views = len(loader.views) if kept_views is None else kept_views
         images, positions = loader.images, torch.arange(len(loader.images))
         taken = [images.images.take(part).to(device) for part in positions.split(1024)]
@@ -128,7 +179,7 @@ class DeviceLoader:
     def _fitting_rows(self, one: Sequence[Tensor]) -> int:
         """Return R, from the size of one step's views, and make the buffers."""
         made = self._make(_Block(0, 0, one), slice(0, 1))
-        step_bytes = sum(tensor.numel() * tensor.element_size() for tensor in made.values())
+        step_bytes = sum(map(_bytes, made.values()))
         rows = int(min(BLOCK_BYTES, self.memory / 2) // step_bytes)
         rows = max(1, min(rows, self.loader.steps))
         for buffers in (self._current, self._next):
@@ -163,7 +214,14 @@ class DeviceLoader:
         views = []
         for number, transform in enumerate(loader.views):
             assert not isinstance(transform, PerImageTransform)
-            views.append(transform(pixels, ids, loader.rng_keys(number, block.epoch)))
+            keys = loader.rng_keys(number, block.epoch)
+            make = functools.partial(transform, pixels, ids, keys)
+            if self.shared is None:
+                views.append(make())
+            else:
+                first = block.start + rows.start
+                order = (loader.sampler, loader.deferred_from, loader.epochs, self.largest, first, len(splits))
+                views.append(self.shared.get((self.view_names[number], keys, block.epoch, order), make))
         # channels last in memory, as the networks need it
         made = {
             f"view{number}": view.permute(0, 2, 3, 1).reshape(*shape, *view.shape[2:], view.shape[1])

@@ -23,8 +23,10 @@ import torch
 from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import is_balanced, load_data
+from longtail.devices import select_device
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.records import Record, columns, run_name, run_record
+from longtail.experiments.threads import MAX_AT_ONCE, reason_for_one_at_a_time, train_in_threads
 from longtail.files import write_json, write_text
 from longtail.registry import METHODS, load_plugin, plugins
 from longtail.training.auto_config import auto_config, find_weights
@@ -121,7 +123,7 @@ def compare(
     *,
     budget: Budget = "passes",
     imbalances: Sequence[float | None] = (None,),
-    jobs: int = 1,
+    jobs: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> list[Record]:
@@ -135,7 +137,8 @@ def compare(
             ``records.jsonl`` in it has one line per finished run.
         budget: see :func:`plan`.
         imbalances: see :func:`plan`.
-        jobs: runs at a time, each in a process of its own with its share of the cores.
+        jobs: runs at a time. On a CPU each is a process of its own with its share of the cores, and it is one if not
+            given; on an accelerator they are threads of this process, as many as fit, at most 8 if not given.
         overwrite: train everything again.
         quiet: show no progress bars.
 
@@ -160,7 +163,15 @@ def compare(
         raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
     write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
     records: dict[Planned, Record] = {}
-    ended = _in_turn(runs, out, quiet) if jobs == 1 else _side_by_side(runs, out, jobs)
+    if jobs != 1 and _on_accelerator(config):
+        reasons = [reason_for_one_at_a_time(auto_config(run.config, data)[0], data) for run in runs[: len(methods)]]
+        if reason := next(filter(None, reasons), ""):
+            logger.info("one run at a time: %s", reason)
+            ended = _in_turn(runs, out, quiet)
+        else:
+            ended = _in_threads(runs, out, jobs or MAX_AT_ONCE)
+    else:
+        ended = _in_turn(runs, out, quiet) if jobs in {None, 1} else _side_by_side(runs, out, jobs)
     for planned, entry in ended:
         records[planned] = entry
         in_order = [records[run] for run in runs if run in records]
@@ -172,6 +183,10 @@ def compare(
         shown = "n/a" if value is None else f"{value:.1f} %"
         logger.info("%d/%d %s: %s %s, %.0f s", len(records), len(runs), what, title, shown, entry.seconds)
     return [records[run] for run in runs]
+
+
+def _on_accelerator(config: Config) -> bool:
+    return config.accelerator.batches == "device" or select_device(config.device).type == "cuda"
 
 
 _loaded: list[tuple[object, LongTailedData]] = []  # the set that this process used last
@@ -189,6 +204,15 @@ def _train(planned: Planned, out: Path, quiet: bool) -> Record:
         run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data
     )
     return dataclasses.replace(run_record(done), imbalance=planned.imbalance)
+
+
+def _in_threads(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tuple[Planned, Record]]:
+    """Train ``jobs`` runs at a time on one accelerator."""
+    planned = {out / run.name: run for run in runs}
+    configs = {folder: run.config for folder, run in planned.items()}
+    for folder, done in train_in_threads(configs, out / "teachers", jobs):
+        run = planned[folder]
+        yield run, dataclasses.replace(run_record(done), imbalance=run.imbalance)
 
 
 def _in_turn(runs: Sequence[Planned], out: Path, quiet: bool) -> Iterator[tuple[Planned, Record]]:

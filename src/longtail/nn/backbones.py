@@ -43,18 +43,18 @@ class CifarResNet(nn.Module):
     Args:
         depth: number of layers, 6n + 2.
         channels: channels of the images.
+        width: factor of the channels of every layer.
 
     Source: He et al., CVPR 2016, arXiv 1512.03385, section 4.2.
     """
 
-    num_features = 64
-
-    def __init__(self, depth: int, channels: int = 3) -> None:
+    def __init__(self, depth: int, channels: int = 3, width: int = 1) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        blocks, inputs = [], 16
-        for outputs, first_stride in ((16, 1), (32, 2), (64, 2)):
+        self.num_features = 64 * width
+        self.stem = nn.Conv2d(channels, 16 * width, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16 * width)
+        blocks, inputs = [], 16 * width
+        for outputs, first_stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for index in range((depth - 2) // 6):
                 blocks.append(_Block(inputs, outputs, first_stride if index == 0 else 1))
                 inputs = outputs
@@ -64,7 +64,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, 64) features."""
+        """Return (B, 64 · width) features."""
         y = self.blocks(F.relu(self.bn(self.stem(x)), inplace=True))
         features: Tensor = y.mean(dim=(2, 3))
         return features
@@ -98,8 +98,14 @@ class SmallConv(nn.Module):
         return features
 
 
+_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 CUSTOM_BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in _DEPTHS},
+    **{
+        f"resnet{depth}x{width}": functools.partial(CifarResNet, depth, width=width)
+        for depth in _DEPTHS
+        for width in (2, 4)
+    },
     "conv8": functools.partial(SmallConv, 16),
     "conv8-tiny": functools.partial(SmallConv, 3),
 }

@@ -21,7 +21,8 @@ class PreemptionHandler:
     Several processes agree on the step to stop at, since each waits for the others within a step. The handler raises
     nothing itself: raised inside a library's code, an exception could be mistaken for an error of the library, or be
     swallowed. When handlers are nested, the inner one starts with a signal that the outer one has recorded, and passes
-    its own on to the outer one at exit.
+    its own on to the outer one at exit. In another thread than the main one, which alone receives signals, a handler
+    follows the one of the main thread.
 
     Args:
         quiet: print nothing when a signal arrives.
@@ -35,6 +36,7 @@ class PreemptionHandler:
         self.quiet, self.ignore_repeat, self.name = quiet, ignore_repeat, ""
         self._previous: dict[int, Any] = {}
         self._outer: PreemptionHandler | None = None
+        self._main: PreemptionHandler | None = None  # of the main thread, where this one is in another
 
     def __enter__(self) -> PreemptionHandler:
         if threading.current_thread() is threading.main_thread():
@@ -44,6 +46,9 @@ class PreemptionHandler:
                 outer = getattr(previous, "__self__", None)
                 if isinstance(outer, PreemptionHandler):
                     self._outer, self.name = outer, self.name or outer.name
+        else:
+            main = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+            self._main = main if isinstance(main, PreemptionHandler) else None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,7 +79,7 @@ class PreemptionHandler:
             device: device that the process group communicates through.
         """
         if world_size() == 1:
-            return self.name, save
+            return self.name or (self._main.name if self._main is not None else ""), save
         if step % _SYNC_EVERY:
             return "", False
         local = torch.tensor([int(signal.Signals[self.name]) if self.name else 0, int(save)], device=device)

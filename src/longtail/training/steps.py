@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +29,7 @@ from longtail.training.metric_log import MetricTracker, NonFiniteLossGuard
 from longtail.training.optim import set_learning_rate
 from longtail.training.schedule import rate
 from longtail.training.trained_model import student_modules
+from longtail.training.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Student:
     guard: NonFiniteLossGuard
     total: int
     """Steps of the training."""
+    turn: Turn
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate at a step."""
@@ -88,7 +90,12 @@ class Student:
         return 1.0 if scaler is None else scaler.get_scale()
 
     def seed(self) -> None:
-        """Make random draws inside a network, dropout for one, a function of the step."""
+        """Make random draws inside a network, dropout for one, a function of the step.
+
+        Trainings in several threads have no such networks; the state of the random numbers belongs to the turn.
+        """
+        if not self.turn.alone:
+            return
         seed = mix(self.config.seed, _STEP, self.tracker.step, rank())
         # torch.manual_seed would queue a call with its stack trace every time where CUDA is built in but not in use
         torch.default_generator.manual_seed(seed)
@@ -268,8 +275,10 @@ def _addresses(method: Method) -> Mapping[str, int]:
     return found
 
 
-def build_steps(student: Student, loader: TrainLoader, batches_on_device: bool) -> LoaderSteps | DeviceSteps:
-    """Return the steps of a training; see :func:`batches_on_device`."""
+def build_steps(
+    student: Student, loader: TrainLoader, batches_on_device: bool, view_names: Sequence[Hashable]
+) -> LoaderSteps | DeviceSteps:
+    """Return the steps of a training; see :func:`batches_on_device` and :class:`DeviceLoader`."""
     if not batches_on_device:
         return LoaderSteps(student, loader)
     config, method, fabric = student.config, student.method, student.fabric
@@ -286,6 +295,8 @@ def build_steps(student: Student, loader: TrainLoader, batches_on_device: bool) 
         student.learning_rate,
         teacher_pass if ahead else None,
         len(loader.views) - method.num_teacher_views(config) if ahead else None,
+        student.turn.views,
+        view_names,
     )
     return DeviceSteps(student, device_loader, config.accelerator.graph)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -44,6 +45,7 @@ from longtail.training.steps import DeviceSteps, LoaderSteps, Student, batches_o
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
 from longtail.training.teacher_cache import TeacherCache, teacher_cache
 from longtail.training.trained_model import build_model, modules_to_save, student_modules
+from longtail.training.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ def fit(
     teachers: Path | None = None,
     data: LongTailedData | None = None,
     started: float | None = None,
+    turn: Turn | None = None,
 ) -> Run:
     """Train, evaluate and save a model.
 
@@ -75,6 +78,7 @@ def fit(
         teachers: folder that keeps trained teachers; ``teachers`` beside ``out`` if not given.
         data: the data set, if it is loaded already.
         started: when the command started, of ``time.monotonic``, from which ``config.minutes`` count; now if not given.
+        turn: where several trainings run in threads of this process, this one's share in what they have in common.
 
     Raises:
         LongtailError: an input cannot be used; nothing was changed.
@@ -84,13 +88,14 @@ def fit(
     config, why, loaded = choose_settings(find_weights(config), out, started, resume)  # before images are decoded
     data = data or loaded or load_data(config.data, config.seed)
     config, reasons = auto_config(config, data)
+    turn, teachers = turn or Turn(), out.parent / "teachers" if teachers is None else teachers
     # the random state of the caller stays as it is
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        trainer = _Trainer(config, data, out, quiet=quiet)
-        teachers = out.parent / "teachers" if teachers is None else teachers
+    keep = torch.random.fork_rng(range(torch.cuda.device_count())) if turn.alone else contextlib.nullcontext()
+    with keep, turn.taken():
+        trainer = _Trainer(config, data, out, quiet=quiet, turn=turn)
 
         def train_first(settings: Config, folder: Path) -> object:
-            return fit(settings, folder, resume=True, quiet=quiet, teachers=teachers, data=data)
+            return fit(settings, folder, resume=True, quiet=quiet, teachers=teachers, data=data, turn=turn)
 
         with wrap_peer_failure():
             if rank() == 0:
@@ -106,8 +111,8 @@ def fit(
 class _Trainer:
     """One run, from its settings to its model."""
 
-    def __init__(self, config: Config, data: LongTailedData, out: Path, *, quiet: bool) -> None:
-        self.config, self.images, self.data, self.out, self.quiet = config, data, data, out, quiet
+    def __init__(self, config: Config, data: LongTailedData, out: Path, *, quiet: bool, turn: Turn) -> None:
+        self.config, self.images, self.data, self.out, self.quiet, self.turn = config, data, data, out, quiet, turn
         self.task, self.method_class = TASKS[data.task], METHODS[config.method]
         self.num_unreadable = 0
         self.fabric = build_fabric(config)
@@ -187,6 +192,7 @@ class _Trainer:
             *(config, self.fabric, method, wrapped, optimizer, self._ema(method), tracker),
             guard=NonFiniteLossGuard(self.out),
             total=loader.steps * self.epochs,
+            turn=self.turn,
         )
         checkpoint = self.out / "last.ckpt"
         if resume and checkpoint.is_file():
@@ -205,11 +211,14 @@ class _Trainer:
         if rank() == 0:  # settings that do not make it another run may have changed
             write_text(self.out / "config.yaml", config.to_yaml())
         log = MetricLogger(self.out, config.log, self.out.name, tracker.step)
-        steps = build_steps(student, loader, on_device)
+        shown = (data.fingerprint, data.image_size, config.data.augment, config.data.contrast_augment)
+        names = [(*shown, use) for use in self.method_class.views(config)]
+        steps = build_steps(student, loader, on_device, names)
         try:
             with steps.context():
                 self._train(student, steps, loader.steps, log)
-                return self._finish(student, log, teacher_seconds)
+                with self.turn.taken():
+                    return self._finish(student, log, teacher_seconds)
         finally:
             log.close()
 
@@ -292,6 +301,7 @@ class _Trainer:
                     progress.step(epoch, self.epochs, learning_rate, tracker)
                     if tracker.step % per_epoch == 0:
                         self._end_epoch(student, log, epoch, learning_rate)
+                        self.turn.give()
                     due = time.monotonic() - saved >= config.checkpoint_seconds
                     signal_name, due = stop.sync(tracker.step, due, self.fabric.device)
                     if due or signal_name or tracker.step == total:
@@ -338,7 +348,8 @@ class _Trainer:
         tracker.clear()
         due = (epoch + 1) % self.config.validate_every == 0 or epoch + 1 == self.epochs
         if self.data.val is not None and due:
-            self._validate(method, ema, tracker, log, self.data.val)
+            with self.turn.taken():
+                self._validate(method, ema, tracker, log, self.data.val)
             method.train()
             freeze_batch_norm(method.encoder.backbone)
 

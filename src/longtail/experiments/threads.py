@@ -1,0 +1,165 @@
+"""Several trainings on one accelerator at once, each in a thread and on a stream of its own.
+
+A small network leaves most of an accelerator idle: its kernels are too short to fill it. A step that is one CUDA graph
+is launched without the interpreter's lock, so that threads launch beside one another.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from longtail.config import Config
+from longtail.data.dataset import LongTailedData
+from longtail.data.device_loader import SharedViews
+from longtail.data.loader import TrainLoader
+from longtail.data.sources import load_data
+from longtail.devices import select_device
+from longtail.errors import StoppedError
+from longtail.nn.network_name import is_timm_network
+from longtail.registry import METHODS, TASKS
+from longtail.training.auto_config import auto_config
+from longtail.training.preemption import PreemptionHandler
+from longtail.training.run_io import Run, find_finished
+from longtail.training.steps import batches_on_device
+from longtail.training.teacher import teacher_folder, train_teacher
+from longtail.training.trainer import fit
+from longtail.training.turns import Turn
+
+MAX_AT_ONCE = 8
+"""Trainings at a time, if not given: more gain nothing, since the accelerator is busy by then."""
+_VIEW_BYTES = 2 * 2**30  # of views that are shared
+_POLL = 0.2  # seconds between two looks for a signal
+
+Result = TypeVar("Result")
+
+
+def reason_for_one_at_a_time(config: Config, data: LongTailedData) -> str:
+    """Return why a run cannot be trained in a thread beside others; empty if it can.
+
+    Args:
+        config: settings of the run, without open ones.
+        data: what it trains on.
+    """
+    task, method = TASKS[data.task], METHODS[config.method]
+    if task.label_maps:
+        return "pixels are drawn at random in every step"
+    networks = [config.network] + [config.teacher.network] * method.needs_teacher(config)
+    if any(is_timm_network(name) for name in networks) or config.tune == "head":
+        return "the networks of timm may draw random numbers, whose state belongs to the whole process"
+    transforms = task.build_transforms(config, data, method.views(config))
+    loader = TrainLoader(data.train, config.batch_size, transforms, config.seed)
+    on_device, reason = batches_on_device(config, loader, select_device(config.device))
+    return "" if on_device else reason or "training batches are not made on the device"
+
+
+def train_in_threads(configs: Mapping[Path, Config], teachers: Path, jobs: int) -> Iterator[tuple[Path, Run]]:
+    """Train several runs at a time on one accelerator, and yield the folder and result of each as it ends.
+
+    The teachers that they need are trained first, side by side as well. Finished runs are not trained again.
+
+    Args:
+        configs: settings of every run, by its folder.
+        teachers: folder that keeps trained teachers.
+        jobs: runs at a time, each with an equal share of the memory for images and views.
+
+    Raises:
+        LongtailError: an input cannot be used.
+        StoppedError: SIGTERM or SIGINT came; everything is saved.
+    """
+    loaded: dict[object, LongTailedData] = {}
+    data: dict[Path, LongTailedData] = {}
+    for folder, config in configs.items():
+        key = (config.data, config.seed)
+        if key not in loaded:
+            loaded[key] = load_data(config.data, config.seed)
+        data[folder] = loaded[key]
+    memory = {folder: {"memory": config.accelerator.memory / jobs} for folder, config in configs.items()}
+    configs = {
+        folder: auto_config(config.replace(accelerator=memory[folder]), data[folder])[0]
+        for folder, config in configs.items()
+    }
+
+    def train_its_teacher(folder: Path, turn: Turn) -> None:
+        def train(settings: Config, teacher: Path) -> object:
+            return fit(settings, teacher, resume=True, quiet=True, data=data[folder], turn=turn)
+
+        with turn.taken():
+            train_teacher(configs[folder], data[folder], teachers, train)
+
+    def train(folder: Path, turn: Turn) -> Run:
+        return find_finished(folder, configs[folder]) or fit(
+            configs[folder], folder, resume=True, quiet=True, teachers=teachers, data=data[folder], turn=turn
+        )
+
+    first: dict[Path, Callable[[Turn], None]] = {}
+    for folder, config in configs.items():
+        trains = METHODS[config.method].needs_teacher(config) and config.teacher.source == "train"
+        if trains and not find_finished(folder, config):
+            first[teacher_folder(config, data[folder], teachers)] = functools.partial(train_its_teacher, folder)
+    device = select_device(next(iter(configs.values())).device)
+    folders, ended = list(configs), 0
+    with PreemptionHandler(quiet=False) as signals:
+
+        def stopped() -> None:
+            if signals.name:
+                raise StoppedError(signals.name, f"after {ended} of {len(folders)} runs")
+
+        for _ in run_in_threads(list(first.values()), jobs, device, stopped):
+            pass
+        for number, run in run_in_threads([functools.partial(train, each) for each in folders], jobs, device, stopped):
+            ended += 1
+            yield folders[number], run
+
+
+def run_in_threads(
+    tasks: Sequence[Callable[[Turn], Result]], at_once: int, device: torch.device, stopped: Callable[[], None]
+) -> Iterator[tuple[int, Result]]:
+    """Run tasks side by side, and yield the number and result of each as it ends.
+
+    A task starts when the one before has given its turn, and while as much of the device's memory is free as the
+    largest so far has taken. Once one has failed no other starts; those that run end first.
+
+    Args:
+        tasks: functions of their turn.
+        at_once: most of them that run at a time.
+        device: where they run.
+        stopped: raises if the user has asked to stop; called before a task is started.
+    """
+    lock, views = threading.Lock(), SharedViews(_VIEW_BYTES)
+    pending = collections.deque(enumerate(tasks))
+    running: dict[concurrent.futures.Future[Result], int] = {}
+    needed = 0
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        while pending or running:
+            while pending and len(running) < at_once and (not running or _free(device) >= 1.3 * needed):
+                stopped()
+                before, turn = _free(device), Turn(lock, views)
+                number, task = pending.popleft()
+                running[pool.submit(_run, task, turn)] = number
+                while not turn.given.wait(_POLL):  # in parts, so that signals are heard
+                    pass
+                needed = max(needed, before - _free(device))
+            ended, _ = concurrent.futures.wait(running, _POLL, concurrent.futures.FIRST_COMPLETED)
+            for future in ended:
+                yield running.pop(future), future.result()
+
+
+def _run(task: Callable[[Turn], Result], turn: Turn) -> Result:
+    try:
+        return task(turn)
+    finally:
+        turn.give()
+        turn.given.set()
+
+
+def _free(device: torch.device) -> int:
+    """Return the free bytes of the device; none are counted on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

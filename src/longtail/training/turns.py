@@ -1,0 +1,58 @@
+"""Trainings in several threads of one process: what they share is used by one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from longtail.data.device_loader import SharedViews
+
+
+class Turn:
+    """The right of one training to use what it shares with the others beside it.
+
+    That is the state of torch's random numbers, from which networks are initialised, and the recording of a CUDA graph.
+    A training holds its turn from its start to the end of its first epoch, and takes it again to evaluate.
+
+    Args:
+        lock: shared by all trainings of the process; None where there is one training only.
+        views: augmented images that they have in common.
+
+    Attributes:
+        given: set when the turn was given for the first time.
+    """
+
+    def __init__(self, lock: threading.Lock | None = None, views: SharedViews | None = None) -> None:
+        self._lock, self.views = lock, views
+        self._held = False
+        self.given = threading.Event()
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other training in this process."""
+        return self._lock is None
+
+    def take(self) -> None:
+        """Wait until no other training has its turn; nothing if this one has it."""
+        if self._lock is not None and not self._held:
+            self._lock.acquire()
+            self._held = True
+
+    def give(self) -> None:
+        """Let the others have their turn; nothing if this one has not got it."""
+        if self._lock is not None and self._held:
+            self._held = False
+            self._lock.release()
+            self.given.set()
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold the turn, and give it back unless it was held before."""
+        before = self._held
+        self.take()
+        try:
+            yield
+        finally:
+            if not before:
+                self.give()

@@ -1,0 +1,117 @@
+"""Runs of a comparison side by side on one accelerator, here a CPU."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtail.config import Config
+from longtail.data.device_loader import SharedViews
+from longtail.errors import LongtailError, StoppedError
+from longtail.experiments.compare import compare
+from longtail.experiments.threads import run_in_threads
+from longtail.training.checkpoint import load_checkpoint
+from longtail.training.turns import Turn
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(tiny: Config) -> Config:
+    return tiny.replace(network="conv8", accelerator={"batches": "device"}, gml={"distillation_weight": 1.0})
+
+
+def test_runs_beside_one_another_give_what_they_give_alone(small: Config, tmp_path: Path) -> None:
+    methods = ["ce", "ldam", "gml"]
+    alone = compare(small, methods, [0, 1], tmp_path / "alone", jobs=1, quiet=True, budget="epochs")
+    beside = compare(small, methods, [0, 1], tmp_path / "beside", jobs=4, quiet=True, budget="epochs")
+    for ours, theirs in zip(beside, alone, strict=True):
+        assert (ours.method, ours.seed, ours.metrics) == (theirs.method, theirs.seed, theirs.metrics)
+        one, other = (
+            load_checkpoint(tmp_path / folder / f"{ours.method}-seed{ours.seed}" / "last.ckpt")["method"]
+            for folder in ("alone", "beside")
+        )
+        assert all(torch.equal(other[key], value) for key, value in one.items() if isinstance(value, torch.Tensor))
+    # finished runs are not trained again
+    stamp = (tmp_path / "beside" / "ce-seed0" / "last.ckpt").stat().st_mtime_ns
+    assert compare(small, methods, [0, 1], tmp_path / "beside", quiet=True, budget="epochs") == beside
+    assert (tmp_path / "beside" / "ce-seed0" / "last.ckpt").stat().st_mtime_ns == stamp
+
+
+def test_what_cannot_share_the_process_is_trained_in_turn(
+    small: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small.replace(network="test_resnet.r160_in1k", epochs=1)
+    with caplog.at_level(logging.INFO, logger="longtail"):
+        compare(config, ["ce"], [0], tmp_path / "runs", quiet=True)
+    assert "one run at a time: the networks of timm may draw random numbers" in caplog.text
+
+
+def test_a_task_starts_when_the_one_before_gives_its_turn() -> None:
+    order: list[str] = []
+    free = threading.Event()
+
+    def task(name: str) -> Callable[[Turn], str]:
+        def run(turn: Turn) -> str:
+            with turn.taken():
+                order.append(f"{name} starts")
+                turn.give()
+            assert free.wait(30)
+            return name
+
+        return run
+
+    def check() -> None:
+        if len(order) == 2:
+            free.set()
+
+    results = dict(run_in_threads([task(name) for name in "abc"], 3, CPU, check))
+    assert results == {0: "a", 1: "b", 2: "c"}
+    assert order == ["a starts", "b starts", "c starts"]
+
+
+def test_no_task_starts_after_one_has_failed() -> None:
+    started: list[int] = []
+
+    def task(number: int) -> Callable[[Turn], int]:
+        def run(_turn: Turn) -> int:
+            started.append(number)
+            if number == 1:
+                raise LongtailError("the second")
+            return number
+
+        return run
+
+    with pytest.raises(LongtailError, match="the second"):
+        list(run_in_threads([task(number) for number in range(5)], 1, CPU, lambda: None))
+    assert started == [0, 1]
+
+
+def test_no_task_starts_after_a_signal() -> None:
+    def stopped() -> None:
+        raise StoppedError("SIGTERM", "after 0 of 2 runs")
+
+    with pytest.raises(StoppedError):
+        list(run_in_threads([lambda _turn: 1], 2, CPU, stopped))
+
+
+def test_shared_views_are_made_once_and_the_oldest_go_first() -> None:
+    views = SharedViews(capacity=2 * 4 * 100)
+    made: list[int] = []
+
+    def make(number: int) -> Callable[[], torch.Tensor]:
+        def function() -> torch.Tensor:
+            made.append(number)
+            return torch.full((100,), float(number))
+
+        return function
+
+    for number in (1, 2, 1, 3, 1, 2):
+        assert float(views.get(number, make(number))[0]) == number
+    assert made == [1, 2, 3, 2]
+    assert (views.made, views.found) == (4, 2)
