@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from longtail.data import loader as loader_module
 from longtail.data.dataset import ImageSet
 from longtail.data.images import ArrayImages
 from longtail.data.loader import TrainLoader, evaluation_batches
-from longtail.data.transforms import build_transform
+from longtail.data.transforms import PerImageTransform, build_transform
 
 
 def numbered_images(count: int) -> ImageSet:
@@ -32,6 +34,27 @@ def test_an_epoch_can_be_entered_anywhere() -> None:
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
     assert not torch.equal(whole[0].ids, next(loader.epoch(5)).ids)
     assert not torch.equal(whole[0].views[0], whole[0].views[1])
+
+
+@pytest.mark.parametrize("transform", ["digits", "cifar-plain"])
+def test_small_batches_are_augmented_together(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    augment = build_transform(transform, 8)
+    assert not isinstance(augment, PerImageTransform)
+
+    def counted(images: torch.Tensor, ids: torch.Tensor, keys: tuple[int, ...]) -> torch.Tensor:
+        calls.append(len(images))
+        return augment(images, ids, keys)
+
+    batches = {}
+    for values in (1, 2**17):
+        monkeypatch.setattr(loader_module, "GROUPED_VALUES", values)
+        batches[values] = list(TrainLoader(numbered_images(50), 8, [counted], seed=3).epoch(1))
+    assert calls == [8, 7, 7, 7, 7, 7, 7, 50]
+    for alone, together in zip(*batches.values(), strict=True):
+        assert torch.equal(alone.ids, together.ids)
+        assert torch.equal(alone.labels, together.labels)
+        assert torch.equal(alone.views[0], together.views[0])
 
 
 def test_evaluation_sees_every_image_once() -> None:

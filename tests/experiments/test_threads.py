@@ -49,7 +49,7 @@ def test_what_cannot_share_the_process_is_trained_in_turn(
     config = small.replace(network="test_resnet.r160_in1k", epochs=1)
     with caplog.at_level(logging.INFO, logger="longtail"):
         compare(config, ["ce"], [0], tmp_path / "runs", quiet=True)
-    assert "one run at a time: the networks of timm may draw random numbers" in caplog.text
+    assert "the runs cannot share one process: the networks of timm may draw random numbers" in caplog.text
 
 
 def test_a_task_starts_when_the_one_before_gives_its_turn() -> None:

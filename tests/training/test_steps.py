@@ -51,6 +51,11 @@ def test_every_method_trains_as_with_batches_of_the_host(tiny: Config, name: str
         {"optimizer": {"ema_decay": 0.9, "grad_accumulation_steps": 2}},
         {"teacher": {"cache": 2}},
         {"classifier": {"views": 2, "distillation_weight": 1.0, "distill_every_view": True}, "method": "la"},
+        {
+            "classifier": {"views": 2, "distillation_weight": 1.0, "distill_every_view": True},
+            "optimizer": {"grad_accumulation_steps": 2},
+            "method": "la",
+        },
         {"method": "ldam", "ldam": {"reweight_from": 0.5}},
     ],
 )
@@ -61,6 +66,20 @@ def test_so_does_every_kind_of_step(tiny: Config, changes: dict[str, Any], tmp_p
     host, device = _weights(tmp_path / "host"), _weights(tmp_path / "device")
     for key, value in host.items():
         torch.testing.assert_close(device[key], value, rtol=5e-3, atol=3e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny.replace(method="la", epochs=1, accelerator=ON_DEVICE)
+    fit(config, tmp_path / "eager", quiet=True)
+    with caplog.at_level(logging.INFO, logger="longtail"):
+        fit(config.replace(compile=True), tmp_path / "compiled", quiet=True)
+    assert "the first step, with the compilation of the network" in caplog.text
+    for ours, theirs in zip(_epochs(tmp_path / "compiled"), _epochs(tmp_path / "eager"), strict=True):
+        assert ours["loss/classifier"] == pytest.approx(theirs["loss/classifier"], rel=1e-3)
+    eager, compiled = _weights(tmp_path / "eager"), _weights(tmp_path / "compiled")
+    for key, value in eager.items():
+        torch.testing.assert_close(compiled[key], value, rtol=5e-3, atol=3e-3)
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(

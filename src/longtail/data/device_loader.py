@@ -262,13 +262,12 @@ class DeviceLoader:
         def row(name: str) -> Tensor:
             return self._current[name].index_select(0, self.counter)[0, :size]
 
-        scores = row("teacher_scores").transpose(0, 1).flatten(0, 1) if "teacher_scores" in self._current else None
         return Batch(
             views=tuple(row(f"view{number}").permute(0, 3, 1, 2) for number in range(self.kept_views)),
             labels=row("labels"),
             ids=row("ids"),
             key_features=row("key_features") if "key_features" in self._current else None,
-            teacher_scores=scores,
+            teacher_scores=row("teacher_scores") if "teacher_scores" in self._current else None,
             global_batch=size,
             epoch_fraction=self.epoch_fraction,
         )

@@ -23,6 +23,8 @@ from longtail.errors import LongtailError
 from longtail.randomness import mix
 
 _VIEW = mix(2)  # a random stream of its own
+GROUPED_VALUES = 2**17
+"""Small batches are augmented together, up to so many values of pixels."""
 
 
 @dataclass
@@ -38,7 +40,8 @@ class Batch:
     key_features: Tensor | None = None
     """(B, F) the teacher's features of the key view, where they are cached."""
     teacher_scores: Tensor | None = None
-    """(B, C) the teacher's scores of the classification view, where they are cached."""
+    """(B, C) the teacher's scores of the classification view, where they are cached; or (B, D, C) of the D distilled
+    views, where they are computed ahead of the step."""
     max_local_batch: int | None = None
     """Most images that any process has of this batch; B if None."""
     global_batch: int | None = None
@@ -194,13 +197,29 @@ class TrainLoader:
         return (self.seed, _VIEW, epoch, number)
 
     def _batched_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
-        for indices, pixels in _ahead(self.images, self.images.images.take, splits):
+        together = self._augmented_together(splits)
+        groups = [splits[first : first + together] for first in range(0, len(splits), together)]
+        joined = [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
+        taken = _ahead(self.images, self.images.images.take, joined)
+        for (indices, pixels), group in zip(taken, groups, strict=True):
             ids, views = self.images.ids[indices], []
             for number in numbers:
                 transform = self.views[number]
                 assert not isinstance(transform, PerImageTransform)
-                views.append(transform(pixels, ids, self.rng_keys(number, epoch)))
-            yield indices, tuple(views), None
+                made = transform(pixels, ids, self.rng_keys(number, epoch))
+                views.append(made.split([len(split) for split in group]))
+            for position, split in enumerate(group):
+                yield split, tuple(view[position] for view in views), None
+
+    def _augmented_together(self, splits: Sequence[Tensor]) -> int:
+        """Return of how many batches the views are made at once.
+
+        Several where they are small: what an operation costs beyond its pixels is then paid once.
+        """
+        if self.images.images.lazy or len(splits) == 0:
+            return 1
+        values = self.images.images.take(splits[0][:1])[0].numel() * max(map(len, splits))
+        return max(1, GROUPED_VALUES // max(1, values))
 
     def _per_image_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
         for transform in self.views:

@@ -26,7 +26,7 @@ from longtail.data.sources import is_balanced, load_data
 from longtail.devices import select_device
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.records import Record, columns, run_name, run_record
-from longtail.experiments.threads import MAX_AT_ONCE, reason_for_one_at_a_time, train_in_threads
+from longtail.experiments.threads import MAX_AT_ONCE, reason_against_threads, train_in_threads
 from longtail.files import write_json, write_text
 from longtail.registry import METHODS, load_plugin, plugins
 from longtail.training.auto_config import auto_config, find_weights
@@ -163,15 +163,16 @@ def compare(
         raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
     write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
     records: dict[Planned, Record] = {}
-    if jobs != 1 and _on_accelerator(config):
-        reasons = [reason_for_one_at_a_time(auto_config(run.config, data)[0], data) for run in runs[: len(methods)]]
+    in_threads = jobs != 1 and _on_accelerator(config)
+    if in_threads:
+        reasons = [reason_against_threads(auto_config(run.config, data)[0], data) for run in runs[: len(methods)]]
         if reason := next(filter(None, reasons), ""):
-            logger.info("one run at a time: %s", reason)
-            ended = _in_turn(runs, out, quiet)
-        else:
-            ended = _in_threads(runs, out, jobs or MAX_AT_ONCE)
+            logger.info("the runs cannot share one process: %s", reason)
+            in_threads = False
+    if in_threads:
+        ended = _in_threads(runs, out, jobs or MAX_AT_ONCE)
     else:
-        ended = _in_turn(runs, out, quiet) if jobs in {None, 1} else _side_by_side(runs, out, jobs)
+        ended = _in_turn(runs, out, quiet) if jobs in {None, 1} else _side_by_side(runs, out, jobs or 1)
     for planned, entry in ended:
         records[planned] = entry
         in_order = [records[run] for run in runs if run in records]

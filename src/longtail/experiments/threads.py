@@ -41,7 +41,7 @@ _POLL = 0.2  # seconds between two looks for a signal
 Result = TypeVar("Result")
 
 
-def reason_for_one_at_a_time(config: Config, data: LongTailedData) -> str:
+def reason_against_threads(config: Config, data: LongTailedData) -> str:
     """Return why a run cannot be trained in a thread beside others; empty if it can.
 
     Args:

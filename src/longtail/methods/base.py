@@ -41,6 +41,11 @@ class TeacherOutput(NamedTuple):
     """(D · B, C) of the D distilled views, one view after the other; maps (D · B, C, h, w)."""
 
 
+def view_after_view(scores: Tensor) -> Tensor:
+    """Return (D · B, C) scores, one view after another, of (B, D, C); any other shape is that of one view."""
+    return scores.transpose(0, 1).flatten(0, 1) if scores.ndim == 3 else scores
+
+
 @dataclass(frozen=True)
 class Finding:
     """One problem that the figures of a run show."""
@@ -245,7 +250,7 @@ class Method(nn.Module, ABC):
         if self.distillation_weight(self.config) == 0:
             return TeacherOutput(None, None)
         if batch.teacher_scores is not None:
-            return TeacherOutput(None, batch.teacher_scores)
+            return TeacherOutput(None, view_after_view(batch.teacher_scores))
         assert teacher is not None
         assert classifier is not None
         return TeacherOutput(None, torch.cat([classifier(teacher(view)) for view in self.distilled_views(batch)]))

@@ -20,7 +20,7 @@ from longtail.errors import LongtailError
 from longtail.losses import GMLLoss
 from longtail.losses.checks import MIN_TEMPERATURE
 from longtail.memory import ClassQueues, queue_sizes
-from longtail.methods.base import Finding, Head, Method, SampleAdapter, TeacherOutput, ViewUse
+from longtail.methods.base import Finding, Head, Method, SampleAdapter, TeacherOutput, ViewUse, view_after_view
 from longtail.methods.ema import EMAEncoder
 from longtail.methods.feature_transfer import FeatureTransfer
 from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP
@@ -270,7 +270,8 @@ class GML(Method):
         if self.settings.keys != "teacher":
             self.ema.update([self.encoder])
         if batch.key_features is not None:
-            return TeacherOutput(batch.key_features, batch.teacher_scores)
+            scores = batch.teacher_scores
+            return TeacherOutput(batch.key_features, None if scores is None else view_after_view(scores))
         teacher, classifier = self._teacher
         distilled, key = self.distilled_views(batch), batch.views[0 if self.settings.share_key else -1]
         distils = self.distillation_weight(self.config) > 0 and classifier is not None

@@ -234,9 +234,8 @@ class DeviceSteps:
         else:
             moved = sorted(name for name, address in _addresses(student.method).items() if before[name] != address)
             if not moved:
-                logger.debug(
-                    "a step of %d images is one CUDA graph, recorded in %.1f s", size, time.monotonic() - started
-                )
+                if not self._graphs:
+                    logger.info("a step is one CUDA graph, recorded in %.1f s", time.monotonic() - started)
                 return graph
             # the graph would read the old tensor again and again
             reason = f"method {student.config.method} replaces its tensor '{moved[0]}' in every step"
