@@ -7,10 +7,11 @@
 - Decoding JPEG files to squares of 256 and 64: whole and then reduced, and at the size that is needed; one at a time,
   and by the threads of FileImages.take. The files are tiled from a photograph, so that large ones have detail too.
 - Loading a folder of 2,000 JPEG files of 640 × 480: without copies, the first time, and the second time.
+- Memory: two of these rows with malloc's own settings and with longtail.allocator.reuse_freed_memory, in new processes.
 - Waiting: the fraction of a CIFAR-LT training step (ResNet-32 student, ResNet-56 teacher) spent on making its batch.
 - Opening: lists as long as ImageNet-LT's and iNaturalist 2018's, in a process of its own.
 
-Command: python benchmarks/data.py [--rounds 5]
+Command: python benchmarks/data.py [--rounds 5] [--only allocator]
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from step import Step
+from step import Step, both_allocators
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision import transforms
@@ -85,7 +86,7 @@ def per_second(function: Callable[[], int], seconds: float = 1.0) -> float:
 
 
 def small(rounds: int) -> None:
-    pixels = torch.randint(0, 256, (2048, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
     pillow = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     released = transforms.Compose(
         [
@@ -97,32 +98,67 @@ def small(rounds: int) -> None:
             Cutout(),
         ]
     )
-    view, normalize, ids = build_transform("cifar", 32), Normalize(CIFAR_MEAN, CIFAR_STD), torch.arange(2048)
-    assert not isinstance(view, PerImageTransform)
 
     def one_by_one() -> int:
-        torch.stack([released(image) for image in pillow[:256]])
+        torch.stack([released(image) for image in pillow])
         return 256
 
-    def batched(size: int) -> Callable[[], int]:
-        def run() -> int:
-            normalize(view(pixels[:size], ids[:size], (0, int(time.perf_counter() * 1e6))))
-            return size
-
-        return run
-
     rows: dict[str, Callable[[], int]] = {"32², an image at a time, Pillow": one_by_one}
-    rows |= {f"32², batched, {size} images": batched(size) for size in (128, 512, 2048)}
+    rows |= {f"32², batched, {size} images": small_views(size) for size in (128, 512, 2048)}
     show(rows, rounds, "views/s")
 
 
-def photographs(rounds: int, folder: Path) -> None:
+def small_views(size: int) -> Callable[[], int]:
+    """Return what makes views of 32 × 32 of ``size`` images."""
+    pixels = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8)
+    view, normalize, ids = build_transform("cifar", 32), Normalize(CIFAR_MEAN, CIFAR_STD), torch.arange(size)
+    assert not isinstance(view, PerImageTransform)
+
+    def run() -> int:
+        normalize(view(pixels, ids, (0, int(time.perf_counter() * 1e6))))
+        return size
+
+    return run
+
+
+def photo_views(folder: Path) -> Callable[[], int]:
+    """Return what makes views of 224 × 224 of the 64 files that :func:`save_photographs` wrote."""
+    labels = torch.zeros(64, dtype=torch.int64)
+    names = [f"{index}.jpg" for index in range(64)]
+    images = ImageSet(FileImages(folder, names, 256, labels=labels), labels, torch.arange(64))
+    loader = TrainLoader(images, 64, [build_transform("imagenet", 224)], seed=0, workers=0)
+    epoch = iter(range(10**9))
+    return lambda: sum(len(batch.labels) for batch in loader.epoch(next(epoch)))
+
+
+def save_photographs(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    names = []
     for index in range(64):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), 3)
         coarse.save(folder / f"{index}.jpg", quality=90)
-        names.append(f"{index}.jpg")
+
+
+def rate_alone(run: Callable[[], int]) -> None:
+    """Print how many views a function makes per second on one thread."""
+    torch.set_num_threads(1)
+    print(per_second(run, 2.0))
+
+
+def allocators(folder: Path) -> None:
+    save_photographs(folder)
+    print(f"{'views/s':44}{'malloc':>12}{'reused':>12}{'× as fast':>12}")
+    for name, code in (
+        ("32², batched, 2048 images", "small_views(2048)"),
+        ("224² from JPEG, ours", f"photo_views(Path({str(folder)!r}))"),
+    ):
+        imported = "from data import Path, photo_views, rate_alone, small_views"
+        (own,), (reused,) = both_allocators(f"{imported}; rate_alone({code})")
+        print(f"{name:44}{own:12,.0f}{reused:12,.0f}{reused / own:12.2f}", flush=True)
+
+
+def photographs(rounds: int, folder: Path) -> None:
+    save_photographs(folder)
+    names = [f"{index}.jpg" for index in range(64)]
     torchvisions = transforms.Compose(
         [
             transforms.RandomResizedCrop(224, scale=(0.08, 1.0)),
@@ -132,13 +168,6 @@ def photographs(rounds: int, folder: Path) -> None:
             transforms.ToTensor(),
         ]
     )
-    labels = torch.zeros(64, dtype=torch.int64)
-    images = ImageSet(FileImages(folder, names, 256, labels=labels), labels, torch.arange(64))
-    loader = TrainLoader(images, 64, [build_transform("imagenet", 224)], seed=0, workers=0)
-    epoch = iter(range(10**9))
-
-    def ours() -> int:
-        return sum(len(batch.labels) for batch in loader.epoch(next(epoch)))
 
     def reference() -> int:
         order = list(range(64))
@@ -146,7 +175,8 @@ def photographs(rounds: int, folder: Path) -> None:
         torch.stack([torchvisions(Image.open(folder / names[index]).convert("RGB")) for index in order])
         return 64
 
-    show({"224² from JPEG, torchvision's pipeline": reference, "224² from JPEG, ours": ours}, rounds, "images/s")
+    rows = {"224² from JPEG, torchvision's pipeline": reference, "224² from JPEG, ours": photo_views(folder)}
+    show(rows, rounds, "images/s")
 
 
 def detailed(size: tuple[int, int], offset: int) -> Image.Image:
@@ -252,9 +282,14 @@ def opening(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="timings of each row, a second each; the median counts")
+    parser.add_argument("--only", choices=["allocator"], help="one part; all if not given")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, median of {args.rounds} rounds")
+    with tempfile.TemporaryDirectory() as folder:
+        allocators(Path(folder))
+        if args.only:
+            return
     small(args.rounds)
     with tempfile.TemporaryDirectory() as folder:
         photographs(args.rounds, Path(folder))

@@ -12,7 +12,12 @@ batch, forward and backward; and the training loop as the trainer counts its sec
 
 All rows are timed in turn in one process, so that other load on the machine affects all of them equally.
 
-Command: python benchmarks/step.py [--rounds 12] [--only cifar|digits]
+allocator: longtail.allocator.reuse_freed_memory beside malloc's own settings, on networks and steps whose activations
+are large: images per second, and how much of the time is spent in the kernel. And the resident size of a training on
+digits-lt after 100 and after 2,000 steps. What is changed cannot be changed back, so every number comes from a new
+process; the processes of both kinds alternate.
+
+Command: python benchmarks/step.py [--rounds 12] [--only cifar|digits|allocator]
 """
 
 from __future__ import annotations
@@ -20,18 +25,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from peak import elsewhere, peak_mib
+from peak import elsewhere, peak_mib, resident
 from torch import Tensor, nn
 
 from longtail.config import Config, load_recipe
-from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, ImageSet
+from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, ImageSet
 from longtail.data.images import ArrayImages
 from longtail.data.imbalance import profile_counts
 from longtail.data.loader import Batch, TrainLoader
@@ -51,6 +59,10 @@ LAYOUTS: dict[str, Callable[[Config], Config]] = {
     "teacher cached, one student view": lambda config: config.replace(teacher={"cache": 4}, gml={"share_query": True}),
 }
 DIGITS_EPOCHS = 10
+REUSE = "from longtail.allocator import reuse_freed_memory; assert reuse_freed_memory(); "
+"""Begins the code of a process whose freed memory is reused."""
+PROCESSES = 3
+"""Of each kind, one after the other; the median of their numbers is reported."""
 
 
 def time_call(function: Callable[[], object]) -> float:
@@ -217,18 +229,109 @@ def time_cifar(rounds: int) -> None:
         print(f"{title:38}{row:16}{median:9.3f}{median / unit:12.2f}{beyond:>17}{peak:>10}", flush=True)
 
 
+def encode_photos() -> Callable[[], object]:
+    """Return the forward pass of 64 photographs."""
+    torch.manual_seed(0)
+    encoder = FrozenEncoder(Encoder("tf_efficientnet_lite0", IMAGENET_MEAN, IMAGENET_STD))
+    encoder.to(memory_format=torch.channels_last)
+    images = torch.rand(64, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+
+    def run() -> None:
+        with torch.no_grad():
+            encoder(images)
+
+    return run
+
+
+def train_photos() -> Callable[[], object]:
+    """Return a training step on 32 photographs."""
+    torch.manual_seed(0)
+    config = load_recipe("folder").config
+    method = METHODS["la"](config, Encoder("tf_efficientnet_lite0", IMAGENET_MEAN, IMAGENET_STD), [100, 10])
+    method.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(method.parameters())
+    images = torch.rand(32, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    batch = Batch((images,), torch.arange(32) % 2, torch.arange(32))
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(method(batch).values())).sum().backward()
+        optimizer.step()
+
+    return run
+
+
+def train_cifar() -> Callable[[], object]:
+    """Return the step of CIFAR-100-LT with the paper's three views."""
+    training = Step()
+    return functools.partial(training.step, training.draw())
+
+
+def time_alone(make: Callable[[], Callable[[], object]], rounds: int, threads: int) -> None:
+    """Print the median seconds of a call after a first one, and what percentage of the time the kernel has of it."""
+    torch.set_num_threads(threads)
+    run = make()
+    run()
+    before = os.times()
+    seconds = statistics.median(time_call(run) for _ in range(rounds))
+    user, system = (after - first for after, first in zip(os.times()[:2], before[:2], strict=True))
+    print(seconds, 100 * system / (user + system))
+
+
+def resident_after(steps: int, threads: int) -> None:
+    """Print the resident MiB of this process after a training on digits-lt of about that many steps."""
+    torch.set_num_threads(threads)
+    config = load_recipe("digits-lt").config.replace(method="la", device="cpu")
+    data = load_data(config.data, config.seed)
+    epochs = round(steps / -(-len(data.train) // config.batch_size))
+    with tempfile.TemporaryDirectory() as folder:
+        fit(config.replace(epochs=epochs), Path(folder) / "run", quiet=True, data=data)
+    print(resident("VmRSS") / 1024)
+
+
+def both_allocators(code: str) -> list[list[float]]:
+    """Return the medians of the numbers that Python code prints: with malloc's own settings, and with memory reused."""
+    found: list[list[list[float]]] = [[], []]
+    for _ in range(PROCESSES):
+        for numbers, first in zip(found, ("", REUSE), strict=True):
+            command = [sys.executable, "-c", first + code]
+            result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+            numbers.append([float(number) for number in result.stdout.split()])
+    return [[statistics.median(column) for column in zip(*numbers, strict=True)] for numbers in found]
+
+
+def time_allocators(rounds: int, threads: int) -> None:
+    print(f"{'':60}{'malloc':>12}{'reused':>12}{'× as fast':>12}")
+    for name, make, images in (
+        ("EfficientNet-Lite0, 224², forward pass", encode_photos, 64),
+        ("EfficientNet-Lite0, 224², training step", train_photos, 32),
+        ("CIFAR-100-LT, GML with three views, training step", train_cifar, 128),
+    ):
+        each = max(1, rounds // PROCESSES)
+        own, reused = both_allocators(f"import step; step.time_alone(step.{make.__name__}, {each}, {threads})")
+        title = f"{name}, images/s"
+        print(f"{title:60}{images / own[0]:12.1f}{images / reused[0]:12.1f}{own[0] / reused[0]:12.2f}", flush=True)
+        print(f"{'  in the kernel, % of the time':60}{own[1]:12.1f}{reused[1]:12.1f}", flush=True)
+    for steps in (100, 2000):
+        own, reused = both_allocators(f"import step; step.resident_after({steps}, {threads})")
+        title = f"digits-lt, MiB resident after {steps:,} steps"
+        print(f"{title:60}{own[0]:12.0f}{reused[0]:12.0f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=12, help="timings of each row; the median is reported")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=["cifar", "digits"], help="one of the two parts; both if not given")
+    parser.add_argument("--only", choices=["cifar", "digits", "allocator"], help="one of the parts; all if not given")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, median of {args.rounds} rounds")
-    if args.only != "digits":
+    if args.only in {None, "cifar"}:
         time_cifar(args.rounds)
-    if args.only != "cifar":
+    if args.only in {None, "digits"}:
         time_digits(args.rounds)
+    if args.only in {None, "allocator"}:
+        time_allocators(args.rounds, args.threads)
 
 
 if __name__ == "__main__":

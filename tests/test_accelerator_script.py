@@ -68,8 +68,7 @@ def test_every_phase_runs_and_writes_its_figures(script: ModuleType, pack: Path,
     assert speed["side_by_side"]["runs"] == 2
     methods = {record["method"] for record in found["mixture"]["records"]}
     assert methods == {"la distilled on two views", "gml with both views classified and distilled"}
-    assert len(found["rows"]["records"]) == 4
-    assert len(found["parts"]["records"]) == 7
+    assert all(len(found[phase]["records"]) == 2 for phase in ("rows", "longer", "wide", "parts"))
 
 
 @pytest.mark.slow
@@ -85,11 +84,13 @@ def test_the_product_works_as_it_is_used(pack: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_packed_is_what_the_package_loads(script: ModuleType, cifar_folder: Path, tmp_path: Path) -> None:
+def test_what_is_packed_is_what_the_package_loads(
+    script: ModuleType, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from longtail.config import Data
     from longtail.data.sources import load_data
 
-    script.IMBALANCES = (100.0, 50.0)
+    monkeypatch.setattr(script, "IMBALANCES", (100.0, 50.0))
     path = tmp_path / "cifar.npz"
     assert script.main(["--prepare", str(cifar_folder), "--pack", str(path)]) == 0
     for factor in (100.0, 50.0):

@@ -21,12 +21,12 @@ LAYERS = (
     ("config", "losses", "memory"),
     ("nn", "data"),
     ("evaluation",),
-    ("estimator", "inference", "methods"),
+    ("estimator", "inference", "methods", "prior_correction", "splitters"),
     ("tasks",),
     ("training",),
     ("experiments",),
     ("report", "serve"),
-    ("cli",),
+    ("cli", "integrations"),
     ("__main__",),
 )
 """Modules and packages of longtail; each may import those of the lines above its own, and none of its own line.

@@ -27,18 +27,25 @@ def estimators(*methods: str) -> list[LongTailClassifier]:
     return [LongTailClassifier(method, hidden=32, epochs=5, learning_rate=1e-2) for method in methods]
 
 
+def known_failures(_: LongTailClassifier) -> dict[str, str]:
+    return {
+        "check_sample_weight_equivalence_on_dense_data": "a weight of k and k equal samples have the same expected "
+        "loss, but other random batches and statistics of BatchNorm"
+    }
+
+
 def run_check(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longtail.estimator.MIN_STEPS", 60)  # enough for the checks, in a fifth of the time
+    monkeypatch.setattr("longtail.estimator.classifier.MIN_STEPS", 60)  # enough for the checks, in a fifth of the time
     check(estimator)
 
 
-@parametrize_with_checks(estimators("gml"))  # type: ignore[untyped-decorator]
+@parametrize_with_checks(estimators("gml"), expected_failed_checks=known_failures)  # type: ignore[untyped-decorator]
 def test_scikit_learn_estimator_checks(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run_check(estimator, check, monkeypatch)
 
 
 @pytest.mark.slow
-@parametrize_with_checks(estimators("ce", "la"))  # type: ignore[untyped-decorator]
+@parametrize_with_checks(estimators("ce", "la"), expected_failed_checks=known_failures)  # type: ignore[untyped-decorator]
 def test_scikit_learn_checks_of_the_other_methods(estimator: Any, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run_check(estimator, check, monkeypatch)
 
@@ -235,6 +242,7 @@ def clusters(classes: int, samples: int, seed: int = 0) -> tuple[Array, Array, A
     return train, test, labels
 
 
+@pytest.mark.slow
 def test_a_thousand_classes() -> None:
     X, X_test, y = clusters(1000, 2)  # noqa: N806
     with warnings.catch_warnings():
@@ -246,7 +254,7 @@ def test_a_thousand_classes() -> None:
 
 
 def test_the_number_of_steps_follows_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longtail.estimator.MIN_STEPS", 1)
+    monkeypatch.setattr("longtail.estimator.classifier.MIN_STEPS", 1)
     X, _, y = clusters(100, 2)  # noqa: N806
     model = LongTailClassifier(hidden=8, epochs=1, batch_size=50, random_state=0, learning_rate=1e-2)
     with warnings.catch_warnings():
@@ -256,7 +264,7 @@ def test_the_number_of_steps_follows_the_classes(monkeypatch: pytest.MonkeyPatch
 
 def test_a_fit_that_has_not_converged_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     X, _, y = clusters(50, 4)  # noqa: N806
-    monkeypatch.setattr("longtail.estimator.MIN_STEPS", 1)
+    monkeypatch.setattr("longtail.estimator.classifier.MIN_STEPS", 1)
     model = LongTailClassifier(hidden=2, epochs=1, random_state=0)  # two units are too few for 50 classes
     with pytest.warns(
         ConvergenceWarning, match=r"epochs \d+ % of the training samples are .*100 % by the nearest class"

@@ -281,6 +281,7 @@ def test_a_data_set_of_image_files(plugin: Any, photos: Path, tmp_path: Path) ->
     assert metrics["class_names"] == ["cat", "dog", "emu"]
 
 
+@pytest.mark.slow
 def test_an_augmentation(plugin: Any, tmp_path: Path) -> None:
     with_plugin = ("--plugin", plugin(AUGMENTATION))
     arguments = ("train", "digits-lt", "--method", "la", *TINY, "--out")

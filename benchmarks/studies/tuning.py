@@ -36,15 +36,17 @@ BUDGET = (
 )
 HEAD: dict[str, object] = {"tune": "head", "network_size": 128, "epochs": 8}
 TUNED: dict[str, object] = {"network_size": 96, "epochs": 4}
+# the layers of the keys see every slot in every step: with a slot for each image that would be most of a run's time
+KEYS: dict[str, object] = {"queue_size": 2048}
 VARIANTS: dict[str, dict[str, object]] = {
     "Lite0, 128 px, la, head": HEAD,
     "Lite0, 128 px, ce, head": {**HEAD, "method": "ce"},
-    "Lite0, 128 px, gml, head": {**HEAD, "method": "gml"},
+    "Lite0, 128 px, gml, head": {**HEAD, "method": "gml", "gml": KEYS},
     "Lite2, 128 px, la, head": {**HEAD, "network": "tf_efficientnet_lite2"},
     "Lite0, 96 px, la, head": {**HEAD, "network_size": 96},
     "Lite0, 96 px, la, last:1, 4 epochs": {**TUNED, "tune": "last:1"},
     "Lite0, 96 px, ce, last:1, 4 epochs": {**TUNED, "tune": "last:1", "method": "ce"},
-    "Lite0, 96 px, gml, last:1, 4 epochs": {**TUNED, "tune": "last:1", "method": "gml"},
+    "Lite0, 96 px, gml, last:1, 4 epochs": {**TUNED, "tune": "last:1", "method": "gml", "gml": KEYS},
     "Lite0, 96 px, la, norm, 4 epochs": {**TUNED, "tune": "norm"},
     "Lite0, 96 px, la, lora, 4 epochs": {**TUNED, "tune": "lora"},
     "Lite0, 96 px, la, full, 4 epochs": {**TUNED, "tune": "full"},

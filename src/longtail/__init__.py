@@ -7,38 +7,51 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longtail.data.dataset import from_arrays
+    from longtail.data.samplers import ClassAwareSampler
     from longtail.estimator import LongTailClassifier
     from longtail.inference.recognizer import Recognizer
     from longtail.losses import ClassPrior, GMLLoss, gml_loss
     from longtail.memory import ClassQueues
     from longtail.nn import CosineClassifier, ProjectionMLP
+    from longtail.prior_correction import PriorCorrectedClassifier, TunedThresholdsClassifierCV
+    from longtail.splitters import LongTailKFold, LongTailSplit
     from longtail.tasks.segmentation.segmenter import Segmenter
     from longtail.training.trainer import fit
 
 __version__ = "0.1.0"
 __all__ = [
+    "ClassAwareSampler",
     "ClassPrior",
     "ClassQueues",
     "CosineClassifier",
     "GMLLoss",
     "LongTailClassifier",
+    "LongTailKFold",
+    "LongTailSplit",
+    "PriorCorrectedClassifier",
     "ProjectionMLP",
     "Recognizer",
     "Segmenter",
+    "TunedThresholdsClassifierCV",
     "fit",
     "from_arrays",
     "gml_loss",
 ]
 
 _MODULES = {
+    "ClassAwareSampler": "longtail.data.samplers",
     "ClassPrior": "longtail.losses",
     "ClassQueues": "longtail.memory",
     "CosineClassifier": "longtail.nn",
     "GMLLoss": "longtail.losses",
     "LongTailClassifier": "longtail.estimator",
+    "LongTailKFold": "longtail.splitters",
+    "LongTailSplit": "longtail.splitters",
+    "PriorCorrectedClassifier": "longtail.prior_correction",
     "ProjectionMLP": "longtail.nn",
     "Recognizer": "longtail.inference.recognizer",
     "Segmenter": "longtail.tasks.segmentation.segmenter",
+    "TunedThresholdsClassifierCV": "longtail.prior_correction",
     "fit": "longtail.training.trainer",
     "from_arrays": "longtail.data.dataset",
     "gml_loss": "longtail.losses",

@@ -132,6 +132,7 @@ def test_compare(command: Command, tmp_path: Path) -> None:
     assert (out / "gml-seed1" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_folder_in_place_of_a_recipe(command: Command, photos: Path, tmp_path: Path) -> None:
     settings = ("--network", "resnet8", "--pretrained", "none", "--epochs", "1", "--quiet", "--data.image_size", "16")
     compared = ("--methods", "ce,la", "--seeds", "2", "--tune", "head", "--classifier.init", "class_means")

@@ -90,6 +90,7 @@ def test_what_the_teacher_computes_comes_with_the_views() -> None:
         assert len(batch.views) == 2
         features, scores = teacher(expected)
         torch.testing.assert_close(batch.key_features, features, rtol=1e-6, atol=1e-3)
+        assert batch.teacher_scores is not None
         torch.testing.assert_close(view_after_view(batch.teacher_scores), scores, rtol=1e-6, atol=1e-3)
         device.advance()
 

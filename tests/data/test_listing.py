@@ -306,7 +306,7 @@ def test_an_image_that_breaks_is_replaced_and_too_many_are_not(tmp_path: Path) -
         FileImages(tmp_path, names, 16).take(torch.tensor([4]))
 
 
-@pytest.mark.parametrize(("lines", "classes"), [(115_846, 1000), (437_513, 8142)])
+@pytest.mark.parametrize(("lines", "classes"), [(115_846, 1000), pytest.param(437_513, 8142, marks=pytest.mark.slow)])
 def test_long_lists_take_little_memory(tmp_path: Path, lines: int, classes: int) -> None:
     """The time is measured in benchmarks/data.py; the peak counts Python's and torch's own objects alike."""
     path = tmp_path / "long.txt"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from longtail.config import Data, Shots
+from longtail.config import Config, Data, Shots
 from longtail.data.dataset import ImageSet
 from longtail.data.image_io import open_image
 from longtail.data.loader import TrainLoader
@@ -25,6 +27,8 @@ from longtail.data.sources.segmentation import (
 )
 from longtail.data.sources.segmentation_transform import SegmentationTransform
 from longtail.errors import LongtailError
+from longtail.training.run_io import count_unreadable
+from longtail.training.trainer import fit
 from tests.conftest import SHARED, save_scene
 
 
@@ -145,6 +149,77 @@ def test_what_is_wrong_is_named(scenes: Path, spoil: Callable[[Path], None], mes
     spoil(scenes)
     with pytest.raises(LongtailError, match=message):
         load(scenes)
+
+
+def spoil_four(root: Path) -> list[str]:
+    """Make images and masks of each split unreadable; returns the paths that are named for it."""
+    (root / "annotations/training/03.png").write_bytes(b"none")
+    (root / "images/training/05.png").write_bytes(b"none")
+    for name in ("annotations/validation/01.png", "images/test/02.png"):  # their headers can be read
+        path = root / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return [
+        "annotations/training/03.png",
+        "images/training/05.png",
+        "annotations/validation/01.png",
+        "images/test/02.png",
+    ]
+
+
+def test_unreadable_images_and_masks_are_left_out_and_named(scenes: Path) -> None:
+    spoiled = spoil_four(scenes)
+    settings = Data(source="masks", root=str(scenes))
+    refused = r"4 of 22 images cannot be read, more than data.max_unreadable_fraction 0.01 accepts; the first: .*03.png"
+    with pytest.raises(LongtailError, match=refused):
+        load_data(settings, 0)
+    with pytest.raises(LongtailError, match=r"annotations/training/03.png: is not an image"):
+        load_data(dataclasses.replace(settings, unreadable="error", max_unreadable_fraction=0.5), 0)
+    data = load_data(dataclasses.replace(settings, max_unreadable_fraction=0.2), 0)
+    assert (len(data.train), len(data.val or ()), len(data.test)) == (10, 3, 5)
+    assert [path for path, _ in data.unreadable] == [name.replace("annotations", "images") for name in spoiled]
+    assert all(name in reason for name, (_, reason) in zip(spoiled, data.unreadable, strict=True))
+    assert any("4 of 22 images cannot be read, and are left out (unreadable.csv" in remark for remark in data.remarks)
+    images = data.train.images
+    assert isinstance(images, SegmentationImages)
+    everything = np.concatenate([images.open_sample(index).labels.ravel() for index in range(10)])
+    assert data.class_counts == [int((everything == index).sum()) for index in range(3)]
+    for path in (scenes / "images/test").iterdir():
+        path.write_bytes(b"none")
+    with pytest.raises(LongtailError, match=r"images: no image of test can be read; the first: .*00.png: is not an"):
+        load_data(dataclasses.replace(settings, max_unreadable_fraction=0.9), 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_fails_later_is_replaced_by_another_of_its_class(scenes: Path, workers: int) -> None:
+    settings = Data(source="masks", root=str(scenes), max_unreadable_fraction=0.1)
+    whole = load_data(settings, 0).train
+    others = [index for index in range(12) if index != 3 and whole.labels[index] == whole.labels[3]]
+    labels = [whole.images.open_sample(index).labels for index in others]
+    path = scenes / "images/training/03.png"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    data = load_data(settings, 0)
+    assert (len(data.train), data.unreadable) == (12, ())  # of training images only the header is read
+    assert any(np.array_equal(data.train.images.open_sample(3).labels, each) for each in labels)
+    data = load_data(settings, 0)
+    view = SegmentationTransform((32, 48), (0.5, 2.0), 0.2)
+    assert sum(map(len, TrainLoader(data.train, 5, [view], seed=3, workers=workers).epoch(0))) == 12
+    assert list(data.train.images.unreadable) == [3]
+    assert "images/training/03.png: is damaged" in data.train.images.unreadable[3]
+    strict = load_data(dataclasses.replace(settings, unreadable="error"), 0)
+    with pytest.raises(LongtailError, match=r"images/training/03.png: is damaged"):
+        list(TrainLoader(strict.train, 5, [view], seed=3, workers=workers).epoch(0))
+
+
+def test_a_run_lists_its_unreadable_images(segmenting: Config, scenes: Path, tmp_path: Path) -> None:
+    names = spoil_four(scenes)
+    path = scenes / "images/training/00.png"  # is found out in the first epoch
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    fit(segmenting.replace(epochs=1, data={"max_unreadable_fraction": 0.2}), tmp_path / "run", quiet=True)
+    with (tmp_path / "run" / "unreadable.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    expected = [name.replace("annotations", "images") for name in [*names, "images/training/00.png"]]
+    assert [row[0] for row in rows] == ["path", *expected]
+    assert count_unreadable(tmp_path / "run") == 5
 
 
 def test_a_missing_root(tmp_path: Path) -> None:

@@ -86,6 +86,10 @@ def test_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
     for spec in ({decomposed: 1, "tea": 3}, table):
         assert resolve_class_frequencies(spec, [composed, "tea"], [5, 5]) == [0.25, 0.75]
     assert resolve_class_frequencies({composed: 1, "tea": 3}, [decomposed, "tea"], [5, 5]) == [0.25, 0.75]
+    # a file is opened under the name that the disk has
+    (tmp_path / f"{decomposed}.json").write_text(json.dumps({"tea": 3, decomposed: 1}))
+    for path in (tmp_path / f"{composed}.json", str(tmp_path / f"{composed}.json")):
+        assert resolve_class_frequencies(path, [composed, "tea"], [5, 5]) == [0.25, 0.75]
     with pytest.raises(LongtailError, match="is listed twice"):
         resolve_class_frequencies({composed: 1, decomposed: 1, "tea": 3}, [composed, "tea"], [5, 5])
 

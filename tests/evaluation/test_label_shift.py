@@ -63,7 +63,7 @@ def test_map_has_little_prior_strength_with_many_images() -> None:
     assert all(low <= q <= high for q, low, high in zip(prior, estimate.low, estimate.high, strict=True))
 
 
-@pytest.mark.parametrize("power", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("power", [1.0, *(pytest.param(value, marks=pytest.mark.slow) for value in (0.0, -1.0))])
 def test_map_is_more_accurate_than_em_when_the_tail_is_a_power_of_the_training_sets(power: float) -> None:
     # 30 classes at equal distances on a line, and corrections of their scores that are noise
     counts = 100.0 ** (-np.arange(30) / 29)

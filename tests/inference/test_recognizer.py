@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def test_predictions_have_names() -> None:
         assert row[0][0] == name
         assert row[0][1] >= row[1][1]
     assert len(predictions.top(9)[0]) == 3
+
+
+def test_a_class_without_training_images_keeps_its_score() -> None:
+    recognizer = build_recognizer("train")
+    recognizer.config = dataclasses.replace(recognizer.config, class_counts=(90, 0, 10), temperature=2.0)
+    raw = torch.tensor([[1.0, 3.0, 2.0], [1.0, 0.9, 0.0], [0.0, 9.0, 2.0]])
+    expected = (raw - torch.tensor([0.9, 1.0, 0.1]).log()) / 2
+    scores = recognizer.remove_prior(raw)
+    assert torch.allclose(scores, expected)
+    # it is predicted only where its raw score is the highest
+    assert scores.argmax(dim=1).tolist() == [2, 2, 1]
+    images = torch.rand(4, 3, 32, 32)
+    assert bool(recognizer.predict(images).probabilities.isfinite().all())
+    assert recognizer.predict(images, prior="train").probabilities[:, 1].tolist() == [0] * 4
 
 
 def test_the_prior_is_the_users_choice() -> None:

@@ -154,7 +154,12 @@ def test_both_words_for_mirror_images_are_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("tta", "stored_size", "network_size", "side"),
-    [("flip", 12, None, 8), ("crops", 12, None, 12), ("crops", 8, None, 8), ("crops", 8, 16, 8)],
+    [
+        ("flip", 12, None, 8),
+        ("crops", 8, 16, 8),
+        pytest.param("crops", 12, None, 12, marks=pytest.mark.slow),
+        pytest.param("crops", 8, None, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_an_exported_file_contains_it(
     tmp_path: Path, tta: TTA, stored_size: int, network_size: int | None, side: int

@@ -82,6 +82,28 @@ def test_the_means_of_proco_are_over_the_last_epoch_and_this_one(tiny: Config, d
     assert method.counts.sum(0)[:3].tolist() == [4, 2, 0]
 
 
+def test_proco_leaves_out_labels_out_of_range(
+    tiny: Config, data: LongTailedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = build_method(tiny.replace(method="proco"), data)
+    assert isinstance(method, ProCo)
+    batch = batches(method, data)[0]
+    z, scores = F.normalize(torch.randn(4, 32), dim=1), torch.zeros(4, 10)
+    for wrong in (10, -2):
+        with pytest.raises(ValueError, match=r"^labels: expected values in \[0, 10\), or −1 to ignore it, got"):
+            method.contrastive_loss(z, torch.tensor([0, wrong, 1, 1]), scores, batch)
+        assert not bool(method.counts.any())
+    z[1] = torch.nan
+    method.contrastive_loss(z, torch.tensor([0, -1, 1, 1]), scores, batch)
+    assert torch.equal(method.sums[1, :2], torch.stack([z[0], z[2] + z[3]]))
+    assert method.counts[1].tolist() == [1, 2] + [0] * 8
+    # as on an accelerator, whose labels are not read
+    monkeypatch.setattr("longtail.losses.checks.values_are_known", lambda _: False)
+    method.contrastive_loss(z, torch.tensor([0, 10, 1, -7]), scores, batch)
+    assert method.counts[1].tolist() == [2, 3] + [0] * 8
+    assert torch.allclose(method.sums[1, :2], torch.stack([2 * z[0], 2 * z[2] + z[3]]))
+
+
 def test_a_batch_without_positives_adds_nothing(tiny: Config, data: LongTailedData) -> None:
     method = build_method(tiny.replace(method="supcon"), data)
     whole = batches(method, data)[0]

@@ -232,6 +232,7 @@ def test_the_size_of_a_vision_transformer(
     assert auto_config(find_weights(chosen), data)[0] == chosen
 
 
+@pytest.mark.slow
 def test_a_network_of_the_hub_is_trained_and_loaded_without_it(
     photos: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

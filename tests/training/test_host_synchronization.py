@@ -5,12 +5,8 @@ What holds here lets a step be recorded as a CUDA graph.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from longtail.config import Config
 from longtail.data.loader import Batch, TrainLoader
@@ -21,6 +17,7 @@ from longtail.nn import CosineClassifier, Encoder
 from longtail.registry import METHODS, TASKS
 from longtail.training.auto_config import auto_config
 from longtail.training.metric_log import MetricTracker
+from tests.losses.host import TensorsOfTheHost
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].label_maps != "only"])
@@ -58,23 +55,8 @@ def test_no_step_over_label_maps_does_either(segmenting: Config, name: str) -> N
     _two_steps_without_values(method, next(TrainLoader(data.train, 4, views, seed=0, workers=0).epoch(0)))
 
 
-class _TensorsOfTheHost(TorchDispatchMode):
-    """Notes the operations that read or make a tensor on the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for value in tree_leaves((args, kwargs, results)):
-            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-                self.operations.add(str(func))
-        return results
-
-
 def test_a_tensor_of_the_host_is_noticed() -> None:
-    with _TensorsOfTheHost() as host:
+    with TensorsOfTheHost() as host:
         torch.zeros(3, device="meta") + 1
         assert not host.operations
         torch.tensor([1.0, 2.0]).to("meta")
@@ -89,7 +71,7 @@ def _two_steps_without_values(method: Method, batch: Batch) -> None:
         batch.labels.max().item()
     batch.epoch_fraction = torch.zeros((), device="meta")
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1, momentum=0.9)
-    with _TensorsOfTheHost() as host:
+    with TensorsOfTheHost() as host:
         for _ in range(2):
             terms = method(batch)
             optimizer.zero_grad()

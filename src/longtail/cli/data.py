@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longtail.cli.checks import check_output
 from longtail.cli.console import Counter, print_table, show_messages
@@ -12,12 +12,14 @@ from longtail.cli.options import Embed, Inspect, Split
 from longtail.cli.parsing import parse, split_source
 from longtail.config import validate_section
 from longtail.data.paths import printable
+from longtail.errors import LongtailError
 from longtail.files import write_json_output
 
 if TYPE_CHECKING:
     from longtail.data.inspection import Inspection
 
 _SHOWN_PROBLEMS = 10  # of each kind
+_SHOWN_NAMES = 20  # of classes or groups
 
 
 def inspect(arguments: list[str]) -> None:
@@ -105,14 +107,46 @@ def split(arguments: list[str]) -> None:
     settings = validate_section(options.data, "data")
     from longtail.data.splits import write_split
 
-    summary = write_split(settings, options.out, options.val, options.test, options.seed)
+    if options.strict_groups and options.groups is None:
+        raise LongtailError("--strict_groups: needs --groups COLUMN")
+    summary = write_split(
+        settings,
+        options.out,
+        options.val,
+        options.test,
+        options.seed,
+        group_column=options.groups,
+        strict_groups=options.strict_groups,
+    )
     if options.json:
         write_json_output(options.json, summary)
     if not options.quiet:
         print_table(["split", "images"], [[split, f"{count:,}"] for split, count in summary["images"].items()])
         if summary["short"]:
-            print(f"too few images for every split: {printable(', '.join(summary['short']))}")
+            what = "images" if options.groups is None else "images or groups"
+            print(f"too few {what} for every split: {printable(_listed(summary['short']))}")
+        if options.groups is not None:
+            _print_groups(summary)
         print(f"split: {options.out}; longtail train --data {options.out} --data.root {summary['root']}")
+
+
+def _print_groups(summary: dict[str, Any]) -> None:
+    divided, groups, ungrouped = summary["divided"], summary["groups"], summary["ungrouped"]
+    if divided:
+        print(
+            f"groups in several splits: {len(divided):,} of {groups:,} ({printable(_listed(divided))}); without that, "
+            f"these classes would be missing from train or test: {printable(_listed(summary['divided_for']))}; "
+            "--strict_groups divides no group"
+        )
+    else:
+        print(f"each of {groups:,} groups is in one split")
+    if ungrouped:
+        print(f"{ungrouped:,} images have no group, and are split as single images")
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more:,} more (--json FILE lists all)" if more > 0 else "")
 
 
 def embed(arguments: list[str]) -> None:

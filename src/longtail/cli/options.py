@@ -264,7 +264,7 @@ class Embed:
 class Split:
     """Split a data set into train, val and test, class by class: longtail split SOURCE --out FILE.csv [OPTIONS].
 
-    The file is a table (path, label, split) to train on: longtail train --data FILE.csv --data.root FOLDER.
+    The file is a table (path, class_name, split) to train on: longtail train --data FILE.csv --data.root FOLDER.
     """
 
     data: Data
@@ -274,6 +274,11 @@ class Split:
     """Fraction of each class for validation; 0 for none."""
     test: float = 0.2
     """Fraction of each class for testing; 0 for none."""
+    groups: str | None = None
+    """Column of a table (patient, camera, the same bird) whose images of one value stay together. A group is divided
+    only where a class of two images or more would be missing from train or test, which is printed."""
+    strict_groups: Flag = False
+    """Divide no group; a class may then be missing from a split."""
     seed: int = 0
     """Seed of the split."""
     json: Path | None = None

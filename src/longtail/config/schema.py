@@ -97,9 +97,9 @@ class Data:
     memory_gib: PositiveFloat = 4.0
     """Decode a set once and keep it in memory if it needs no more than this; otherwise decode batch by batch."""
     unreadable: Literal["skip", "error"] = "skip"
-    """Images of your own that cannot be read: skip leaves them out, or replaces one that fails during training by
-    another of its class, and lists all in unreadable.csv of the run's folder; error refuses the set, as an unreadable
-    mask always does."""
+    """Images of your own that cannot be read, or whose mask cannot: skip leaves them out, or replaces one that fails
+    during training by another of its class, and lists all in unreadable.csv of the run's folder; error refuses the
+    set."""
     max_unreadable_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Largest fraction of the images that may be unreadable and skipped; a set with more is refused."""
     cache: str = "auto"
@@ -274,6 +274,10 @@ class Config:
     """Initial weights of a timm model: none, a file (.safetensors, .pth), timm (its own, downloaded at first use), or
     auto (its own, from the Hub's local cache, an installed package of weights or the network). Images are then
     normalised as for these weights."""
+    init: str | None = None
+    """Start from the weights of another run instead: the folder of a finished run, or of a saved model. Its encoder and
+    the classifier's weights of the classes that both have, by name; images are normalised as there, and network auto is
+    its network. The schedule is new: for a training that goes on for longer, or with more classes."""
     tune: str = "full"
     """What is trained of the encoder: full, norm (normalisation layers and biases), last:N (the last N blocks of a timm
     model), lora or lora:R (low-rank updates of rank R, default 8; extra peft), adapter or adapter:W (bottlenecks of

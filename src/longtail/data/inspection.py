@@ -121,6 +121,7 @@ def inspect(
     data = load_data(config, seed)
     inspection = _inspection(config, data.class_names, data.class_counts, data.groups(shots), data)
     inspection.remarks = list(data.remarks)
+    inspection.unreadable = [{"path": path, "reason": reason} for path, reason in data.unreadable]
     sets = {"train": data.train, "val": data.val, "test": data.test}
     inspection.splits = {split: len(images) for split, images in sets.items() if images is not None}
     if not data.files_checked:

@@ -199,7 +199,7 @@ class TrainLoader:
     def _batched_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
         together = self._augmented_together(splits)
         groups = [splits[first : first + together] for first in range(0, len(splits), together)]
-        joined = [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
+        joined = [group[0] if len(group) == 1 else torch.cat(list(group)) for group in groups]
         taken = _ahead(self.images, self.images.images.take, joined)
         for (indices, pixels), group in zip(taken, groups, strict=True):
             ids, views = self.images.ids[indices], []

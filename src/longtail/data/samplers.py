@@ -1,25 +1,34 @@
 """Which images an epoch shows and in which order: a function of (seed, epoch), so that a resumed run repeats it.
 
-A sampler says what share of an epoch each class gets; :func:`epoch_order` draws the images. It is a function of the
-class counts, the epoch (from 0), the epochs of the training, and the fraction of them after which a deferred sampler
-changes. It returns (C,) float64 that sum to 1, or None where every image is shown once, without replacement.
+A scheme says what share of an epoch each class gets; :func:`epoch_order` draws the images, and
+:class:`ClassAwareSampler` gives them to a ``DataLoader``. A scheme is a function of the class counts, the epoch (from
+0), the epochs of the training, and the fraction of them after which a deferred scheme changes. It returns (C,) float64
+that sum to 1, or None where every image is shown once, without replacement.
 
-Legend: N images, C classes, n_c images of class c.
+Legend: N images, C classes, n_c images of class c, R replicas (processes that train together).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
 
 from longtail.data.imbalance import check_labels
+from longtail.errors import LongtailError
 from longtail.randomness import generator, mix
 from longtail.registry import SAMPLERS
 
 _ORDER = mix(1)  # a random stream of its own
+_CHUNK = 2**16  # indices that are drawn, or are Python integers, at once: ten million would take 400 MB
+_LARGEST_LABEL = 2**24  # counts are kept of every class up to the largest
 
 ClassShares = Callable[[Tensor, int, int, float], Tensor | None]
 """(class counts (C,), epoch, epochs, deferred_from) to the share of each class; see the module."""
@@ -44,7 +53,7 @@ def sqrt_shares(class_counts: Tensor, _epoch: int, _epochs: int, _deferred_from:
 def progressive_shares(class_counts: Tensor, epoch: int, epochs: int, deferred_from: float) -> Tensor:
     """Go linearly from :func:`instance_shares` to :func:`class_shares` along the training (Kang et al., ICLR 2020)."""
     natural = class_counts.double() / class_counts.sum()
-    progress = epoch / max(epochs - 1, 1)
+    progress = min(epoch / max(epochs - 1, 1), 1.0)
     return (1 - progress) * natural + progress * class_shares(class_counts, epoch, epochs, deferred_from)
 
 
@@ -72,13 +81,250 @@ def epoch_order(
         LongtailError: there is no such sampler, or a label is negative.
     """
     check_labels(labels)
-    draws = generator(seed, _ORDER, epoch)
-    counts = torch.bincount(labels)
-    shares = SAMPLERS[sampler](counts, epoch, epochs, deferred_from)
-    if shares is None or len(labels) == 0:
-        return torch.randperm(len(labels), generator=draws)
+    return _draw(
+        torch.bincount(labels), lambda: torch.argsort(labels, stable=True), sampler, seed, epoch, epochs, deferred_from
+    )
+
+
+def _draw(
+    counts: Tensor,
+    by_class: Callable[[], Tensor],
+    scheme: str,
+    seed: int,
+    epoch: int,
+    epochs: int,
+    deferred_from: float,
+) -> Tensor:
+    """Return :func:`epoch_order` of labels with (C,) ``counts``; ``by_class`` returns the images class by class."""
+    draws, size = generator(seed, _ORDER, epoch), int(counts.sum())
+    shares = SAMPLERS[scheme](counts, epoch, epochs, deferred_from)
+    if shares is None or size == 0:
+        return torch.randperm(size, generator=draws)
     # the class first, then one of its images: weights of single images would lose digits where there are millions
-    classes = torch.multinomial(shares, len(labels), replacement=True, generator=draws)
-    starts = counts.cumsum(0) - counts
-    within = (torch.rand(len(labels), generator=draws, dtype=torch.float64) * counts[classes]).long()
-    return torch.argsort(labels, stable=True)[starts[classes] + within]
+    classes = torch.multinomial(shares, size, replacement=True, generator=draws)
+    starts, sizes, images = counts.cumsum(0) - counts, counts.double(), by_class()
+    order = torch.empty_like(images)
+    # in parts that the processor's cache holds, which takes a third of the time
+    for part, of_part in zip(order.split(_CHUNK), classes.split(_CHUNK), strict=True):
+        within = torch.rand(len(part), generator=draws, dtype=torch.float64).mul_(sizes[of_part]).long()
+        torch.index_select(images, 0, within.add_(starts[of_part]), out=part)
+    return order
+
+
+class _Progress:
+    """How far an iterator over an epoch has come.
+
+    Args:
+        start: images of all replicas together that had been drawn before it began.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.fetched = 0
+        """Indices of this replica up to the end of the present chunk."""
+        self.chunk: Iterator[int] = iter(())
+
+    @property
+    def yielded(self) -> int:
+        """Indices of this replica that the iterator has given."""
+        # what a list's iterator still has, it knows; a count in Python would halve the rate
+        return self.fetched - operator.length_hint(self.chunk)
+
+
+class ClassAwareSampler(DistributedSampler[int]):
+    """Which images an epoch shows, for the ``DataLoader`` of any trainer, in one process or in several.
+
+    - The R replicas together show the epoch that one process would show, whatever R is: replica r gets the indices
+      r, r + R, … of :func:`epoch_order`, so step s of all replicas together has the same images too.
+    - All have ⌊N / R⌋ indices, and each class's share is the same in all of them.
+    - Nothing is repeated to make the lengths equal, as ``torch.utils.data.DistributedSampler`` does: the last N mod R
+      indices of the epoch, other images in every epoch, are left out. Where a scheme draws without replacement, no
+      image is shown twice.
+
+    It is a ``DistributedSampler``, so that Lightning and Fabric use it as it is and set its epoch. Where something else
+    divides the batches among the processes (Accelerate, and so the ``Trainer`` of Hugging Face), give
+    ``num_replicas=1, rank=0``.
+
+    Resume in the middle of an epoch: :meth:`state_dict` and :meth:`load_state_dict`, which torchdata's
+    ``StatefulDataLoader`` calls. Worker processes of a plain ``DataLoader`` fetch ahead, so there the state counts
+    images that the training has not had; replace its ``drawn`` by the batches that were trained on × their size in all
+    processes together.
+
+    Args:
+        labels: (N,) class of each image, whole numbers from 0: a tensor, array or sequence.
+        scheme: a name in :data:`longtail.registry.SAMPLERS`: class (all classes equally often), sqrt (in proportion to
+            √n_c), instance (every image once), progressive (from instance to class along the training), deferred
+            (class late in the training, instance before).
+        num_replicas: R; the size of the process group, asked for whenever an epoch begins, if not given.
+        rank: of this process, in [0, R); given exactly if ``num_replicas`` is.
+        seed: of the draw; the same in all processes.
+        epochs: of the training; needed by the schemes that change along it. Epochs beyond it are like the last one.
+        deferred_from: fraction of the training, in [0, 1], after which deferred shows classes equally often.
+
+    Raises:
+        LongtailError: labels that are no classes, or fewer than R of them; an unknown scheme; a rank out of range; or
+            ``epochs`` is missing.
+
+    Example:
+        >>> labels = [0] * 90 + [1] * 10
+        >>> sampler = ClassAwareSampler(labels, "class")
+        >>> sampler.set_epoch(3)
+        >>> shown = [labels[index] for index in sampler]
+        >>> len(shown), 35 < sum(shown) < 65
+        (100, True)
+        >>> parts = [set(ClassAwareSampler(labels, "instance", num_replicas=3, rank=rank)) for rank in range(3)]
+        >>> [len(part) for part in parts], len(set.union(*parts))
+        ([33, 33, 33], 99)
+    """
+
+    def __init__(
+        self,
+        labels: Tensor | Sequence[int] | np.ndarray[Any, Any],
+        scheme: str = "class",
+        *,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+        epochs: int | None = None,
+        deferred_from: float = 0.8,
+    ) -> None:
+        SAMPLERS.check(scheme, "scheme")
+        if (num_replicas is None) != (rank is None):
+            raise LongtailError("num_replicas and rank: expected both or neither")
+        if epochs is None and scheme in {"progressive", "deferred"}:
+            raise LongtailError(f"epochs: is missing; the scheme {scheme} changes along the training")
+        if epochs is not None and epochs < 1:
+            raise LongtailError(f"epochs: expected at least 1, got {epochs}")
+        if not 0 <= deferred_from <= 1:
+            raise LongtailError(f"deferred_from: expected a fraction in [0, 1], got {deferred_from:g}")
+        classes = _as_labels(labels)
+        self.scheme, self.epochs, self.deferred_from = scheme, epochs, deferred_from
+        self._size, self._counts, self._by_class = len(classes), torch.bincount(classes), _sort_by_class(classes)
+        self._asks = num_replicas is None
+        here = _place() if num_replicas is None or rank is None else (num_replicas, rank)
+        _check_place(*here, self._size)
+        super().__init__(range(self._size), *here, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self._progress, self._begun = _Progress(0), False
+
+    def _find_place(self) -> None:
+        """Ask the process group again, which may be younger than this sampler."""
+        if self._asks:
+            self.num_replicas, self.rank = _place()
+            _check_place(self.num_replicas, self.rank, self._size)
+        self.num_samples = self._size // self.num_replicas
+        self.total_size = self.num_samples * self.num_replicas
+
+    def __len__(self) -> int:
+        """Return ⌊N / R⌋, the indices of this replica in a whole epoch."""
+        self._find_place()
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        """Return the indices of this replica: of a whole epoch, or of its rest after :meth:`load_state_dict`."""
+        self._find_place()
+        if self._begun:
+            self._progress = _Progress(0)
+        self._begun = True
+        return self._indices(self._progress, self.epoch, self.num_replicas, self.rank)
+
+    def _indices(self, progress: _Progress, epoch: int, num_replicas: int, rank: int) -> Iterator[int]:
+        epochs = epoch + 1 if self.epochs is None else self.epochs
+        order = _draw(self._counts, lambda: self._by_class, self.scheme, self.seed, epoch, epochs, self.deferred_from)[
+            progress.start :
+        ]
+        for chunk in order[: len(order) // num_replicas * num_replicas][rank::num_replicas].split(_CHUNK):
+            progress.chunk = iter(chunk.tolist())
+            progress.fetched += len(chunk)
+            yield from progress.chunk
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, before its iterator is made; what was loaded for another epoch is forgotten.
+
+        Raises:
+            LongtailError: it is negative.
+        """
+        if epoch < 0:
+            raise LongtailError(f"epoch: expected at least 0, got {epoch}")
+        if epoch != self.epoch:
+            self._progress, self._begun = _Progress(0), False
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, how many of its images all replicas have drawn, and what the draw depends on."""
+        drawn = self._progress.start + self._progress.yielded * self.num_replicas
+        return {"epoch": self.epoch, "drawn": drawn, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue an epoch: the next iterator begins after the images that were drawn.
+
+        The number of replicas may be another one than before.
+
+        Args:
+            state: see :meth:`state_dict`; of any of the replicas.
+
+        Raises:
+            LongtailError: it is none, or that of a sampler with other labels, another scheme or another seed.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise LongtailError(
+                    f"state: its {name} is {state.get(name)!r}, this sampler's {value!r}; make the sampler as before"
+                )
+        epoch, drawn = state.get("epoch"), state.get("drawn")
+        if not isinstance(epoch, int) or epoch < 0 or not isinstance(drawn, int) or not 0 <= drawn <= self._size:
+            raise LongtailError(
+                f"state: expected an epoch of at least 0 and 0 to {self._size} images drawn, got {epoch!r} and "
+                f"{drawn!r}"
+            )
+        self.epoch, self._progress, self._begun = epoch, _Progress(drawn), False
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "scheme": self.scheme,
+            "seed": self.seed,
+            "images": self._size,
+            "epochs": self.epochs,
+            "deferred_from": self.deferred_from,
+        }
+
+
+def _place() -> tuple[int, int]:
+    """Return the number of replicas and the rank of this process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(), dist.get_rank()
+    return 1, 0
+
+
+def _check_place(num_replicas: int, rank: int, images: int) -> None:
+    if num_replicas < 1 or not 0 <= rank < num_replicas:
+        raise LongtailError(
+            f"rank: expected a number of replicas of at least 1 and a rank below it, got {num_replicas} and {rank}"
+        )
+    if images < num_replicas:
+        raise LongtailError(f"labels: expected at least one image for each of {num_replicas} replicas, got {images}")
+
+
+def _as_labels(labels: Tensor | Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+    """Return labels as (N,) int64 on the CPU, checked."""
+    try:
+        tensor = labels.cpu() if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+    except (TypeError, ValueError, RuntimeError):
+        raise LongtailError(
+            "labels: expected a class number for every image; numpy.unique(names, return_inverse=True)[1] numbers names"
+        ) from None
+    if tensor.dtype not in {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool}:
+        tensor = tensor.long()
+    check_labels(tensor)
+    if len(tensor) and int(tensor.max()) >= max(_LARGEST_LABEL, len(tensor)):
+        raise LongtailError(
+            f"labels: expected classes 0 to C − 1, the largest is {int(tensor.max())}; "
+            "numpy.unique(labels, return_inverse=True)[1] numbers them"
+        )
+    return tensor
+
+
+def _sort_by_class(labels: Tensor) -> Tensor:
+    """Return (N,) int64, the positions of the images class by class, ascending within a class."""
+    if len(labels) and int(labels.max()) < 2**16:  # NumPy sorts 16 bits by radix, which is many times as fast
+        return torch.from_numpy(np.argsort(labels.numpy().astype(np.uint16), kind="stable"))
+    return torch.argsort(labels, stable=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longtail.data.class_order import head_first
-from longtail.data.paths import nfc
+from longtail.data.paths import find_path, nfc
 from longtail.errors import LongtailError, did_you_mean
 
 PriorName = Literal["uniform", "train"]
@@ -61,7 +61,8 @@ def resolve_class_frequencies(
     """
     if isinstance(spec, Path):
         place = f"{where} '{spec}'"
-        return _from_pairs(_read_pairs(spec, class_names, place), class_names, place, ignore_unknown)
+        pairs = _read_pairs(find_path(spec), class_names, place)  # under the name that the disk has
+        return _from_pairs(pairs, class_names, place, ignore_unknown)
     if isinstance(spec, str):
         if spec == "uniform":
             return [1 / len(class_names)] * len(class_names)
@@ -72,7 +73,7 @@ def resolve_class_frequencies(
             if not imbalance >= 1:
                 raise LongtailError(f"imbalance {imbalance:g}: expected at least 1")
             return long_tailed_frequencies(class_counts, spec, imbalance)
-        if not Path(spec).is_file():
+        if not find_path(Path(spec)).is_file():
             raise LongtailError(
                 f"{where} '{spec}': expected uniform, train, forward, backward or a file of class frequencies; "
                 "there is no such file"

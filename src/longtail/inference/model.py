@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -91,9 +92,14 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
         return scores
 
     def remove_prior(self, scores: Tensor) -> Tensor:
-        """Return raw scores free of any prior, divided by the temperature."""
+        """Return raw scores free of any prior, divided by the temperature.
+
+        A class without training images has no frequency to divide by: its score, which the training of plain
+        cross-entropy lowered on every image, stays as it is. Under the uniform prior it is then predicted only where it
+        is the highest raw score already, and under the training prior never.
+        """
         if self.config.predicts_under == "train":
-            scores = scores - broadcast_to_classes(self._log_counts.to(scores), scores)
+            scores = scores - broadcast_to_classes(self._removed_prior.to(scores), scores)
         if self.config.class_temperatures:
             by_class = torch.tensor(self.config.class_temperatures, device=scores.device)
             return scores / by_class[scores.argmax(dim=1)][:, None]
@@ -102,6 +108,10 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
     @functools.cached_property
     def _log_counts(self) -> Tensor:
         return compute_log_prior(self.config.class_counts)
+
+    @functools.cached_property
+    def _removed_prior(self) -> Tensor:
+        return self._log_counts.masked_fill(self._log_counts == -math.inf, 0.0)
 
     def log_prior(self, prior: Prior) -> Tensor | None:
         """Return the (C,) logarithms of class frequencies, None for the uniform ones.

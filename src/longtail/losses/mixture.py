@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from longtail.losses.checks import MIN_TEMPERATURE, Counts, check_mixture, valid_labels
 from longtail.losses.mixture_autograd import full_precision, mixture_losses
 from longtail.losses.posterior import ClassPrior
-from longtail.losses.reduction import batch_mean
+from longtail.losses.reduction import batch_mean, check_reduction, reduce_losses
 
 TEMPERATURE_BOUNDS = (MIN_TEMPERATURE, 1.0)
 """The learned temperature stays inside these bounds."""
@@ -80,14 +80,11 @@ def gml_loss(
     """
     if validate:
         check_mixture(queries, labels, keys, key_labels, log_prior, temperature, ids, key_ids)
-    if reduction not in {"mean", "sum", "none"}:
-        raise ValueError(f"reduction: expected mean, sum or none, got '{reduction}'")
+    check_reduction(reduction)
     losses, _, mask, _ = mixture_losses(
         queries, labels, keys, key_labels, log_prior, temperature, ids, key_ids, separate_temperature=False
     )
-    if reduction == "none":
-        return losses
-    return batch_mean(losses, mask) if reduction == "mean" else losses.sum()
+    return reduce_losses(losses, mask, reduction)
 
 
 def class_log_likelihood(

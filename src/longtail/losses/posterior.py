@@ -2,7 +2,8 @@
 
 Legend: B samples, C classes. Scores may have one entry for every pixel: (B, C, H, W) with labels (B, H, W). A label of
 −1 is ignored, and so is a sample of a class without training images, whose prior is 0: it is left out of the mean.
-Scores in half precision are converted to float32 first.
+Labels may be probabilities of the classes, as :class:`~longtail.losses.score_loss.ScoreLoss` says. Scores in half
+precision are converted to float32 first.
 
     log p(y|x) = score_y + log p(y) − log Σ_c exp(score_c + log p(c))
 
@@ -18,8 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtail.losses.checks import Counts, as_counts, ignore_classes, valid_labels
+from longtail.losses.checks import Counts, as_counts, valid_targets
 from longtail.losses.reduction import batch_mean, to_full_precision
+from longtail.losses.score_loss import (
+    ScoreLoss,
+    check_scores,
+    negative_log_likelihood,
+    reduce_over_labels,
+    without_classes,
+)
+from longtail.losses.score_loss import broadcast_to_classes as broadcast_to_classes
 
 
 def compute_log_prior(class_counts: Counts) -> Tensor:
@@ -74,17 +83,14 @@ def posterior(log_likelihood: Tensor, log_prior: Tensor | None = None) -> Tensor
     return F.log_softmax(scores, dim=1)
 
 
-def broadcast_to_classes(values: Tensor, scores: Tensor) -> Tensor:
-    """Return (C,) ``values`` in a shape that broadcasts along the class dimension of (B, C, …) ``scores``."""
-    return values.view(-1, *(1,) * (scores.ndim - 2))
-
-
 def posterior_cross_entropy(
     log_likelihood: Tensor,
     labels: Tensor,
     log_prior: Tensor | None = None,
     strength: float = 1.0,
     *,
+    ignore_index: int = -1,
+    reduction: str = "mean",
     validate: bool = False,
 ) -> Tensor:
     """Return the mean of −log p(y|x), a scalar.
@@ -94,24 +100,90 @@ def posterior_cross_entropy(
 
     Args:
         log_likelihood: (B, C) or (B, C, H, W) scores.
-        labels: (B,) or (B, H, W) int64 in [0, C); −1 is ignored.
+        labels: (B,) or (B, H, W) int64 in [0, C); or probabilities of the shape of the scores.
         log_prior: (C,) log class frequencies of the training set; None is plain cross-entropy.
         strength: factor of the log prior; 1 is Bayes' rule.
+        ignore_index: label that is ignored.
+        reduction: ``mean``, ``sum`` or ``none``, (B,) or (B, H, W).
         validate: check the labels on an accelerator too, which has to be waited for; without, samples with a label out
             of range are ignored there.
 
     Raises:
-        ValueError: a label is out of range, or not an int64.
+        ValueError: the labels' shape, type or values are not as above.
     """
     scores = to_full_precision(log_likelihood)
-    labels = valid_labels(labels, scores.shape[1], validate=validate)
+    labels = valid_targets(scores, labels, ignore_index=ignore_index, validate=validate)
     if log_prior is not None:
         absent = log_prior == -math.inf
-        labels = ignore_classes(labels, absent)
+        labels = without_classes(labels, absent)
         # 0 · −inf would be NaN
         scaled = (strength * log_prior.masked_fill(absent, 0.0)).masked_fill(absent, -math.inf)
         scores = scores + broadcast_to_classes(scaled, scores)
-    return batch_mean(F.cross_entropy(scores, labels, reduction="none", ignore_index=-1), labels >= 0)
+    return reduce_over_labels(negative_log_likelihood(scores, labels), labels, None, reduction)
+
+
+class LogitAdjustedLoss(ScoreLoss):
+    """Cross-entropy of the scores plus the log prior: −log [ n_y^τ exp(s_y) / Σ_c n_c^τ exp(s_c) ].
+
+    At τ = 1 it is Balanced Softmax. The trained scores are free of the training set's frequencies: predict with them as
+    they are where all classes are equally frequent, and add the log prior of the data otherwise.
+
+    Scores, labels, what is left out, and errors: :class:`~longtail.losses.score_loss.ScoreLoss`. A class without
+    training images has no part in the softmax.
+
+    Source: Menon et al., *Long-tail learning via logit adjustment*, ICLR 2021, arXiv 2007.07314; Ren et al., *Balanced
+    Meta-Softmax for Long-Tailed Visual Recognition*, NeurIPS 2020, arXiv 2007.10740.
+
+    Args:
+        class_counts: (C,) training images, or frequencies, of each class: a sequence, array or tensor.
+        strength: τ ≥ 0, factor of the log prior; 0 is cross-entropy over the classes that have images.
+        ignore_index: see :class:`~longtail.losses.score_loss.ScoreLoss`.
+        reduction: ``mean``, ``sum`` or ``none``.
+        validate: check labels on an accelerator too.
+
+    Raises:
+        ValueError: counts that are negative, not finite, not one-dimensional, or all zero; a negative strength; another
+            reduction.
+
+    Example:
+        >>> loss = LogitAdjustedLoss([3, 1])
+        >>> round(loss(torch.zeros(1, 2), torch.tensor([1])).item(), 4)  # log 4
+        1.3863
+    """
+
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        class_counts: Counts,
+        strength: float = 1.0,
+        *,
+        ignore_index: int = -1,
+        reduction: str = "mean",
+        validate: bool = False,
+    ) -> None:
+        super().__init__(ignore_index=ignore_index, reduction=reduction, validate=validate)
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength: expected a factor of at least 0, got {strength}")
+        self.strength = strength
+        self.register_buffer("log_prior", compute_log_prior(class_counts), persistent=False)
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss; see :class:`~longtail.losses.score_loss.ScoreLoss`."""
+        check_scores(scores, self.log_prior)
+        return posterior_cross_entropy(
+            scores,
+            labels,
+            self.log_prior,
+            self.strength,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            validate=self.validate,
+        )
+
+
+BalancedSoftmaxLoss = LogitAdjustedLoss
+"""The name in Ren et al., NeurIPS 2020; equal to logit adjustment at strength 1."""
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0, mask: Tensor | None = None) -> Tensor:

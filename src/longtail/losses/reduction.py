@@ -24,10 +24,33 @@ def batch_mean(losses: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         losses: (B,) or (B, H, W); 0 where ``mask`` is False.
-        mask: bool of the same shape.
+        mask: bool of the same shape; or floats, the part of a sample that counts.
     """
     losses = to_full_precision(losses)
     total = mask.sum().to(losses.dtype)
     if is_distributed():
         total = all_reduce_sum(total) / world_size()
     return losses.sum() / (total + (total == 0))
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError where a reduction is not ``mean``, ``sum`` or ``none``."""
+    if reduction not in {"mean", "sum", "none"}:
+        raise ValueError(f"reduction: expected mean, sum or none, got '{reduction}'")
+
+
+def reduce_losses(losses: Tensor, mask: Tensor, reduction: str) -> Tensor:
+    """Return the losses of the samples, their sum, or their mean.
+
+    Args:
+        losses: (B,) or (B, H, W); 0 where ``mask`` is False.
+        mask: see :func:`batch_mean`.
+        reduction: ``mean`` as :func:`batch_mean`; ``sum``, of this process alone; ``none``.
+
+    Raises:
+        ValueError: another reduction.
+    """
+    check_reduction(reduction)
+    if reduction == "none":
+        return losses
+    return batch_mean(losses, mask) if reduction == "mean" else to_full_precision(losses).sum()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from longtail.config import Config, Fraction, Settings
 from longtail.data.loader import Batch
-from longtail.errors import LongtailError
 from longtail.losses.margin import ldam_margins, with_margin
 from longtail.losses.reweighting import effective_number_weights, weighted_cross_entropy
 from longtail.methods.classifier import ReweightedLoss
@@ -33,11 +32,15 @@ class LDAMSettings(Settings):
 
 
 class LDAM(ReweightedLoss):
-    """LDAM-DRW: Cao et al., NeurIPS 2019, arXiv 1906.07413."""
+    """LDAM-DRW: Cao et al., NeurIPS 2019, arXiv 1906.07413.
+
+    A class without training images has no margin, and its samples are left out of the mean, as under the other losses.
+    """
 
     settings_class = LDAMSettings
     margins: Tensor
     weights: Tensor
+    equal_weights: Tensor
 
     def __init__(
         self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
@@ -47,21 +50,13 @@ class LDAM(ReweightedLoss):
         self.register_buffer("margins", ldam_margins(self.prior.class_counts, settings.max_margin), persistent=False)
         weights = effective_number_weights(self.prior.class_counts, settings.beta)
         self.register_buffer("weights", weights, persistent=False)
-
-    @classmethod
-    def check(cls, config: Config, class_counts: list[int]) -> None:  # noqa: ARG003
-        """Raise LongtailError where a class has no image."""
-        if min(class_counts) < 1:
-            index = class_counts.index(min(class_counts))
-            raise LongtailError(
-                f"method ldam: class {index} has no training image, so its margin is not defined; remove the class"
-            )
+        self.register_buffer("equal_weights", (weights > 0).to(weights), persistent=False)
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy with margins, re-weighted by class late in the training."""
         late = batch.epoch_fraction >= self.config.section(LDAMSettings).reweight_from
         if isinstance(late, Tensor):
-            weights = torch.where(late, self.weights, 1.0)
+            weights = torch.where(late, self.weights, self.equal_weights)
         else:
-            weights = self.weights if late else torch.ones_like(self.weights)
+            weights = self.weights if late else self.equal_weights
         return weighted_cross_entropy(with_margin(scores, labels, self.margins, self.classifier.scale), labels, weights)

@@ -16,6 +16,7 @@ from longtail.data.loader import Batch
 from longtail.distributed import all_reduce_sum
 from longtail.errors import LongtailError
 from longtail.losses import posterior_cross_entropy
+from longtail.losses.checks import valid_labels
 from longtail.losses.von_mises_fisher import MIN_DIM, vmf_scores
 from longtail.methods.contrastive import Contrastive, ContrastiveSettings
 from longtail.nn import Encoder
@@ -31,7 +32,8 @@ class ProCoSettings(ContrastiveSettings):
 class ProCo(Contrastive):
     """Du et al., TPAMI 2024, arXiv 2403.06726.
 
-    The mean embedding of a class is that over the last epoch and the part of this one that has passed.
+    The mean embedding of a class is that over the last epoch and the part of this one that has passed. A sample with
+    label −1 is left out; another label out of range raises a ValueError on a CPU, and is left out on an accelerator.
     """
 
     settings_class = ProCoSettings
@@ -67,9 +69,13 @@ class ProCo(Contrastive):
         return posterior_cross_entropy(log_likelihood, labels, self.log_prior())
 
     def _update(self, embeddings: Tensor, labels: Tensor, epoch_fraction: float | Tensor) -> None:
-        sums = all_reduce_sum(torch.zeros_like(self.sums[1]).index_add_(0, labels, embeddings))
-        counts = torch.zeros_like(self.counts[1]).index_add_(0, labels, torch.ones_like(embeddings[:, 0]))
-        counts = all_reduce_sum(counts)
+        labels = valid_labels(labels, self.counts.shape[1])
+        # an ignored sample adds zeros to the first class: selecting the others would give tensors of a size that
+        # depends on values, for which the host would have to wait
+        ignored, index = labels < 0, labels.clamp(min=0)
+        embeddings = embeddings.masked_fill(ignored[:, None], 0.0)
+        sums = all_reduce_sum(torch.zeros_like(self.sums[1]).index_add_(0, index, embeddings))
+        counts = all_reduce_sum(torch.zeros_like(self.counts[1]).index_add_(0, index, (~ignored).to(sums.dtype)))
         # without asking the accelerator which epoch it is
         same_epoch = (self.epoch == epoch_fraction).to(sums.dtype)
         for buffer, new in ((self.sums, sums), (self.counts, counts)):

@@ -111,9 +111,10 @@ def _check_same_run(there: Config, here: Config, folder: Path) -> None:
     old, new = flatten(there.to_dict()), flatten(here.to_dict())
     for name in dict.fromkeys((*new, *old)):
         if name not in INCIDENTAL and old.get(name) != new.get(name):
+            longer = f"use --init {folder} with another --out to go on for longer, " if name == "epochs" else ""
             raise LongtailError(
                 f"{folder}: was started with {name} {old.get(name)}, not {new.get(name)}; "
-                "resume with the same settings, or use --overwrite or another --out"
+                f"resume with the same settings, {longer}or use --overwrite or another --out"
             )
 
 

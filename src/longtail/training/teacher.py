@@ -46,6 +46,7 @@ def teacher_config(config: Config, data: LongTailedData) -> Config:
     return task.teacher_config(
         dataclasses.replace(config, settings=task_settings).replace(
             recipe="teacher",
+            init=None,
             minutes=None,
             method="la",
             network=config.network if config.teacher.network == "auto" else config.teacher.network,
@@ -62,7 +63,8 @@ def teacher_config(config: Config, data: LongTailedData) -> Config:
 def teacher_folder(config: Config, data: LongTailedData, runs: Path) -> Path:
     """Return the folder of such a run's teacher: its name depends on all settings that matter, and on the images."""
     settings = teacher_config(config, data)
-    values = {name: value for name, value in flatten(settings.to_dict()).items() if name not in INCIDENTAL}
+    ignored = INCIDENTAL | {"init"}  # which is never a teacher's
+    values = {name: value for name, value in flatten(settings.to_dict()).items() if name not in ignored}
     content = json.dumps([values, data.fingerprint], sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
     network = re.sub(r"[^\w.-]+", "-", settings.network)  # some file systems do not allow a colon

@@ -37,6 +37,7 @@ from longtail.training.budget import choose_settings, remarks_on_duration
 from longtail.training.checkpoint import load_checkpoint, save_checkpoint
 from longtail.training.fabric import build_fabric
 from longtail.training.head_init import init_classifier
+from longtail.training.init_weights import fit_init, load_class_weights, load_encoder, with_init
 from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
 from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
@@ -85,8 +86,10 @@ def fit(
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
     started = time.monotonic() if started is None else started
-    config, why, loaded = choose_settings(find_weights(config), out, started, resume)  # before images are decoded
+    # before images are decoded
+    config, why, loaded = choose_settings(find_weights(with_init(config, out)), out, started, resume)
     data = data or loaded or load_data(config.data, config.seed)
+    config, remarks = fit_init(config, data)
     config, reasons = auto_config(config, data)
     turn, teachers = turn or Turn(), out.parent / "teachers" if teachers is None else teachers
     # the random state of the caller stays as it is
@@ -103,7 +106,7 @@ def fit(
                 write_unreadable(out, data)
             barrier()
             if config.recipe != "teacher":  # the student's run has logged them
-                for line in (*data.remarks, *why, *reasons):
+                for line in (*data.remarks, *why, *remarks, *reasons):
                     logger.info("%s", line)
             return trainer.run(resume, teachers, train_first)
 
@@ -129,6 +132,7 @@ class _Trainer:
             resize=config.network_size,
             build=self.task.model_class.build_backbone,
         )
+        load_encoder(self.encoder, config)
         set_trainable(self.encoder.backbone, config.tune)
         self.state = torch.get_rng_state()
         self.method_class.check(config, data.class_counts)
@@ -207,6 +211,7 @@ class _Trainer:
                     yield batch.to(device)
 
             init_classifier(method.classifier, method.encoder, self.data, config, device)
+            load_class_weights(method.classifier, data.class_names, config)
             method.init_memory(draw, self.data.train.labels)
         if rank() == 0:  # settings that do not make it another run may have changed
             write_text(self.out / "config.yaml", config.to_yaml())

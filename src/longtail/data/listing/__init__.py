@@ -5,7 +5,13 @@ A module reads each format; :func:`check` then looks for what all of them can ge
 
 from longtail.data.listing.checks import check
 from longtail.data.listing.folders import find_split_folders, names_by_folder, read_folder
-from longtail.data.listing.formats import encode_labels, read_annotations, read_list, read_splits
+from longtail.data.listing.formats import (
+    class_names_of_labels,
+    encode_labels,
+    read_annotations,
+    read_list,
+    read_splits,
+)
 from longtail.data.listing.tables import read_table
 from longtail.data.listing.types import SPLITS, Entries, Listing, split_of
 
@@ -14,6 +20,7 @@ __all__ = [
     "Entries",
     "Listing",
     "check",
+    "class_names_of_labels",
     "encode_labels",
     "find_split_folders",
     "names_by_folder",

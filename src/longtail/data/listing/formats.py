@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from longtail.data.listing.folders import names_by_folder
-from longtail.data.listing.tables import Table, from_latin1, is_undecoded, parse_labels, read_table, read_text
-from longtail.data.listing.types import SPLIT_ALIASES, SPLITS, Entries, Listing, split_of
+from longtail.data.listing.tables import (
+    Table,
+    from_latin1,
+    is_undecoded,
+    parse_labels,
+    parse_splits,
+    read_table,
+    read_text,
+)
+from longtail.data.listing.types import SPLITS, Entries, Listing
 from longtail.data.paths import nfc, printable
 from longtail.errors import LongtailError, did_you_mean
 
@@ -162,7 +170,8 @@ def read_splits(
         else:
             files, labels = read_list(path)
             raw[split] = (_decode(path, root, files, remarks), labels)
-    for (split, table), labels_of in zip(tables.items(), parse_labels(list(tables.values())), strict=True):
+    parsed = parse_labels([table.label_texts for table in tables.values()])
+    for (split, table), labels_of in zip(tables.items(), parsed, strict=True):
         remarks += table.remarks
         raw |= {split: (table.files, list(labels_of))} if table.splits is None else _by_split(table, labels_of)
     if "train" not in raw:
@@ -179,19 +188,24 @@ def read_splits(
         entries[split] = Entries([_normalize(file) for file in files], numbers)
     assert classes is not None
     if names is None:
-        names = _class_names(classes, entries["train"], remarks)
+        names = class_names_of_labels(classes, remarks) or names_by_folder(entries["train"], len(classes))
     if set(entries) == {"train"}:
         entries = {"all": entries["train"]}
     splits = {split: entries[split] for split in ("all", *SPLITS) if split in entries}
     return Listing(root, splits, names, remarks=remarks)
 
 
-def _class_names(classes: Sequence[int | str], train: Entries, remarks: list[str]) -> list[str]:
-    """Return the names of the classes whose labels were these."""
+def class_names_of_labels(classes: Sequence[int | str], remarks: list[str]) -> list[str] | None:
+    """Return the names of the classes that have these labels; None if they are the numbers 0 to C − 1.
+
+    Args:
+        classes: (C,) different labels, sorted: all names, or all whole numbers of at least 0.
+        remarks: where to say that numbers, such as ids from a database, are taken for names.
+    """
     if isinstance(classes[0], str):
         return [str(name) for name in classes]
     if classes[-1] == len(classes) - 1:
-        return names_by_folder(train, len(classes))
+        return None
     remarks.append(
         f"the labels of the training images are {len(classes):,} different numbers from {classes[0]} to {classes[-1]}: "
         "they name the classes"
@@ -230,19 +244,9 @@ def _by_split(table: Table, labels: Sequence[Any]) -> dict[str, tuple[list[str],
     """Return the rows of a table by the values in its column of splits."""
     rows: dict[str, tuple[list[str], list[Any]]] = {}
     assert table.splits is not None
-    numbers: dict[str, str] = {}
-    for row, value in enumerate(table.splits, start=1):
-        if value not in numbers:
-            split = split_of(value)
-            if split is None:
-                known = ", ".join(name for aliases in SPLIT_ALIASES.values() for name in aliases)
-                raise LongtailError(
-                    f"{printable(table.path)}, row {row}: split '{printable(value)}' is not known: expected train, val "
-                    f"or test (in any case; understood are {known})"
-                )
-            numbers[value] = split
-    for value, file, label in zip(table.splits, table.files, labels, strict=True):
-        files, chosen = rows.setdefault(numbers[value], ([], []))
+    splits = parse_splits(table.splits, printable(table.path))
+    for split, file, label in zip(splits, table.files, labels, strict=True):
+        files, chosen = rows.setdefault(split, ([], []))
         files.append(file)
         chosen.append(label)
     return rows

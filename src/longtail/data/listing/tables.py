@@ -7,24 +7,25 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longtail.data.image_io import is_image_name
-from longtail.data.listing.types import split_of
+from longtail.data.listing.types import SPLIT_ALIASES, split_of
 from longtail.data.paths import nfc, printable
 from longtail.errors import LongtailError
 
-_IMAGE_COLUMNS = (
+IMAGE_COLUMNS = (
     *("path", "image", "file", "file_name", "filename", "image_path", "img_path", "file_path", "filepath"),
     *("imagepath", "image_file", "image_name", "img"),
 )
-_LABEL_COLUMNS = (
+LABEL_COLUMNS = (
     *("class_name", "label", "class", "target", "category", "labels", "classname", "category_name", "label_name"),
     *("class_label", "class_id", "label_id", "category_id"),
 )
+"""Usual names of columns, as :func:`pick_column` compares them; the first that a table has is used."""
 _SPLIT_COLUMNS = ("split", "set", "subset", "partition", "phase", "data_split", "dataset_split", "usage")
 _GROUP_COLUMNS = re.compile(
     r"(group|patient|subject|person|individual|animal|site|location|camera|session|sequence|video|burst)(_?(id|name))?"
@@ -33,6 +34,16 @@ _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "'|'"}
 _ROWS_LOOKED_AT = 1000  # to guess what a column contains
 _WHOLE = re.compile(r"(0|[1-9]\d*)([.,]0*)?", re.ASCII)
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d*)?|[+-]?[.,]\d+|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
+
+
+class LabelColumn(NamedTuple):
+    """A column of labels."""
+
+    where: str
+    """The table, for messages."""
+    name: str
+    texts: Sequence[str]
+    """(N,) labels as text."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,11 @@ class Table:
     """(N,) values of the column of splits, where there is one."""
     remarks: list[str]
     """What was guessed, and which columns are not used although they look as if they should be."""
+
+    @property
+    def label_texts(self) -> LabelColumn:
+        """The labels with their place."""
+        return LabelColumn(printable(self.path), self.label_column, self.labels)
 
 
 def read_text(path: Path) -> str:
@@ -96,15 +112,12 @@ def read_table(path: Path, image_column: str | None, label_column: str | None, s
         LongtailError: a column is missing (the message lists those there are), or a path, label or split is empty.
     """
     remarks: list[str] = []
-    columns = _read_columns(path, remarks)
-    image = _pick(columns, image_column, _IMAGE_COLUMNS, path, "image")
-    label = _pick(columns, label_column, _LABEL_COLUMNS, path, "label")
-    if split_column is not None:
-        split: str | None = _pick(columns, split_column, (), path, "split")
-    else:
-        usual = (name for wanted in _SPLIT_COLUMNS for name in columns if _key(name) == wanted)
-        split = next((name for name in usual if _key(name) == "split" or _has_splits(columns[name])), None)
-    remarks += _look_alikes(columns, {"image": image, "label": label, "split": split}, path)
+    columns = read_columns(path, remarks)
+    where = printable(path)
+    image = pick_column(columns, image_column, IMAGE_COLUMNS, where, "image")
+    label = pick_column(columns, label_column, LABEL_COLUMNS, where, "label")
+    split = pick_split_column(columns, split_column, where)
+    remarks += unused_columns(columns, {"image": image, "label": label, "split": split}, where)
     if any(not isinstance(value, str) for value in columns[image][:1]):
         raise LongtailError(
             f"{printable(path)}: column '{image}' holds no paths but {type(columns[image][0]).__name__}; Parquet files "
@@ -112,13 +125,14 @@ def read_table(path: Path, image_column: str | None, label_column: str | None, s
         )
     if not columns[image]:
         raise LongtailError(f"{printable(path)}: has no rows")
-    files, labels = _texts(columns[image], path, image, "a path"), _texts(columns[label], path, label, "a label")
-    splits = None if split is None else _texts(columns[split], path, split, "train, val or test")
+    files = column_texts(columns[image], where, image, "a path")
+    labels = column_texts(columns[label], where, label, "a label")
+    splits = None if split is None else column_texts(columns[split], where, split, "train, val or test")
     return Table(path, files, [nfc(text.strip()) for text in labels], label, splits, remarks)
 
 
-def parse_labels(tables: Sequence[Table]) -> list[list[int] | list[str]]:
-    """Return the labels of the tables of a set, all as whole numbers or all as names.
+def parse_labels(columns: Sequence[LabelColumn]) -> list[list[int] | list[str]]:
+    """Return the labels of the columns of a set, all as whole numbers or all as names.
 
     They are numbers if each of them is a whole number as programs write it: ``7``, or ``7.0`` where a column had gaps.
     One other label, or a leading zero, makes all of them names. A column called ``class_name``, as ``longtail split``
@@ -127,27 +141,57 @@ def parse_labels(tables: Sequence[Table]) -> list[list[int] | list[str]]:
     Raises:
         LongtailError: all are numbers, but one has a fraction, or is negative.
     """
-    if all(_key(table.label_column) != "class_name" for table in tables):
-        distinct = {text for table in tables for text in table.labels}
+    if all(_key(column.name) != "class_name" for column in columns):
+        distinct = {text for column in columns for text in column.texts}
         numbers = {text: int(match[1]) for text in distinct if (match := _WHOLE.fullmatch(text)) is not None}
         if len(numbers) == len(distinct):
-            return [[numbers[text] for text in table.labels] for table in tables]
+            return [[numbers[text] for text in column.texts] for column in columns]
         if all(text in numbers or (_NUMBER.fullmatch(text) and not re.match(r"[+-]?0\d", text)) for text in distinct):
-            table, row, text = next(
-                (table, row, text)
-                for table in tables
-                for row, text in enumerate(table.labels, start=1)
+            column, row, text = next(
+                (column, row, text)
+                for column in columns
+                for row, text in enumerate(column.texts, start=1)
                 if text not in numbers
             )
             raise LongtailError(
-                f"{printable(table.path)}, row {row}: column '{table.label_column}' holds '{text}', expected a whole "
-                "number of at least 0 or a class name; correct it, or remove the row"
+                f"{column.where}, row {row}: column '{column.name}' holds '{text}', expected a whole number of at "
+                "least 0 or a class name; correct it, or remove the row"
             )
-    return [table.labels for table in tables]
+    return [list(column.texts) for column in columns]
 
 
-def _texts(values: Sequence[Any], path: Path, column: str, expected: str) -> list[str]:
-    """Return the values of a column as text; a whole number is written as such, whatever its type."""
+def parse_splits(values: Sequence[str], where: str) -> list[str]:
+    """Return which of train, val and test each value of a column of splits stands for.
+
+    Raises:
+        LongtailError: none of them; the message names the row.
+    """
+    splits = {value: split_of(value) for value in values}
+    parsed = []
+    for row, value in enumerate(values, start=1):
+        split = splits[value]
+        if split is None:
+            known = ", ".join(name for aliases in SPLIT_ALIASES.values() for name in aliases)
+            raise LongtailError(
+                f"{where}, row {row}: split '{printable(value)}' is not known: expected train, val or test (in any "
+                f"case; understood are {known})"
+            )
+        parsed.append(split)
+    return parsed
+
+
+def column_texts(values: Sequence[Any], where: str, column: str, expected: str) -> list[str]:
+    """Return the values of a column as text; a whole number is written as such, whatever its type.
+
+    Args:
+        values: (N,) values.
+        where: the table, for messages.
+        column: its name.
+        expected: what it holds, for messages.
+
+    Raises:
+        LongtailError: a value is missing.
+    """
     texts = []
     for row, value in enumerate(values, start=1):
         missing = value is None or (isinstance(value, float) and math.isnan(value))
@@ -157,14 +201,18 @@ def _texts(values: Sequence[Any], path: Path, column: str, expected: str) -> lis
         if missing or not text.strip() or text.strip().casefold() == "nan":
             shown = "nothing" if missing or not text.strip() else f"'{text}'"
             raise LongtailError(
-                f"{printable(path)}, row {row}: column '{column}' holds {shown}, expected {expected}; add it, or "
-                "remove the row"
+                f"{where}, row {row}: column '{column}' holds {shown}, expected {expected}; add it, or remove the row"
             )
         texts.append(text)
     return texts
 
 
-def _read_columns(path: Path, remarks: list[str]) -> Mapping[str, Sequence[Any]]:
+def read_columns(path: Path, remarks: list[str]) -> Mapping[str, Sequence[Any]]:
+    """Return the values of a table by column; what was guessed is added to ``remarks``.
+
+    Raises:
+        LongtailError: it cannot be read, is empty, or its rows differ in length.
+    """
     if path.suffix.lower() == ".parquet":
         return _read_parquet(path)
     text = read_text(path)
@@ -245,24 +293,51 @@ def _key(column: str) -> str:
     return re.sub(r"[\s\-.]+", "_", nfc(column).strip().casefold())
 
 
-def _pick(columns: Mapping[str, object], wanted: str | None, usual: Sequence[str], path: Path, what: str) -> str:
-    """Return the name of a column: the one asked for, else the first of the usual ones."""
+def pick_column(columns: Iterable[str], wanted: str | None, usual: Sequence[str], where: str, what: str) -> str:
+    """Return the name of a column, found without regard to case and to what separates its words.
+
+    Args:
+        columns: the names that there are.
+        wanted: the one asked for by ``data.<what>_column``, if any.
+        usual: otherwise, the names to look for, in this order.
+        where: the table, for messages.
+        what: image, label or split.
+
+    Raises:
+        LongtailError: there is no such column; the message lists those there are.
+    """
+    columns = list(columns)
     existing = printable(", ".join(columns))
     if wanted is not None:
         if wanted in columns:
             return wanted
         name = next((name for name in columns if _key(name) == _key(wanted)), None)
         if name is None:
-            raise LongtailError(
-                f"{printable(path)}: has no column '{wanted}' (data.{what}_column); there are: {existing}"
-            )
+            raise LongtailError(f"{where}: has no column '{wanted}' (data.{what}_column); there are: {existing}")
         return name
     name = next((name for key in usual for name in columns if _key(name) == key), None)
     if name is None:
         raise LongtailError(
-            f"{printable(path)}: which column holds the {what}? Name it with data.{what}_column; there are: {existing}"
+            f"{where}: which column holds the {what}? Name it with data.{what}_column; there are: {existing}"
         )
     return name
+
+
+def pick_split_column(columns: Mapping[str, Sequence[Any]], wanted: str | None, where: str) -> str | None:
+    """Return the name of the column of splits: the one asked for, else a usual one; None if there is none.
+
+    Args:
+        columns: values by column, the first thousand at least.
+        wanted: the one asked for by ``data.split_column``, if any.
+        where: the table, for messages.
+
+    Raises:
+        LongtailError: there is no column ``wanted``.
+    """
+    if wanted is not None:
+        return pick_column(columns, wanted, (), where, "split")
+    usual = (name for key in _SPLIT_COLUMNS for name in columns if _key(name) == key)
+    return next((name for name in usual if _key(name) == "split" or _has_splits(columns[name])), None)
 
 
 def _has_splits(values: Sequence[Any]) -> bool:
@@ -271,8 +346,14 @@ def _has_splits(values: Sequence[Any]) -> bool:
     return None not in splits and len(splits) > 1
 
 
-def _look_alikes(columns: Mapping[str, Sequence[Any]], used: Mapping[str, str | None], path: Path) -> list[str]:
-    """Return a remark on every column that is not used, but looks like one that should be."""
+def unused_columns(columns: Mapping[str, Sequence[Any]], used: Mapping[str, str | None], where: str) -> list[str]:
+    """Return a remark on every column that is not used, but looks like one that should be.
+
+    Args:
+        columns: values by column, the first thousand at least.
+        used: the columns that are used for ``label``, ``split`` and, where images are files, ``image``.
+        where: the table, for messages.
+    """
     remarks = []
     for name, values in columns.items():
         if name in used.values():
@@ -280,15 +361,25 @@ def _look_alikes(columns: Mapping[str, Sequence[Any]], used: Mapping[str, str | 
         key, hint = _key(name), ""
         if key in _SPLIT_COLUMNS or key in {"is_train", "is_test", "is_val", "fold"} or _has_splits(values):
             hint = "looks like a split; --data.split_column names it"
-        elif key in _LABEL_COLUMNS:
+        elif key in LABEL_COLUMNS:
             hint = f"labels are read from '{used['label']}'; --data.label_column names another column"
-        elif key in _IMAGE_COLUMNS or _has_paths(values):
+        elif "image" in used and (key in IMAGE_COLUMNS or _has_paths(values)):
             hint = f"paths are read from '{used['image']}'; --data.image_column names another column"
         elif _GROUP_COLUMNS.fullmatch(key):
-            hint = "images of one group may be in several splits"
+            hint = _group_hint(name, values, None if used["split"] is None else columns[used["split"]])
         if hint:
-            remarks.append(f"{printable(path)}: column '{printable(name)}' is not used: {hint}")
+            remarks.append(f"{where}: column '{printable(name)}' is not used: {hint}")
     return remarks
+
+
+def _group_hint(name: str, groups: Sequence[Any], splits: Sequence[Any] | None) -> str:
+    """Return what to know about a column of groups; nothing if each is in one split."""
+    if splits is None:
+        keep = f"longtail split --groups '{printable(name)}' keeps them together"
+        return f"images of one group may be in several splits; {keep}"
+    pairs = {(group, split) for group, split in zip(groups, splits, strict=True) if group not in {None, ""}}
+    divided = sum(count > 1 for count in collections.Counter(group for group, _ in pairs).values())
+    return f"groups in several splits: {divided:,}" if divided else ""
 
 
 def _has_paths(values: Sequence[Any]) -> bool:

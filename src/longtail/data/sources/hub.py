@@ -12,15 +12,22 @@ from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.images import ArrayImages, EncodedImages
 from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile, stratified_split
-from longtail.data.listing import split_of
+from longtail.data.listing import SPLITS
+from longtail.data.listing.tables import IMAGE_COLUMNS, LABEL_COLUMNS
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
 from longtail.data.sources import Source
-from longtail.data.sources.hf_rows import DatasetRows, load_hf_dataset
+from longtail.data.sources.hf_rows import (
+    DatasetRows,
+    find_split_column,
+    load_hf_dataset,
+    number_labels,
+    split_by_column,
+)
 from longtail.data.sources.unreadable import Unreadable, decode_readable, without
 from longtail.errors import LongtailError
 
-_IMAGE_COLUMNS = ("image", "img", "jpg", "png")
-_LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+_IMAGE_COLUMNS = ("image", "img", "jpg", "png", *IMAGE_COLUMNS)
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", *LABEL_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -30,35 +37,32 @@ class _Part:
     rows: DatasetRows
     positions: Tensor
     """(N,) int64."""
+    labels: Tensor
+    """(N,) int64 class indices."""
 
-    @property
-    def labels(self) -> Tensor:
-        return self.rows.labels[self.positions]
+    def at(self, indices: Tensor) -> _Part:
+        """Return the part at some of its N places."""
+        return _Part(self.rows, self.positions[indices], self.labels[indices])
 
 
 def load_hub(config: Data, seed: int) -> LongTailedData:
     """Load a set by ``config.name``, or from the folder ``config.root``.
 
     Raises:
-        LongtailError: it cannot be downloaded or read, lacks a column or a training split, or its labels have gaps.
+        LongtailError: it cannot be downloaded or read, or lacks a column, a label or a training split.
     """
     if config.root is None and config.name is None:
         raise LongtailError("data.name is missing: which set of the Hub, or which folder with --data.root?")
     where = f"data.name '{config.name}'" if config.root is None else f"data.root '{config.root}'"
     remarks: list[str] = []
-    tables = _read_tables(config, where, remarks)
-    train = tables["train"]
-    names = train.names or [str(index) for index in range(int(train.labels.max()) + 1)]
-    parts = _split(tables, len(names), config, seed)
+    parts, names = _read_parts(config, where, remarks)
+    parts = _hold_out(parts, len(names), config, seed)
     if "test" not in parts:
         raise LongtailError(f"{where}: has no test split and no class of two images; expected one to test on")
     order = permuted_by_class(parts["train"].labels, len(names), seed)
-    empty = next((names[index] for index, positions in enumerate(order) if len(positions) == 0), None)
-    if empty is not None:
-        raise LongtailError(f"{where}: the class '{empty}' has no training image")
     profile = resolve_profile(config.profile, balanced=False)
     kept = long_tailed(order, names, profile, config.imbalance, config.class_order, seed)
-    parts["train"] = _Part(train, parts["train"].positions[kept])
+    parts["train"] = parts["train"].at(kept)
     policy = choose_size(
         config,
         images=sum(len(part.positions) for part in parts.values()),
@@ -84,49 +88,58 @@ def load_hub(config: Data, seed: int) -> LongTailedData:
     )
 
 
-def _read_tables(config: Data, where: str, remarks: list[str]) -> dict[str, DatasetRows]:
-    """Return the tables that have labels, by their names in the set, numbered as the training classes are."""
+def _read_parts(config: Data, where: str, remarks: list[str]) -> tuple[dict[str, _Part], list[str]]:
+    """Return the splits that have labels, and the names of the classes."""
     name = config.name or "" if config.root is None else str(Path(config.root).resolve())
     loaded = load_hf_dataset(name, where)
-    splits = {split_of(split) or split: loaded[split] for split in loaded}
-    images = (config.image_column,) if config.image_column else _IMAGE_COLUMNS
-    labels = (config.label_column,) if config.label_column else _LABEL_COLUMNS
-    if "train" not in splits:
-        raise LongtailError(f"{where}: there is no split 'train', only {', '.join(splits)}")
-    tables: dict[str, DatasetRows] = {}
-    for split in sorted(splits, key=lambda name: name != "train"):
-        class_names = tables["train"].names if "train" in tables else None
-        rows = DatasetRows(splits[split], images, labels, f"{where}, split {split}", class_names)
-        if split != "train" and len(rows.labels) and bool((rows.labels == -1).all()):
+    if "train" not in loaded:
+        raise LongtailError(f"{where}: there is no split 'train', only {', '.join(loaded)}")
+    unknown = [split for split in loaded if split not in SPLITS]
+    if unknown:
+        remarks.append(f"{where}: not used, since they are not train, val or test: {', '.join(unknown)}")
+    loaded = {split: loaded[split] for split in SPLITS if split in loaded}
+    split_column = find_split_column(loaded["train"], config.split_column, where)
+    if len(loaded) > 1:
+        if config.split_column is not None:
+            raise LongtailError(
+                f"data.split_column '{config.split_column}': {where} is divided into {', '.join(loaded)} already; "
+                "leave it out"
+            )
+        if split_column is not None:
+            remarks.append(f"{where}: column '{split_column}' is not used: the set is divided already")
+    elif split_column is not None:
+        loaded = split_by_column(loaded["train"], split_column, where)
+        if "train" not in loaded:
+            raise LongtailError(f"{where}: column '{split_column}' has no row of train, only of {', '.join(loaded)}")
+    rows: dict[str, DatasetRows] = {}
+    for split, table in loaded.items():
+        split_rows = DatasetRows(
+            table, _IMAGE_COLUMNS, _LABEL_COLUMNS, f"{where}, split {split}", config.image_column, config.label_column
+        )
+        if split != "train" and split_rows.unlabelled:
             remarks.append(f"split {split} has no labels, and is left out")
             continue
-        train = tables.get("train", rows)
-        classes = len(train.names or []) or int(train.labels.max()) + 1
-        if len(rows.labels) and (int(rows.labels.min()) < 0 or int(rows.labels.max()) >= classes):
-            raise LongtailError(
-                f"{where}, split {split}: expected labels 0 to {classes - 1} in '{rows.label_column}', got "
-                f"{int(rows.labels.min())} to {int(rows.labels.max())}"
-            )
-        tables[split] = rows
-    return tables
+        rows[split] = split_rows
+    remarks += rows["train"].remarks(split_column)
+    labels, names = number_labels(rows, remarks)
+    parts = {split: _Part(rows[split], torch.arange(len(labels[split])), labels[split]) for split in rows}
+    return parts, names
 
 
-def _split(tables: dict[str, DatasetRows], classes: int, config: Data, seed: int) -> dict[str, _Part]:
+def _hold_out(parts: dict[str, _Part], classes: int, config: Data, seed: int) -> dict[str, _Part]:
     """Return train, test and, where there is one, val; what the set lacks is held out of its training images."""
-    train = tables["train"]
-    val, test = tables.get("val"), tables.get("test")
-    if test is None and val is not None:
-        test, val = val, None
-    existing = {"train": train, "val": val, "test": test}
-    parts = {name: _Part(rows, torch.arange(len(rows.labels))) for name, rows in existing.items() if rows is not None}
-    test_fraction = config.test_fraction if test is None else 0.0
-    val_fraction = config.val_fraction if val is None else 0.0
+    parts = dict(parts)
+    if "test" not in parts and "val" in parts:
+        parts["test"] = parts.pop("val")
+    test_fraction = config.test_fraction if "test" not in parts else 0.0
+    val_fraction = config.val_fraction if "val" not in parts else 0.0
     if test_fraction or val_fraction:
+        train = parts["train"]
         assignment, _ = stratified_split(train.labels, classes, val_fraction, test_fraction, seed)
         for number, name in ((2, "test"), (1, "val"), (0, "train")):
-            positions = torch.nonzero(assignment == number).flatten()
-            if len(positions):
-                parts[name] = _Part(train, positions)
+            indices = torch.nonzero(assignment == number).flatten()
+            if len(indices):
+                parts[name] = train.at(indices)
     return parts
 
 

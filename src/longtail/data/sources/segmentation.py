@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from longtail.data.images import FileImages
 from longtail.data.listing import SPLITS, find_split_folders
 from longtail.data.paths import find_path
 from longtail.data.sources import Source
+from longtail.data.sources.unreadable import Unreadable
 from longtail.errors import LongtailError
 
 CAMVID_CLASSES = (
@@ -69,18 +70,32 @@ class SegmentationImages(FileImages):
         names: N paths of images below it.
         masks: N paths of masks below it.
         ignore_value: of pixels in a mask that are not labelled, besides 0.
+        labels: (N,) a class of each image, from which the replacement of an unreadable one is chosen; any if not given.
+        max_unreadable_fraction: see :class:`~longtail.data.images.LazyImages`.
     """
 
-    def __init__(self, root: Path, names: list[str], masks: list[str], ignore_value: int | None = None) -> None:
-        super().__init__(root, names, 0)
+    def __init__(
+        self,
+        root: Path,
+        names: list[str],
+        masks: list[str],
+        ignore_value: int | None = None,
+        labels: Tensor | None = None,
+        max_unreadable_fraction: float = 0.0,
+    ) -> None:
+        labels = torch.zeros(len(names), dtype=torch.int64) if labels is None else labels
+        super().__init__(root, names, 0, 3, labels, max_unreadable_fraction)
         self.masks, self.ignore_value = masks, ignore_value
 
     def open_sample(self, index: int) -> SegmentationSample:
-        """Return an image with its labels.
+        """Return an image with its labels; the next of the same class where it or its mask cannot be read.
 
         Raises:
-            LongtailError: the image or its mask cannot be read, or their sizes differ.
+            LongtailError: a larger fraction than ``max_unreadable_fraction`` cannot be read, or the whole class.
         """
+        return cast("SegmentationSample", self._with_fallback(index, cast("Any", self._open_pair)))
+
+    def _open_pair(self, index: int) -> SegmentationSample:
         image = to_rgb(self.open(index))
         labels = read_mask(self.root / self.masks[index], self.ignore_value) - 1
         if labels.shape != image.size[::-1]:
@@ -125,7 +140,10 @@ def read_mask(path: Path, ignore_value: int | None = None) -> Labels:
     Raises:
         LongtailError: the file cannot be read, or has colours instead of one value for each pixel.
     """
-    image = open_image(path)
+    return _mask_values(open_image(path), path, ignore_value)
+
+
+def _mask_values(image: Image.Image, path: Path, ignore_value: int | None) -> Labels:
     if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B", "I;16L"}:
         raise LongtailError(
             f"{path}: has {len(image.getbands())} channels ({image.mode}), expected one: the number of its class"
@@ -147,8 +165,8 @@ def load_segmentation(
         test: the split that is tested on; another validation split chooses the epoch.
 
     Raises:
-        LongtailError: a mask or an image is missing or cannot be read, their sizes differ, a mask has an unknown value,
-            or a class has no training pixel.
+        LongtailError: a mask or an image is missing, more of them cannot be read than the settings accept, their sizes
+            differ, a mask has an unknown value, or a class has no training pixel.
     """
     if config.root is None:
         raise LongtailError(
@@ -168,11 +186,13 @@ def load_segmentation(
         raise LongtailError(f"{root / 'images'}: holds no images of val or test; expected some to evaluate on")
     pairs = {split: pairs[split] for split in SPLITS if pairs[split] and split in {"train", "val", test}}
     names = _class_names(root, default_names)
-    counted = {split: _count_pixels(root, files, names, config.ignore_value) for split, files in pairs.items()}
+    unreadable = Unreadable(config, sum(map(len, pairs.values())))
+    pairs, counted = _count_readable(root, pairs, names, config.ignore_value, test, unreadable)
     width = max(masks.counts.shape[1] for masks in counted.values())
     if names is None:
         names = tuple(f"class {number}" for number in range(1, width))
     remarks = [remark for split in pairs for remark in _unlabelled_remarks(root, pairs[split], counted[split])]
+    unreadable.check(remarks)
     pairs["train"], counted["train"] = _without_unlabelled(pairs["train"], counted["train"])
     train = counted["train"].counts[:, 1:]
     train = torch.nn.functional.pad(train, (0, len(names) - train.shape[1]))
@@ -188,14 +208,13 @@ def load_segmentation(
     present = train > 0
     shares = present.double() / present.sum(dim=1, keepdim=True).clamp(min=1)
     rarest = torch.where(present, totals, torch.iinfo(torch.int64).max).argmin(dim=1)
-    sets = {
-        split: ImageSet(
-            SegmentationImages(root, [name for name, _ in files], [mask for _, mask in files], config.ignore_value),
-            rarest if split == "train" else torch.zeros(len(files), dtype=torch.int64),
-            torch.arange(len(files)),
-        )
-        for split, files in pairs.items()
-    }
+    accepted = 0.0 if unreadable.refuses else config.max_unreadable_fraction
+    sets = {}
+    for split, files in pairs.items():
+        labels = rarest if split == "train" else torch.zeros(len(files), dtype=torch.int64)
+        images, masks = [name for name, _ in files], [mask for _, mask in files]
+        samples = SegmentationImages(root, images, masks, config.ignore_value, labels, accepted)
+        sets[split] = ImageSet(samples, labels, torch.arange(len(files)))
     size = Counter(counted[test].sizes).most_common(1)[0][0]
     return SegmentationData(
         train=sets["train"],
@@ -207,6 +226,7 @@ def load_segmentation(
         image_size=min(size),
         augment="none",
         remarks=tuple(remarks),
+        unreadable=tuple(unreadable.found),
         pixel_counts=tuple(totals.tolist()),
         draw_counts=tuple(int(value) for value in (1000 * shares.sum(dim=0)).round().clamp(min=1).tolist()),
         size=size,
@@ -302,19 +322,70 @@ class _MaskCounts(NamedTuple):
         return torch.nonzero(self.counts[:, 1:].sum(dim=1) == 0).flatten().tolist()
 
 
-def _count_pixels(
-    root: Path, pairs: list[tuple[str, str]], names: tuple[str, ...] | None, ignore_value: int | None
-) -> _MaskCounts:
-    """Read every mask: its size, and how many pixels have which value."""
+def _count_readable(
+    root: Path,
+    pairs: dict[str, list[tuple[str, str]]],
+    names: tuple[str, ...] | None,
+    ignore_value: int | None,
+    test: str,
+    unreadable: Unreadable,
+) -> tuple[dict[str, list[tuple[str, str]]], dict[str, _MaskCounts]]:
+    """Return the images of every split that can be read, with the pixels in their masks; see :func:`_count_pixels`.
 
-    def count(pair: tuple[str, str]) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
+    Args:
+        root: the folder.
+        pairs: images and masks by split.
+        names: of the classes.
+        ignore_value: of pixels that are not labelled.
+        test: the split that is tested on.
+        unreadable: gathers the others, by the image's path.
+
+    Raises:
+        LongtailError: they are more than ``unreadable`` accepts, or all that a split has.
+    """
+    good: dict[str, list[tuple[str, str]]] = {}
+    counted: dict[str, _MaskCounts] = {}
+    reasons: dict[str, str] = {}
+    for split, files in pairs.items():
+        # what is evaluated is decoded once more now, so that no image has to be replaced then
+        counted[split], bad = _count_pixels(root, files, names, ignore_value, decode=split != "train")
+        good[split] = [pair for row, pair in enumerate(files) if row not in bad]
+        reasons |= {files[row][0]: reason for row, reason in bad.items()}
+    unreadable.add(reasons)
+    for split in [split for split, files in good.items() if not files]:
+        if split in {"train", test}:
+            first = reasons[pairs[split][0][0]]
+            raise LongtailError(f"{root / 'images'}: no image of {split} can be read; the first: {first}")
+        del good[split], counted[split]
+    return good, counted
+
+
+def _count_pixels(
+    root: Path, pairs: list[tuple[str, str]], names: tuple[str, ...] | None, ignore_value: int | None, decode: bool
+) -> tuple[_MaskCounts, dict[int, str]]:
+    """Read every mask: its size, and how many pixels have which value.
+
+    Args:
+        root: the folder.
+        pairs: paths of images and masks below it.
+        names: of the classes; None where values are not limited.
+        ignore_value: of pixels that are not labelled.
+        decode: decode the images too, instead of reading their sizes only.
+
+    Returns:
+        The counts of what can be read, in order, and the reasons for the others by position.
+    """
+
+    def count(pair: tuple[str, str]) -> tuple[np.ndarray[Any, Any], tuple[int, int]] | str:
         image, mask = root / pair[0], root / pair[1]
-        values = read_mask(mask, ignore_value)
-        if (
-            values.shape != read_size(image)[::-1]
-            and values.shape != ImageOps.exif_transpose(open_image(image)).size[::-1]
-        ):
-            raise _size_error(image, read_size(image), mask, values.shape)
+        try:
+            opened, size = open_image(mask), read_size(image)
+            rotated = ImageOps.exif_transpose(open_image(image)).size if decode or opened.size != size else size
+        except LongtailError as error:
+            return str(error)
+        if opened.size not in {size, rotated}:
+            raise _size_error(image, size, mask, opened.size[::-1])
+        values = _mask_values(opened, mask, ignore_value)
         largest, smallest = int(values.max(initial=0)), int(values.min(initial=0))
         if names is not None and largest > len(names):
             raise LongtailError(
@@ -327,9 +398,12 @@ def _count_pixels(
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(pool.map(count, pairs))
-    width = max(len(counts) for counts, _ in results)
-    counts = torch.stack([torch.from_numpy(np.pad(counts, (0, width - len(counts)))) for counts, _ in results])
-    return _MaskCounts(counts, [(height, width) for _, (height, width) in results])
+    reasons = {row: result for row, result in enumerate(results) if isinstance(result, str)}
+    found = [result for result in results if not isinstance(result, str)]
+    counts = torch.zeros(len(found), max((len(values) for values, _ in found), default=1), dtype=torch.int64)
+    for row, (values, _) in enumerate(found):
+        counts[row, : len(values)] = torch.from_numpy(values)
+    return _MaskCounts(counts, [(height, width) for _, (height, width) in found]), reasons
 
 
 def _unlabelled_remarks(root: Path, pairs: list[tuple[str, str]], masks: _MaskCounts) -> list[str]:

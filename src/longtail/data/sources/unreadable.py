@@ -13,6 +13,7 @@ from torch import Tensor
 from longtail.config import Data
 from longtail.data.images import LazyImages
 from longtail.errors import LongtailError
+from longtail.registry import SOURCES
 
 
 class Unreadable:
@@ -67,10 +68,11 @@ def refusal(config: Data, reasons: Collection[str], total: int) -> str | None:
     if config.unreadable == "error":
         return first
     if len(reasons) > config.max_unreadable_fraction * total:
+        files = SOURCES[config.source].listing is not None  # of which there can be a table
+        advice = " (longtail inspect --fix FILE.csv writes a table of the good ones)" if files else ""
         return (
             f"{len(reasons):,} of {total:,} images cannot be read, more than data.max_unreadable_fraction "
-            f"{config.max_unreadable_fraction:g} accepts (longtail inspect --fix FILE.csv writes a table of the good "
-            f"ones); the first: {first}"
+            f"{config.max_unreadable_fraction:g} accepts{advice}; the first: {first}"
         )
     return None
 

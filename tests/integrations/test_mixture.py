@@ -1,0 +1,49 @@
+"""The terms of GML that the bridges share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longtail import GMLLoss
+from longtail.integrations.mixture import MixtureTerms, WithIds
+
+
+def test_the_terms_are_those_of_the_loss() -> None:
+    torch.manual_seed(0)
+    terms = MixtureTerms([6, 3], 5, 7, queue_size=8)
+    features, keys, labels = torch.randn(6, 5), torch.randn(6, 7), torch.tensor([0, 0, 0, 1, 1, 0])
+    ids = torch.arange(6)
+    result = terms.eval()(features, keys, labels, ids)
+    queues = terms.queues
+    loss = GMLLoss([6, 3])
+    expected = loss.terms(
+        terms.query_mlp(features), labels, terms.key_mlp(queues.features), queues.labels, ids, queues.ids
+    )
+    assert torch.allclose(result.mixture, expected.mixture)
+    assert torch.allclose(result.temperature, expected.temperature)
+    assert terms.queues.size == 8
+    assert MixtureTerms([6, 3], 5, 7).queues.size == 9
+    assert MixtureTerms(torch.tensor([1, 1, 1]), 5, 7, queue_minimum=4).queues.size == 12
+
+
+def test_without_ids_the_temperature_is_constant() -> None:
+    labels = torch.tensor([0, 1, 1])
+    with pytest.raises(ValueError, match="ids: expected the id of each image"):
+        MixtureTerms([2, 3], 5, 7)(torch.randn(3, 5), torch.randn(3, 7), labels)
+    terms = MixtureTerms([2, 3], 5, 7, learn_temperature=False)
+    result = terms(torch.randn(3, 5), torch.randn(3, 7), labels)
+    result.mixture.backward()
+    assert result.temperature.item() == 0
+    assert terms.criterion.temperature_logit.grad is None
+
+
+def test_the_queues_move_with_the_module() -> None:
+    terms = MixtureTerms([2, 3], 5, 7).to("meta")
+    assert terms.queues.slots().features.is_meta
+
+
+def test_a_data_set_with_ids() -> None:
+    dataset = WithIds([["a", 1], ["b", 0]])
+    assert len(dataset) == 2
+    assert [dataset[index] for index in range(2)] == [("a", 1, 0), ("b", 0, 1)]
