@@ -100,5 +100,6 @@ def test_what_is_packed_is_what_the_package_loads(
         assert ours.class_counts == theirs.class_counts
 
 
-def test_a_phase_that_does_not_exist_is_named(pack: Path, tmp_path: Path) -> None:
-    assert "there is no sped; expected some of product" in _run(pack, tmp_path / "out", "sped").stderr
+def test_a_phase_that_does_not_exist_is_named(script: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there is no sped; expected some of product"):
+        script.main(["--pack", str(tmp_path / "images.npz"), "--rehearse", "--phases", "sped"])

@@ -79,6 +79,7 @@ def test_whole_weights_are_like_repeated_samples() -> None:
     assert near < far / 2
 
 
+@pytest.mark.slow
 def test_weights_multiply_the_losses() -> None:
     X, y, X_test, truth = digits()  # noqa: N806
     wrong = np.random.default_rng(0).random(len(y)) < 0.5
@@ -196,6 +197,7 @@ def test_the_mean_and_standard_deviation_of_parts() -> None:
     assert divided.weight == pytest.approx(weights.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_passes_over_parts_are_about_as_good_as_a_fit(method: str) -> None:
     X, y, X_test, truth = digits()  # noqa: N806

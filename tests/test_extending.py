@@ -301,6 +301,7 @@ def test_an_augmentation(plugin: Any, tmp_path: Path) -> None:
     assert "perhaps you meant brighter?" in refused(*with_plugin, "train", "--data.augment", "brigther")
 
 
+@pytest.mark.slow
 def test_a_sampler(plugin: Any, tmp_path: Path) -> None:
     with_plugin, run = ("--plugin", plugin(SAMPLER)), tmp_path / "run"
     ran(

@@ -84,6 +84,7 @@ def _pushes() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_have_the_queues_of_one(tmp_path: Path, world: int) -> None:
     multiprocessing.spawn(_rank, (world, str(tmp_path)), nprocs=world)  # type: ignore[attr-defined, no-untyped-call]

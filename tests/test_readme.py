@@ -139,6 +139,7 @@ def test_the_examples_of_the_docs_run(page: str) -> None:
     exec(compile(code, page, "exec"), {})
 
 
+@pytest.mark.slow
 def test_the_examples_of_plugins_run(tmp_path: Path) -> None:
     """A block that starts with the name of a file is that file; the commands of the page run, for one epoch each."""
     scripts = []

@@ -241,6 +241,7 @@ def sum_up(rank: int, world: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_in_several_processes(tmp_path: Path) -> None:
     world = 3
     code = "from tests.evaluation.test_streaming_metrics import sum_up; sum_up({}, {}, {!r})"

@@ -104,6 +104,7 @@ def test_two_at_a_time_give_what_one_after_the_other_gives(tiny: Config, tmp_pat
     assert len(list((tmp_path / "two" / "teachers").glob("*/recognizer"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_comparison_that_is_stopped_goes_on(tmp_path: Path, jobs: str) -> None:
     out = tmp_path / "out"

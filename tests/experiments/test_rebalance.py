@@ -107,6 +107,7 @@ def test_tau_is_chosen_on_the_validation_images(tiny: Config) -> None:
         assert best > sum(recall(fit_head(features, labels, 3, RebalanceSettings("tau", tau=other))[0])) - 0.03
 
 
+@pytest.mark.slow
 def test_a_rebalanced_run_is_a_run(command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert command("train", "digits-lt", "--method", "ce", *TINY, "--out", run)[0] == 0

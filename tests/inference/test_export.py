@@ -48,6 +48,7 @@ def test_a_recogniser(tiny: Config, tmp_path: Path, method: str, prior: str) -> 
     assert (values["prior"], values["task"], values["shape"]) == (prior, "classification", [8, 8])
 
 
+@pytest.mark.slow
 def test_a_mixture_ensemble(tiny: Config, tmp_path: Path) -> None:
     fit(tiny.replace(gml={"ensemble_weight": 0.5}), tmp_path / "run", quiet=True)
     assert export_onnx(load_model(tmp_path / "run"), tmp_path / "m.onnx").difference < 1e-4

@@ -156,7 +156,7 @@ def test_both_words_for_mirror_images_are_the_same() -> None:
     ("tta", "stored_size", "network_size", "side"),
     [
         ("flip", 12, None, 8),
-        ("crops", 8, 16, 8),
+        pytest.param("crops", 8, 16, 8, marks=pytest.mark.slow),
         pytest.param("crops", 12, None, 12, marks=pytest.mark.slow),
         pytest.param("crops", 8, None, 8, marks=pytest.mark.slow),
     ],

@@ -61,6 +61,7 @@ def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
         run_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_any_runs_side_by_side(tiny: Config, tmp_path: Path) -> None:
     changes: dict[str, dict[str, object]] = {
         "la": {"method": "la"},

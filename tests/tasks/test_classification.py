@@ -181,6 +181,7 @@ def test_a_new_head_is_calibrated_anew(run: Path, tmp_path: Path) -> None:
     assert new.config.temperature != old.config.temperature
 
 
+@pytest.mark.slow
 def test_a_temperature_for_each_shot_group(tmp_path: Path) -> None:
     config = load_recipe("digits-lt").config.replace(method="ce", epochs=20, calibration="group")
     config = config.replace(data={"val_fraction": 0.3}, shots={"many_above": 60, "few_below": 10})

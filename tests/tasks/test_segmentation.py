@@ -98,7 +98,7 @@ def test_it_learns(segmenting: Config, tmp_path: Path) -> None:
     assert last[-1]["queue_fill"] == 1.0
 
 
-@pytest.mark.parametrize("keys", ["pixels", "regions", "both"])
+@pytest.mark.parametrize("keys", ["pixels", *(pytest.param(k, marks=pytest.mark.slow) for k in ("regions", "both"))])
 def test_what_the_queues_hold(segmenting: Config, tmp_path: Path, keys: str) -> None:
     run = fit(segmenting.replace(method="gml", segmentation={"keys": keys}), tmp_path / "run", quiet=True)
     state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["method"]["_extra_state"]

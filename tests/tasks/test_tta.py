@@ -198,6 +198,7 @@ def test_prediction(run: Path, tmp_path: Path, command: Command) -> None:
         assert (code, out, message in err, len(err.splitlines())) == (2, "", True, 1), err
 
 
+@pytest.mark.slow
 def test_an_exported_file(run: Path, tmp_path: Path, command: Command) -> None:
     image, file = save_image(tmp_path / "a.png", (9, 12), mode="L"), tmp_path / "m.onnx"
     code, out, err = command("export", run, "--out", file, "--tta", "flip")

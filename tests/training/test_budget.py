@@ -108,6 +108,7 @@ def test_a_resumed_run_keeps_its_choice(folder: Config, tmp_path: Path, monkeypa
         choose_settings(config, tmp_path, 0.0, resume=False)
 
 
+@pytest.mark.slow
 def test_settings_that_differ_from_the_recipes_are_kept(photos: Path, tmp_path: Path) -> None:
     import timm
 

@@ -147,6 +147,7 @@ torch.save(Recognizer.load(sys.argv[1]).scores(images), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "tune"),
     [

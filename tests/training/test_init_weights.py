@@ -160,6 +160,7 @@ def test_with_no_class_in_common_the_encoder_is_taken(tiny: Config, tmp_path: Pa
     assert all(torch.equal(new[name], old[name]) for name in new if name.startswith("encoder."))
 
 
+@pytest.mark.slow
 def test_heads_of_other_kinds(tiny: Config, first: Path, tmp_path: Path) -> None:
     mixture = tiny.replace(gml={"ensemble_weight": 0.5, "queue_size": 64}, teacher={"epochs": 1})
     fit(mixture, tmp_path / "mixture", quiet=True)
@@ -311,6 +312,7 @@ def colour(photos: Path, network: str, **changes: Any) -> Config:
     return config.replace(data=small, checkpoint_seconds=1e9).replace(**changes)
 
 
+@pytest.mark.slow
 def test_light_tuning_goes_on_from_all_of_the_weights(photos: Path, tmp_path: Path) -> None:
     """LoRA and adapters are beside the other run's weights; what they had learned there is kept."""
     fit(colour(photos, "test_vit"), tmp_path / "full", quiet=True)
@@ -336,6 +338,7 @@ def test_light_tuning_goes_on_from_all_of_the_weights(photos: Path, tmp_path: Pa
         fit(colour(photos, "auto", init=str(tmp_path / "adapter-4"), tune="adapter:8"), tmp_path / "x", quiet=True)
 
 
+@pytest.mark.slow
 def test_a_network_for_images_of_one_size(photos: Path, tmp_path: Path) -> None:
     fit(colour(photos, "test_vit"), tmp_path / "first", quiet=True)
     init = str(tmp_path / "first")

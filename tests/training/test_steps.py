@@ -28,7 +28,14 @@ def _epochs(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].label_maps != "only"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in {"la", "paco", "gml"} else pytest.mark.slow)
+        for name in METHODS
+        if METHODS[name].label_maps != "only"
+    ],
+)
 def test_every_method_trains_as_with_batches_of_the_host(tiny: Config, name: str, tmp_path: Path) -> None:
     config = tiny.replace(method=name, gml={"distillation_weight": 1.0})
     fit(config, tmp_path / "host", quiet=True)

@@ -63,6 +63,7 @@ def test_a_teacher_of_other_classes_is_not_distilled(tiny: Config, photos: Path,
     assert "the teacher was trained on other classes" in " ".join(reasons)
 
 
+@pytest.mark.slow
 def test_a_timm_model_can_be_teacher_and_student(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
 
