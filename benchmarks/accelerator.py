@@ -44,10 +44,9 @@ from torch import Tensor
 
 from longtail.config import Config, Data, load_recipe
 from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, ImageSet, LongTailedData
-from longtail.data.device_loader import DeviceLoader
 from longtail.data.images import ArrayImages
 from longtail.data.imbalance import hold_out_balanced, long_tailed, resolve_profile
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.data.sources import Source, load_data
 from longtail.data.transforms import PerImageTransform, build_transform
 from longtail.devices import select_device
@@ -60,7 +59,7 @@ from longtail.training.auto_config import auto_config
 from longtail.training.fabric import build_fabric
 from longtail.training.metric_log import MetricTracker, NonFiniteLossGuard
 from longtail.training.optim import build_optimizer
-from longtail.training.steps import DeviceSteps, Student
+from longtail.training.steps import DeviceSteps, Student, build_steps
 from longtail.training.turns import Turn
 
 STARTED = time.monotonic()
@@ -338,21 +337,9 @@ class Training:
             total=self.loader.steps * config.epochs,
             turn=Turn(),
         )
-        ahead = kind.needs_teacher(config) and kind.teacher_is_frozen(config)
-
-        def teacher_pass(batch: Batch) -> Any:
-            with fabric.autocast():
-                return self.method.teacher_outputs(batch)
-
-        device_loader = DeviceLoader(
-            self.loader,
-            fabric.device,
-            2.0**33,
-            self.student.learning_rate,
-            teacher_pass if ahead else None,
-            len(self.loader.views) - kind.num_teacher_views(config) if ahead else None,
-        )
-        self.steps = DeviceSteps(self.student, device_loader, config.accelerator.graph)
+        steps = build_steps(self.student, self.loader, True, ())
+        assert isinstance(steps, DeviceSteps)
+        self.steps = steps
         self.losses: list[float] = []
         self.epoch = 0
 

@@ -9,7 +9,7 @@ import torch
 
 from longtail.data import device_loader
 from longtail.data.dataset import ImageSet
-from longtail.data.device_loader import DeviceLoader, obstacle
+from longtail.data.device_loader import DeviceLoader, reason_against_device
 from longtail.data.images import ArrayImages
 from longtail.data.loader import Batch, TrainLoader
 from longtail.data.transforms import build_transform
@@ -97,7 +97,7 @@ def test_what_the_teacher_computes_comes_with_the_views() -> None:
 
 def test_what_stands_in_the_way_is_named() -> None:
     loader = _loader(31, 8)
-    assert obstacle(loader, 31 * 3 * 16 * 16) == ""
-    assert "more than accelerator.memory allows" in obstacle(loader, 31 * 3 * 16 * 16 - 1)
+    assert reason_against_device(loader, 31 * 3 * 16 * 16) == ""
+    assert "more than accelerator.memory allows" in reason_against_device(loader, 31 * 3 * 16 * 16 - 1)
     shared = TrainLoader(loader.images, 8, loader.views, seed=0, world=2)
-    assert "several processes" in obstacle(shared, math.inf)
+    assert "several processes" in reason_against_device(shared, math.inf)

@@ -114,4 +114,4 @@ def test_shared_views_are_made_once_and_the_oldest_go_first() -> None:
     for number in (1, 2, 1, 3, 1, 2):
         assert float(views.get(number, make(number))[0]) == number
     assert made == [1, 2, 3, 2]
-    assert (views.made, views.found) == (4, 2)
+    assert (views.misses, views.hits) == (4, 2)

@@ -151,8 +151,11 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(
 
 def test_what_cannot_be_on_the_device_is_said(tiny: Config, tmp_path: Path) -> None:
     config = tiny.replace(method="ce", tune="head", accelerator=ON_DEVICE)
-    with pytest.raises(LongtailError, match=r"accelerator.batches device: .*; leave it out"):
+    with pytest.raises(
+        LongtailError, match=r"accelerator\.batches device: tune head trains on kept features, not on images; use auto"
+    ):
         fit(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_the_images_are_is_said(tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

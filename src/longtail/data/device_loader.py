@@ -47,8 +47,8 @@ class SharedViews:
 
     def __init__(self, capacity: float) -> None:
         self.capacity = capacity
-        self.made, self.found = 0, 0
-        """How many views were made, and how many were found here."""
+        self.misses, self.hits = 0, 0
+        """How many views had to be made, and how many were there."""
         self._views: collections.OrderedDict[Hashable, tuple[Tensor, Any]] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -56,11 +56,11 @@ class SharedViews:
         """Return the views of a key, made now or found; they are ready for the current stream."""
         with self._lock:
             if key in self._views:
-                self.found += 1
+                self.hits += 1
                 self._views.move_to_end(key)
                 tensor, event = self._views[key]
             else:
-                self.made += 1
+                self.misses += 1
                 tensor, event = make(), None
                 if tensor.is_cuda:
                     event = torch.cuda.Event()
@@ -281,7 +281,7 @@ class DeviceLoader:
         self.counter += 1
 
 
-def obstacle(loader: TrainLoader, memory: float) -> str:
+def reason_against_device(loader: TrainLoader, memory: float) -> str:
     """Return why batches cannot be made on the device; empty if they can.
 
     Args:

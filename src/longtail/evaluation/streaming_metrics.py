@@ -11,6 +11,7 @@ Legend: N samples, C classes.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ Array = Tensor | np.ndarray[Any, Any] | Sequence[Any]
 Self = TypeVar("Self", bound="SummedMetric")
 
 
-class SummedMetric(nn.Module):
+class SummedMetric(nn.Module, ABC):
     """A metric that is computed from sums over samples.
 
     The sums are no buffers: ``DistributedDataParallel`` would overwrite those of one process by another's, and
@@ -46,13 +47,13 @@ class SummedMetric(nn.Module):
         super().__init__()
         self.sums = sums
 
+    @abstractmethod
     def batch_sums(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Return the sums over a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, sums: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the metrics that sums give."""
-        raise NotImplementedError
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; see the class for the arguments."""

@@ -26,7 +26,7 @@ from longtail.files import atomic_write, write_json, write_text
 from longtail.inference.model_card import ModelCardText, model_card
 from longtail.inference.model_config import ModelConfig, model_folder, read_model_config
 from longtail.losses import compute_log_prior
-from longtail.losses.posterior import broadcast_to_classes
+from longtail.losses.score_loss import broadcast_to_classes
 from longtail.nn import CosineClassifier, Encoder, LinearClassifier, MixtureEnsembleHead, ProjectionMLP
 from longtail.nn.encoder import channels_last
 from longtail.registry import TASKS

@@ -11,6 +11,7 @@ Source: Ridnik et al., *Asymmetric Loss For Multi-Label Classification*, ICCV 20
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from longtail.losses.checks import Counts, valid_labels, values_are_known
 from longtail.losses.reduction import reduce_losses, to_full_precision
 from longtail.losses.reweighting import ClassWeights, compute_class_weights
-from longtail.losses.score_loss import ScoreLoss, broadcast_to_classes, check_scores
+from longtail.losses.score_loss import ScoreLoss, broadcast_to_classes
 
 
 def asymmetric_loss(
@@ -150,17 +151,8 @@ class AsymmetricLoss(ScoreLoss):
         weights = None if class_weights is None else compute_class_weights(class_weights, class_counts, beta)
         self.register_buffer("weights", weights, persistent=False)
 
-    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss; see :class:`~longtail.losses.score_loss.ScoreLoss`."""
-        check_scores(scores, self.weights)
+    def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
         return asymmetric_loss(
-            scores,
-            labels,
-            self.gamma_negative,
-            self.gamma_positive,
-            self.clip,
-            self.weights,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            validate=self.validate,
+            scores, labels, self.gamma_negative, self.gamma_positive, self.clip, self.weights, **options
         )

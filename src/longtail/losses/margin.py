@@ -6,6 +6,7 @@ Scores may have one entry for every pixel, (B, C, H, W) with labels (B, H, W).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from longtail.losses.checks import Counts, as_counts, valid_targets
 from longtail.losses.reduction import to_full_precision
 from longtail.losses.reweighting import ClassWeights, compute_class_weights, weighted_cross_entropy
-from longtail.losses.score_loss import ScoreLoss, check_scores
+from longtail.losses.score_loss import ScoreLoss
 
 
 def ldam_margins(class_counts: Counts, max_margin: float = 0.5) -> Tensor:
@@ -157,16 +158,6 @@ class LDAMLoss(ScoreLoss):
         self.register_buffer("margins", ldam_margins(counts, max_margin), persistent=False)
         self.register_buffer("weights", weights, persistent=False)
 
-    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss; see :class:`~longtail.losses.score_loss.ScoreLoss`."""
-        check_scores(scores, self.weights)
-        return ldam_loss(
-            scores,
-            labels,
-            self.margins,
-            self.scale,
-            self.weights,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            validate=self.validate,
-        )
+    def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        return ldam_loss(scores, labels, self.margins, self.scale, self.weights, **options)

@@ -14,6 +14,7 @@ adjustment (Menon et al., ICLR 2021), and equal to Balanced Softmax (Ren et al.,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,11 @@ from longtail.losses.checks import Counts, as_counts, valid_targets
 from longtail.losses.reduction import batch_mean, to_full_precision
 from longtail.losses.score_loss import (
     ScoreLoss,
-    check_scores,
+    broadcast_to_classes,
     negative_log_likelihood,
     reduce_over_labels,
     without_classes,
 )
-from longtail.losses.score_loss import broadcast_to_classes as broadcast_to_classes
 
 
 def compute_log_prior(class_counts: Counts) -> Tensor:
@@ -153,6 +153,8 @@ class LogitAdjustedLoss(ScoreLoss):
 
     log_prior: Tensor
 
+    per_class = "log_prior"
+
     def __init__(
         self,
         class_counts: Counts,
@@ -168,18 +170,9 @@ class LogitAdjustedLoss(ScoreLoss):
         self.strength = strength
         self.register_buffer("log_prior", compute_log_prior(class_counts), persistent=False)
 
-    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss; see :class:`~longtail.losses.score_loss.ScoreLoss`."""
-        check_scores(scores, self.log_prior)
-        return posterior_cross_entropy(
-            scores,
-            labels,
-            self.log_prior,
-            self.strength,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            validate=self.validate,
-        )
+    def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        return posterior_cross_entropy(scores, labels, self.log_prior, self.strength, **options)
 
 
 BalancedSoftmaxLoss = LogitAdjustedLoss

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from longtail.losses.checks import Counts, as_counts, valid_targets
 from longtail.losses.reduction import to_full_precision
 from longtail.losses.score_loss import (
     ScoreLoss,
-    check_scores,
     negative_log_likelihood,
     reduce_over_labels,
     without_classes,
@@ -233,18 +233,9 @@ class FocalLoss(ScoreLoss):
         weights = None if class_weights is None else compute_class_weights(class_weights, class_counts, beta)
         self.register_buffer("weights", weights, persistent=False)
 
-    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss; see :class:`~longtail.losses.score_loss.ScoreLoss`."""
-        check_scores(scores, self.weights)
-        return focal_loss(
-            scores,
-            labels,
-            self.gamma,
-            self.weights,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            validate=self.validate,
-        )
+    def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        return focal_loss(scores, labels, self.gamma, self.weights, **options)
 
 
 class ClassBalancedLoss(ScoreLoss):
@@ -286,14 +277,6 @@ class ClassBalancedLoss(ScoreLoss):
         super().__init__(ignore_index=ignore_index, reduction=reduction, validate=validate)
         self.register_buffer("weights", compute_class_weights(class_weights, class_counts, beta), persistent=False)
 
-    def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss; see :class:`~longtail.losses.score_loss.ScoreLoss`."""
-        check_scores(scores, self.weights)
-        return weighted_cross_entropy(
-            scores,
-            labels,
-            self.weights,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            validate=self.validate,
-        )
+    def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the loss."""
+        return weighted_cross_entropy(scores, labels, self.weights, **options)

@@ -6,6 +6,7 @@ Legend: B samples, C classes. Scores may have one entry for every pixel: (B, C, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,9 @@ class ScoreLoss(nn.Module, ABC):
         check_reduction(reduction)
         self.ignore_index, self.reduction, self.validate = ignore_index, reduction, validate
 
-    @abstractmethod
+    per_class: ClassVar[str] = "weights"
+    """The buffer with one entry for each class, (C,), or None, which says how many classes there are."""
+
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the loss, a scalar, or one of every sample for the reduction ``none``.
 
@@ -105,6 +108,14 @@ class ScoreLoss(nn.Module, ABC):
         Raises:
             ValueError: shapes, types or, where they are checked, values are not as above.
         """
+        check_scores(scores, getattr(self, self.per_class))
+        return self.loss(
+            scores, labels, ignore_index=self.ignore_index, reduction=self.reduction, validate=self.validate
+        )
+
+    @abstractmethod
+    def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        """Return the loss of checked scores; ``options`` are ``ignore_index``, ``reduction`` and ``validate``."""
 
     def extra_repr(self) -> str:
         """Return the options for ``repr``."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from longtail.config import Config, Fraction, Settings
 from longtail.data.loader import Batch
-from longtail.losses.margin import ldam_margins, with_margin
-from longtail.losses.reweighting import effective_number_weights, weighted_cross_entropy
+from longtail.losses.margin import ldam_loss, ldam_margins
+from longtail.losses.reweighting import effective_number_weights
 from longtail.methods.classifier import ReweightedLoss
 from longtail.nn import Encoder
 
@@ -59,4 +59,4 @@ class LDAM(ReweightedLoss):
             weights = torch.where(late, self.weights, self.equal_weights)
         else:
             weights = self.weights if late else self.equal_weights
-        return weighted_cross_entropy(with_margin(scores, labels, self.margins, self.classifier.scale), labels, weights)
+        return ldam_loss(scores, labels, self.margins, self.classifier.scale, weights)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail.config import Config
-from longtail.data.device_loader import DeviceLoader, obstacle
+from longtail.data.device_loader import DeviceLoader, reason_against_device
 from longtail.data.loader import Batch, TrainLoader
 from longtail.distributed import rank, sum_batch_sizes, world_size
 from longtail.errors import LongtailError
@@ -309,13 +309,13 @@ def batches_on_device(config: Config, loader: TrainLoader, device: torch.device)
     wanted = config.accelerator.batches
     if wanted == "host" or (wanted == "auto" and device.type != "cuda"):
         return False, ""
-    reason = obstacle(loader, _memory(config, device))
+    reason = reason_against_device(loader, _memory(config, device))
     if config.precision == "16-mixed":
         reason = "the scale of the loss in precision 16-mixed is decided on the host"
     if not reason:
         return True, f"{len(loader.images):,} training images are kept on {device} and augmented there"
     if wanted == "device":
-        raise LongtailError(f"accelerator.batches device: cannot be, {reason}; leave it out")
+        raise LongtailError(f"accelerator.batches device: {reason}; use auto")
     return False, f"training images are not kept on {device}: {reason}"
 
 

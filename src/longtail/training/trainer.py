@@ -141,6 +141,13 @@ class _Trainer:
         self.epochs = config.epochs
         check_logs(config.log)
         self._check_batch_size()
+        # features of the encoder, which are computed once, take the place of the images
+        self.on_features = config.tune == "head" and not self.task.label_maps
+        if self.on_features and config.accelerator.batches == "device":
+            raise LongtailError(
+                "accelerator.batches device: tune head trains on kept features, not on images; use auto"
+            )
+        batches_on_device(config, self._loader(None, rank(), world_size()), self.fabric.device)
         given = self.method_class.needs_teacher(config) and config.teacher.source != "train"
         distils = self.method_class.distillation_weight(config) > 0
         self.teacher = load_teacher(config, data, distils) if given else None
@@ -164,7 +171,7 @@ class _Trainer:
         if config.recipe != "teacher" and not (resume and (self.out / "last.ckpt").is_file()):
             for line in remarks_on_duration(config, self.data, self.encoder, self.fabric.device):
                 logger.info("%s", line)
-        if config.tune == "head" and not self.task.label_maps:
+        if self.on_features:
             self._use_features()
         parts: tuple[Any, Any] = (None, None)
         teacher_seconds, cache = 0.0, None
@@ -172,6 +179,7 @@ class _Trainer:
             teacher = self.teacher or train_teacher(config, data, teachers, train_first)
             if self.data is not data:
                 check_same_encoder(teacher.encoder, self.encoder)
+            self.turn.take()  # which a training of the teacher has given back
             parts, teacher_seconds = (teacher.encoder, teacher.classifier), teacher.seconds
             if config.teacher.cache:
                 started = time.monotonic()

@@ -15,7 +15,7 @@ from longtail.data.sources.segmentation import SegmentationImages
 from longtail.distributed import all_reduce_sum, rank, world_size
 from longtail.evaluation.segmentation import count_pixels, pixel_metrics
 from longtail.inference.options import InferenceOptions
-from longtail.losses.posterior import broadcast_to_classes
+from longtail.losses.score_loss import broadcast_to_classes
 from longtail.tasks.base import Evaluator, Metrics
 from longtail.tasks.segmentation.segmenter import Segmenter
 from longtail.tasks.segmentation.settings import SegmentationSettings
