@@ -10,6 +10,7 @@ rows        imbalance 50 and 10, and CIFAR-10 where it is in the pack
 longer      400 epochs
 wide        ResNet-32, four times as wide
 parts       the parts of GML, one left out at a time, which docs/evidence.md has at 16 epochs
+compiled    milliseconds a step with compiled networks
 
 The images come from one file, made where CIFAR is:
 
@@ -31,7 +32,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -227,48 +230,52 @@ TWO_VIEWS = {"views": 2, "distillation_weight": 1.0, "distill_every_view": True}
 
 
 def product(context: Context) -> None:
-    """The command line on this device, and every method beside the CPU."""
-    device = "cpu" if context.rehearse else "cuda"
-    told: dict[str, Any] = {}
-    run, common = context.out / "digits", ["--device", device, "--quiet"]
-    options = ["--method", "gml", "--epochs", "4", "--teacher.epochs", "2", "--checkpoint_seconds", "0"]
-    command = [sys.executable, "-m", "longtail", "train", "digits-lt", *options, *common]
-    command += ["--accelerator.batches", "device"]
-    started = time.monotonic()
-    whole = subprocess.run([*command, "--out", str(context.out / "whole")], capture_output=True, text=True, check=False)
-    told["train"] = {"exit": whole.returncode, "seconds": time.monotonic() - started, "errors": whole.stderr[-2000:]}
+    """The command line on this device, and meanwhile every method beside the CPU."""
+    torch.backends.cudnn.allow_tf32 = False  # losses are compared in float32
+    told: dict[str, Any] = {"methods": {}}
+    with ThreadPoolExecutor(1) as pool:
+        commands = pool.submit(_commands, context)  # most of their time is that of imports
+        for name in METHODS:
+            if METHODS[name].label_maps == "only":
+                continue
+            told["methods"][name] = _method(context, name, Path(context.out))
+            context.write("product", told)
+            say(f"product: {name} {told['methods'][name]}")
+        told |= commands.result()
     context.write("product", told)
-    process = subprocess.Popen([*command, "--out", str(run)], stderr=subprocess.PIPE, text=True)
+    exits = {name: told[name]["exit"] for name in ("train", "resume", "predict")}
+    say(f"product: {exits}, resumed weights equal: {told['resume']['equal']}")
+    if errors := [told[name]["errors"] for name in exits if told[name]["exit"] not in (0, [143, 0], [0, 0])]:
+        say("product:", *errors)
+
+
+def _commands(context: Context) -> dict[str, Any]:
+    """Train, stop by SIGTERM and resume, and predict, in processes of their own."""
+    longtail = [sys.executable, "-m", "longtail"]
+    options = ["--method", "gml", "--epochs", "4", "--teacher.epochs", "2", "--checkpoint_seconds", "0"]
+    options += ["--device", "cpu" if context.rehearse else "cuda", "--quiet", "--accelerator.batches", "device"]
+
+    def train(out: Path, *more: str) -> subprocess.Popen[str]:
+        command = [*longtail, "train", "digits-lt", *options, "--out", str(out), *more]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    started, whole, run = time.monotonic(), context.out / "whole" / "run", context.out / "stopped" / "run"
+    uninterrupted, process = train(whole, "--overwrite"), train(run, "--overwrite")
     while process.poll() is None and not (run / "last.ckpt").is_file():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    stopped = process.returncode
-    resumed = subprocess.run([*command, "--out", str(run), "--resume"], capture_output=True, text=True, check=False)
-    same = _same_weights(context.out / "whole" / "last.ckpt", run / "last.ckpt")
-    told["resume"] = {
-        "exit": [stopped, resumed.returncode],
-        "equal": same,
-        "errors": errors[-500:] + resumed.stderr[-500:],
-    }
-    context.write("product", told)
+    errors = process.communicate()[1][-1000:]
+    resumed = train(run, "--resume")
+    errors += resumed.communicate()[1][-1000:]
+    told: dict[str, Any] = {"train": {"errors": uninterrupted.communicate()[1][-2000:]}}
+    told["train"] |= {"exit": uninterrupted.returncode, "seconds": time.monotonic() - started}
+    same = _same_weights(whole / "last.ckpt", run / "last.ckpt")
+    told["resume"] = {"exit": [process.returncode, resumed.returncode], "equal": same, "errors": errors}
     image = context.out / "image.png"
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(image)
-    predict = [sys.executable, "-m", "longtail", "predict", str(run), str(image)]
-    found = subprocess.run(predict, capture_output=True, text=True, check=False)
+    found = subprocess.run([*longtail, "predict", str(run), str(image)], capture_output=True, text=True, check=False)
     told["predict"] = {"exit": found.returncode, "output": found.stdout[-300:], "errors": found.stderr[-500:]}
-    context.write("product", told)
-    say(
-        f"product: train {whole.returncode}, stop {stopped}, resume {resumed.returncode} (equal: {same}), "
-        f"predict {found.returncode}"
-    )
-    told["methods"] = {}
-    for name in METHODS:
-        if METHODS[name].label_maps == "only":
-            continue
-        told["methods"][name] = _method(context, name, Path(context.out))
-        context.write("product", told)
-        say(f"product: {name} {told['methods'][name]}")
+    return told
 
 
 def _same_weights(one: Path, other: Path) -> bool | str:
@@ -382,9 +389,46 @@ def speed(context: Context) -> None:
         "la on two views, distilled": context.recipe(method="la", classifier=TWO_VIEWS),
         "teacher": context.recipe(method="la", network=SMALL if context.rehearse else "resnet56"),
     }
-    if not context.rehearse:
-        variants["la, compiled"] = context.recipe(method="la", compile=True)
-        variants["gml, compiled"] = context.recipe(gml={"distillation_weight": 0.0}, compile=True)
+    _step_times(context, variants, told)
+    told["views_per_second"] = _views(context)
+    say(f"speed: {told['views_per_second']:,.0f} views a second")
+    context.write("speed", told)
+    if context.left() < 60:
+        return
+    # seven runs of one length after another, and side by side
+    config = context.recipe(method="la", epochs=context.epochs if context.rehearse else 20)
+    alone = context.milliseconds["la"] / 1000 * -(-len(load_data(config.data, 0).train) // config.batch_size)
+    number = 2 if context.rehearse else 7
+    folders = {context.out / "beside" / f"la-{seed}": config.replace(seed=seed) for seed in range(number)}
+    started = time.monotonic()
+    of_each = [run.seconds for _, run in train_in_threads(folders, context.out / "teachers", number)]
+    wall = time.monotonic() - started
+    assert isinstance(config.epochs, int)
+    context.gain = max(1.0, number * config.epochs * alone / wall)
+    told["side_by_side"] = {
+        "runs": number,
+        "epochs": config.epochs,
+        "seconds": wall,
+        "of_each": of_each,
+        "gain": context.gain,
+    }
+    say(f"speed: {number} runs side by side: {json.dumps(told['side_by_side'])}")
+    context.write("speed", told)
+
+
+def compiled(context: Context) -> None:
+    """Milliseconds of a step with compiled networks; the compilation takes most of a minute."""
+    variants = {
+        "la, compiled": context.recipe(method="la", compile=True),
+        "gml, compiled": context.recipe(gml={"distillation_weight": 0.0}, compile=True),
+    }
+    told: dict[str, Any] = {"steps": {}}
+    _step_times(context, {} if context.rehearse else variants, told)
+    context.write("compiled", told)
+
+
+def _step_times(context: Context, variants: Mapping[str, Config], told: dict[str, Any]) -> None:
+    """Measure a step of each variant, and write it."""
     for name, config in variants.items():
         if context.left() < 60:
             break
@@ -401,7 +445,7 @@ def speed(context: Context) -> None:
                 networks = _networks(training)
         except RuntimeError as error:  # a compiler that is missing, for one, is a figure as well
             told["steps"][name] = {"error": " ".join(str(error).split())[:300]}
-            say(f"speed: {name}: {told['steps'][name]}")
+            say(f"{name}: {told['steps'][name]}")
             continue
         steps = training.loader.steps
         context.milliseconds[name] = 1000 * seconds / steps
@@ -414,32 +458,8 @@ def speed(context: Context) -> None:
             "as_graph": training.as_graph,
             "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if context.device.type == "cuda" else None,
         }
-        say(f"speed: {name}: {json.dumps(told['steps'][name])}")
-        context.write("speed", told)
-    told["views_per_second"] = _views(context)
-    say(f"speed: {told['views_per_second']:,.0f} views a second")
-    context.write("speed", told)
-    if context.left() < 60:
-        return
-    # seven runs of one length after another, and side by side
-    config = context.recipe(method="la", epochs=context.epochs if context.rehearse else 6)
-    alone = context.milliseconds["la"] / 1000 * -(-len(load_data(config.data, 0).train) // config.batch_size)
-    number = 2 if context.rehearse else 7
-    folders = {context.out / "beside" / f"la-{seed}": config.replace(seed=seed) for seed in range(number)}
-    started = time.monotonic()
-    of_each = [run.seconds for _, run in train_in_threads(folders, context.out / "teachers", number)]
-    wall = time.monotonic() - started
-    assert isinstance(config.epochs, int)
-    context.gain = max(1.0, number * config.epochs * alone / max(of_each))
-    told["side_by_side"] = {
-        "runs": number,
-        "epochs": config.epochs,
-        "seconds": wall,
-        "of_each": of_each,
-        "gain": context.gain,
-    }
-    say(f"speed: {number} runs side by side: {json.dumps(told['side_by_side'])}")
-    context.write("speed", told)
+        say(f"{name}: {json.dumps(told['steps'][name])}")
+        context.write("compiled" if config.compile else "speed", told)
 
 
 def _networks(training: Training) -> float:
@@ -487,7 +507,7 @@ def _views(context: Context) -> float:
     times = []
     for epoch in range(3):
         started = time.perf_counter()
-        for part in torch.arange(count).split(1365):
+        for part in torch.arange(count).split(16384 if context.device.type == "cuda" else 1365):
             transform(pixels[part[0] : part[-1] + 1], ids[part[0] : part[-1] + 1], (0, epoch, 0))
         if context.device.type == "cuda":
             torch.cuda.synchronize()
@@ -527,6 +547,10 @@ def train_variants(context: Context, phase: str, variants: Mapping[str, Config],
     }
     started, records = time.monotonic(), []
     configs = {folder: config for folder, (_, config) in runs.items()}
+    # what has ended by then is kept, and the phase after this one is not begun
+    limit = threading.Timer(max(1.0, context.left() - RESERVE / 3), os.kill, (os.getpid(), signal.SIGTERM))
+    limit.daemon = True
+    limit.start()
     for folder, run in train_in_threads(configs, context.out / "teachers", context.jobs):
         record = dataclasses.replace(run_record(run), method=runs[folder][0])
         records.append(record)
@@ -534,6 +558,7 @@ def train_variants(context: Context, phase: str, variants: Mapping[str, Config],
         say(f"{phase}: {record.method} seed {record.seed}: {accuracy:.2f}, {run.seconds:.0f} s")
         found = [each.to_dict() for each in records]
         context.write(phase, {"training_seconds": time.monotonic() - started, "records": found})
+    limit.cancel()
     for line in summary(records):
         say(f"{phase}: {line}")
 
@@ -624,7 +649,7 @@ def parts(context: Context) -> None:
 
 
 PHASES: dict[str, Callable[[Context], None]] = {
-    each.__name__: each for each in (product, speed, mixture, generation, rows, longer, wide, parts)
+    each.__name__: each for each in (product, speed, mixture, generation, rows, longer, wide, parts, compiled)
 }
 
 
@@ -671,6 +696,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             PHASES[name](context)
         except Exception as error:  # a phase that fails must not take the others with it
             failed += 1
+            traceback.print_exc()
             message = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             say(f"{name}: FAILED, {message}")
             context.write(f"{name}-error", {"error": message})

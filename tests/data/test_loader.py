@@ -6,7 +6,7 @@ import torch
 from longtail.data import loader as loader_module
 from longtail.data.dataset import ImageSet
 from longtail.data.images import ArrayImages
-from longtail.data.loader import TrainLoader, evaluation_batches
+from longtail.data.loader import Batch, TrainLoader, evaluation_batches
 from longtail.data.transforms import PerImageTransform, build_transform
 
 
@@ -61,3 +61,9 @@ def test_evaluation_sees_every_image_once() -> None:
     labels = [labels_of_batch for _, labels_of_batch in evaluation_batches(numbered_images(10), 8, batch_size=4)]
     assert [len(part) for part in labels] == [4, 4, 2]
     assert torch.equal(torch.cat(labels), numbered_images(10).labels)
+
+
+def test_a_batch_that_is_on_the_device_stays_as_it_is() -> None:
+    there = torch.device("meta")
+    batch = Batch((torch.zeros(2, 3, 4, 4, device=there),), torch.zeros(2, device=there), torch.zeros(2, device=there))
+    assert batch.to(there) is batch

@@ -17,6 +17,7 @@ from longtail.training.budget import (
     choose,
     choose_settings,
     fit_to_minutes,
+    remark_on_remaining,
     remarks_on_duration,
     sides_up_to,
 )
@@ -162,13 +163,12 @@ def test_a_long_run_says_so_and_what_would_be_quicker(tiny: Config, monkeypatch:
     labels = torch.arange(40) % 2
     data = from_arrays((images, labels), (images, labels))
     encoder = Encoder("resnet8", data.mean, data.std)
-    cpu = torch.device("cpu")
     config = tiny.replace(method="la", pretrained="timm", epochs=10)
 
     def remarks(seconds_per_image: float, settings: Config = config) -> list[str]:
         speed = Speed(seconds_per_image / 3, seconds_per_image)
         monkeypatch.setattr(budget, "measure_speed", lambda *_: speed)
-        return remarks_on_duration(settings, data, encoder, cpu)
+        return remarks_on_duration(settings, data, encoder)
 
     assert remarks(0.001) == []
     assert remarks(1.0) == ["expected duration: about 7 min (10 epochs of 40 images)"]
@@ -176,6 +176,11 @@ def test_a_long_run_says_so_and_what_would_be_quicker(tiny: Config, monkeypatch:
     assert line.startswith("expected duration: about 6 h 53 min")
     assert "quicker: --tune head (about 27 min), --minutes 20, or a GPU" in line
     assert "--pretrained auto" in remarks(60.0, config.replace(pretrained="none"))[0]
+
+
+def test_what_is_left_is_told_from_a_measured_epoch() -> None:
+    assert remark_on_remaining(0.01, 198) == []
+    assert remark_on_remaining(0.32, 198) == ["expected duration: about 63 s more (198 epochs of 0.3 s)"]
 
 
 def test_durations_read_as_a_person_says_them() -> None:

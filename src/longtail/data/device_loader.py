@@ -27,7 +27,8 @@ from torch import Tensor
 from longtail.data.loader import Batch, TrainLoader
 from longtail.data.transforms import PerImageTransform
 
-PIXELS_AT_ONCE = 2**22  # that are augmented at once, which bounds the memory of the intermediate results
+PIXELS_AT_ONCE = 2**24  # that are augmented at once, at most: a hundred operations are launched for any number
+_PIXEL_BYTES = 128  # of intermediate results for each of them
 BLOCK_BYTES = 2**30  # of the views that are prepared at a time, and as much again for those that are read
 
 TeacherPass = Callable[[Batch], tuple[Tensor | None, Tensor | None]]
@@ -128,6 +129,7 @@ class DeviceLoader:
         self._current: dict[str, Tensor] = {}
         self._next: dict[str, Tensor] = {}
         self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
         self.rows = 0
         """R, known after the first views are made."""
         self._prepared: tuple[int, int] | None = None
@@ -154,8 +156,8 @@ class DeviceLoader:
             done = 0
             for row, split in enumerate(block.splits):
                 yield row, len(split)
-                # spread over the steps, so that the host is never away from launching them for long
-                while done < parts and done * len(block.splits) <= row * parts:
+                # spread over the steps, so that the device has some to go on with while the host is away
+                while done < parts and (done + 1) * len(block.splits) <= (row + 1) * (parts + 1):
                     next(work, None)
                     done += 1
             for _ in work:
@@ -164,7 +166,8 @@ class DeviceLoader:
 
     @property
     def _rows_at_once(self) -> int:
-        return max(1, PIXELS_AT_ONCE // (self.largest * self.pixels[0, 0].numel()))
+        pixels = min(PIXELS_AT_ONCE, self.memory / 4 / _PIXEL_BYTES)
+        return max(1, int(pixels // (self.largest * self.pixels[0, 0].numel())))
 
     def _blocks(self, epoch: int, start: int) -> Iterator[_Block]:
         splits = self.loader.splits(epoch)
@@ -193,8 +196,10 @@ class DeviceLoader:
 
     def _prepare(self, block: _Block) -> Iterator[None]:
         """Make the inputs of a block's steps, some at a time, beside what is launched meanwhile."""
-        if self._beside is not None:
-            self._beside.wait_stream(torch.cuda.current_stream(self.device))  # which has copied the last ones
+        if self._copied is not None:
+            self._beside.wait_event(self._copied)
+        elif self._beside is not None:
+            self._beside.wait_stream(torch.cuda.current_stream(self.device))
         for first in range(0, len(block.splits), self._rows_at_once):
             rows = slice(first, min(first + self._rows_at_once, len(block.splits)))
             with self._stream(), torch.no_grad():
@@ -249,6 +254,8 @@ class DeviceLoader:
         count = len(block.splits)
         for name, tensor in self._current.items():
             tensor[:count].copy_(self._next[name][:count])
+        if self._beside is not None:  # from here on the next ones may be written
+            self._copied = torch.cuda.current_stream(self.device).record_event()
         first = block.epoch * self.loader.steps + block.start
         rates = torch.tensor([self.learning_rate(first + row) for row in range(count)])
         self.learning_rates[:count].copy_(rates.pin_memory() if self._beside is not None else rates, non_blocking=True)

@@ -69,8 +69,8 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to ``device``, asynchronously to CUDA."""
-        if device.type == "cpu":
+        """Copy to ``device``, asynchronously to CUDA; itself where it is there."""
+        if self.labels.device.type == device.type:
             return self
         pinned = device.type == "cuda"
         return self._map(

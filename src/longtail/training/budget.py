@@ -117,30 +117,40 @@ def choose_settings(
     return fit_to_minutes(config, started)
 
 
-def remarks_on_duration(config: Config, data: LongTailedData, encoder: Encoder, device: torch.device) -> list[str]:
-    """Return what a user should know of how long a run will take; empty for one of seconds.
+def remarks_on_duration(config: Config, data: LongTailedData, encoder: Encoder) -> list[str]:
+    """Return what a user should know of how long a run will take on a CPU; empty for one of seconds.
+
+    Accelerators are not measured in advance: what a step takes there depends on how it is launched, and trainings
+    beside this one would be counted. See :func:`remark_on_remaining`.
 
     Args:
         config: settings of the run, without open ones.
         data: what it trains on.
         encoder: the network.
-        device: where it trains.
     """
     if TASKS[data.task].label_maps or config.minutes is not None:
         return []
     sizes = Sizes(len(data.train), 0 if data.val is None else len(data.val), len(data.test))
-    speed = measure_speed(encoder, data.image_size, device)
+    speed = measure_speed(encoder, data.image_size, torch.device("cpu"))
     seconds = expected_seconds(config, sizes, speed)
     if seconds < _WORTH_SAYING:
         return []
     line = f"expected duration: about {format_duration(seconds)} ({config.epochs} epochs of {sizes.train:,} images)"
-    if seconds < _LONG or device.type != "cpu":
+    if seconds < _LONG:
         return [line]
     head = expected_seconds(config.replace(tune="head"), sizes, speed)
     if config.pretrained == "none":
         return [f"{line}; quicker: start from a pretrained network (--pretrained auto), or a GPU"]
     quicker = f"--tune head (about {format_duration(head)}), --minutes 20" if config.tune != "head" else "--minutes 20"
     return [f"{line}; quicker: {quicker}, or a GPU"]
+
+
+def remark_on_remaining(epoch_seconds: float, left: int) -> list[str]:
+    """Return how long the epochs that are left will take, from one that was measured; empty for seconds."""
+    seconds = epoch_seconds * left
+    if seconds < _WORTH_SAYING:
+        return []
+    return [f"expected duration: about {format_duration(seconds)} more ({left} epochs of {epoch_seconds:.1f} s)"]
 
 
 def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], LongTailedData | None]:

@@ -33,7 +33,7 @@ from longtail.randomness import mix
 from longtail.registry import METHODS, TASKS
 from longtail.tasks.evaluate import evaluate_split
 from longtail.training.auto_config import auto_config, find_weights
-from longtail.training.budget import choose_settings, remarks_on_duration
+from longtail.training.budget import choose_settings, remark_on_remaining, remarks_on_duration
 from longtail.training.checkpoint import load_checkpoint, save_checkpoint
 from longtail.training.fabric import build_fabric
 from longtail.training.head_init import init_classifier
@@ -168,8 +168,9 @@ class _Trainer:
 
     def run(self, resume: bool, teachers: Path, train_first: Callable[[Config, Path], object]) -> Run:
         config, data = self.config, self.images
-        if config.recipe != "teacher" and not (resume and (self.out / "last.ckpt").is_file()):
-            for line in remarks_on_duration(config, self.data, self.encoder, self.fabric.device):
+        fresh = not (resume and (self.out / "last.ckpt").is_file())
+        if config.recipe != "teacher" and fresh and self.fabric.device.type == "cpu":
+            for line in remarks_on_duration(config, self.data, self.encoder):
                 logger.info("%s", line)
         if self.on_features:
             self._use_features()
@@ -301,12 +302,13 @@ class _Trainer:
         config, tracker, total = self.config, student.tracker, student.total
         student.method.train()
         freeze_batch_norm(student.method.encoder.backbone)
-        saved = tick = time.monotonic()
+        saved = tick = before = time.monotonic()
+        first = tracker.step // per_epoch
         with (
             Progress(config.method, tracker.step, total, self.quiet) as progress,
             PreemptionHandler(self.quiet) as stop,
         ):
-            for epoch in range(tracker.step // per_epoch, self.epochs):
+            for epoch in range(first, self.epochs):
                 for learning_rate in steps.epoch(epoch, tracker.step % per_epoch):
                     tracker.seconds += time.monotonic() - tick
                     if config.compile and tracker.step == 1:
@@ -315,6 +317,10 @@ class _Trainer:
                     if tracker.step % per_epoch == 0:
                         self._end_epoch(student, log, epoch, learning_rate)
                         self.turn.give()
+                        if epoch == first + 1 and self.fabric.device.type != "cpu":
+                            for line in remark_on_remaining(time.monotonic() - before, self.epochs - epoch - 1):
+                                logger.info("%s", line)
+                        before = time.monotonic()
                     due = time.monotonic() - saved >= config.checkpoint_seconds
                     signal_name, due = stop.sync(tracker.step, due, self.fabric.device)
                     if due or signal_name or tracker.step == total:

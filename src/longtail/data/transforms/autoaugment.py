@@ -97,13 +97,15 @@ def _apply(images: Tensor, names: Sequence[str], operation: Tensor, level: Tenso
         sign: (B,) float; negative below .5.
     """
     sign = torch.where(sign < 0.5, -1.0, 1.0)
-    for index, name in enumerate(names):
-        chosen = torch.nonzero(operation == index).flatten()
-        if len(chosen) == 0 or name == "Identity":
-            continue
-        strength = (level * sign if name in _SIGNED else level)[chosen].to(images.device)
-        chosen = chosen.to(images.device)
-        images[chosen] = apply_operation(name, images[chosen], strength)
+    signed = torch.tensor([name in _SIGNED for name in names])
+    # grouped on the CPU and copied at once: the number of images of an operation is known without synchronisation
+    order = operation.argsort(stable=True)
+    strength = torch.where(signed[operation], level * sign, level)[order].to(images.device)
+    counts = torch.bincount(operation + 1, minlength=len(names) + 1).tolist()
+    groups = zip(order.to(images.device).split(counts)[1:], strength.split(counts)[1:], names, strict=True)
+    for chosen, of_each, name in groups:
+        if len(chosen) and name != "Identity":
+            images[chosen] = apply_operation(name, images[chosen], of_each)
     return images
 
 
