@@ -16,7 +16,7 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.experiments.rebalance import RebalanceSettings, rebalance
-from longtail.inference.kept_features import FeatureImages, draw_view, feature_data
+from longtail.inference.kept_features import FeatureImages, draw_view, feature_data, num_missing_features
 from longtail.nn import Encoder, FrozenEncoder
 from longtail.tasks.evaluate import evaluate_split
 from longtail.training.trainer import fit
@@ -135,6 +135,18 @@ def test_features_without_augmentation_are_the_networks(frozen: Config) -> None:
     kept = feature_data(data, encoder, frozen, device=torch.device("cpu"))
     expected = encoder.eval()(data.test.images.plain(torch.arange(20), 8))
     assert torch.allclose(kept.test.images.plain(torch.arange(20), 8), expected, atol=1e-4)
+
+
+def test_what_is_left_to_compute_is_counted(frozen: Config) -> None:
+    data, encoder = digits(frozen)
+    assert data.val is not None
+    others = len(data.val) + len(data.test)
+    assert num_missing_features(data, encoder, frozen) == len(data.train) + others
+    feature_data(data, encoder, frozen, device=torch.device("cpu"))
+    assert num_missing_features(data, encoder, frozen) == 0
+    assert num_missing_features(data, encoder, frozen.replace(feature_views=3)) == 2 * len(data.train)
+    without = frozen.replace(data={"cache": "none"})
+    assert num_missing_features(data, encoder, without) == len(data.train) + others
 
 
 def test_a_changed_image_or_network_is_computed_again(frozen: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,8 +154,7 @@ def feature_data(
     def rows(images: ImageSet, view: int) -> Tensor:
         if folder is None:
             return torch.cat(list(compute(images, torch.arange(len(images)), view)))
-        name = content_hash(network, data.image_size, [augment, view] if view > 0 else "plain")
-        store = RowStore(folder / "features", name, (encoder.num_features,), "float32")
+        store = _store(folder, network, encoder, data.image_size, augment, view)
         keys = images.keys()
         if rank() == 0:
             store.fill(keys, lambda missing: compute(images, missing, view))
@@ -172,6 +172,26 @@ def feature_data(
         mib = count * encoder.num_features * 4 / 2**20
         logger.info("features of %s images are kept in %s (%.0f MiB)", f"{count:,}", folder / "features", mib)
     return dataclasses.replace(data, **replaced)
+
+
+def num_missing_features(data: LongTailedData, encoder: Encoder, config: Config) -> int:
+    """Return for how many views of images :func:`feature_data` would compute features."""
+    folder, network = cache_folder(config.data.cache), encoder_hash(encoder)
+    missing = 0
+    for images, views in ((data.train, config.feature_views), (data.val, 1), (data.test, 1)):
+        for view in range(0 if images is None else views):
+            if folder is None:
+                missing += len(images)
+            else:
+                store = _store(folder, network, encoder, data.image_size, config.data.augment, view)
+                missing += int((store.find(images.keys()) < 0).sum())
+    return missing
+
+
+def _store(folder: Path, network: str, encoder: Encoder, size: int, augment: str, view: int) -> RowStore:
+    """Return the file of one view's features; the first view is the image without augmentation."""
+    name = content_hash(network, size, [augment, view] if view > 0 else "plain")
+    return RowStore(folder / "features", name, (encoder.num_features,), "float32")
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.sources import split_sizes
 from longtail.devices import select_device
 from longtail.errors import LongtailError
+from longtail.inference.kept_features import num_missing_features
 from longtail.nn import Encoder
 from longtail.nn.backbones import input_size
 from longtail.nn.pretrained import normalization
@@ -132,7 +133,8 @@ def remarks_on_duration(config: Config, data: LongTailedData, encoder: Encoder) 
         return []
     sizes = Sizes(len(data.train), 0 if data.val is None else len(data.val), len(data.test))
     speed = measure_speed(encoder, data.image_size, torch.device("cpu"))
-    seconds = expected_seconds(config, sizes, speed)
+    missing = num_missing_features(data, encoder, config) if config.tune == "head" else None
+    seconds = expected_seconds(config, sizes, speed, missing)
     if seconds < _WORTH_SAYING:
         return []
     line = f"expected duration: about {format_duration(seconds)} ({config.epochs} epochs of {sizes.train:,} images)"

@@ -90,20 +90,21 @@ def _time(function: Callable[[], None], device: torch.device) -> float:
     return sorted(times)[len(times) // 4]
 
 
-def expected_seconds(config: Config, sizes: Sizes, speed: Speed) -> float:
+def expected_seconds(config: Config, sizes: Sizes, speed: Speed, missing: int | None = None) -> float:
     """Return how long a run takes from its first pass over the images to its test metrics.
 
     Args:
         config: settings of the run, without open ones.
         sizes: images of each split.
         speed: of the network at the size that it is given.
+        missing: views of images whose features are not kept yet, with ``tune head``; all if not given.
     """
     assert isinstance(config.epochs, int)
     method = METHODS[config.method]
     steps = config.epochs * -(-sizes.train // config.batch_size)
     evaluated = sizes.test + sizes.val * (1 + config.epochs // config.validate_every)
     if config.tune == "head":
-        images = sizes.train * config.feature_views + sizes.val + sizes.test
+        images = sizes.train * config.feature_views + sizes.val + sizes.test if missing is None else missing
         return images * speed.encode + steps * _HEAD_STEP * method.num_student_views(config)
     passes = config.epochs * sizes.train
     seconds = passes * method.num_student_views(config) * speed.train + evaluated * speed.encode
