@@ -104,7 +104,7 @@ def test_a_table_of_the_good_images_is_written_and_can_be_trained_on(
     code, out, _ = command("inspect", photos, "--fix", table, "--json", values)
     assert code == 1
     assert "error: 2 of 23 images cannot be read, more than data.max_unreadable_fraction 0.01" in out
-    assert r"unreadable: dog/bad\nname.png: is damaged or no image" in out
+    assert r"unreadable: dog/bad\nname.png: is not an image that Pillow can read" in out
     assert "\x1b" not in out
     inspection = json.loads(values.read_text())
     assert {entry["path"] for entry in inspection["unreadable"]} == {"cat/0.png", "dog/bad\nname.png"}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from longtail.config import Data, Shots
 from longtail.data.dataset import LongTailedData
@@ -284,12 +284,10 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
                 image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return digest, None, f"is larger than Pillow decodes safely ({error})"
+    except UnidentifiedImageError:
+        return digest, None, "is not an image that Pillow can read"
     except Exception as error:  # decoders raise all kinds of errors over a damaged file
-        return (
-            digest,
-            None,
-            f"is damaged or no image ({' '.join(str(error).split())[:120]})".replace("<_io.BytesIO", "<"),
-        )
+        return digest, None, f"is damaged ({' '.join(str(error).split())[:120]})"
     return digest, sides, None
 
 
