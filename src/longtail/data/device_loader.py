@@ -196,7 +196,7 @@ class DeviceLoader:
 
     def _prepare(self, block: _Block) -> Iterator[None]:
         """Make the inputs of a block's steps, some at a time, beside what is launched meanwhile."""
-        if self._copied is not None:
+        if self._beside is not None and self._copied is not None:
             self._beside.wait_event(self._copied)
         elif self._beside is not None:
             self._beside.wait_stream(torch.cuda.current_stream(self.device))
