@@ -118,6 +118,7 @@ METHODS: Registry[type[Method]] = Registry(
         "focal": "longtail.methods.reweighting:Focal",
         "cb": "longtail.methods.reweighting:ClassBalanced",
         "ldam": "longtail.methods.ldam:LDAM",
+        "experts": "longtail.methods.experts:ProductOfExperts",
         "supcon": "longtail.methods.supcon:SupCon",
         "paco": "longtail.methods.paco:PaCo",
         "gpaco": "longtail.methods.paco:GPaCo",

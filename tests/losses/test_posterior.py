@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from longtail.losses import ClassPrior, compute_log_prior, distillation, posterior, posterior_cross_entropy
+from longtail.losses import ClassPrior, agreement, compute_log_prior, distillation, posterior, posterior_cross_entropy
 from longtail.losses.reweighting import focal_loss, weighted_cross_entropy
 
 
@@ -47,6 +47,39 @@ def test_distillation_against_the_definition() -> None:
     loss.backward()
     assert teacher.grad is None
     assert distillation(student, student).item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_agreement_against_the_definition(views: int) -> None:
+    torch.manual_seed(0)
+    scores = (3 * torch.randn(views, 4, 5, dtype=torch.float64)).requires_grad_()
+    log_prior, mask = compute_log_prior([50, 30, 15, 5, 0]).double(), torch.tensor([True, True, False, True])
+    expected = []
+    for image in (0, 1, 3):
+        posteriors = []
+        for view in range(views):
+            joint = [math.exp(scores[view, image, c].item() + log_prior[c].item()) for c in range(4)]
+            posteriors.append([value / sum(joint) for value in joint])
+        mean = [sum(column) / views for column in zip(*posteriors, strict=True)]
+        terms = [p * math.log(p / m) for row in posteriors for p, m in zip(row, mean, strict=True)]
+        expected.append(sum(terms) / views)
+    loss = agreement(scores, log_prior, mask)
+    assert loss.item() == pytest.approx(sum(expected) / 3, abs=1e-12)
+    loss.backward()
+    assert scores.grad is not None
+    assert bool(scores.grad.isfinite().all())
+    assert scores.grad[:, 2].abs().max() == scores.grad[:, :, 4].abs().max() == 0
+    assert torch.autograd.gradcheck(lambda s: agreement(s, log_prior, mask), scores)
+
+
+def test_the_bounds_of_agreement() -> None:
+    scores = torch.randn(1, 4, 5, dtype=torch.float64)
+    assert agreement(scores.repeat(3, 1, 1)).item() == pytest.approx(0, abs=1e-12)
+    apart = torch.tensor([[[90.0, -90.0]], [[-90.0, 90.0]]])
+    assert agreement(apart).item() == pytest.approx(math.log(2))
+    maps = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    rows = maps.permute(0, 1, 3, 4, 2).reshape(2, -1, 4)
+    assert agreement(maps).item() == pytest.approx(agreement(rows).item(), abs=1e-12)
 
 
 def test_scores_of_pixels_equal_those_of_samples() -> None:

@@ -15,9 +15,9 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
-from longtail.losses import distillation, posterior_cross_entropy
+from longtail.losses import agreement, distillation, posterior_cross_entropy
 from longtail.methods.base import Method
-from longtail.nn import CosineClassifier
+from longtail.nn import CosineClassifier, ExpertClassifier
 from longtail.registry import METHODS
 from longtail.training.trainer import fit
 from tests.methods.steps import batches, build_method, new_encoder, new_loader
@@ -91,7 +91,13 @@ def test_every_method_can_be_distilled_into(tiny: Config, data: LongTailedData, 
     with torch.no_grad():
         teacher_scores = classifier(teacher.eval()(batch.views[0]))
         scores = method.classifier(method.encoder(batch.views[0]))
-    expected = 0.5 * distillation(scores, teacher_scores).item()
+        if isinstance(method.classifier, ExpertClassifier):  # each of them learns from the teacher
+            each = method.classifier.expert_scores(method.encoder(batch.views[0]))
+            each = each - method.classifier.contained_log_prior
+            assert torch.allclose(each.mean(dim=1), scores, atol=1e-5)
+            expected = 0.5 * sum(distillation(each[:, e], teacher_scores).item() for e in range(3)) / 3
+        else:
+            expected = 0.5 * distillation(scores, teacher_scores).item()
     assert terms["distillation"].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -120,6 +126,33 @@ def test_every_view_can_be_distilled(tiny: Config, data: LongTailedData, changes
         ]
     assert each[0] != each[1]
     assert method(batch)["distillation"].item() == pytest.approx(0.5 * sum(each) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "la", "classifier": {"views": 2}},
+        {"method": "ce", "classifier": {"views": 2}},
+        {"method": "focal", "classifier": {"views": 2}},
+        {"method": "gml", "gml": {"share_query": False}, "classifier": {"every_view": True}},
+        {"method": "bcl", "bcl": {"views": 2}, "classifier": {"every_view": True}},
+    ],
+    ids=["la", "ce", "focal", "gml", "bcl"],
+)
+def test_classified_views_can_be_made_to_agree(tiny: Config, data: LongTailedData, changes: dict[str, Any]) -> None:
+    plain = tiny.replace(**changes)
+    config = plain.replace(classifier={"agreement_weight": 0.5})
+    method = build_method(config, data).eval()
+    assert "agreement" not in build_method(plain, data).eval()(batches(method, data)[0])
+    batch = batches(method, data)[0]
+    scores = torch.stack([method.classifier(method.encoder(view)) for view in batch.views[:2]])
+    # the posterior is that of the classification loss, which contains the prior where it is added
+    log_prior = None if config.method in {"ce", "focal"} else method.prior.log_prior
+    expected = 0.5 * agreement(scores, log_prior).item()
+    assert method(batch)["agreement"].item() == pytest.approx(expected, rel=1e-3)
+    one = config.replace(classifier={"views": 1, "every_view": False})
+    with pytest.raises(LongtailError, match=r"classifier\.agreement_weight 0\.5: .* expected two or more"):
+        METHODS[config.method].check(one, data.class_counts)
 
 
 def test_every_view_can_be_classified(tiny: Config, data: LongTailedData) -> None:
@@ -225,9 +258,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "feature transfer": {"gml": {"feature_transfer": 3}},
     "fixed temperature": {"gml": {"learn_temperature": False}},
     **{name: {"method": name} for name in CONTRASTIVE},
+    "experts": {"method": "experts", "classifier": {"distillation_weight": 1.0}},
 }
 # the states that a checkpoint has to hold: a moving average and a teacher, random draws in a step, a queue, statistics
-SAMPLE = {"both keys, distilled", "feature transfer", "paco", "proco"}
+SAMPLE = {"both keys, distilled", "feature transfer", "paco", "proco", "experts"}
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ class Classifier:
     logit_adjustment: bool = True
     """Add the log prior to the scores in training (never done by ce, focal, cb and ldam)."""
     views: Positive = 1
-    """Augmented views of each image per step, each with its own loss (ce, la, focal, cb, ldam)."""
+    """Augmented views of each image per step, each with its own loss (ce, la, focal, cb, ldam, experts)."""
     every_view: bool = False
     """Apply the classification loss to every student view instead of the classification view only (contrastive methods
     and gml; always on for paco and gpaco)."""
@@ -194,6 +194,9 @@ class Classifier:
     """Weight of the distillation from the teacher's classifier (gml has its own setting)."""
     distill_every_view: bool = False
     """Distil every view that is classified instead of the first only."""
+    agreement_weight: Weight = 0.0
+    """Weight of the Jensen-Shannon divergence between the posteriors of the views that are classified, of which there
+    must be two or more: classifier.views 2, or classifier.every_view (contrastive methods and gml)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +266,8 @@ class Config:
     settings: tyro.conf.SuppressFixed[tyro.conf.Fixed[tuple[Any, ...]]] = ()
     """Settings of methods and tasks that are not the defaults; see :meth:`section`. Not a flag."""
     method: str = "gml"
-    """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, supcon, paco,
-    gpaco, bcl, proco, gml; for labels of pixels ce, la, focal, cb, gml, dice, lovasz."""
+    """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, experts, supcon,
+    paco, gpaco, bcl, proco, gml; for labels of pixels ce, la, focal, cb, gml, dice, lovasz."""
     network: str = "auto"
     """Student network: conv8, resnet8/14/20/32/44/56/110 (with x2 or x4 behind it that many times as wide), or any timm
     model, optionally with arguments, "vit_small_patch16_224(drop_path_rate=0.1)", or from the Hub (hf-hub:OWNER/NAME)

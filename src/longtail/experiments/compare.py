@@ -67,8 +67,8 @@ def plan(
         config: the recipe.
         methods: names of the methods.
         seeds: seeds, the same for every method, so that their differences are paired.
-        budget: ``passes``: every method has as many student passes as the most expensive one in the recipe's epochs;
-            ``epochs``: every method has the recipe's epochs.
+        budget: ``passes``: every method has as many student passes as the most expensive one in the recipe's epochs, a
+            pass of a network with experts counted as its operations; ``epochs``: every method has the recipe's epochs.
         imbalances: imbalance factors; None is the recipe's own.
 
     Raises:
@@ -92,10 +92,10 @@ def plan(
             "set --data.profile to exponential, step or pareto to make others"
         )
     assert isinstance(config.epochs, int)
-    views = {name: METHODS[name].num_student_views(config) for name in methods}
-    most = max(views.values())
+    costs = {name: METHODS[name].num_student_views(config) * METHODS[name].pass_cost(config) for name in methods}
+    most = max(costs.values())
     epochs = {
-        name: round(config.epochs * most / views[name]) if budget == "passes" else config.epochs for name in methods
+        name: round(config.epochs * most / costs[name]) if budget == "passes" else config.epochs for name in methods
     }
     # the teacher is the recipe's, whatever its student's epochs become
     config = config.replace(teacher={"epochs": config.teacher.epochs or config.epochs})

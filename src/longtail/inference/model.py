@@ -27,8 +27,16 @@ from longtail.inference.model_card import ModelCardText, model_card
 from longtail.inference.model_config import ModelConfig, model_folder, read_model_config
 from longtail.losses import compute_log_prior
 from longtail.losses.score_loss import broadcast_to_classes
-from longtail.nn import CosineClassifier, Encoder, LinearClassifier, MixtureEnsembleHead, ProjectionMLP
+from longtail.nn import (
+    CosineClassifier,
+    Encoder,
+    ExpertClassifier,
+    LinearClassifier,
+    MixtureEnsembleHead,
+    ProjectionMLP,
+)
 from longtail.nn.encoder import channels_last
+from longtail.nn.experts import split_experts
 from longtail.registry import TASKS
 
 Classifier = CosineClassifier | LinearClassifier | MixtureEnsembleHead
@@ -231,6 +239,8 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
                 f"{model_class.__name__}.load"
             )
         encoder = Encoder(config.network, config.mean, config.std, resize=config.network_size, build=cls.build_backbone)
+        if config.experts > 1:
+            split_experts(encoder, config.experts, config.expert_stages)
         classifier = _build_classifier(config, encoder.num_features)
         try:
             tensors = load_file(folder / "model.safetensors")
@@ -271,6 +281,8 @@ def _build_classifier(config: ModelConfig, num_features: int) -> Classifier:
     num_classes = len(config.class_names)
     if config.head == "linear":
         return LinearClassifier(num_features, num_classes)
+    if config.head == "experts":
+        return ExpertClassifier(num_features, num_classes, config.scale, config.experts)
     cosine = CosineClassifier(num_features, num_classes, config.scale)
     if config.head == "cosine":
         return cosine

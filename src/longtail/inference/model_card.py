@@ -62,12 +62,22 @@ def _data(config: ModelConfig, text: ModelCardText) -> list[str]:
     return [*lines, f"The most frequent: {listed(order[:_LISTED])}; the rarest: {listed(order[-_LISTED:])}.", ""]
 
 
+def _experts(config: ModelConfig) -> str:
+    if config.experts == 1:
+        return ""
+    factor = config.training_info.get("pass_cost", 1)
+    own = f"whose last {config.expert_stages} stages are" if config.expert_stages else "with projections of"
+    cost = f"{factor:g} times the operations of the network alone, as which its passes are counted"
+    return f" with {config.experts} experts, {own} their own ({cost})"
+
+
 def _training(config: ModelConfig) -> list[str]:
     info = config.training_info
     lines = [
         "## Training",
         "",
-        f"longtail {info.get('longtail', '?')}, method {info.get('method', '?')}, network {config.network}, "
+        f"longtail {info.get('longtail', '?')}, method {info.get('method', '?')}, "
+        f"network {config.network}{_experts(config)}, "
         f"{info.get('epochs', '?')} epochs, seed {info.get('seed', '?')}, {info.get('student_passes', 0):,} images "
         f"through the network, {info.get('seconds', 0):.0f} s.",
     ]

@@ -32,8 +32,13 @@ class ModelConfig:
     """Name of the task in :data:`longtail.registry.TASKS`."""
     scale: float
     """Scale of the cosine classifier."""
-    head: Literal["cosine", "linear", "mixture_ensemble"] = "cosine"
-    """Type of the classifier: linear after ``longtail rebalance``, mixture_ensemble with ``gml.ensemble_weight``."""
+    head: Literal["cosine", "linear", "mixture_ensemble", "experts"] = "cosine"
+    """Type of the classifier: linear after ``longtail rebalance``, mixture_ensemble with ``gml.ensemble_weight``,
+    experts of method experts."""
+    experts: Annotated[int, Field(ge=1)] = 1
+    """Experts of the network, whose features are side by side; 1 is a network as it is."""
+    expert_stages: Annotated[int, Field(ge=0)] = 0
+    """Last stages that each expert has for itself."""
     mixture_keys: tuple[int, int] = (0, 0)
     """(K, D) of a mixture ensemble."""
     ensemble_weight: float = 0.0

@@ -30,6 +30,8 @@ from longtail.losses.score_loss import (
     without_classes,
 )
 
+_LEAST_LOG = -1e4  # of a probability: its exponential is 0
+
 
 def compute_log_prior(class_counts: Counts) -> Tensor:
     """Return log p(c) = log(n_c / Σ n), shape (C,) float32; −inf for a class without images.
@@ -196,3 +198,27 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0, mas
     if mask is None:
         mask = torch.ones_like(divergences, dtype=torch.bool)
     return batch_mean(divergences.where(mask, 0.0), mask) * temperature**2
+
+
+def agreement(scores: Tensor, log_prior: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """Return the mean Jensen–Shannon divergence between the posteriors of V views of an image, in [0, log V].
+
+        JS = 1/V Σ_v KL(p_v ‖ p̄),  p̄ = 1/V Σ_v p_v
+
+    Source: of views as a training loss, Hendrycks et al., *AugMix*, ICLR 2020, arXiv 1912.02781; Lin, *Divergence
+    Measures Based on the Shannon Entropy*, IEEE Transactions on Information Theory, 1991.
+
+    Args:
+        scores: (V, B, C) or (V, B, C, H, W).
+        log_prior: (C,) log class frequencies, added to the scores; None is the uniform prior. A class without training
+            images has no part in the divergence.
+        mask: (B,) or (B, H, W) bool, the samples or pixels to include; None includes all.
+    """
+    flat = posterior(scores.flatten(0, 1), log_prior)
+    # a class of probability 0 adds 0, where 0 · −inf would be NaN
+    views = flat.clamp(min=_LEAST_LOG).unflatten(0, scores.shape[:2])
+    mean = views.logsumexp(dim=0) - math.log(len(views))
+    divergences = (views.exp() * (views - mean)).sum(dim=2).mean(dim=0)
+    if mask is None:
+        mask = torch.ones_like(divergences, dtype=torch.bool)
+    return batch_mean(divergences.where(mask, 0.0), mask)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from longtail.config import Config, Settings
 from longtail.data.loader import Batch
+from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import PriorName
-from longtail.losses import ClassPrior, distillation, posterior_cross_entropy
+from longtail.losses import ClassPrior, agreement, distillation, posterior_cross_entropy
 from longtail.nn import CosineClassifier, Encoder, FrozenEncoder, MixtureEnsembleHead
 
 ViewUse = Literal["classification", "contrast"]
@@ -132,8 +133,28 @@ class Method(nn.Module, ABC):
         self._teacher = (None if teacher is None else FrozenEncoder(teacher), teacher_classifier)
 
     @classmethod
-    def check(cls, config: Config, class_counts: list[int]) -> None:
+    def check(cls, config: Config, class_counts: list[int]) -> None:  # noqa: ARG003
         """Raise LongtailError where the settings do not fit the data; called before anything is built."""
+        weight = config.classifier.agreement_weight
+        if weight and cls.num_classified_views(config) < 2:
+            raise LongtailError(
+                f"classifier.agreement_weight {weight:g}: method {config.method} classifies one view of each image, "
+                "expected two or more; set classifier.views 2 (ce, la, focal, cb, ldam, experts), or "
+                "classifier.every_view with a second student view (contrastive methods; gml with --gml.no_share_query)"
+            )
+
+    @classmethod
+    def prepare_encoder(cls, encoder: Encoder, config: Config) -> None:
+        """Change an encoder with its initial weights into what the method trains; called again it changes nothing.
+
+        Raises:
+            LongtailError: the network cannot be changed that way.
+        """
+
+    @classmethod
+    def pass_cost(cls, config: Config) -> float:  # noqa: ARG003
+        """Return the operations of a student pass, as a multiple of those of the network alone."""
+        return 1.0
 
     @classmethod
     def auto_config(
@@ -227,21 +248,48 @@ class Method(nn.Module, ABC):
         features = self.encode(batch.views[: self.num_student_views(self.config)])
         size = len(batch)
         views, labels = self.num_classified_views(self.config), batch.labels
-        scores = self.classifier(features[: size * views])
+        scores = self.training_scores(features[: size * views])
         terms = self.classification_loss(
             self.adapter.upsample_scores(scores, labels), labels.repeat(views, *(1,) * (labels.ndim - 1)), batch
         )
         terms |= self.auxiliary_loss(features, scores, batch, teacher_output)
+        counted = self.adapter.downsample_labels(labels) >= 0
         if teacher_output.scores is not None:
             distilled = self.num_distilled_views(self.config)
-            counted = self.adapter.downsample_labels(labels) >= 0
-            terms["distillation"] = self.distillation_weight(self.config) * distillation(
+            terms["distillation"] = self.distillation_weight(self.config) * self.distillation_loss(
                 scores[: size * distilled],
                 teacher_output.scores,
-                self.config.teacher.distillation_temperature,
                 counted.repeat(distilled, *(1,) * (counted.ndim - 1)),
             )
+        if self.config.classifier.agreement_weight > 0:
+            terms["agreement"] = self.config.classifier.agreement_weight * self.agreement_loss(
+                scores.unflatten(0, (views, -1)), counted
+            )
         return terms
+
+    def training_scores(self, features: Tensor) -> Tensor:
+        """Return the scores that the losses are of, (N, C) of the (N, F) features of the classified views."""
+        scores: Tensor = self.classifier(features)
+        return scores
+
+    def distillation_loss(self, scores: Tensor, teacher_scores: Tensor, counted: Tensor) -> Tensor:
+        """Return the distillation of the teacher, not weighted.
+
+        Args:
+            scores: (N, C) of the distilled views, as :meth:`training_scores` returns them.
+            teacher_scores: (N, C).
+            counted: (N,) bool, the samples to include.
+        """
+        return distillation(scores, teacher_scores, self.config.teacher.distillation_temperature, counted)
+
+    def agreement_loss(self, scores: Tensor, counted: Tensor) -> Tensor:
+        """Return the divergence between the posteriors of the V classified views, not weighted.
+
+        Args:
+            scores: (V, B, C), of :meth:`training_scores`.
+            counted: (B,) bool, the samples to include.
+        """
+        return agreement(scores, self.log_prior(), counted)
 
     @torch.no_grad()
     def teacher_outputs(self, batch: Batch) -> TeacherOutput:

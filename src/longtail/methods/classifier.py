@@ -27,6 +27,10 @@ class ReweightedLoss(Method):
         """Return uniform: a loss that weighs all classes alike leaves no prior in the scores."""
         return "uniform"
 
+    def log_prior(self) -> None:
+        """Return None: nothing is added to the scores."""
+        return
+
     @classmethod
     def conditional_entropy(cls, config: Config, means: Mapping[str, float], one_per_image: bool) -> None:  # noqa: ARG003
         """Return None."""

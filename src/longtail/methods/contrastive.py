@@ -57,6 +57,7 @@ class Contrastive(Method):
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
         """Raise LongtailError where there is nothing to compare with."""
+        super().check(config, class_counts)
         present = sum(count > 0 for count in class_counts)
         if present < 2:
             raise LongtailError(

@@ -130,6 +130,7 @@ class GML(Method):
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
         """Raise LongtailError where the slots cannot be shared out, or settings contradict one another."""
+        super().check(config, class_counts)
         settings = config.section(GMLSettings)
         size = queue_size(settings, class_counts)
         if settings.queues == "class":

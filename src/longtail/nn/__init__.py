@@ -2,11 +2,12 @@
 
 from longtail.nn.backbones import build_backbone
 from longtail.nn.encoder import Encoder, FrozenEncoder
-from longtail.nn.heads import CosineClassifier, LinearClassifier, MixtureEnsembleHead, ProjectionMLP
+from longtail.nn.heads import CosineClassifier, ExpertClassifier, LinearClassifier, MixtureEnsembleHead, ProjectionMLP
 
 __all__ = [
     "CosineClassifier",
     "Encoder",
+    "ExpertClassifier",
     "FrozenEncoder",
     "LinearClassifier",
     "MixtureEnsembleHead",

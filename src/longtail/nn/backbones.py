@@ -59,6 +59,7 @@ class CifarResNet(nn.Module):
                 blocks.append(_Block(inputs, outputs, first_stride if index == 0 else 1))
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
+        self.blocks_per_stage = (depth - 2) // 6
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
@@ -68,6 +69,17 @@ class CifarResNet(nn.Module):
         y = self.blocks(F.relu(self.bn(self.stem(x)), inplace=True))
         features: Tensor = y.mean(dim=(2, 3))
         return features
+
+    def stage_depths(self) -> dict[str, int]:
+        """Return the stage of every parameter, 1 to 3; 0 before the first."""
+
+        def stage(name: str) -> int:
+            return 1 + int(name.split(".")[1]) // self.blocks_per_stage if name.startswith("blocks.") else 0
+
+        return {name: stage(name) for name, _ in self.named_parameters()}
+
+
+_SMALL_STAGE = 7  # layers of a stage of SmallConv, with the pooling behind it
 
 
 class SmallConv(nn.Module):
@@ -96,6 +108,10 @@ class SmallConv(nn.Module):
         """Return (B, 4 · width) features."""
         features: Tensor = self.layers(x).mean(dim=(2, 3))
         return features
+
+    def stage_depths(self) -> dict[str, int]:
+        """Return the stage of every parameter, 1 to 3."""
+        return {name: 1 + int(name.split(".")[1]) // _SMALL_STAGE for name, _ in self.named_parameters()}
 
 
 _DEPTHS = (8, 14, 20, 32, 44, 56, 110)

@@ -6,6 +6,7 @@ student and teacher may differ in it, and a saved model needs no separate note o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -70,13 +71,15 @@ class Encoder(nn.Module):
         build: BackboneBuilder = build_backbone,
     ) -> None:
         super().__init__()
-        self.resize = resize
+        self.name, self.resize = name, resize
         self.mean, self.std = tuple(mean), tuple(std)
         self.normalize = Normalize(mean, std)
         self.backbone = build(name, len(mean), pretrained)
+        self.rebuild = functools.partial(build, name, len(mean), "none")
+        """Returns another backbone of the same kind, with random weights."""
         width = self.backbone.num_features
         assert isinstance(width, int)
-        self.num_features = width
+        self.num_features: int = width
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features of (B, channels, H, W) images in [0, 1]; (B, num_features) features are returned unchanged.

@@ -1,6 +1,6 @@
 """Heads on top of an encoder: classifiers and projections.
 
-Legend: B samples, F feature width, C classes, D embedding width.
+Legend: B samples, F feature width, C classes, D embedding width, E experts.
 """
 
 from __future__ import annotations
@@ -37,6 +37,48 @@ class CosineClassifier(nn.Module):
         if features.ndim == 4:
             return self.scale * F.conv2d(F.normalize(features), weight[:, :, None, None])
         return self.scale * F.linear(F.normalize(features), weight)
+
+
+class ExpertClassifier(CosineClassifier):
+    """A cosine classifier for each expert, and the product of the experts as the prediction.
+
+    Its scores are the mean over the experts of their scores, from each of which the part of the log prior that it
+    contains is subtracted: up to a constant for each sample, the mean of their log posteriors under the uniform prior.
+
+    Args:
+        in_features: E · F, the features of the experts side by side.
+        num_classes: C.
+        scale: factor of the cosine.
+        num_experts: E.
+
+    Attributes:
+        contained_log_prior: (E, C) buffer, what of the log prior the scores of each expert contain; 0 at first.
+
+    Source: Hinton, *Products of Experts*, ICANN 1999; with experts of several priors Sanchez Aimar et al., *Balanced
+    Product of Calibrated Experts for Long-Tailed Recognition* (BalPoE), CVPR 2023, arXiv 2208.07662.
+    """
+
+    contained_log_prior: Tensor
+
+    def __init__(self, in_features: int, num_classes: int, scale: float = 30.0, num_experts: int = 2) -> None:
+        super().__init__(in_features, num_classes, scale)
+        self.num_experts = num_experts
+        self.register_buffer("contained_log_prior", torch.zeros(num_experts, num_classes))
+
+    def expert_scores(self, features: Tensor) -> Tensor:
+        """Return (B, E, C) scores of each expert, of (B, E · F) features, with the prior that they contain."""
+        width = (self.num_experts, -1)
+        experts = F.normalize(features.unflatten(1, width), dim=2).transpose(0, 1)  # (E, B, F)
+        weight = F.normalize(self.weight.unflatten(1, width), dim=2).permute(1, 2, 0)  # (E, F, C)
+        return self.scale * torch.matmul(experts, weight).transpose(0, 1)
+
+    def without_prior(self, scores: Tensor) -> Tensor:
+        """Return (B, E, C) scores of each expert free of the prior."""
+        return scores - self.contained_log_prior
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C) scores of (B, E · F) features."""
+        return self.without_prior(self.expert_scores(features)).mean(dim=1)
 
 
 class LinearClassifier(nn.Module):

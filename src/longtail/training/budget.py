@@ -18,7 +18,7 @@ from longtail.inference.kept_features import num_missing_features
 from longtail.nn import Encoder
 from longtail.nn.backbones import input_size
 from longtail.nn.pretrained import normalization
-from longtail.registry import TASKS
+from longtail.registry import METHODS, TASKS
 from longtail.training.auto_config import fine_tuning_epochs
 from longtail.training.duration import Sizes, Speed, expected_seconds, format_duration, measure_speed
 
@@ -180,6 +180,7 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     sizes = Sizes(counts["train"], counts.get("val", 0), counts["test"])
     device = select_device(config.device)
     encoder = Encoder(config.network, *normalization(config.network, 3), pretrained=config.pretrained)
+    METHODS[config.method].prepare_encoder(encoder, config)
     own = input_size(config.network)  # of a network that takes images of one size
     largest = _LARGEST_OF_SMALL if side is not None and side <= 64 else side or _SIDES[-1]
     sides = sides_up_to(largest) if own is None else [own]

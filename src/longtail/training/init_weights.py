@@ -147,7 +147,9 @@ def load_class_weights(classifier: CosineClassifier, class_names: tuple[str, ...
     rows = {name: row for row, name in enumerate(model.class_names)}
     known = [index for index, name in enumerate(class_names) if name in rows]
     chosen = _class_weights(config.init, model)[[rows[class_names[index]] for index in known]]
-    classifier.weight[known] = chosen.to(classifier.weight)
+    # each expert of several begins with the classifier of the one network
+    repeats = classifier.weight.shape[1] // chosen.shape[1]
+    classifier.weight[known] = chosen.repeat(1, repeats).to(classifier.weight)
 
 
 def _read_model(folder: str) -> ModelConfig:
@@ -207,6 +209,11 @@ def _check_settings(config: Config, model: ModelConfig, out: Path) -> None:
 
 
 def _check_network(config: Config, model: ModelConfig) -> None:
+    if model.experts > 1:
+        raise LongtailError(
+            f"init {config.init}: is a network of {model.experts} experts, whose weights fit no other; expected a run "
+            "of one network; distil it instead: --teacher.source with this run and --classifier.distillation_weight 1"
+        )
     network = resolve_network(fit_network(config, config.data.image_size)[0].network)
     (name, arguments), (other, others) = _architecture(network), _architecture(model.network)
     arguments.pop("img_size", None)

@@ -106,7 +106,8 @@ class Student:
         """Update the moving average and the counts after a step over ``images`` images of all processes."""
         if self.ema is not None:
             self.ema.update(student_modules(self.method), step=self.tracker.step)
-        self.tracker.count(images, images * self.method.num_student_views(self.config))
+        passes = self.method.num_student_views(self.config) * self.method.pass_cost(self.config)
+        self.tracker.count(images, round(images * passes))
 
 
 class LoaderSteps:

@@ -11,7 +11,8 @@ from longtail.data.dataset import LongTailedData
 from longtail.inference.model import TrainedModel
 from longtail.inference.model_config import ModelConfig
 from longtail.methods.base import Method
-from longtail.nn import CosineClassifier, MixtureEnsembleHead
+from longtail.nn import CosineClassifier, ExpertClassifier, MixtureEnsembleHead
+from longtail.nn.experts import ExpertBackbone
 from longtail.nn.network_name import resolve_network
 from longtail.nn.tuning import merge_lora
 from longtail.registry import METHODS, TASKS
@@ -42,11 +43,15 @@ def build_model(
         training_info: what its ``config.json`` tells of the training.
     """
     task, encoder, classifier = TASKS[data.task], merge_lora(student["encoder"]), student["classifier"]
-    mixture: dict[str, Any] = {}
+    head: dict[str, Any] = {}
     if isinstance(classifier, MixtureEnsembleHead):
         keys = (len(classifier.keys), classifier.keys.shape[1])
         weight = classifier.ensemble_weight
-        mixture = {"head": "mixture_ensemble", "mixture_keys": keys, "ensemble_weight": weight}
+        head = {"head": "mixture_ensemble", "mixture_keys": keys, "ensemble_weight": weight}
+    if isinstance(classifier, ExpertClassifier):
+        backbone = encoder.backbone
+        assert isinstance(backbone, ExpertBackbone)
+        head = {"head": "experts", "experts": backbone.num_experts, "expert_stages": backbone.num_stages}
     model_config = ModelConfig(
         class_names=data.class_names,
         class_counts=tuple(data.class_counts),
@@ -60,7 +65,7 @@ def build_model(
         training_info=training_info or {},
         metrics={},
         **task.model_geometry(data),
-        **mixture,
+        **head,
     )
     model: TrainedModel = task.model_class(encoder, classifier, model_config)
     return model

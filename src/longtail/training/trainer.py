@@ -134,6 +134,7 @@ class _Trainer:
         )
         load_encoder(self.encoder, config)
         set_trainable(self.encoder.backbone, config.tune)
+        self.method_class.prepare_encoder(self.encoder, config)
         self.state = torch.get_rng_state()
         self.method_class.check(config, data.class_counts)
         self.transforms = self.task.build_transforms(config, data, self.method_class.views(config))
@@ -391,6 +392,7 @@ class _Trainer:
         broadcast_buffers(modules)
         if tracker.best is not None:
             modules.load_state_dict(tracker.best["weights"])
+        cost = self.method_class.pass_cost(config)
         training_info: dict[str, Any] = {
             "longtail": longtail.__version__,
             "torch": torch.__version__,
@@ -402,6 +404,7 @@ class _Trainer:
             "seconds": round(tracker.seconds, 3),
             "teacher_seconds": round(teacher_seconds, 3),
             "student_passes": tracker.student_passes,
+            **({"pass_cost": round(cost, 3)} if cost != 1 else {}),
             "images": self.data.fingerprint,
         }
         if tracker.best is not None:
