@@ -23,6 +23,7 @@ from longtail.data.transforms import build_transform
 from longtail.inference.recognizer import Recognizer
 from longtail.methods.gml import GML
 from longtail.nn import CosineClassifier, Encoder
+from longtail.registry import METHODS
 from longtail.training.checkpoint import load_checkpoint
 from longtail.training.metric_log import read_metrics
 from tests.conftest import TINY
@@ -37,24 +38,32 @@ def without_batchnorm(module: nn.Module) -> None:
         without_batchnorm(child)
 
 
-def train_steps(rank: int, world: int, folder: str) -> None:
+def train_steps(rank: int, world: int, folder: str, name: str) -> None:
     """Train eight steps as one of several processes, and write losses, queues and weights to ``folder``."""
     torch.set_num_threads(1)
     if world > 1:
         rendezvous = f"file://{folder}/rendezvous{world}"
         torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=world)
     config = load_recipe("digits-lt").config.replace(
-        gml={"distillation_weight": 1.0, "queue_size": 200, "share_query": False}
+        method=name,
+        gml={"distillation_weight": 1.0, "queue_size": 200, "share_query": False},
+        classifier={"views": 2, "every_view": True, "distillation_weight": 1.0, "agreement_weight": 1.0},
+        experts={"self_distillation_weight": 1.0},
     )
     data = load_data(config.data, 0)
     torch.manual_seed(0)
     student, teacher = (Encoder("conv8-tiny", [0.3], [0.4]) for _ in range(2))
-    method = GML(config, student, data.class_counts, teacher, CosineClassifier(teacher.num_features, 10))
+    classifier = CosineClassifier(teacher.num_features, 10)
+    method = METHODS[name](config, student, data.class_counts, teacher, classifier)
     for part in (method, teacher):
         without_batchnorm(part)
     # an uneven number of images a step, so that the processes' shares differ
-    loader = TrainLoader(data.train, 37, [build_transform("digits", 8)] * 3, seed=1, rank=rank, world=world)
-    method.init_memory(lambda splits, number: loader.batches(splits, -1 - number, [2]), data.train.labels)
+    loader = TrainLoader(
+        data.train, 37, [build_transform("digits", 8)] * len(method.views(config)), seed=1, rank=rank, world=world
+    )
+    method.init_memory(
+        lambda splits, number: loader.batches(splits, -1 - number, [len(loader.views) - 1]), data.train.labels
+    )
     wrapped = method if world == 1 else DistributedDataParallel(method)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.05, momentum=0.9)
     losses = []
@@ -67,19 +76,24 @@ def train_steps(rank: int, world: int, folder: str) -> None:
         if world > 1:
             torch.distributed.all_reduce(whole)
         losses.append(whole / world)
-    state = {"losses": torch.stack(losses), "queues": method.queues.state_dict(), "weights": method.state_dict()}
+    queues = method.queues.state_dict() if isinstance(method, GML) else {}
+    state = {"losses": torch.stack(losses), "queues": queues, "weights": method.state_dict()}
     torch.save(state, f"{folder}/{world}-{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_same_batch_gives_the_same_losses_queues_and_weights(tmp_path: Path, world: int) -> None:
-    train_steps(0, 1, str(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "world"), [("gml", 2), ("experts", 2), pytest.param("gml", 4, marks=pytest.mark.slow)]
+)
+def test_the_same_batch_gives_the_same_losses_queues_and_weights(tmp_path: Path, name: str, world: int) -> None:
+    train_steps(0, 1, str(tmp_path), name)
     alone = torch.load(tmp_path / "1-0.pt", weights_only=True)
     assert alone["losses"][0].min() > 0
-    step = "from tests.training.test_distributed import train_steps; train_steps({}, {}, {!r})"
-    ranks = [start_longtail("--version", prelude=step.format(rank, world, str(tmp_path))) for rank in range(world)]
+    step = "from tests.training.test_distributed import train_steps; train_steps({}, {}, {!r}, {!r})"
+    ranks = [
+        start_longtail("--version", prelude=step.format(rank, world, str(tmp_path), name)) for rank in range(world)
+    ]
     for process in ranks:
         assert process.wait(timeout=120) == 0, process.stderr
     for rank in range(world):

@@ -200,7 +200,7 @@ class Compare:
     imbalances: str | None = None
     """Imbalance factors to compare under, separated by commas; the recipe's own if not given."""
     budget: Literal["passes", "epochs"] = "passes"
-    """What is equal for all methods: student passes (images through the student), or epochs."""
+    """What is equal for all methods: student passes (images through it; of experts by operations), or epochs."""
     jobs: int | None = None
     """Runs at a time. On a CPU each is a process of its own with its share of the cores (default: 1); on a GPU they are
     threads, as many as its memory holds (default: at most 8)."""

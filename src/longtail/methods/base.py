@@ -253,6 +253,9 @@ class Method(nn.Module, ABC):
             self.adapter.upsample_scores(scores, labels), labels.repeat(views, *(1,) * (labels.ndim - 1)), batch
         )
         terms |= self.auxiliary_loss(features, scores, batch, teacher_output)
+        weight = self.config.classifier.agreement_weight
+        if teacher_output.scores is None and weight == 0:
+            return terms
         counted = self.adapter.downsample_labels(labels) >= 0
         if teacher_output.scores is not None:
             distilled = self.num_distilled_views(self.config)
@@ -261,10 +264,8 @@ class Method(nn.Module, ABC):
                 teacher_output.scores,
                 counted.repeat(distilled, *(1,) * (counted.ndim - 1)),
             )
-        if self.config.classifier.agreement_weight > 0:
-            terms["agreement"] = self.config.classifier.agreement_weight * self.agreement_loss(
-                scores.unflatten(0, (views, -1)), counted
-            )
+        if weight > 0:
+            terms["agreement"] = weight * self.agreement_loss(scores.unflatten(0, (views, -1)), counted)
         return terms
 
     def training_scores(self, features: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def _curves(config: Config, epochs: Sequence[Mapping[str, Any]]) -> list[tuple[s
 
 _BUDGETS = {
     "passes": "The same seeds for every method. Equal compute: every method has the same number of student passes "
-    "(images through the student, forward and backward).",
+    "(images through the student, forward and backward; one of a network with experts counts as its operations).",
     "epochs": "The same seeds for every method. Equal epochs: a method with more views a step has more student passes.",
 }
 
