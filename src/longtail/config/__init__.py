@@ -1,25 +1,21 @@
 """Settings and recipes; imports no torch."""
 
+from longtail.config.optimization import Mixing, Optimizer, Schedule
 from longtail.config.recipes import About, Recipe, load_header, load_recipe, read_config, recipe_names
 from longtail.config.schema import (
     Classifier,
     Config,
     Data,
-    Fraction,
-    Optimizer,
-    Positive,
-    PositiveFloat,
-    Schedule,
     Settings,
     Shots,
     Teacher,
-    Weight,
     field_names,
     parse_config,
     settings_type,
     settings_types,
     validate_section,
 )
+from longtail.config.types import Fraction, Positive, PositiveFloat, Weight
 
 __all__ = [
     "About",
@@ -27,6 +23,7 @@ __all__ = [
     "Config",
     "Data",
     "Fraction",
+    "Mixing",
     "Optimizer",
     "Positive",
     "PositiveFloat",

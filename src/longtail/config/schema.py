@@ -15,17 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from longtail.config.optimization import Mixing, Optimizer, Schedule
+from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat, Weight
 from longtail.errors import LongtailError, did_you_mean
 from longtail.registry import METHODS, SAMPLERS, TASKS, TRANSFORMS
 
-Positive = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-_STRICT = ConfigDict(extra="forbid")
 _TUNE = re.compile(r"full|norm|head|last:0*[1-9]\d*|(lora|adapter)(:0*[1-9]\d*)?", re.ASCII)
 
 
@@ -33,7 +29,7 @@ _TUNE = re.compile(r"full|norm|head|last:0*[1-9]\d*|(lora|adapter)(:0*[1-9]\d*)?
 class Settings:
     """Settings of one method or task: a section of a recipe, under the name of the method or task."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     section: ClassVar[str]
 
 
@@ -44,7 +40,7 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 class Data:
     """The images, and how they are made long-tailed."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     source: str = "digits-lt"
     """Data set: digits-lt, cifar10-lt, cifar100-lt, imagenet-lt, places-lt, inat2018, camvid, ade20k; or a kind of your
@@ -128,55 +124,10 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """Optimizer and learning rates."""
-
-    __pydantic_config__ = _STRICT
-
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer: sgd (with momentum), or adamw, the usual one to fine-tune a pretrained network."""
-    learning_rate: PositiveFloat = 0.1
-    """Peak learning rate."""
-    head_learning_rate: PositiveFloat | None = None
-    """Peak learning rate of everything but the encoder; learning_rate if not given."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the encoder's learning rate from each layer to the one before it (timm models); 1: equal for all."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum (sgd)."""
-    weight_decay: Weight = 5e-4
-    """Weight decay; not applied to the temperature and, with adamw, to biases and normalisation layers."""
-    nesterov: bool = False
-    """Use Nesterov momentum (sgd)."""
-    grad_clip_norm: PositiveFloat | None = None
-    """Clip the gradient to this norm; no clipping if not given."""
-    grad_accumulation_steps: Positive = 1
-    """Split each batch into this many parts to save memory; the optimizer steps once per batch."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the student's weights, which is then evaluated and saved; none if not
-    given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Learning-rate schedule; durations are fractions of the training, so they follow --epochs."""
-
-    __pydantic_config__ = _STRICT
-
-    name: Literal["constant", "multistep", "cosine", "one-cycle"] = "cosine"
-    """Shape of the schedule."""
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the training with linear warm-up."""
-    milestones: tuple[Fraction, ...] = (0.8, 0.9)
-    """Fractions of the training at which multistep multiplies the learning rate by gamma."""
-    gamma: PositiveFloat = 0.1
-    """Factor at each milestone."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Classifier:
     """The cosine classifier, which every method has."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     scale: PositiveFloat = 30.0
     """Scale of the cosine: the score of class c is scale · cos(feature, weight of c)."""
@@ -203,7 +154,7 @@ class Classifier:
 class Teacher:
     """The frozen encoder whose features fill the queues (gml) and whose classifier is distilled."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     source: str = "train"
     """train (train one first, with logit-adjusted cross-entropy), the folder of a run, or timm:NAME (pretrained)."""
@@ -221,7 +172,7 @@ class Teacher:
 class Shots:
     """Shot groups, by the number of training images per class."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     many_above: Positive = 100
     """Classes with more training images are in the group many."""
@@ -244,7 +195,7 @@ class Shots:
 class Accelerator:
     """How an accelerator is used; what is learned is the same but for rounding."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     batches: Literal["auto", "device", "host"] = "auto"
     """Where training batches are made: device: the images are kept in the accelerator's memory as bytes and augmented
@@ -259,7 +210,7 @@ class Accelerator:
 class Config:
     """The settings of a run."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     recipe: tyro.conf.SuppressFixed[tyro.conf.Fixed[str]] = "digits-lt"
     """The recipe that this run started from; not a flag."""
@@ -318,6 +269,7 @@ class Config:
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    mixing: Mixing = field(default_factory=Mixing)
     classifier: Classifier = field(default_factory=Classifier)
     teacher: Teacher = field(default_factory=Teacher)
     accelerator: Accelerator = field(default_factory=Accelerator)
@@ -386,6 +338,7 @@ _CORE_SECTIONS: dict[str, type] = {
     "data": Data,
     "optimizer": Optimizer,
     "schedule": Schedule,
+    "mixing": Mixing,
     "classifier": Classifier,
     "teacher": Teacher,
     "accelerator": Accelerator,

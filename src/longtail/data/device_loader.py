@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import BY_IMAGE, Batch, TrainLoader, mix_batch
 from longtail.data.transforms import PerImageTransform
 
 PIXELS_AT_ONCE = 2**24  # that are augmented at once, at most: a hundred operations are launched for any number
@@ -216,7 +216,7 @@ class DeviceLoader:
         shape, indices = tuple(padded.shape), padded.flatten()
         there = indices.to(self.device)
         pixels, ids = self.pixels[there], self.ids[there]
-        views = []
+        views: list[Tensor] = []
         for number, transform in enumerate(loader.views):
             assert not isinstance(transform, PerImageTransform)
             keys = loader.rng_keys(number, block.epoch)
@@ -227,25 +227,30 @@ class DeviceLoader:
                 first = block.start + rows.start
                 order = (loader.sampler, loader.deferred_from, loader.epochs, self.largest, first, len(splits))
                 views.append(self.shared.get((self.view_names[number], keys, block.epoch, order), make))
+        batch = Batch(tuple(views), self.labels[there], ids)
+        if loader.cache is not None:
+            features, scores = loader.cache.lookup(indices, block.epoch)
+            batch.key_features = features.to(self.device)
+            batch.teacher_scores = None if scores is None else scores.to(self.device)
+        if loader.mixer is not None:
+            sizes = torch.tensor([len(split) for split in splits]).to(self.device)
+            partners = loader.mixer.partners(ids.view(shape), block.epoch, sizes)
+            partners += self.largest * torch.arange(len(splits), device=self.device)[:, None]
+            batch = mix_batch(batch, loader.mixer, partners.flatten(), block.epoch)
+        if loader.cache is None and self.teacher_pass is not None:
+            batch.key_features, batch.teacher_scores = self.teacher_pass(batch)
         # channels last in memory, as the networks need it
         made = {
             f"view{number}": view.permute(0, 2, 3, 1).reshape(*shape, *view.shape[2:], view.shape[1])
-            for number, view in enumerate(views[: self.kept_views])
+            for number, view in enumerate(batch.views[: self.kept_views])
         }
-        made |= {"labels": self.labels[there].view(shape), "ids": ids.view(shape)}
-        features, scores = self._teacher_outputs(Batch(tuple(views), self.labels[there], ids), indices, block.epoch)
-        if features is not None:
-            made["key_features"] = features.reshape(*shape, -1)
-        if scores is not None:  # (D · B, C), one view after another
-            by_image = scores.view(-1, len(indices), scores.shape[1]).transpose(0, 1)
-            made["teacher_scores"] = by_image.reshape(*shape, *by_image.shape[1:])
+        for name in BY_IMAGE:
+            tensor = getattr(batch, name)
+            if name == "teacher_scores" and tensor is not None:  # (D · B, C), one view after another
+                tensor = tensor.view(-1, len(indices), tensor.shape[1]).transpose(0, 1)
+            if tensor is not None:
+                made[name] = tensor.reshape(*shape, *tensor.shape[1:])
         return made
-
-    def _teacher_outputs(self, batch: Batch, indices: Tensor, epoch: int) -> tuple[Tensor | None, Tensor | None]:
-        if self.loader.cache is not None:
-            kept = self.loader.cache.lookup(indices, epoch)
-            return tuple(None if tensor is None else tensor.to(self.device) for tensor in kept)  # type: ignore[return-value]
-        return (None, None) if self.teacher_pass is None else self.teacher_pass(batch)
 
     def _swap(self, block: _Block) -> None:
         """Make the prepared block the current one."""
@@ -269,12 +274,10 @@ class DeviceLoader:
         def row(name: str) -> Tensor:
             return self._current[name].index_select(0, self.counter)[0, :size]
 
+        by_image: dict[str, Any] = {name: row(name) for name in BY_IMAGE if name in self._current}
         return Batch(
             views=tuple(row(f"view{number}").permute(0, 3, 1, 2) for number in range(self.kept_views)),
-            labels=row("labels"),
-            ids=row("ids"),
-            key_features=row("key_features") if "key_features" in self._current else None,
-            teacher_scores=row("teacher_scores") if "teacher_scores" in self._current else None,
+            **by_image,
             global_batch=size,
             epoch_fraction=self.epoch_fraction,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from longtail.data.dataset import ImageSet
+from longtail.data.mixing import Mixer
 from longtail.data.prefetch import prefetch
 from longtail.data.samplers import epoch_order
 from longtail.data.transforms import AnyTransform, PerImageTransform
@@ -49,24 +51,35 @@ class Batch:
     epoch_fraction: float | Tensor = 0.0
     """Fraction of the training's epochs before this one, in [0, 1); a scalar of the device where batches are made
     there, since a recorded step cannot contain a number that changes."""
+    mixed_labels: Tensor | None = None
+    """(B,) int64 labels of the images that the classified views are mixed with, see :mod:`longtail.data.mixing`; None
+    where no images are mixed."""
+    label_weights: Tensor | None = None
+    """(B,) the weight of an image's own label in [0, 1], where images are mixed."""
+    gradient_weights: Tensor | None = None
+    """(B,) factors of the gradient of each image's loss with respect to its scores; the loss itself stays as it is."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def targets(self, num_classes: int) -> Tensor:
+        """Return the labels of the classified views: ``labels``, or (B, C) probabilities where images are mixed.
+
+        An image without a label has a row of zeros.
+        """
+        if self.mixed_labels is None or self.label_weights is None:
+            return self.labels
+        classes = torch.arange(num_classes, device=self.labels.device)
+        own, other = (labels[:, None] == classes for labels in (self.labels, self.mixed_labels))
+        weights = self.label_weights[:, None]
+        return weights * own + (1 - weights) * other
+
     def _map(self, function: Callable[[Tensor], Tensor], max_local_batch: int | None) -> Batch:
-        features, scores = (
-            tensor if tensor is None else function(tensor) for tensor in (self.key_features, self.teacher_scores)
-        )
-        return Batch(
-            tuple(map(function, self.views)),
-            function(self.labels),
-            function(self.ids),
-            features,
-            scores,
-            max_local_batch,
-            self.global_batch,
-            self.epoch_fraction,
-        )
+        changes: dict[str, Any] = {"max_local_batch": max_local_batch, "views": tuple(map(function, self.views))}
+        for name in BY_IMAGE:
+            tensor = getattr(self, name)
+            changes[name] = None if tensor is None else function(tensor)
+        return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device) -> Batch:
         """Copy to ``device``, asynchronously to CUDA; itself where it is there."""
@@ -88,6 +101,13 @@ class Batch:
             self._map(lambda tensor, a=a, b=b: tensor[a:b], max_local_batch)  # type: ignore[misc]
             for a, b in itertools.pairwise(edges)
         ]
+
+
+BY_IMAGE = (
+    *("labels", "ids", "key_features", "teacher_scores"),
+    *("mixed_labels", "label_weights", "gradient_weights"),
+)
+"""Tensors of a batch, beside its views, that have a row for every image."""
 
 
 class CachedTeacherViews(Protocol):
@@ -125,6 +145,8 @@ class TrainLoader:
         rank: of this process in the training.
         world: number of the training's processes; each has its part of every batch.
         cache: the teacher's outputs for fixed views.
+        mixer: mixes the images of every batch of an epoch; a process makes views of partners that are another
+            process's images itself.
     """
 
     def __init__(
@@ -141,8 +163,9 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         cache: CachedTeacherViews | None = None,
+        mixer: Mixer | None = None,
     ) -> None:
-        self.rank, self.world, self.cache = rank, world, cache
+        self.rank, self.world, self.cache, self.mixer = rank, world, cache, mixer
         self.images, self.views, self.seed, self.epochs = images, tuple(views), seed, epochs
         self.sampler, self.deferred_from = sampler, deferred_from
         self.steps = -(-len(images) // batch_size)
@@ -171,17 +194,21 @@ class TrainLoader:
             only: indices of the views that are wanted; all if not given.
         """
         numbers = range(len(self.views)) if only is None else only
-        images = self.images
+        images, mixer = self.images, self.mixer if epoch >= 0 else None
         local = [split.tensor_split(self.world)[self.rank] for split in splits]
         # a process without an image of a small batch takes one that gets no label
         taken = [part if len(part) else split[:1] for part, split in zip(local, splits, strict=True)]
+        partners: list[Tensor] = []
+        if mixer is not None:
+            needed = [self._with_partners(mixer, split, epoch) for split in splits]
+            taken, partners = [indices for indices, _ in needed], [places for _, places in needed]
         batches = (self._per_image_views if self.per_image else self._batched_views)(taken, epoch, numbers)
-        for (indices, views, pixel_labels), part, split in zip(batches, local, splits, strict=True):
+        for step, ((indices, views, pixel_labels), part, split) in enumerate(zip(batches, local, splits, strict=True)):
             features, scores = (None, None) if self.cache is None or epoch < 0 else self.cache.lookup(indices, epoch)
             labels = images.labels[indices] if pixel_labels is None else pixel_labels
-            yield Batch(
+            batch = Batch(
                 views=views,
-                labels=labels if len(part) else torch.full_like(labels, -1),
+                labels=labels,
                 ids=images.ids[indices],
                 key_features=features,
                 teacher_scores=scores,
@@ -189,6 +216,24 @@ class TrainLoader:
                 global_batch=len(split),
                 epoch_fraction=max(epoch, 0) / self.epochs,
             )
+            if mixer is not None:
+                batch = mix_batch(batch, mixer, partners[step], epoch)
+            if not len(part):
+                batch.labels = torch.full_like(batch.labels, -1)
+                batch.mixed_labels = None if batch.mixed_labels is None else batch.labels
+            yield batch
+
+    def _with_partners(self, mixer: Mixer, split: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of a process's images of a batch and, after them, of partners that are not among them;
+        and where among all these the partner of each of its images is.
+        """
+        parts = split.tensor_split(self.world)
+        first = sum(map(len, parts[: self.rank])) if len(parts[self.rank]) else 0
+        count = max(1, len(parts[self.rank]))
+        wanted = mixer.partners(self.images.ids[split][None], epoch)[0][first : first + count]
+        elsewhere = (wanted < first) | (wanted >= first + count)
+        places = torch.where(elsewhere, count - 1 + elsewhere.cumsum(0), wanted - first)
+        return torch.cat([split[first : first + count], split[wanted[elsewhere]]]), places
 
     def rng_keys(self, number: int, epoch: int) -> tuple[int, ...]:
         """Return the random keys of view ``number`` in an epoch."""
@@ -237,6 +282,36 @@ class TrainLoader:
             views, indices, pixel_labels, unreadable = batch
             self.images.images.record_unreadable(unreadable)
             yield indices, tuple(to_float(view) for view in views), pixel_labels
+
+
+def mix_batch(batch: Batch, mixer: Mixer, partners: Tensor, epoch: int) -> Batch:
+    """Return a batch of the first B images, each mixed with its partner.
+
+    Args:
+        batch: of these images and, after them, of partners that are not among them; its teacher's scores, if there are
+            any, are of views that are not mixed.
+        mixer: mixes them.
+        partners: (B,) where in the batch the partner of each is.
+        epoch: from 0.
+    """
+    own = batch._map(lambda tensor: tensor[: len(partners)], batch.max_local_batch)
+    height, width = own.views[0].shape[-2:]
+    other_labels = batch.labels[partners]
+    mixture = mixer.draw(own.ids, own.labels, other_labels, epoch, (height, width))
+    views = [
+        mixture.views(view, batch.views[number][partners]) if number < mixer.num_views else view
+        for number, view in enumerate(own.views)
+    ]
+    scores = own.teacher_scores
+    if scores is not None and batch.teacher_scores is not None:
+        scores = mixture.scores(scores, batch.teacher_scores[partners], mixer.temperature)
+    return dataclasses.replace(
+        own,
+        views=tuple(views),
+        teacher_scores=scores,
+        mixed_labels=other_labels,
+        label_weights=mixture.label_weights,
+    )
 
 
 def ignore_signals(_worker: int) -> None:

@@ -228,6 +228,20 @@ class Method(nn.Module, ABC):
         """Return how many views of a batch, the last, are for a frozen teacher alone."""
         return 0
 
+    @classmethod
+    def losses_are_per_image(cls) -> bool:
+        """Return whether the loss is a mean over the images, of a loss of each image's scores; what is learned beside
+        the classifier may compare images.
+        """
+        return cls.auxiliary_loss is Method.auxiliary_loss and cls.training_step is Method.training_step
+
+    @classmethod
+    def reason_against_mixing(cls, config: Config) -> str:  # noqa: ARG003
+        """Return why the classified views cannot be views of mixed images, and what to do; empty if they can."""
+        if cls.losses_are_per_image():
+            return ""
+        return "learns from images of one class each; use la, ce, focal or cb"
+
     def encode(self, views: Sequence[Tensor]) -> Tensor:
         """Return the features of all views, one view after the other.
 
@@ -249,8 +263,12 @@ class Method(nn.Module, ABC):
         size = len(batch)
         views, labels = self.num_classified_views(self.config), batch.labels
         scores = self.training_scores(features[: size * views])
+        if batch.gradient_weights is not None:
+            weights = batch.gradient_weights.repeat(views).view(-1, *(1,) * (scores.ndim - 1))
+            scores.register_hook(lambda gradient: gradient * weights.to(gradient.dtype))
+        targets = batch.targets(len(self.prior.class_counts))
         terms = self.classification_loss(
-            self.adapter.upsample_scores(scores, labels), labels.repeat(views, *(1,) * (labels.ndim - 1)), batch
+            self.adapter.upsample_scores(scores, labels), targets.repeat(views, *(1,) * (targets.ndim - 1)), batch
         )
         terms |= self.auxiliary_loss(features, scores, batch, teacher_output)
         weight = self.config.classifier.agreement_weight
@@ -343,14 +361,15 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def conditional_entropy(cls, config: Config, means: Mapping[str, float], one_per_image: bool) -> float | None:  # noqa: ARG003
-        """Return the estimate of H(Y|Z) in nats that the mean loss terms contain, −log p(y|z); None if they have none.
+        """Return the estimate of H(Y|Z) in nats that the mean loss terms contain, −log p(y|z); None if they have none,
+        as those of mixed images, which have no single label.
 
         Args:
             config: settings of the run.
             means: mean loss terms by name.
             one_per_image: whether a sample is an image.
         """
-        return means.get("classifier")
+        return means.get("classifier") if config.mixing.kind == "none" else None
 
     @classmethod
     def diagnose(cls, config: Config, epochs: Sequence[Mapping[str, Any]]) -> list[Finding]:  # noqa: ARG003

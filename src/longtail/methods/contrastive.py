@@ -82,6 +82,17 @@ class Contrastive(Method):
         contrast: ViewUse = "contrast"
         return ("classification", *(contrast,) * (cls.num_student_views(config) - 1))
 
+    @classmethod
+    def reason_against_mixing(cls, config: Config) -> str:
+        """Return why a view that is compared is classified too: compared images have one class each."""
+        settings = config.section(cls.settings_class)
+        if settings.share_view or config.classifier.every_view:
+            return (
+                "compares the classified view with images of its class; set "
+                f"{settings.section}.share_view and classifier.every_view to false"
+            )
+        return ""
+
     def auxiliary_loss(
         self,
         features: Tensor,

@@ -115,6 +115,11 @@ class ProductOfExperts(Method):
         settings, network = config.section(ExpertsSettings), "resnet32" if config.network == "auto" else config.network
         return relative_operations(network, len(settings.strengths), settings.stages)
 
+    @classmethod
+    def losses_are_per_image(cls) -> bool:
+        """Return True: distillation among the experts is of each image's scores too."""
+        return True
+
     def training_scores(self, features: Tensor) -> Tensor:
         """Return the scores of each expert, (N, E, C) of (N, E · F) features."""
         return self.classifier.expert_scores(features)

@@ -211,6 +211,19 @@ class GML(Method):
         return config.section(GMLSettings).keys == "teacher"
 
     @classmethod
+    def reason_against_mixing(cls, config: Config) -> str:
+        """Return why a view that is a query or a key is classified too: queries and keys have one class each."""
+        settings = config.section(GMLSettings)
+        if settings.share_query or settings.query_all_views or config.classifier.every_view:
+            return (
+                "compares the classified view with keys of its class; set gml.share_query, gml.query_all_views and "
+                "classifier.every_view to false"
+            )
+        if settings.share_key and not config.teacher.cache:
+            return "takes its keys from the classified view, and a key has one class; set gml.share_key to false"
+        return ""
+
+    @classmethod
     def num_teacher_views(cls, config: Config) -> int:
         """Return 1 where there is a key view."""
         return len(cls.views(config)) - cls.num_student_views(config)
@@ -304,11 +317,13 @@ class GML(Method):
         return MixtureEnsembleHead(classifier, self.query_mlp, keys, slots.labels.clone(), temperature, weight)
 
     @classmethod
-    def conditional_entropy(cls, config: Config, means: Mapping[str, float], one_per_image: bool) -> float:
-        """Return the mixture's −log p(y|z), or the classifier's where there is no mixture."""
+    def conditional_entropy(cls, config: Config, means: Mapping[str, float], one_per_image: bool) -> float | None:
+        """Return the mixture's −log p(y|z), or the classifier's where there is no mixture and no image is mixed."""
         settings = config.section(GMLSettings)
         if settings.mixture_weight > 0 and one_per_image:  # H(Y) of drawn pixels is another one
             return means["mixture"] / settings.mixture_weight
+        if config.mixing.kind != "none":
+            return None
         return means["classifier"] / max(settings.classifier_weight, 1e-12)
 
     @classmethod

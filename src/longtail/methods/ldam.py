@@ -52,6 +52,11 @@ class LDAM(ReweightedLoss):
         self.register_buffer("weights", weights, persistent=False)
         self.register_buffer("equal_weights", (weights > 0).to(weights), persistent=False)
 
+    @classmethod
+    def reason_against_mixing(cls, config: Config) -> str:  # noqa: ARG003
+        """Return that the margin is one of the true class."""
+        return "has a margin for the one true class; use la, ce, focal or cb"
+
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy with margins, re-weighted by class late in the training."""
         late = batch.epoch_fraction >= self.config.section(LDAMSettings).reweight_from

@@ -52,6 +52,11 @@ class GPaCo(QueueContrastive):
         """Return all of them: the scores of a query stand beside its keys."""
         return cls.num_student_views(config)
 
+    @classmethod
+    def reason_against_mixing(cls, config: Config) -> str:  # noqa: ARG003
+        """Return that centres and samples are in one softmax, whose positives are of one class."""
+        return "has one softmax over classes and samples, in which an image has one class; use la, ce, focal or cb"
+
     def classification_loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """Return nothing: the scores go into the contrastive loss."""
         return {}

@@ -13,6 +13,7 @@ import torch
 from longtail.config import Config
 from longtail.nn import Encoder
 from longtail.registry import METHODS
+from longtail.training.sharpness import passes_per_step
 
 _IMAGES = 16  # of a measured batch: the time of an image hardly depends on it
 _SECONDS, _CALLS = 2.0, 12  # of measurement for each direction at most, after two batches to warm up
@@ -105,15 +106,18 @@ def expected_seconds(config: Config, sizes: Sizes, speed: Speed, missing: int | 
     evaluated = sizes.test + sizes.val * (1 + config.epochs // config.validate_every)
     if config.tune == "head":
         images = sizes.train * config.feature_views + sizes.val + sizes.test if missing is None else missing
-        return images * speed.encode + steps * _HEAD_STEP * method.num_student_views(config)
+        return images * speed.encode + steps * _HEAD_STEP * method.num_student_views(config) * passes_per_step(config)
     passes = config.epochs * sizes.train
-    seconds = passes * method.num_student_views(config) * speed.train + evaluated * speed.encode
+    trained = passes * method.num_student_views(config) * passes_per_step(config)
+    seconds = trained * speed.train + evaluated * speed.encode
     if config.classifier.init == "class_means":
         seconds += sizes.train * speed.encode
     if method.needs_teacher(config):
         seconds += passes * speed.encode
         if config.teacher.source == "train":
-            first = config.replace(method="la", epochs=config.teacher.epochs or config.epochs)
+            first = config.replace(
+                method="la", epochs=config.teacher.epochs or config.epochs, optimizer={"sharpness": "none"}
+            )
             first = dataclasses.replace(
                 first, classifier=dataclasses.replace(first.classifier, distillation_weight=0.0)
             )

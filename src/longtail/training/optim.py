@@ -8,6 +8,7 @@ import torch
 
 from longtail.config import Config
 from longtail.methods.base import Method
+from longtail.nn import CosineClassifier
 from longtail.nn.tuning import layer_depths
 
 
@@ -25,7 +26,7 @@ def build_optimizer(method: Method, config: Config, on_device: bool = False) -> 
     settings = config.optimizer
     options: dict[str, Any] = {"fused": True} if on_device else {}
     groups = [
-        {"params": parameters, "lr_scale": scale, **({} if decay else {"weight_decay": 0.0})}
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), parameters in _groups(method, config).items()
     ]
     if settings.name == "adamw":
@@ -57,22 +58,39 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate * group["lr_scale"]
 
 
-def _groups(method: Method, config: Config) -> dict[tuple[float, bool], list[torch.nn.Parameter]]:
-    """Return parameters by factor of the learning rate and by whether they have weight decay."""
+@torch.no_grad()
+def limit_row_norms(method: Method, max_norm: float) -> None:
+    """Project the weights of every class to a norm of at most ``max_norm``, in place, without waiting for the device.
+
+    Source: MaxNorm of Alshammari et al., *Long-Tailed Recognition via Weight Balancing*, CVPR 2022, arXiv 2203.14197.
+    """
+    for module in method.modules():
+        if isinstance(module, CosineClassifier) and module.weight.requires_grad:
+            norms = torch.linalg.vector_norm(module.weight, dim=1, keepdim=True)
+            module.weight.mul_((max_norm / norms.clamp(min=1e-12)).clamp(max=1.0))
+
+
+def _groups(method: Method, config: Config) -> dict[tuple[float, float], list[torch.nn.Parameter]]:
+    """Return parameters by factor of the learning rate and by weight decay."""
     settings = config.optimizer
     head_scale = 1.0 if settings.head_learning_rate is None else settings.head_learning_rate / settings.learning_rate
     depths = layer_depths(method.encoder.backbone) if settings.layer_decay < 1 else {}
     deepest = max(depths.values(), default=0)
     without_decay = {id(parameter) for parameter in method.no_weight_decay()}
-    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    head_decay = settings.weight_decay if settings.head_weight_decay is None else settings.head_weight_decay
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale, prefix = head_scale, "encoder.backbone."
+        scale, decay, prefix = head_scale, head_decay, "encoder.backbone."
         if name.startswith(prefix):
             depth = depths.get(name.removeprefix(prefix), deepest)
-            scale = settings.layer_decay ** (deepest - depth)
-        plain = settings.name == "adamw" and parameter.ndim <= 1
-        decay = id(parameter) not in without_decay and not plain
+            scale, decay = settings.layer_decay ** (deepest - depth), settings.weight_decay
+        if id(parameter) in without_decay:
+            decay = 0.0
+        elif parameter.ndim <= 1 and settings.norm_weight_decay is not None:
+            decay = settings.norm_weight_decay
+        elif parameter.ndim <= 1 and settings.name == "adamw":
+            decay = 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     return groups

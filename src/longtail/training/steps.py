@@ -26,8 +26,9 @@ from longtail.errors import LongtailError
 from longtail.methods.base import Method
 from longtail.randomness import mix
 from longtail.training.metric_log import MetricTracker, NonFiniteLossGuard
-from longtail.training.optim import set_learning_rate
+from longtail.training.optim import limit_row_norms, set_learning_rate
 from longtail.training.schedule import rate
+from longtail.training.sharpness import SharpnessAware, passes_per_step
 from longtail.training.trained_model import student_modules
 from longtail.training.turns import Turn
 
@@ -55,6 +56,7 @@ class Student:
     total: int
     """Steps of the training."""
     turn: Turn
+    sharpness: SharpnessAware | None = None
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate at a step."""
@@ -64,16 +66,11 @@ class Student:
         """Return the loss terms of a batch, and the norm of the gradient if it is measured, after a step along it."""
         settings, fabric = self.config.optimizer, self.fabric
         self.optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, Tensor] = {}
         parts = batch.split(settings.grad_accumulation_steps)
-        sizes = sum_batch_sizes([len(part) for part in parts], fabric.device)
-        for number, part in enumerate(parts):
-            with fabric.no_backward_sync(self.wrapped, enabled=world_size() > 1 and number + 1 < len(parts)):
-                terms = self.wrapped(part.to(fabric.device))
-                weight = sizes[number] / sum(sizes)
-                fabric.backward(torch.stack(list(terms.values())).sum() * weight)
-            for name, value in terms.items():
-                totals[name] = totals[name] + value.detach() * weight if name in totals else value.detach() * weight
+        if self.sharpness is None:
+            totals = self.backward(parts)
+        else:
+            totals = self.sharpness.backward([part.to(fabric.device) for part in parts], self.backward)
         norm = None
         if settings.grad_clip_norm is not None:
             norm = fabric.clip_gradients(
@@ -83,7 +80,28 @@ class Student:
             gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
             norm = torch.stack(torch._foreach_norm(gradients)).norm() / self._loss_scale()
         self.optimizer.step()
+        if settings.head_max_norm is not None:
+            limit_row_norms(self.method, settings.head_max_norm)
         return totals, norm
+
+    def backward(self, parts: Sequence[Batch], sync: bool = True) -> dict[str, Tensor]:
+        """Add the gradient of a batch, and return its loss terms.
+
+        Args:
+            parts: of the batch, which need not be on the device.
+            sync: average the gradients over all processes; where not, they are with those of the next call.
+        """
+        fabric, totals = self.fabric, dict[str, Tensor]()
+        sizes = sum_batch_sizes([len(part) for part in parts], fabric.device)
+        for number, part in enumerate(parts):
+            later = not sync or number + 1 < len(parts)
+            with fabric.no_backward_sync(self.wrapped, enabled=world_size() > 1 and later):
+                terms = self.wrapped(part.to(fabric.device))
+                weight = sizes[number] / sum(sizes)
+                fabric.backward(torch.stack(list(terms.values())).sum() * weight)
+            for name, value in terms.items():
+                totals[name] = totals[name] + value.detach() * weight if name in totals else value.detach() * weight
+        return totals
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)  # of 16-mixed
@@ -106,8 +124,8 @@ class Student:
         """Update the moving average and the counts after a step over ``images`` images of all processes."""
         if self.ema is not None:
             self.ema.update(student_modules(self.method), step=self.tracker.step)
-        passes = self.method.num_student_views(self.config) * self.method.pass_cost(self.config)
-        self.tracker.count(images, round(images * passes))
+        views, cost = self.method.num_student_views(self.config), self.method.pass_cost(self.config)
+        self.tracker.count(images, round(images * views * passes_per_step(self.config) * cost))
 
 
 class LoaderSteps:

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 from torch import nn
 
-from longtail.config import Classifier, Config, Shots
+from longtail.config import Classifier, Config, Mixing, Optimizer, Shots
 from longtail.config import Teacher as TeacherConfig
 from longtail.data.dataset import LongTailedData
 from longtail.distributed import rank
@@ -27,6 +27,23 @@ from longtail.tasks.loading import load_model
 from longtail.training.run_io import INCIDENTAL, flatten
 
 logger = logging.getLogger(__name__)
+
+
+_SHARPNESS = ("sharpness", "rho", "sharpness_below", "sharpness_gamma", "sharpness_weight")
+NEVER_OF_TEACHER = frozenset(
+    {
+        "init",
+        *(f"mixing.{field.name}" for field in dataclasses.fields(Mixing)),
+        *(f"optimizer.{name}" for name in _SHARPNESS),
+    }
+)
+"""Settings that a teacher does not take from its student, so that students with and without them have one teacher."""
+_ADDED = {"optimizer.head_weight_decay", "optimizer.norm_weight_decay", "optimizer.head_max_norm"}
+
+
+def _plain_steps(optimizer: Optimizer) -> Optimizer:
+    plain = Optimizer()
+    return dataclasses.replace(optimizer, **{name: getattr(plain, name) for name in _SHARPNESS})
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,8 @@ def teacher_config(config: Config, data: LongTailedData) -> Config:
             classifier=dataclasses.asdict(Classifier(scale=config.classifier.scale, init=config.classifier.init)),
             data={"contrast_augment": "auto"},
             log=(),
+            mixing=Mixing(),
+            optimizer=_plain_steps(config.optimizer),
             teacher=TeacherConfig(),
             shots=Shots(),
         )
@@ -63,8 +82,10 @@ def teacher_config(config: Config, data: LongTailedData) -> Config:
 def teacher_folder(config: Config, data: LongTailedData, runs: Path) -> Path:
     """Return the folder of such a run's teacher: its name depends on all settings that matter, and on the images."""
     settings = teacher_config(config, data)
-    ignored = INCIDENTAL | {"init"}  # which is never a teacher's
+    ignored = INCIDENTAL | NEVER_OF_TEACHER
     values = {name: value for name, value in flatten(settings.to_dict()).items() if name not in ignored}
+    # what was added to the settings later, and is not set, has no part in the name: earlier teachers are found again
+    values = {name: value for name, value in values.items() if name not in _ADDED or value is not None}
     content = json.dumps([values, data.fingerprint], sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
     network = re.sub(r"[^\w.-]+", "-", settings.network)  # some file systems do not allow a colon

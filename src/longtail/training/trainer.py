@@ -20,6 +20,7 @@ import longtail
 from longtail.config import Config
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loader import Batch, TrainLoader
+from longtail.data.mixing import Mixer
 from longtail.data.sources import load_data
 from longtail.distributed import barrier, broadcast_buffers, rank, world_size, wrap_peer_failure
 from longtail.errors import LongtailError, StoppedError
@@ -39,9 +40,11 @@ from longtail.training.fabric import build_fabric
 from longtail.training.head_init import init_classifier
 from longtail.training.init_weights import fit_init, load_class_weights, load_encoder, with_init
 from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
+from longtail.training.mixing import build_mixer
 from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, create_run_folder, write_unreadable
+from longtail.training.sharpness import SharpnessAware, check_sharpness, passes_per_step
 from longtail.training.steps import DeviceSteps, LoaderSteps, Student, batches_on_device, build_steps
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
 from longtail.training.teacher_cache import TeacherCache, teacher_cache
@@ -137,6 +140,8 @@ class _Trainer:
         self.method_class.prepare_encoder(self.encoder, config)
         self.state = torch.get_rng_state()
         self.method_class.check(config, data.class_counts)
+        check_sharpness(config, self.method_class, data.class_counts, self.task.label_maps)
+        self.mixer = build_mixer(config, self.method_class, data.class_counts, self.task.label_maps)
         self.transforms = self.task.build_transforms(config, data, self.method_class.views(config))
         assert isinstance(config.epochs, int)
         self.epochs = config.epochs
@@ -195,7 +200,7 @@ class _Trainer:
         method.to(memory_format=torch.channels_last)
         if config.compile:  # once for each size of a batch, of which there are two
             method.encoder.backbone.compile(dynamic=False)
-        loader = self._loader(cache, rank(), world_size())
+        loader = self._loader(cache, rank(), world_size(), mixer=self.mixer)
         on_device, remark = batches_on_device(config, loader, self.fabric.device)
         if remark:
             logger.info("%s", remark)
@@ -207,6 +212,7 @@ class _Trainer:
             guard=NonFiniteLossGuard(self.out),
             total=loader.steps * self.epochs,
             turn=self.turn,
+            sharpness=SharpnessAware(config, method, optimizer) if passes_per_step(config) > 1 else None,
         )
         checkpoint = self.out / "last.ckpt"
         if resume and checkpoint.is_file():
@@ -255,7 +261,9 @@ class _Trainer:
             )
         self.transforms = [draw_view] * len(self.transforms)
 
-    def _loader(self, cache: Any, process: int = 0, processes: int = 1, views: int | None = None) -> TrainLoader:
+    def _loader(
+        self, cache: Any, process: int = 0, processes: int = 1, views: int | None = None, mixer: Mixer | None = None
+    ) -> TrainLoader:
         settings = self.config.data
         return TrainLoader(
             self.data.train,
@@ -269,6 +277,7 @@ class _Trainer:
             rank=process,
             world=processes,
             cache=cache,
+            mixer=mixer,
         )
 
     def _cache(self, teacher: Teacher, teachers: Path) -> TeacherCache:
