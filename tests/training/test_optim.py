@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longtail.config import Config
 from longtail.nn import Encoder
 from longtail.nn.tuning import layer_depths, set_trainable
 from longtail.registry import METHODS
-from longtail.training.optim import build_optimizer, set_learning_rate
+from longtail.training.checkpoint import load_checkpoint
+from longtail.training.optim import build_optimizer, limit_row_norms, set_learning_rate
+from longtail.training.trainer import fit
 
 
 def groups_of(config: Config, tune: str = "full") -> tuple[Any, dict[str, dict[str, Any]]]:
@@ -56,3 +60,48 @@ def test_layer_decay_falls_towards_the_input() -> None:
 def test_what_is_frozen_is_not_in_the_optimizer() -> None:
     _, groups = groups_of(Config(), tune="head")
     assert set(groups) == {"classifier.weight"}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_every_part_has_its_own_weight_decay(name: str) -> None:
+    settings = {"name": name, "weight_decay": 0.05, "head_weight_decay": 0.2, "norm_weight_decay": 0.01}
+    _, groups = groups_of(Config().replace(optimizer=settings))
+    assert groups["classifier.weight"]["weight_decay"] == 0.2
+    assert groups["encoder.backbone.conv_stem.weight"]["weight_decay"] == 0.05
+    assert groups["encoder.backbone.bn1.weight"]["weight_decay"] == 0.01
+    assert groups["encoder.backbone.bn1.bias"]["weight_decay"] == 0.01
+    assert len({id(group) for group in groups.values()}) == 3
+
+
+def test_the_temperature_is_never_decayed() -> None:
+    config = Config().replace(method="gml", gml={"keys": "momentum"}, optimizer={"norm_weight_decay": 0.1})
+    method = METHODS["gml"](config, Encoder("conv8-tiny", [0.5], [0.5]), [9, 3, 1])
+    decays = {
+        id(p): group["weight_decay"] for group in build_optimizer(method, config).param_groups for p in group["params"]
+    }
+    assert [decays[id(p)] for p in method.no_weight_decay()] == [0.0]
+    assert sorted(set(decays.values())) == [0.0, 5e-4, 0.1]
+
+
+def test_norms_of_the_classes_are_limited_to_a_maximum() -> None:
+    config = Config().replace(method="la")
+    method = METHODS["la"](config, Encoder("conv8-tiny", [0.5], [0.5]), [9, 3, 1])
+    before = method.classifier.weight.detach().double().clone()
+    before[0] = 0.0
+    with torch.no_grad():
+        method.classifier.weight.copy_(before)
+    limit = before.norm(dim=1)[1:].mean().item()  # one of two classes is above it
+    limit_row_norms(method, limit)
+    for row, after in zip(before, method.classifier.weight.double(), strict=True):
+        norm = sum(float(value) ** 2 for value in row) ** 0.5
+        torch.testing.assert_close(after, row * min(1.0, limit / max(norm, 1e-12)), rtol=1e-6, atol=1e-7)
+    assert method.classifier.weight.norm(dim=1).max().item() == pytest.approx(limit, rel=1e-6)
+
+
+@pytest.mark.parametrize("batches", ["host", "device"])
+def test_the_limit_holds_after_every_step(tiny: Config, tmp_path: Path, batches: str) -> None:
+    settings = {"head_max_norm": 0.9, "sharpness": "sam"}
+    config = tiny.replace(method="la", optimizer=settings, accelerator={"batches": batches})
+    fit(config, tmp_path / "run", quiet=True)
+    weight = load_checkpoint(tmp_path / "run" / "last.ckpt")["method"]["classifier.weight"]
+    assert weight.norm(dim=1).tolist() == pytest.approx([0.9] * 10, rel=1e-5)

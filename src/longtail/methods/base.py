@@ -230,10 +230,10 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def losses_are_per_image(cls) -> bool:
-        """Return whether the loss is a mean over the images, of a loss of each image's scores; what is learned beside
-        the classifier may compare images.
+        """Return whether the loss is a mean over the images of a loss of each one's scores, and nothing else is learned
+        from the features, as where images are compared.
         """
-        return cls.auxiliary_loss is Method.auxiliary_loss and cls.training_step is Method.training_step
+        return cls.auxiliary_loss is Method.auxiliary_loss
 
     @classmethod
     def reason_against_mixing(cls, config: Config) -> str:  # noqa: ARG003

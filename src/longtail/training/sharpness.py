@@ -93,16 +93,17 @@ class SharpnessAware:
     Args:
         config: settings of the run; ``optimizer.sharpness`` is not none.
         method: what is trained, on its device.
+        class_counts: (C,) training images per class.
         optimizer: of its parameters; only its ``zero_grad`` is called.
     """
 
-    def __init__(self, config: Config, method: Method, optimizer: Any) -> None:
+    def __init__(self, config: Config, method: Method, class_counts: list[int], optimizer: Any) -> None:
         self.rho = config.optimizer.rho
         self.factor = config.optimizer.sharpness_weight if config.optimizer.sharpness == "focal" else 1.0
         self.optimizer = optimizer
         self.parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-        weights = sharpness_class_weights(config, method.prior.class_counts.tolist())
-        self.class_weights = None if weights is None else weights.to(method.prior.class_counts.device)
+        weights = sharpness_class_weights(config, class_counts)
+        self.class_weights = None if weights is None else weights.to(method.classifier.weight.device)
         self._state = state_tensors(method)
 
     def backward(self, parts: Sequence[Batch], backward: Backward) -> dict[str, Tensor]:

@@ -212,7 +212,7 @@ class _Trainer:
             guard=NonFiniteLossGuard(self.out),
             total=loader.steps * self.epochs,
             turn=self.turn,
-            sharpness=SharpnessAware(config, method, optimizer) if passes_per_step(config) > 1 else None,
+            sharpness=self._sharpness(method, optimizer),
         )
         checkpoint = self.out / "last.ckpt"
         if resume and checkpoint.is_file():
@@ -299,6 +299,11 @@ class _Trainer:
         cache = open_cache(True) if rank() == 0 else None
         barrier()
         return cache or open_cache(False)
+
+    def _sharpness(self, method: Method, optimizer: Any) -> SharpnessAware | None:
+        if passes_per_step(self.config) == 1:
+            return None
+        return SharpnessAware(self.config, method, self.data.class_counts, optimizer)
 
     def _ema(self, method: Method) -> Any:
         """Return an exponential moving average of the student, if one is asked for."""
