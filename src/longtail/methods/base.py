@@ -331,7 +331,7 @@ class Method(nn.Module, ABC):
         return self.prior.log_prior if self.config.classifier.logit_adjustment else None
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
-        """Return the loss of (B, C) scores, or (B, C, H, W), a scalar."""
+        """Return the loss of (B, C) scores, or (B, C, H, W), a scalar; of mixed images labels are probabilities."""
         return posterior_cross_entropy(scores, labels, self.log_prior())
 
     def classification_loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:
