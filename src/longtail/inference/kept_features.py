@@ -179,7 +179,9 @@ def num_missing_features(data: LongTailedData, encoder: Encoder, config: Config)
     folder, network = cache_folder(config.data.cache), encoder_hash(encoder)
     missing = 0
     for images, views in ((data.train, config.feature_views), (data.val, 1), (data.test, 1)):
-        for view in range(0 if images is None else views):
+        for view in range(views):
+            if images is None:
+                continue
             if folder is None:
                 missing += len(images)
             else:
