@@ -8,13 +8,13 @@ from longtail.config.schema import (
     Data,
     Settings,
     Shots,
-    Teacher,
     field_names,
     parse_config,
     settings_type,
     settings_types,
     validate_section,
 )
+from longtail.config.teacher import Teacher
 from longtail.config.types import Fraction, Positive, PositiveFloat, Weight
 
 __all__ = [

@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from longtail.config.optimization import Mixing, Optimizer, Schedule
+from longtail.config.teacher import Teacher
 from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat, Weight
 from longtail.errors import LongtailError, did_you_mean
 from longtail.registry import METHODS, SAMPLERS, TASKS, TRANSFORMS
@@ -151,24 +152,6 @@ class Classifier:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """The frozen encoder whose features fill the queues (gml) and whose classifier is distilled."""
-
-    __pydantic_config__ = STRICT
-
-    source: str = "train"
-    """train (train one first, with logit-adjusted cross-entropy), the folder of a run, or timm:NAME (pretrained)."""
-    network: str = "auto"
-    """Network of a teacher that is trained; auto: the student's."""
-    epochs: Positive | None = None
-    """Epochs of training the teacher; as many as the student's if not given."""
-    distillation_temperature: PositiveFloat = 4.0
-    """Temperature of the distillation [T]."""
-    cache: Annotated[int, Field(ge=0)] = 0
-    """Number of fixed views per image whose teacher features are computed once and cached on disk; 0: no cache."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shots:
     """Shot groups, by the number of training images per class."""
 
@@ -247,6 +230,12 @@ class Config:
     minutes: PositiveFloat | None = None
     """Time that the whole command may take: the speed of this machine is measured, and tune, the size of images and
     epochs are chosen to fit, as far as they are the recipe's own (pretrained networks that classify whole images)."""
+    second_stage: Literal["none", "crt", "lws", "reweight"] = "none"
+    """New classifier on the frozen encoder in the last epochs of the training (decoupled training): none, crt
+    (class-balanced sampling), lws (a factor for the score of every class) or reweight (class-balanced weights of the
+    loss)."""
+    second_stage_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction of the epochs that are the second stage's; each takes the features of one augmented view per image."""
     batch_size: Annotated[int, Field(ge=2)] = 128
     """Images per step."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -281,6 +270,11 @@ class Config:
             raise LongtailError(
                 "classifier.distill_every_view: teacher.cache holds the teacher's scores of one view per image; set "
                 "teacher.cache to 0"
+            )
+        if self.second_stage != "none" and self.epochs == 1:
+            raise LongtailError(
+                f"second_stage {self.second_stage}: takes at least one of the epochs and leaves at least one to the "
+                "first stage; set epochs to 2 or more"
             )
         if not _TUNE.fullmatch(self.tune):
             raise LongtailError(

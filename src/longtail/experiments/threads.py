@@ -29,7 +29,7 @@ from longtail.training.auto_config import auto_config
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, find_finished
 from longtail.training.steps import batches_on_device
-from longtail.training.teacher import teacher_folder, train_teacher
+from longtail.training.teacher import teacher_runs, train_once
 from longtail.training.trainer import fit
 from longtail.training.turns import Turn
 
@@ -87,23 +87,28 @@ def train_in_threads(configs: Mapping[Path, Config], teachers: Path, jobs: int) 
         for folder, config in configs.items()
     }
 
-    def train_its_teacher(folder: Path, turn: Turn) -> None:
-        def train(settings: Config, teacher: Path) -> object:
-            return fit(settings, teacher, resume=True, quiet=True, data=data[folder], turn=turn)
+    def train_a_teacher(settings: Config, folder: Path, turn: Turn, *, images: LongTailedData) -> None:
+        def train() -> object:
+            return fit(settings, folder, resume=True, quiet=True, teachers=teachers, data=images, turn=turn)
 
         with turn.taken():
-            train_teacher(configs[folder], data[folder], teachers, train)
+            train_once(folder, train, f"teacher: training {settings.network} first, kept in {folder}")
 
     def train(folder: Path, turn: Turn) -> Run:
         return find_finished(folder, configs[folder]) or fit(
             configs[folder], folder, resume=True, quiet=True, teachers=teachers, data=data[folder], turn=turn
         )
 
-    first: dict[Path, Callable[[Turn], None]] = {}
+    # generation by generation: no training then waits, with its turn, for one that needs the turn to end
+    stages: list[dict[Path, Callable[[Turn], None]]] = []
     for folder, config in configs.items():
-        trains = METHODS[config.method].needs_teacher(config) and config.teacher.source == "train"
-        if trains and not find_finished(folder, config):
-            first[teacher_folder(config, data[folder], teachers)] = functools.partial(train_its_teacher, folder)
+        if find_finished(folder, config):
+            continue
+        for number, generation in enumerate(teacher_runs(config, data[folder], teachers)):
+            if number == len(stages):
+                stages.append({})
+            for teacher, settings in generation.items():
+                stages[number][teacher] = functools.partial(train_a_teacher, settings, teacher, images=data[folder])
     device = select_device(next(iter(configs.values())).device)
     folders, ended = list(configs), 0
     with PreemptionHandler(quiet=False) as signals:
@@ -112,8 +117,9 @@ def train_in_threads(configs: Mapping[Path, Config], teachers: Path, jobs: int) 
             if signals.name:
                 raise StoppedError(signals.name, f"after {ended} of {len(folders)} runs")
 
-        for _ in run_in_threads(list(first.values()), jobs, device, stopped):
-            pass
+        for stage in stages:
+            for _ in run_in_threads(list(stage.values()), jobs, device, stopped):
+                pass
         for number, run in run_in_threads([functools.partial(train, each) for each in folders], jobs, device, stopped):
             ended += 1
             yield folders[number], run

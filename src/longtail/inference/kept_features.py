@@ -24,7 +24,7 @@ from longtail.data.loader import TrainLoader, plain_batches
 from longtail.data.row_store import RowStore, cache_folder, content_hash
 from longtail.distributed import barrier, rank
 from longtail.errors import LongtailError
-from longtail.nn import Encoder, FrozenEncoder
+from longtail.nn import Encoder, FrozenEncoder, TeacherEncoder
 from longtail.nn.encoder import channels_last
 from longtail.randomness import mix, uniform
 from longtail.registry import TASKS
@@ -96,9 +96,10 @@ def draw_view(features: Tensor, ids: Tensor, keys: tuple[int, ...]) -> Tensor:
     return features[torch.arange(len(ids)), drawn]
 
 
-def check_same_encoder(teacher: Encoder, encoder: Encoder) -> None:
+def check_same_encoder(teacher: TeacherEncoder, encoder: Encoder) -> None:
     """Raise LongtailError if a teacher's encoder is another one than that whose features replace the images."""
-    if encoder_hash(teacher) != encoder_hash(encoder):
+    members = [teacher] if isinstance(teacher, Encoder) else teacher.members
+    if any(isinstance(member, Encoder) and encoder_hash(member) != encoder_hash(encoder) for member in members):
         raise LongtailError(
             "tune head: trains on kept features of the encoder, so the teacher must have the same encoder; use another "
             "--tune, or --teacher.source train without --teacher.network"

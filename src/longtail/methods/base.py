@@ -25,7 +25,8 @@ from longtail.data.loader import Batch
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses import ClassPrior, agreement, distillation, posterior_cross_entropy
-from longtail.nn import CosineClassifier, Encoder, FrozenEncoder, MixtureEnsembleHead
+from longtail.methods.ema import EMAEncoder
+from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, TeacherEncoder, freeze
 
 ViewUse = Literal["classification", "contrast"]
 Head = CosineClassifier | MixtureEnsembleHead
@@ -102,7 +103,7 @@ class Method(nn.Module, ABC):
         config: settings of the run.
         encoder: images to features.
         class_counts: (C,) training images per class.
-        teacher: the frozen encoder, in eval mode, where :meth:`needs_teacher`.
+        teacher: the frozen encoder, or several, in eval mode, where :meth:`needs_teacher`.
         teacher_classifier: its classifier, which distillation needs; (B, F) features to (B, C) scores.
         adapter: what a sample is.
     """
@@ -119,7 +120,7 @@ class Method(nn.Module, ABC):
         config: Config,
         encoder: Encoder,
         class_counts: list[int],
-        teacher: Encoder | None = None,
+        teacher: TeacherEncoder | None = None,
         teacher_classifier: nn.Module | None = None,
         adapter: SampleAdapter | None = None,
     ) -> None:
@@ -127,10 +128,18 @@ class Method(nn.Module, ABC):
         self.config = config
         self.adapter = SampleAdapter() if adapter is None else adapter
         self.encoder = encoder
-        self.classifier = CosineClassifier(encoder.num_features, len(class_counts), config.classifier.scale)
         self.prior = ClassPrior(class_counts)
+        self.classifier = self.build_classifier(encoder.num_features)
+        if config.teacher.source == "ema" and self.distillation_weight(config) > 0:
+            # the teacher is asked once for each part of a batch, between two steps of the optimizer
+            decay = config.teacher.ema_decay ** (1 / config.optimizer.grad_accumulation_steps)
+            self.mean_teacher = EMAEncoder([encoder, self.classifier], decay, warm_up=True)
         # not sub-modules: the teacher never changes and stays out of checkpoints
-        self._teacher = (None if teacher is None else FrozenEncoder(teacher), teacher_classifier)
+        self._teacher = (None if teacher is None else freeze(teacher), teacher_classifier)
+
+    def build_classifier(self, num_features: int) -> CosineClassifier:
+        """Return the classifier of (N, F) features, as it is before the training."""
+        return CosineClassifier(num_features, len(self.prior.class_counts), self.config.classifier.scale)
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:  # noqa: ARG003
@@ -188,7 +197,7 @@ class Method(nn.Module, ABC):
     @classmethod
     def needs_teacher(cls, config: Config) -> bool:
         """Return whether a teacher is trained or loaded first."""
-        return cls.distillation_weight(config) > 0
+        return cls.distillation_weight(config) > 0 and config.teacher.source != "ema"
 
     @classmethod
     def num_student_views(cls, config: Config) -> int:
@@ -217,11 +226,11 @@ class Method(nn.Module, ABC):
         return False
 
     @classmethod
-    def teacher_is_frozen(cls, config: Config) -> bool:  # noqa: ARG003
+    def teacher_is_frozen(cls, config: Config) -> bool:
         """Return whether :meth:`teacher_outputs` depends on nothing that training changes; it can then be called ahead
         of the step, for many batches at once.
         """
-        return True
+        return config.teacher.source != "ema"
 
     @classmethod
     def num_teacher_views(cls, config: Config) -> int:  # noqa: ARG003
@@ -277,7 +286,7 @@ class Method(nn.Module, ABC):
         counted = self.adapter.downsample_labels(labels) >= 0
         if teacher_output.scores is not None:
             distilled = self.num_distilled_views(self.config)
-            terms["distillation"] = self.distillation_weight(self.config) * self.distillation_loss(
+            terms["distillation"] = self.distillation_strength(batch) * self.distillation_loss(
                 scores[: size * distilled],
                 teacher_output.scores,
                 counted.repeat(distilled, *(1,) * (counted.ndim - 1)),
@@ -316,11 +325,35 @@ class Method(nn.Module, ABC):
         teacher, classifier = self._teacher
         if self.distillation_weight(self.config) == 0:
             return TeacherOutput(None, None)
+        if self.config.teacher.source == "ema":
+            return TeacherOutput(None, self._mean_teacher_scores(batch))
         if batch.teacher_scores is not None:
             return TeacherOutput(None, view_after_view(batch.teacher_scores))
         assert teacher is not None
         assert classifier is not None
         return TeacherOutput(None, torch.cat([classifier(teacher(view)) for view in self.distilled_views(batch)]))
+
+    def _mean_teacher_scores(self, batch: Batch) -> Tensor:
+        """Return the scores that the moving average of the student gives the distilled views.
+
+        Where there are several views, each learns from the next one's scores: student and average then see different
+        augmentations of an image, as in the paper.
+        """
+        self.mean_teacher.update([self.encoder, self.classifier])
+        views = self.distilled_views(batch)
+        return torch.cat([self.mean_teacher(view) for view in (*views[1:], views[0])])
+
+    def distillation_strength(self, batch: Batch) -> float | Tensor:
+        """Return the weight of the distillation at a batch.
+
+        From a moving average it grows by exp(−5 (1 − t/r)²) over the first fraction r of the training, since the
+        average has learned nothing yet (Tarvainen & Valpola, NeurIPS 2017).
+        """
+        weight, ramp = self.distillation_weight(self.config), self.config.teacher.ema_warmup
+        if self.config.teacher.source != "ema" or ramp == 0:
+            return weight
+        left = 1 - torch.as_tensor(batch.epoch_fraction) / ramp
+        return weight * torch.exp(-5 * left.clamp(min=0) ** 2)
 
     def distilled_views(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the views whose scores the student learns from the teacher."""

@@ -76,16 +76,20 @@ class ProductOfExperts(Method):
         self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
     ) -> None:
         self.prepare_encoder(encoder, config)
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
         self.settings = config.section(ExpertsSettings)
+        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+
+    def build_classifier(self, num_features: int) -> ExpertClassifier:
+        """Return the classifiers of the experts, with what their scores will contain of the log prior."""
         strengths = torch.tensor(self.settings.strengths)
-        self.classifier = ExpertClassifier(
-            encoder.num_features, len(class_counts), config.classifier.scale, len(strengths)
+        classifier = ExpertClassifier(
+            num_features, len(self.prior.class_counts), self.config.classifier.scale, len(strengths)
         )
-        if config.classifier.logit_adjustment:
+        if self.config.classifier.logit_adjustment:
             # a class without training images has no part in any expert's loss
             log_prior = self.prior.log_prior.masked_fill(self.prior.class_counts == 0, 0.0)
-            self.classifier.contained_log_prior.copy_((1 - strengths)[:, None] * log_prior)
+            classifier.contained_log_prior.copy_((1 - strengths)[:, None] * log_prior)
+        return classifier
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:

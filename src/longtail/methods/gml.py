@@ -23,7 +23,7 @@ from longtail.memory import ClassQueues, queue_sizes
 from longtail.methods.base import Finding, Head, Method, SampleAdapter, TeacherOutput, ViewUse, view_after_view
 from longtail.methods.ema import EMAEncoder
 from longtail.methods.feature_transfer import FeatureTransfer
-from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP
+from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP, TeacherEncoder
 
 _Self = TypeVar("_Self", bound="GML")
 
@@ -98,7 +98,7 @@ class GML(Method):
         config: Config,
         encoder: Encoder,
         class_counts: list[int],
-        teacher: Encoder | None = None,
+        teacher: TeacherEncoder | None = None,
         teacher_classifier: nn.Module | None = None,
         adapter: SampleAdapter | None = None,
     ) -> None:
@@ -149,6 +149,16 @@ class GML(Method):
                 f"gml.keys {settings.keys}: the moving average of the student needs its own key view at every step; "
                 "set teacher.cache to 0 and gml.share_key to false"
             )
+        if settings.keys != "momentum" and config.teacher.source == "ema":
+            raise LongtailError(
+                f"gml.keys {settings.keys}: needs a frozen teacher, which teacher.source ema is not; set gml.keys to "
+                "momentum, or teacher.source to train"
+            )
+        if settings.ensemble_weight and config.second_stage != "none":
+            raise LongtailError(
+                f"gml.ensemble_weight: second_stage {config.second_stage} replaces the classifier that the mixture is "
+                "joined with; set one of them to 0 or none"
+            )
         if settings.ensemble_weight and config.optimizer.ema_decay is not None:
             raise LongtailError(
                 "gml.ensemble_weight: the embeddings of the mixture are those of the trained student, not of its "
@@ -173,9 +183,11 @@ class GML(Method):
             config = config.replace(gml={"queue_size": slots})
             reasons.append(f"gml.queue_size {slots}: one slot per training image, at most {MAX_AUTO_QUEUE:,}")
         if settings.distillation_weight is None:
-            if settings.keys == "momentum":
+            if config.teacher.source == "ema":
+                weight, reason = 1.0, "the moving average of the student has a classifier"
+            elif settings.keys == "momentum":
                 weight, reason = 0.0, "there is no teacher where the student's moving average computes the keys"
-            elif config.teacher.source.startswith("timm:"):
+            elif any(source.startswith("timm:") for source in config.teacher.sources):
                 weight, reason = 0.0, "a pretrained teacher has no classifier for these classes"
             elif not teacher_knows_classes():
                 weight, reason = 0.0, "the teacher was trained on other classes"
@@ -208,7 +220,7 @@ class GML(Method):
     @classmethod
     def teacher_is_frozen(cls, config: Config) -> bool:
         """Return whether no key is computed by a moving average of the student."""
-        return config.section(GMLSettings).keys == "teacher"
+        return config.section(GMLSettings).keys == "teacher" and super().teacher_is_frozen(config)
 
     @classmethod
     def reason_against_mixing(cls, config: Config) -> str:

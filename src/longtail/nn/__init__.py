@@ -1,16 +1,27 @@
 """Networks: encoders and the heads on top of them."""
 
 from longtail.nn.backbones import build_backbone
-from longtail.nn.encoder import Encoder, FrozenEncoder
-from longtail.nn.heads import CosineClassifier, ExpertClassifier, LinearClassifier, MixtureEnsembleHead, ProjectionMLP
+from longtail.nn.encoder import Encoder, EncoderEnsemble, FrozenEncoder, TeacherEncoder, freeze
+from longtail.nn.heads import (
+    ClassifierEnsemble,
+    CosineClassifier,
+    ExpertClassifier,
+    LinearClassifier,
+    MixtureEnsembleHead,
+    ProjectionMLP,
+)
 
 __all__ = [
+    "ClassifierEnsemble",
     "CosineClassifier",
     "Encoder",
+    "EncoderEnsemble",
     "ExpertClassifier",
     "FrozenEncoder",
     "LinearClassifier",
     "MixtureEnsembleHead",
     "ProjectionMLP",
+    "TeacherEncoder",
     "build_backbone",
+    "freeze",
 ]

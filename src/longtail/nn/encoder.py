@@ -145,6 +145,39 @@ class FrozenEncoder(nn.Module):
         return features
 
 
+class EncoderEnsemble(nn.Module):
+    """Several encoders of the same images; their features one after the other.
+
+    Args:
+        members: the encoders, frozen or not.
+    """
+
+    def __init__(self, members: Sequence[Encoder | FrozenEncoder]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.widths = tuple(member.num_features for member in members)
+        self.num_features = sum(self.widths)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return (B, ΣF) features of (B, channels, H, W) images in [0, 1], or (B, ΣF, H', W').
+
+        (B, F) features that replace the images are those of every member.
+        """
+        return torch.cat([member(images) for member in self.members], dim=1)
+
+
+TeacherEncoder = Encoder | EncoderEnsemble
+"""What a teacher's features come from."""
+
+
+def freeze(encoder: TeacherEncoder) -> FrozenEncoder | EncoderEnsemble:
+    """Return an encoder, or each of several, for inference only; see :class:`FrozenEncoder`."""
+    if isinstance(encoder, Encoder):
+        return FrozenEncoder(encoder)
+    members = [member for member in encoder.members if isinstance(member, Encoder)]
+    return EncoderEnsemble([FrozenEncoder(member) for member in members])
+
+
 def channels_last(images: Tensor) -> Tensor:
     """Return (B, channels, H, W) images with their channels last in memory; (B, F) features as they are."""
     return images if images.ndim == 2 else images.contiguous(memory_format=torch.channels_last)

@@ -6,12 +6,14 @@ Legend: B samples, F feature width, C classes, D embedding width, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.losses import class_log_likelihood
+from longtail.losses.reduction import to_full_precision
 
 
 class CosineClassifier(nn.Module):
@@ -143,6 +145,39 @@ class MixtureEnsembleHead(nn.Module):
         smallest = likelihood.masked_fill(likelihood.isinf(), math.inf).amin(dim=1, keepdim=True)
         ensemble: Tensor = scores + self.ensemble_weight * torch.where(likelihood.isinf(), smallest, likelihood)
         return ensemble
+
+
+class ClassifierEnsemble(nn.Module):
+    """Several classifiers of the same classes, each on features of its own, by the mean of their probabilities.
+
+    With scores s_m of the members, p̄ = mean_m softmax(s_m / T), and the scores of the ensemble are T log p̄. At the
+    temperature T its distillation then has the gradient of the mean of the distillations of its members:
+
+        mean_m KL(p_m ‖ q) = KL(p̄ ‖ q) + H(p̄) − mean_m H(p_m)
+
+    The mean of the scores, the geometric mean of the probabilities, does not: a class that one member rules out would
+    be ruled out by the ensemble, and it is in the tail that members differ.
+
+    Args:
+        members: each maps (B, F_m) features to (B, C) scores; or maps of pixels.
+        widths: F_m.
+        temperature: T > 0.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], widths: Sequence[int], temperature: float) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.widths, self.temperature = list(widths), temperature
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C) float32 scores of (B, ΣF) features, or (B, C, H, W) of (B, ΣF, H, W)."""
+        parts = features.split(self.widths, dim=1)
+        log_probabilities = [
+            F.log_softmax(to_full_precision(member(part)) / self.temperature, dim=1)
+            for member, part in zip(self.members, parts, strict=True)
+        ]
+        mean = torch.logsumexp(torch.stack(log_probabilities), dim=0) - math.log(len(log_probabilities))
+        return self.temperature * mean
 
 
 class ProjectionMLP(nn.Module):

@@ -75,9 +75,17 @@ def set_trainable(backbone: nn.Module, tune: str) -> None:
 
 def freeze_batch_norm(backbone: nn.Module) -> None:
     """Put the BatchNorm layers whose weights are not trained into eval mode, so that their statistics stay."""
-    for module in backbone.modules():
-        if isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad:
-            module.eval()
+    for name in frozen_batch_norms(backbone):
+        backbone.get_submodule(name).eval()
+
+
+def frozen_batch_norms(module: nn.Module) -> list[str]:
+    """Return the names of the BatchNorm layers whose weights are not trained."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.weight is not None and not layer.weight.requires_grad
+    ]
 
 
 def add_lora(backbone: nn.Module, rank: int) -> None:

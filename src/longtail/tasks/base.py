@@ -152,6 +152,11 @@ class Task(ABC, Generic[Model]):
                 f"method {config.method}: does not train networks for {self.name}, which {config.data.source} is for; "
                 f"use one of {', '.join(fitting)}"
             )
+        if self.label_maps and config.second_stage != "none":
+            raise LongtailError(
+                f"second_stage {config.second_stage}: re-trains a classifier of whole images, and is not supported for "
+                f"{self.name}; set it to none"
+            )
 
     @property
     def _fitting(self) -> set[str]:

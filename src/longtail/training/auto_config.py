@@ -82,8 +82,9 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
             f"epochs {config.epochs}: {steps} steps per epoch with {images:,} images; {_AUTO_STEPS:,} steps, between "
             "30 and 200 epochs"
         )
+    sources = config.teacher.sources
     config, method_reasons = method.auto_config(
-        config, data.class_counts, lambda: _teacher_knows_classes(Path(config.teacher.source), data)
+        config, data.class_counts, lambda: all(_teacher_knows_classes(Path(source), data) for source in sources)
     )
     task.check(config)
     augment = data.augment if config.data.augment == "auto" else config.data.augment

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,21 +106,28 @@ def expected_seconds(config: Config, sizes: Sizes, speed: Speed, missing: int | 
     if config.tune == "head":
         images = sizes.train * config.feature_views + sizes.val + sizes.test if missing is None else missing
         return images * speed.encode + steps * _HEAD_STEP * method.num_student_views(config) * passes_per_step(config)
-    passes = config.epochs * sizes.train
+    passes = first_stage_epochs(config) * sizes.train
+    seconds = (config.epochs * sizes.train - passes) * speed.encode  # features for a second stage
     trained = passes * method.num_student_views(config) * passes_per_step(config)
-    seconds = trained * speed.train + evaluated * speed.encode
+    seconds += trained * speed.train + evaluated * speed.encode
     if config.classifier.init == "class_means":
         seconds += sizes.train * speed.encode
+    teacher = config.teacher
     if method.needs_teacher(config):
-        seconds += passes * speed.encode
-        if config.teacher.source == "train":
+        seconds += passes * speed.encode * teacher.count * len(teacher.sources)
+        if teacher.source == "train":
             first = config.replace(
-                method="la", epochs=config.teacher.epochs or config.epochs, optimizer={"sharpness": "none"}
+                method="la",
+                epochs=teacher.epochs or config.epochs,
+                second_stage="none",
+                classifier={"distillation_weight": 0.0, "views": teacher.views},
+                optimizer={"sharpness": "none"},
             )
-            first = dataclasses.replace(
-                first, classifier=dataclasses.replace(first.classifier, distillation_weight=0.0)
-            )
-            seconds += expected_seconds(first, sizes, speed)
+            # a later generation learns from the one before
+            one = expected_seconds(first, sizes, speed)
+            seconds += teacher.count * (teacher.generations * one + (teacher.generations - 1) * passes * speed.encode)
+    elif teacher.source == "ema" and method.distillation_weight(config) > 0:
+        seconds += passes * speed.encode * method.num_distilled_views(config)
     return seconds
 
 

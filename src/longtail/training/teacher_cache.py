@@ -24,7 +24,7 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.loader import TrainLoader
 from longtail.errors import LongtailError
 from longtail.files import atomic_write
-from longtail.nn import Encoder, FrozenEncoder
+from longtail.nn import ClassifierEnsemble, EncoderEnsemble, FrozenEncoder, TeacherEncoder, freeze
 from longtail.randomness import mix
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class _OneView:
 def teacher_cache(
     config: Config,
     data: LongTailedData,
-    teacher: Encoder,
+    teacher: TeacherEncoder,
     classifier: nn.Module | None,
     make_loader: Callable[[object], TrainLoader],
     folder: Path,
@@ -99,7 +99,7 @@ def teacher_cache(
     Args:
         config: the student's settings; ``teacher.cache`` is V.
         data: the training set.
-        teacher: frozen.
+        teacher: frozen; one encoder or several.
         classifier: the teacher's, where it is distilled from.
         make_loader: gives a loader of the classification view, whose draws the argument names.
         folder: where caches are kept.
@@ -111,8 +111,10 @@ def teacher_cache(
     weights = hashlib.blake2b(digest_size=8)
     for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    content = json.dumps([data.fingerprint, config.seed, views, wanted, config.data.augment, data.image_size])
-    name = hashlib.blake2b(content.encode() + weights.digest(), digest_size=8).hexdigest()
+    content = [data.fingerprint, config.seed, views, wanted, config.data.augment, data.image_size]
+    if isinstance(classifier, ClassifierEnsemble):  # whose scores depend on it
+        content.append(classifier.temperature)
+    name = hashlib.blake2b(json.dumps(content).encode() + weights.digest(), digest_size=8).hexdigest()
     shapes: dict[str, tuple[int, int, int]] = {"features": (views, len(data.train), teacher.num_features)}
     if wanted:
         shapes["scores"] = (views, len(data.train), len(data.class_names))
@@ -139,7 +141,7 @@ def teacher_cache(
             for path in partial.values():
                 path.unlink(missing_ok=True)
             raise LongtailError(f"{folder}: {gib:.2f} GiB cannot be written: {error.strerror}") from None
-        _fill(arrays, config, data, FrozenEncoder(teacher).to(device), classifier, make_loader, device)
+        _fill(arrays, config, data, freeze(teacher).to(device), classifier, make_loader, device)
         for kind, array in arrays.items():
             array.flush()
             _move(partial[kind], paths[kind])
@@ -165,7 +167,7 @@ def _fill(
     arrays: dict[str, np.memmap],
     config: Config,
     data: LongTailedData,
-    teacher: FrozenEncoder,
+    teacher: FrozenEncoder | EncoderEnsemble,
     classifier: nn.Module | None,
     make_loader: Callable[[object], TrainLoader],
     device: torch.device,

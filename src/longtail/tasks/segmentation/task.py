@@ -83,6 +83,7 @@ class Segmentation(Task[Segmenter]):
         unsupported = {
             "teacher.cache": config.teacher.cache > 0,
             "classifier.views above 1": config.classifier.views > 1,
+            "teacher.views above 1": config.teacher.views > 1,
             "classifier.every_view": config.classifier.every_view,
         }
         if config.method == "gml":
