@@ -12,7 +12,8 @@ from longtail import Recognizer
 from longtail.config import Config
 from longtail.errors import LongtailError
 from longtail.experiments.evaluate import evaluate
-from longtail.experiments.rebalance import RebalanceSettings, fit_head, rebalance, tau_normalize
+from longtail.experiments.rebalance import RebalanceSettings, rebalance
+from longtail.training.second_stage import fit_head, tau_normalize
 from longtail.training.trainer import fit
 from tests.conftest import TINY, Command
 
@@ -21,7 +22,7 @@ COUNTS = (300, 60, 12)
 
 @pytest.fixture(autouse=True)
 def _fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longtail.experiments.rebalance.MIN_STEPS", 400)
+    monkeypatch.setattr("longtail.training.second_stage.MIN_STEPS", 400)
 
 
 def toy(seed: int, counts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,9 +86,10 @@ class Rebalance:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run; it is not changed."""
-    method: Literal["crt", "lws", "tau"] = "crt"
-    """crt: re-train the classifier with class-balanced sampling; lws: learn a factor for the score of every class; tau:
-    divide the weights of every class by their norm to the power τ."""
+    method: Literal["crt", "lws", "reweight", "tau"] = "crt"
+    """crt: re-train the classifier with class-balanced sampling; reweight: with class-balanced weights of the loss
+    instead; lws: learn a factor for the score of every class; tau: divide the weights of every class by their norm to
+    the power τ."""
     out: Path | None = None
     """Folder of the new run (default: RUN-METHOD)."""
     epochs: int = 10

@@ -81,6 +81,9 @@ def _training(config: ModelConfig) -> list[str]:
         f"{info.get('epochs', '?')} epochs, seed {info.get('seed', '?')}, {info.get('student_passes', 0):,} images "
         f"through the network, {info.get('seconds', 0):.0f} s.",
     ]
+    if "second_stage" in info:
+        kind = info["second_stage"]["classifier"]
+        lines.append(f"Its classifier was trained in a second stage, on the frozen encoder: {kind}.")
     if "rebalanced" in info:
         lines.append(f"Its classifier was re-trained afterwards: {info['rebalanced']}.")
     if config.calibrated_on:

@@ -49,14 +49,14 @@ class EMAEncoder(nn.Module):
     @torch.no_grad()
     def update(self, modules: list[nn.Module]) -> None:
         """Move towards the current weights of the modules."""
-        current = [p.detach() for module in modules for p in module.parameters()]
-        average = list(self.average.parameters())
+        current: list[Tensor] = [p.detach() for module in modules for p in module.parameters()]
+        average: list[Tensor] = list(self.average.parameters())
         if not self.warm_up:
             torch._foreach_lerp_(average, current, 1 - self.decay)
             return
         self.updates += 1
         weight = (1 / self.updates).clamp(min=1 - self.decay)
-        differences = torch._foreach_sub(current, average)
+        differences = list(torch._foreach_sub(current, average))
         torch._foreach_mul_(differences, weight)
         torch._foreach_add_(average, differences)
 

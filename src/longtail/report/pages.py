@@ -49,6 +49,7 @@ def run_report(folder: Path) -> Path:
     if test is None:
         raise LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; use --resume to finish the run")
     epochs = [line for line in lines if line["kind"] == "epoch"]
+    first = next((line for line in reversed(lines) if line["kind"] == "first_stage"), None)
     shown = TASKS[model_config.task].report(folder, model_config, config, test, epochs)
     page = _render(
         "run.html.j2",
@@ -57,6 +58,8 @@ def run_report(folder: Path) -> Path:
         figures=[(title, Markup(plots.svg(figure))) for title, figure in [*shown.figures, *_curves(config, epochs)]],
         shown=shown,
         test=test,
+        first_stage=None if first is None else first[METHODS[config.method].predicts_under(config)],
+        second_stage=config.second_stage,
         unreadable=count_unreadable(folder),
         settings=config.to_yaml(),
     )

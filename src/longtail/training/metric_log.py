@@ -214,7 +214,8 @@ class MetricLogger:
             identity = hashlib.blake2b(str(out.resolve()).encode(), digest_size=6).hexdigest()
             self._wandb = wandb.init(project="longtail", name=name, dir=str(out), id=identity, resume="allow")
         if self.path.is_file():
-            kept = [line for line in read_metrics(self.path) if line["kind"] != "test" and line["step"] <= step]
+            lines = read_metrics(self.path)
+            kept = [line for line in lines if line["kind"] in {"epoch", "validation"} and line["step"] <= step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             if "csv" in self.also:
                 self._write_csv(kept)

@@ -26,6 +26,7 @@ from longtail.distributed import barrier, broadcast_buffers, rank, world_size, w
 from longtail.errors import LongtailError, StoppedError
 from longtail.files import write_text
 from longtail.inference.kept_features import check_same_encoder, draw_view, feature_data
+from longtail.inference.model import TrainedModel
 from longtail.methods.base import Method
 from longtail.nn import Encoder
 from longtail.nn.pretrained import normalization
@@ -44,6 +45,7 @@ from longtail.training.mixing import build_mixer
 from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, create_run_folder, write_unreadable
+from longtail.training.second_stage import first_stage_epochs, train_second_stage
 from longtail.training.sharpness import SharpnessAware, check_sharpness, passes_per_step
 from longtail.training.steps import DeviceSteps, LoaderSteps, Student, batches_on_device, build_steps
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
@@ -144,7 +146,7 @@ class _Trainer:
         self.mixer = build_mixer(config, self.method_class, data.class_counts, self.task.label_maps)
         self.transforms = self.task.build_transforms(config, data, self.method_class.views(config))
         assert isinstance(config.epochs, int)
-        self.epochs = config.epochs
+        self.epochs = first_stage_epochs(config)
         check_logs(config.log)
         self._check_batch_size()
         # features of the encoder, which are computed once, take the place of the images
@@ -423,9 +425,11 @@ class _Trainer:
         }
         if tracker.best is not None:
             training_info["best_step"] = tracker.best["step"]
-        model = build_model(modules, config, self.images, training_info)
-        if self.data.val is not None:
-            model = self.task.calibrate(model, self.data.val, config)
+        model = self._calibrated(build_model(modules, config, self.images, training_info))
+        if config.second_stage != "none":
+            log.add({"kind": "first_stage", "step": tracker.step, **evaluate_split(model, self.data.test, config)})
+            model = self._calibrated(train_second_stage(model, self.data, config, self.quiet))
+            log.add({"kind": "second_stage", "step": tracker.step, **model.config.training_info["second_stage"]})
         metrics = evaluate_split(model, self.data.test, config)
         model.config = dataclasses.replace(model.config, metrics=metrics["uniform"])
         if rank() == 0:
@@ -435,8 +439,11 @@ class _Trainer:
         log.add({"kind": "test", "step": tracker.step, **metrics})
         write_unreadable(self.out, self.images)
         barrier()
-        seconds = training_info["seconds"]
-        return Run(self.out, config, model.config, metrics, tracker.student_passes, seconds, teacher_seconds)
+        info = model.config.training_info
+        return Run(self.out, config, model.config, metrics, info["student_passes"], info["seconds"], teacher_seconds)
+
+    def _calibrated(self, model: TrainedModel) -> TrainedModel:
+        return model if self.data.val is None else self.task.calibrate(model, self.data.val, self.config)
 
     def _save(self, student: Student) -> None:
         optimizer = student.optimizer.state_dict()
