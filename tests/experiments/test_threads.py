@@ -17,6 +17,7 @@ from longtail.experiments.compare import compare
 from longtail.experiments.threads import run_in_threads
 from longtail.training.checkpoint import load_checkpoint
 from longtail.training.turns import Turn
+from tests.training.runs import equal, weights
 
 CPU = torch.device("cpu")
 
@@ -41,6 +42,24 @@ def test_runs_beside_one_another_give_what_they_give_alone(small: Config, tmp_pa
     stamp = (tmp_path / "beside" / "ce-seed0" / "last.ckpt").stat().st_mtime_ns
     assert compare(small, methods, [0, 1], tmp_path / "beside", quiet=True, budget="epochs") == beside
     assert (tmp_path / "beside" / "ce-seed0" / "last.ckpt").stat().st_mtime_ns == stamp
+
+
+def test_generations_of_teachers_and_second_stages_are_what_they_are_alone(small: Config, tmp_path: Path) -> None:
+    config = small.replace(
+        classifier={"distillation_weight": 0.5},
+        teacher={"generations": 2, "count": 2, "epochs": 1},
+        second_stage="reweight",
+    )
+    for folder, jobs in (("alone", 1), ("beside", 4)):
+        compare(config, ["la", "gml"], [0], tmp_path / folder, jobs=jobs, quiet=True, budget="epochs")
+    for name in ("la-seed0", "gml-seed0"):
+        assert equal(weights(tmp_path / "alone" / name), weights(tmp_path / "beside" / name))
+    teachers = [
+        sorted(path.name for path in (tmp_path / folder / "teachers").iterdir() if path.is_dir())
+        for folder in ("alone", "beside")
+    ]
+    assert teachers[0] == teachers[1]
+    assert len(teachers[0]) == 6  # the first generation is shared; the second is distilled with other weights
 
 
 def test_what_cannot_share_the_process_is_trained_in_turn(

@@ -252,6 +252,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "momentum keys, distilled": {"gml": {"keys": "momentum", "distillation_weight": 1.0}},
     "both keys": {"gml": {"keys": "both"}},
     "both keys, distilled": {"gml": {"keys": "both", "distillation_weight": 1.0}},
+    "mean teacher": {
+        "method": "la",
+        "teacher": {"source": "ema", "ema_decay": 0.9},
+        "classifier": {"distillation_weight": 1.0, "views": 2, "distill_every_view": True},
+    },
+    "momentum keys, mean teacher": {"gml": {"keys": "momentum"}, "teacher": {"source": "ema"}},
     "self-pairs for both": {"gml": {"self_pairs": "both"}},
     "no self-pairs": {"gml": {"self_pairs": "none"}},
     "query all views": {"gml": {"query_all_views": True}, "classifier": {"every_view": True}},
@@ -261,7 +267,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "experts": {"method": "experts", "classifier": {"distillation_weight": 1.0}},
 }
 # the states that a checkpoint has to hold: a moving average and a teacher, random draws in a step, a queue, statistics
-SAMPLE = {"both keys, distilled", "feature transfer", "paco", "proco", "experts"}
+SAMPLE = {"both keys, distilled", "mean teacher", "feature transfer", "paco", "proco", "experts"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -104,6 +105,25 @@ def test_the_same_batch_gives_the_same_losses_queues_and_weights(tmp_path: Path,
         for name, tensor in alone["weights"].items():
             if isinstance(tensor, torch.Tensor):
                 assert torch.allclose(here["weights"][name].double(), tensor.double(), rtol=1e-3, atol=2e-4), name
+
+
+@pytest.mark.slow
+def test_processes_share_the_second_stage(tmp_path: Path) -> None:
+    arguments = ("train", "digits-lt", "--method", "la", *TINY, "--classifier.distillation_weight", "1")
+    arguments += ("--teacher.source", "ema", "--second_stage", "crt")
+    assert run_longtail(*arguments, "--out", tmp_path / "one").returncode == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "recognizer")
+    # the first stage is there: what follows is the second, on its encoder
+    for process in run_ranks(2, *arguments, "--out", tmp_path / "two", "--resume"):
+        assert process.returncode == 0, process.stderr
+    one, two = (Recognizer.load(tmp_path / name).classifier.weight for name in ("one", "two"))
+    assert torch.allclose(one, two, rtol=1e-3, atol=1e-4)
+    # and both stages, with the moving average, in two processes
+    for process in run_ranks(2, *arguments, "--out", tmp_path / "whole"):
+        assert process.returncode == 0, process.stderr
+    kinds = [line["kind"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert kinds == ["epoch", "first_stage", "second_stage", "test"]
 
 
 # run before the command: keeps a copy of the checkpoint of step 20

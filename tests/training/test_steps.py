@@ -63,6 +63,13 @@ def test_every_method_trains_as_with_batches_of_the_host(tiny: Config, name: str
             "optimizer": {"grad_accumulation_steps": 2},
             "method": "la",
         },
+        {
+            "classifier": {"views": 2, "distillation_weight": 1.0, "distill_every_view": True},
+            "teacher": {"source": "ema", "ema_decay": 0.9, "ema_warmup": 0.6},
+            "method": "la",
+        },
+        {"teacher": {"count": 2, "generations": 2, "views": 2, "epochs": 1}, "gml": {"distillation_weight": 1.0}},
+        {"method": "la", "second_stage": "crt"},
         {"method": "ldam", "ldam": {"reweight_from": 0.5}},
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from longtail.config import Config
+from longtail.config import Config, parse_config
 from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.data.transforms import PerImageTransform, build_transform
@@ -16,9 +19,11 @@ from longtail.errors import LongtailError
 from longtail.inference.recognizer import Recognizer
 from longtail.methods.gml import GML, GMLSettings
 from longtail.training.auto_config import auto_config
-from longtail.training.teacher import teacher_folder
+from longtail.training.run_io import read_finished
+from longtail.training.teacher import load_teacher, teacher_config, teacher_folder, teacher_runs
 from longtail.training.teacher_cache import rng_keys
 from longtail.training.trainer import fit
+from tests.training.runs import equal, fit_in_two, weights
 
 
 def test_a_teacher_is_trained_once_and_found_again(
@@ -125,3 +130,123 @@ def test_the_cache_contains_the_teachers_outputs_for_the_very_view(
     fit(config.replace(gml={"embedding_dim": 8}), tmp_path / "other", quiet=True)
     assert "teacher: found in" in caplog.text
     assert "views of" not in caplog.text
+
+
+def test_teachers_are_shared_where_their_settings_are_equal(tiny: Config, tmp_path: Path) -> None:
+    data = load_data(tiny.data, 0)
+    config = tiny.replace(gml={"distillation_weight": 1.0})
+    one = teacher_folder(config, data, tmp_path)
+    changes: tuple[dict[str, Any], ...] = ({"views": 2}, {"generations": 2}, {"epochs": 5})
+    folders = [teacher_folder(config.replace(teacher=teacher), data, tmp_path) for teacher in changes]
+    assert len({one, *folders}) == 4
+    # the student's own settings, and which of several it is, do not matter
+    for student in ({"second_stage": "crt"}, {"teacher": {"count": 3}}, {"teacher": {"ema_decay": 0.5, "cache": 2}}):
+        assert teacher_folder(config.replace(**student), data, tmp_path) == one
+    # each of several has a seed of its own, and the same images
+    several = config.replace(teacher={"count": 3})
+    settings = [teacher_config(several, data, member) for member in range(3)]
+    assert len({each.seed for each in settings}) == 3
+    assert settings[0].seed == 0
+    assert {each.data.seed for each in settings} == {None, 0}
+    assert all(load_data(each.data, each.seed).fingerprint == data.fingerprint for each in settings)
+    # another student's are not among them
+    others = [teacher_folder(several.replace(seed=1), data, tmp_path, member) for member in range(3)]
+    assert not {teacher_folder(several, data, tmp_path, member) for member in range(3)} & set(others)
+
+
+def test_generations_follow_one_another(tiny: Config, tmp_path: Path) -> None:
+    data = load_data(tiny.data, 0)
+    plain = tiny.replace(gml={"distillation_weight": 0.7}, teacher={"network": "conv8", "views": 2})
+    config = plain.replace(teacher={"generations": 3, "generation_network": "student", "cache": 2})
+    stages = teacher_runs(config, data, tmp_path)
+    assert [len(stage) for stage in stages] == [1, 1, 1]
+    settings = [next(iter(stage.values())) for stage in stages]
+    assert [each.network for each in settings] == ["conv8", "conv8-tiny", "conv8-tiny"]
+    assert [each.classifier.distillation_weight for each in settings] == [0.0, 0.7, 0.7]
+    assert all(each.classifier.views == 2 and each.epochs == 2 and each.method == "la" for each in settings)
+    assert [each.teacher.cache for each in settings] == [0, 2, 2]
+    # each is the teacher of the next, and a student of one generation shares the first
+    for before, after in itertools.pairwise([*stages]):
+        assert teacher_folder(next(iter(after.values())), data, tmp_path) == next(iter(before))
+    assert teacher_folder(plain, data, tmp_path) == next(iter(stages[0]))
+    assert teacher_folder(config, data, tmp_path) == next(iter(stages[2]))
+    same = plain.replace(teacher={"generations": 2})
+    assert [next(iter(stage.values())).network for stage in teacher_runs(same, data, tmp_path)] == ["conv8"] * 2
+    assert [len(stage) for stage in teacher_runs(same.replace(teacher={"count": 2}), data, tmp_path)] == [2, 2]
+
+
+def test_several_teachers_of_two_generations_are_trained_and_cached(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="longtail")
+    config = tiny.replace(
+        gml={"distillation_weight": 1.0}, epochs=1, teacher={"count": 2, "generations": 2, "views": 2, "cache": 2}
+    )
+    seen: list[Batch] = []
+    original = GML.training_step
+
+    def recording(self: GML, batch: Batch) -> dict[str, torch.Tensor]:
+        seen.append(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(GML, "training_step", recording)
+    run = fit(config, tmp_path / "run", quiet=True)
+    data, kept = load_data(config.data, 0), tmp_path / "teachers"
+    folders = {folder for stage in teacher_runs(run.config, data, kept) for folder in stage}
+    assert folders == {path for path in (tmp_path / "teachers").glob("digits-lt-*") if path.is_dir()}
+    trained = [read_finished(folder) for folder in folders]
+    assert run.teacher_seconds > sum(each.seconds for each in trained)  # and the time of their caches
+    teachers = [Recognizer.load(teacher_folder(run.config, data, kept, member)) for member in (0, 1)]
+    for batch in seen:
+        assert batch.teacher_scores is not None
+        assert batch.key_features is not None
+        with torch.no_grad():
+            each = [F.softmax(t.classifier(t.encoder(batch.views[0])) / 4, dim=1) for t in teachers]
+        assert not torch.allclose(*each, atol=1e-3)
+        assert torch.allclose(F.softmax(batch.teacher_scores / 4, dim=1), (each[0] + each[1]) / 2, atol=1e-5)
+        assert batch.key_features.shape[1] == sum(t.encoder.num_features for t in teachers)
+    # the scores of several depend on the temperature, and so does the cache
+    caplog.clear()
+    fit(config.replace(gml={"embedding_dim": 8}), tmp_path / "other", quiet=True)
+    assert "views of" not in caplog.text
+    fit(config.replace(teacher={"distillation_temperature": 2.0, "generations": 1}), tmp_path / "warmer", quiet=True)
+    caplog.clear()
+    fit(config.replace(teacher={"distillation_temperature": 3.0, "generations": 1}), tmp_path / "cooler", quiet=True)
+    assert "teacher (2 of 2): found in" in caplog.text
+    assert "2 views of 357 images once" in caplog.text
+
+
+def test_several_runs_can_be_the_teacher(tiny: Config, tmp_path: Path) -> None:
+    folders = tuple(str(tmp_path / name) for name in ("first", "second"))
+    for seed, folder in enumerate(folders):
+        fit(tiny.replace(method="la", epochs=1, seed=seed, data={"seed": 0}), Path(folder), quiet=True)
+    config = tiny.replace(method="la", epochs=1, classifier={"distillation_weight": 1.0}, teacher={"source": folders})
+    assert parse_config(config.to_dict()) == config
+    run = fit(config, tmp_path / "both", quiet=True)
+    assert run.teacher_seconds == 0
+    assert not (tmp_path / "teachers").exists()
+    teacher = load_teacher(config, load_data(config.data, 0), distils=True)
+    assert teacher.classifier is not None
+    images = torch.rand(5, 1, 8, 8)
+    with torch.no_grad():
+        scores = teacher.classifier(teacher.encoder.eval()(images))
+        each = [F.softmax(Recognizer.load(Path(f)).scores(images) / 4, dim=1) for f in folders]
+    assert torch.allclose(F.softmax(scores / 4, dim=1), (each[0] + each[1]) / 2, atol=1e-5)
+    with pytest.raises(LongtailError, match=r"teacher.source '/nowhere': expected train, ema, the folder of a run"):
+        fit(config.replace(teacher={"source": (folders[0], "/nowhere")}), tmp_path / "none", quiet=True)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_a_run_with_several_teachers_resumes_with_the_same_bits(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    config = tiny.replace(
+        method="la",
+        classifier={"distillation_weight": 1.0},
+        teacher={"count": 2, "generations": 2, "epochs": 1},
+    )
+    fit(config, tmp_path / "whole", quiet=True)
+    # in folders of their own: interrupted in the second generation of the first teacher, or later
+    fit_in_two(config, tmp_path / "other" / "cut", steps, monkeypatch)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "other" / "cut"))

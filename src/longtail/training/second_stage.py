@@ -51,8 +51,8 @@ Validation = tuple[Tensor, Tensor, Config, Sequence[int]]
 """(N, F) features, (N,) labels, settings of the run and class counts."""
 
 _HEAD = mix(6)  # an independent stream of random draws
-_BATCH = 512
-_FEATURE_BYTES = 2**31  # of the features of all views, at most
+BATCH = 512
+FEATURE_BYTES = 2**31  # of the features of all views, at most
 MIN_STEPS = 2000  # a small set needs more passes than a large one
 _TAUS = tuple(step / 10 for step in range(21))
 
@@ -264,7 +264,7 @@ class _HeadTraining:
             # mean 1 over the images rather than over the classes, as the gradient's size does not change then
             weights = frequency_weights(self.counts).to(device)
             weights /= weights[self.labels_there].mean()
-        steps = -(-len(self.labels) // _BATCH)
+        steps = -(-len(self.labels) // BATCH)
         epochs = max(settings.epochs, -(-MIN_STEPS // steps))
         optimizer = torch.optim.SGD(
             [parameter], lr=settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay
@@ -274,7 +274,7 @@ class _HeadTraining:
             self.check()
             order = epoch_order(self.labels, sampler, mix(self.seed, _HEAD), self.passes).to(device)
             self.passes += 1
-            for rows in order.split(_BATCH):
+            for rows in order.split(BATCH):
                 loss = head_loss(score(self.features[rows]), self.labels_there[rows], weights)
                 optimizer.zero_grad()
                 loss.backward()
@@ -296,19 +296,17 @@ def _augmented_features(
     kept = data.train.images
     if isinstance(kept, FeatureImages):
         return torch.cat(kept.features).to(device), data.train.labels.repeat(len(kept.features))
-    fitting = max(1, _FEATURE_BYTES // (4 * count * encoder.num_features))
+    fitting = max(1, FEATURE_BYTES // (4 * count * encoder.num_features))
     if fitting < views:
-        logger.info(
-            "features of %d views of every image instead of %d, which would take too much memory", fitting, views
-        )
+        logger.info("features of %d of %d views of every image: more take over 2 GiB", fitting, views)
         views = fitting
     transforms = TASKS[data.task].build_transforms(config, data, ["classification"])
     process, processes = rank(), world_size()
     loader = TrainLoader(
-        data.train, _BATCH, transforms, config.seed, workers=config.data.workers, rank=process, world=processes
+        data.train, BATCH, transforms, config.seed, workers=config.data.workers, rank=process, world=processes
     )
     features = torch.zeros(views, count, encoder.num_features, device=device)
-    splits = torch.arange(count).split(_BATCH)
+    splits = torch.arange(count).split(BATCH)
     for view in range(views):
         for split, batch in zip(splits, loader.batches(splits, first_view + view), strict=True):
             check()
