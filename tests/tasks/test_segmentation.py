@@ -73,6 +73,17 @@ def test_every_kind_of_network_trains(segmenting: Config, tmp_path: Path, networ
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "teacher", [{"source": "ema"}, {"count": 2, "generations": 2, "epochs": 1}], ids=["ema", "two"]
+)
+def test_teachers_of_every_kind_are_distilled(segmenting: Config, tmp_path: Path, teacher: dict[str, Any]) -> None:
+    config = segmenting.replace(classifier={"distillation_weight": 1.0}, teacher=teacher)
+    fit(config, tmp_path / "run", quiet=True)
+    epochs = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
+    assert all(line["loss/distillation"] > 0 for line in epochs)
+
+
+@pytest.mark.slow
 def test_a_comparison(scenes: Path, tmp_path: Path, command: Command) -> None:
     flags = ["--network", "upernet:test_efficientnet:8", "--pretrained", "none", "--epochs", "1", "--batch_size", "4"]
     code, shown, err = command(

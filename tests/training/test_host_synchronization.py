@@ -13,7 +13,7 @@ from longtail.data.loader import Batch, TrainLoader
 from longtail.data.sources import load_data
 from longtail.data.transforms import build_transform
 from longtail.methods.base import Method
-from longtail.nn import CosineClassifier, Encoder
+from longtail.nn import ClassifierEnsemble, CosineClassifier, Encoder, EncoderEnsemble
 from longtail.registry import METHODS, TASKS
 from longtail.training.auto_config import auto_config
 from longtail.training.metric_log import MetricTracker
@@ -32,6 +32,32 @@ def test_no_step_reads_a_value_on_the_host(tiny: Config, name: str) -> None:
     student = Encoder("conv8-tiny", [0.3], [0.4])
     method = method_class(config, student, data.class_counts, teacher, classifier).train()
     views = [build_transform("digits", 8)] * len(method_class.views(config))
+    _two_steps_without_values(method, next(TrainLoader(data.train, 32, views, seed=0).epoch(0)))
+
+
+@pytest.mark.parametrize("name", ["la", "ldam", "gml"])
+def test_no_step_with_a_moving_average_as_the_teacher_does(tiny: Config, name: str) -> None:
+    config = tiny.replace(
+        method=name,
+        teacher={"source": "ema"},
+        gml={"keys": "momentum", "distillation_weight": 1.0},
+        classifier={"distillation_weight": 1.0, "views": 2, "every_view": True, "distill_every_view": True},
+    )
+    data = load_data(config.data, 0)
+    method = METHODS[name](config, Encoder("conv8-tiny", [0.3], [0.4]), data.class_counts).train()
+    views = [build_transform("digits", 8)] * len(method.views(config))
+    _two_steps_without_values(method, next(TrainLoader(data.train, 32, views, seed=0).epoch(0)))
+
+
+def test_no_step_with_several_teachers_does(tiny: Config) -> None:
+    config = tiny.replace(gml={"distillation_weight": 1.0})
+    data = load_data(config.data, 0)
+    encoders = [Encoder("conv8-tiny", [0.3], [0.4]) for _ in range(2)]
+    together = EncoderEnsemble(encoders)
+    classifier = ClassifierEnsemble([CosineClassifier(width, 10) for width in together.widths], together.widths, 4.0)
+    student = Encoder("conv8-tiny", [0.3], [0.4])
+    method = METHODS["gml"](config, student, data.class_counts, together, classifier.requires_grad_(False)).train()
+    views = [build_transform("digits", 8)] * len(method.views(config))
     _two_steps_without_values(method, next(TrainLoader(data.train, 32, views, seed=0).epoch(0)))
 
 

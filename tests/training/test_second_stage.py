@@ -15,9 +15,12 @@ from longtail.config import Config
 from longtail.data.samplers import epoch_order
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.rebalance import RebalanceSettings, rebalance
+from longtail.nn import LinearClassifier
+from longtail.randomness import mix
 from longtail.report import run_report
 from longtail.training import second_stage
 from longtail.training.metric_log import read_metrics
+from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import find_finished
 from longtail.training.second_stage import HeadSettings, first_stage_epochs, fit_head, head_loss
 from longtail.training.trainer import fit
@@ -53,9 +56,7 @@ def test_a_fit_is_gradient_descent_on_the_losses_of_its_batches(method: Any, mon
     torch.manual_seed(0)
     features, labels = torch.randn(10, 2, dtype=torch.float64), torch.tensor([0] * 6 + [1] * 3 + [2])
     settings = HeadSettings(method, epochs=2, learning_rate=0.1, weight_decay=0.01)
-    monkeypatch.setattr(
-        second_stage, "LinearClassifier", lambda *sizes: torch.nn.Linear(*sizes, bias=False).double().apply(_zero)
-    )
+    monkeypatch.setattr(second_stage, "LinearClassifier", _linear_in_float64)
     head, tau = fit_head(features, labels, 3, settings, seed=5)
     assert tau is None
     size = math.sqrt(features.square().mean().item())
@@ -68,7 +69,7 @@ def test_a_fit_is_gradient_descent_on_the_losses_of_its_batches(method: Any, mon
         momentum: list[float] | None = None
         step = 0
         for _ in range(2):
-            order = epoch_order(labels, sampler, second_stage.mix(5, second_stage.mix(6)), passes[0]).tolist()
+            order = epoch_order(labels, sampler, mix(5, mix(6)), passes[0]).tolist()
             passes[0] += 1
             for start in range(0, 10, 4):
                 rows = order[start : start + 4]
@@ -113,8 +114,8 @@ def test_a_fit_is_gradient_descent_on_the_losses_of_its_batches(method: Any, mon
     assert head.weight.flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-def _zero(module: torch.nn.Module) -> None:
-    torch.nn.init.zeros_(module.weight)
+def _linear_in_float64(in_features: int, num_classes: int) -> LinearClassifier:
+    return LinearClassifier(in_features, num_classes).double()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_a_signal_stops_it_and_the_first_stage_is_kept(
         return ("SIGTERM" if "first_stage" in kinds else ""), True
 
     with monkeypatch.context() as patched:
-        patched.setattr(second_stage.PreemptionHandler, "sync", sync)
+        patched.setattr(PreemptionHandler, "sync", sync)
         with pytest.raises(StoppedError, match="stopped by SIGTERM at the end of the first stage, all of it saved"):
             fit(config, tmp_path / "run", quiet=True)
     fit(config, tmp_path / "run", quiet=True, resume=True)

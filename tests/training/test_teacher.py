@@ -202,7 +202,7 @@ def test_several_teachers_of_two_generations_are_trained_and_cached(
         assert batch.key_features is not None
         with torch.no_grad():
             each = [F.softmax(t.classifier(t.encoder(batch.views[0])) / 4, dim=1) for t in teachers]
-        assert not torch.allclose(*each, atol=1e-3)
+        assert not torch.allclose(each[0], each[1], atol=1e-3)
         assert torch.allclose(F.softmax(batch.teacher_scores / 4, dim=1), (each[0] + each[1]) / 2, atol=1e-5)
         assert batch.key_features.shape[1] == sum(t.encoder.num_features for t in teachers)
     # the scores of several depend on the temperature, and so does the cache
