@@ -26,13 +26,13 @@ from torch import Tensor
 
 from longtail.data.dataset import LongTailedData
 from longtail.evaluation.metrics import classification_metrics, count_correct
-from longtail.experiments.rebalance import plain_features
 from longtail.losses import class_log_likelihood
 from longtail.losses.von_mises_fisher import concentration, log_bessel_ratio
 from longtail.methods.gml import GML
 from longtail.nn import Encoder
 from longtail.tasks.loading import load_run
 from longtail.training.checkpoint import load_checkpoint
+from longtail.training.second_stage import plain_features
 
 GROUPS = ("many", "medium", "few")
 PlotEmbeddings = Callable[[Tensor, Tensor, list[str]], None]

@@ -113,7 +113,7 @@ def test_a_rebalanced_run_is_a_run(command: Command, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert command("train", "digits-lt", "--method", "ce", *TINY, "--out", run)[0] == 0
     weights = (run / "recognizer" / "model.safetensors").read_bytes()
-    for method in ("crt", "lws", "tau"):
+    for method in ("crt", "lws", "reweight", "tau"):
         code, shown, err = command("rebalance", run, "--method", method, "--views", "1", "--epochs", "1")
         assert code == 0, err
         assert "uniform" in shown

@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from longtail.data.dataset import ImageSet
 from longtail.errors import LongtailError
 from longtail.files import write_text
-from longtail.inference.features import encode_split
 from longtail.inference.kept_features import feature_data
-from longtail.inference.model import TrainedModel
 from longtail.registry import TASKS
 from longtail.tasks.evaluate import evaluate_split
 from longtail.tasks.loading import load_run
@@ -92,10 +88,3 @@ def rebalance(
     write_text(out / "config.yaml", config.to_yaml())
     write_text(out / "metrics.jsonl", json.dumps({"kind": "test", "step": 0, **metrics}) + "\n")
     return metrics
-
-
-def plain_features(model: TrainedModel, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Return (N, F) features of images without augmentation, and their labels."""
-    model.encoder.eval()
-    batches = list(encode_split(model.encoder, images, model.config.image_size, device=model.device))
-    return torch.cat([features for features, _ in batches]), torch.cat([labels for _, labels in batches])

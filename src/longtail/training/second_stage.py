@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.config import Config
-from longtail.data.dataset import LongTailedData
+from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loader import TrainLoader
 from longtail.data.samplers import epoch_order
 from longtail.distributed import all_reduce_sum, rank, world_size
@@ -102,6 +102,7 @@ def train_second_stage(model: TrainedModel, data: LongTailedData, config: Config
     assert config.second_stage != "none"
     first, started, calls = first_stage_epochs(config), time.monotonic(), itertools.count()
     views = config.epochs - first
+    logger.info("second stage %s: a new classifier on the features of %d views", config.second_stage, views)
     with PreemptionHandler(quiet) as stop:
 
         def check() -> None:
@@ -148,9 +149,7 @@ def retrain_classifier(
     """
     validation: Validation | None = None
     if settings.method == "tau" and settings.tau is None and data.val is not None:
-        batches = list(encode_split(model.encoder.eval(), data.val, model.config.image_size, device=model.device))
-        columns = [torch.cat(column) for column in zip(*batches, strict=True)]
-        validation = (columns[0], columns[1], config, data.class_counts)
+        validation = (*plain_features(model, data.val), config, data.class_counts)
     features, labels = _augmented_features(model, config, data, views, first_view, check)
     head, tau = fit_head(features, labels, len(data.class_names), settings, validation, seed=config.seed, check=check)
     # of process 0, in all of them
@@ -192,8 +191,7 @@ def fit_head(
     head = LinearClassifier(features.shape[1], num_classes).to(features.device)
     # features of different networks differ in scale; with mean square 1, one learning rate fits all
     size = features.square().mean().sqrt().clamp(min=1e-12)
-    features = features / size
-    training = _HeadTraining(features, labels.cpu(), num_classes, settings, seed, check)
+    training = _HeadTraining(features, size, labels.cpu(), num_classes, settings, seed, check)
     training.fit(
         head,
         head.weight,
@@ -239,18 +237,20 @@ def head_loss(scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 class _HeadTraining:
-    """One fit after another of parameters on the same features."""
+    """One fit after another of parameters on the same features, divided by their size."""
 
     def __init__(
         self,
         features: Tensor,
+        size: Tensor,
         labels: Tensor,
         num_classes: int,
         settings: HeadSettings,
         seed: int,
         check: Callable[[], None],
     ) -> None:
-        self.features, self.labels, self.settings, self.seed, self.check = features, labels, settings, seed, check
+        self.features, self.size, self.labels = features, size, labels
+        self.settings, self.seed, self.check = settings, seed, check
         self.labels_there = labels.to(features.device)
         self.counts = torch.bincount(labels, minlength=num_classes)
         self.passes = 0
@@ -275,11 +275,18 @@ class _HeadTraining:
             order = epoch_order(self.labels, sampler, mix(self.seed, _HEAD), self.passes).to(device)
             self.passes += 1
             for rows in order.split(BATCH):
-                loss = head_loss(score(self.features[rows]), self.labels_there[rows], weights)
+                loss = head_loss(score(self.features[rows] / self.size), self.labels_there[rows], weights)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+
+
+def plain_features(model: TrainedModel, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Return (N, F) features of images without augmentation, and their labels."""
+    model.encoder.eval()
+    batches = list(encode_split(model.encoder, images, model.config.image_size, device=model.device))
+    return torch.cat([features for features, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
 @torch.no_grad()
