@@ -9,7 +9,7 @@ generation  a ResNet-56 distilled on two views teaches the ResNet-32
 rows        imbalance 50 and 10, and CIFAR-10 where it is in the pack
 longer      400 epochs
 wide        ResNet-32, four times as wide
-parts       the parts of GML, one left out at a time, which docs/evidence.md has at 16 epochs
+parts       the parts of GML, one left out at a time, which docs/evidence/gml.md has at 16 epochs
 compiled    milliseconds a step with compiled networks
 
 The images come from one file, made where CIFAR is:

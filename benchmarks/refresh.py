@@ -241,7 +241,7 @@ PLOTS: dict[str, tuple[Callable[[Figure], None], tuple[float, float], Sequence[s
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
     FIGURES.mkdir(exist_ok=True)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "longtail"}):
