@@ -220,3 +220,19 @@ def test_what_is_pushed_to_the_hub(tiny: Config, tmp_path: Path, monkeypatch: py
     Recognizer.load(tmp_path / "run").push_to_hub("somebody/digits")
     assert sent["repo_id"] == "somebody/digits"
     assert sent["names"] == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_files_are_decoded_ahead_and_predicted_in_order(tmp_path: Path) -> None:
+    recognizer = build_recognizer()
+    random = np.random.default_rng(0)
+    paths = [tmp_path / f"{index}.png" for index in range(12)]
+    for path in paths:
+        Image.fromarray(random.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(path)
+    alone = torch.cat([recognizer.predict(path).probabilities for path in paths])
+    together = recognizer.predict((path for path in paths), batch_size=2).probabilities
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert len(torch.unique(alone, dim=0)) == 12
+    paths[7].write_bytes(b"no image")
+    paths[9].unlink()
+    with pytest.raises(LongtailError, match=r"7\.png: is not an image"):
+        recognizer.predict(paths, batch_size=2)

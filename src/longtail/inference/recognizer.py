@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import collections
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -265,13 +268,30 @@ class Recognizer(TrainedModel):
         if isinstance(images, str | Path | Image.Image | np.ndarray | Tensor):
             images = [images]
         batch: list[Image.Image] = []
-        for image in images:
-            batch.append(self._open(image))
+        for image in self._opened(images, 2 * batch_size):
+            batch.append(image)
             if len(batch) == batch_size:
                 yield self._preprocess(batch, side).to(self.device)
                 batch = []
         if batch:
             yield self._preprocess(batch, side).to(self.device)
+
+    def _opened(self, images: Iterable[ImageLike], ahead: int) -> Iterator[Image.Image]:
+        """Yield the images in order; threads decode up to ``ahead`` of them while earlier ones are classified."""
+        if isinstance(images, Sequence) and len(images) == 1:
+            yield self._open(images[0])
+            return
+        pending: collections.deque[Future[Image.Image]] = collections.deque()
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
+            for image in images:
+                pending.append(pool.submit(self._open, image))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _open(self, image: ImageLike) -> Image.Image:
         # a file becomes a square as the training images did
