@@ -67,3 +67,14 @@ def test_a_batch_that_is_on_the_device_stays_as_it_is() -> None:
     there = torch.device("meta")
     batch = Batch((torch.zeros(2, 3, 4, 4, device=there),), torch.zeros(2, device=there), torch.zeros(2, device=there))
     assert batch.to(there) is batch
+
+
+def test_large_images_are_evaluated_in_smaller_batches() -> None:
+    assert [loader_module.evaluation_batch_size(side) for side in (8, 32, 90, 128, 224, 4096)] == [
+        512,
+        512,
+        512,
+        256,
+        83,
+        1,
+    ]

@@ -24,6 +24,7 @@ from longtail.data.transforms.per_image import preserve_rng_state
 from longtail.errors import LongtailError
 from longtail.randomness import mix
 
+_EVALUATION_PIXELS = 2**22  # of a batch, whose activations must fit into the memory of a laptop
 _VIEW = mix(2)  # a random stream of its own
 GROUPED_VALUES = 2**17
 """Small batches are augmented together, up to so many values of pixels."""
@@ -363,6 +364,11 @@ class _PerImageBatches(Dataset[Any]):
 def _stack(images: Sequence[Tensor]) -> Tensor:
     """Return a batch, channels last in memory, as the images are and as the networks need it."""
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def evaluation_batch_size(side: int) -> int:
+    """Return how many images of ``side`` × ``side`` pixels pass a network at once: the fewer, the larger they are."""
+    return min(512, max(1, _EVALUATION_PIXELS // side**2))
 
 
 def evaluation_batches(

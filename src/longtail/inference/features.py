@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.data.dataset import ImageSet
-from longtail.data.loader import evaluation_batches
+from longtail.data.loader import evaluation_batch_size, evaluation_batches
 from longtail.nn.encoder import channels_last
 
 
@@ -20,7 +20,7 @@ def encode_split(
     image_size: int,
     *,
     device: torch.device,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     resize: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -32,11 +32,13 @@ def encode_split(
         images: the split.
         image_size: side in pixels of the centre crop.
         device: where the encoder is.
-        batch_size: images per pass.
+        batch_size: images per pass; fewer of large images than of small ones if not given.
         resize: side in pixels that the network wants, if another one.
         rank: of this process, which takes every ``world_size``-th image.
         world_size: number of processes.
     """
+    if batch_size is None:
+        batch_size = evaluation_batch_size(max(image_size, resize or 0, getattr(encoder, "resize", None) or 0))
     for views, labels in evaluation_batches(images, image_size, batch_size, rank, world_size):
         inputs = (views.pin_memory() if device.type == "cuda" else views).to(device, non_blocking=True)
         if resize is not None and inputs.ndim == 4 and inputs.shape[-1] != resize:

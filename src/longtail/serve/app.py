@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from longtail.data.data_uri import image_data_uri
 from longtail.data.dataset import ImageSet
@@ -54,12 +56,18 @@ class ReferenceImages(NamedTuple):
     """(N, F), unit norm."""
 
 
-def reference_images(model: Recognizer, images: ImageSet) -> ReferenceImages:
+def reference_images(model: Recognizer, images: ImageSet, quiet: bool = True) -> ReferenceImages:
     """Return the features of the training images, or of evenly spaced ones where there are very many."""
     positions = torch.arange(0, len(images), max(1, -(-len(images) // _MAX_REFERENCE_IMAGES)))
     subset = ImageSet(_Subset(images, positions), images.labels[positions], images.ids[positions])  # type: ignore[arg-type]
     batches = encode_split(model.encoder, subset, model.config.image_size, device=model.device)
-    return ReferenceImages(images, positions, torch.cat([F.normalize(features).cpu() for features, _ in batches]))
+    parts = []
+    every = 0.5 if sys.stderr.isatty() else 20.0
+    with tqdm(desc="features of the training images", total=len(positions), disable=quiet, mininterval=every) as bar:
+        for features, labels in batches:
+            parts.append(F.normalize(features).cpu())
+            bar.update(len(labels))
+    return ReferenceImages(images, positions, torch.cat(parts))
 
 
 class _Subset:
@@ -273,7 +281,7 @@ def serve(
     try:
         loaded, _, data = load_run(run, data_root)
         assert isinstance(loaded, Recognizer)
-        model, reference = loaded, reference_images(loaded, data.train)
+        model, reference = loaded, reference_images(loaded, data.train, quiet)
     except LongtailError as error:
         if not quiet:
             print(f"without neighbours: {error}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longtail.config import Config
 from longtail.data.dataset import ImageSet
-from longtail.data.loader import evaluation_batches
+from longtail.data.loader import evaluation_batch_size, evaluation_batches
 from longtail.distributed import all_reduce_sum, rank, world_size
 from longtail.evaluation.calibration import (
     Reliability,
@@ -30,7 +30,9 @@ def predict_split(model: Recognizer, images: ImageSet, tta: TTA = "none") -> Ite
     """Yield positions, prior-free scores and labels of this process's part of a split."""
     model.encoder.eval()
     positions, done = torch.arange(rank(), len(images), world_size()), 0
-    batches = evaluation_batches(images, model.input_size(tta), rank=rank(), world=world_size())
+    side = model.input_size(tta)
+    batch_size = evaluation_batch_size(max(side, model.encoder.resize or 0))
+    batches = evaluation_batches(images, side, batch_size, rank(), world_size())
     for views, labels in batches:
         yield positions[done : done + len(labels)], model.scores(views.to(model.device), tta), labels.to(model.device)
         done += len(labels)
