@@ -51,6 +51,8 @@ def test_nothing_stands_out_of_a_good_run() -> None:
     ("changes", "parts"),
     [
         ({"metrics": {"few": 5.0}}, ["The tail is hardly recognised", "5.0 %", "gml.queue_minimum above 2", "crt"]),
+        ({"metrics": {"few": 5.0}, "method": "la", "pretrained": "timm"}, ["The tail", "--tune lora"]),
+        ({"metrics": {"few": 5.0}, "method": "la", "second_stage": "crt"}, ["The tail", "Distil a teacher"]),
         ({"metrics": {"few": 5.0}, "under": "train", "method": "ce"}, ["The tail", "uniform prior (few +0.0 points)"]),
         ({"metrics": {"many": 30.0}}, ["Head accuracy is below medium accuracy", "30.0 %, in medium 85.0 %"]),
         (

@@ -84,7 +84,12 @@ def _tail_not_recognised(
     many, few = main["many"], main["few"]
     if many is None or few is None or many < 20 or few > 0.5 * many:
         return None
-    advice = "Re-train the classifier on this encoder: longtail rebalance RUN --method crt."
+    # on the features of a pretrained network a classifier that is re-trained was worse
+    advice = "Tune with low-rank updates: --tune lora." if config.tune != "lora" else ""
+    if config.pretrained == "none":
+        advice = "Re-train the classifier on this encoder: longtail rebalance RUN --method crt."
+        if config.second_stage != "none":
+            advice = "Distil a teacher: --classifier.distillation_weight 1."
     if model_config.predicts_under == "train":
         gain = (uniform["few"] or 0) - few
         advice = f"Predict under the uniform prior (few +{gain:.1f} points), or train with --method la."
