@@ -63,7 +63,9 @@ def reference_images(model: Recognizer, images: ImageSet, quiet: bool = True) ->
     batches = encode_split(model.encoder, subset, model.config.image_size, device=model.device)
     parts = []
     every = 0.5 if sys.stderr.isatty() else 20.0
-    with tqdm(desc="features of the training images", total=len(positions), disable=quiet, mininterval=every) as bar:
+    with tqdm(
+        desc="features of the training images", total=len(positions), disable=quiet, mininterval=every, delay=2
+    ) as bar:
         for features, labels in batches:
             parts.append(F.normalize(features).cpu())
             bar.update(len(labels))
@@ -277,6 +279,7 @@ def serve(
     model = load_model(run)
     if not isinstance(model, Recognizer):
         raise LongtailError(f"{run}: labels pixels; the page shows classes of whole images")
+    listening = listen(host, port)  # before what takes minutes
     reference = None
     try:
         loaded, _, data = load_run(run, data_root)
@@ -285,7 +288,6 @@ def serve(
     except LongtailError as error:
         if not quiet:
             print(f"without neighbours: {error}")
-    listening = listen(host, port)
     named = f"[{host}]" if ":" in host else host
     address = f"http://{named}:{listening.getsockname()[1]}"
 
