@@ -151,17 +151,24 @@ def perturbation(gradients: list[Tensor], rho: float) -> list[Tensor]:
     return list(torch._foreach_mul(gradients, rho / (norm + 1e-12)))
 
 
+def named_tensors(method: Method) -> dict[str, Tensor]:
+    """Return every tensor of a method by its name, those of its memories too, which are no buffers."""
+    found: dict[str, Tensor] = {}
+    for path, module in method.named_modules():
+        owners: dict[str, object] = {path: module}
+        owners |= {f"{path}.{name}": value for name, value in vars(module).items() if not isinstance(value, nn.Module)}
+        for prefix, owner in owners.items():
+            tensors = {**getattr(owner, "_buffers", {}), **getattr(owner, "_parameters", {})}
+            tensors |= {k: v for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, Tensor)}
+            found |= {f"{prefix}.{name}".strip("."): tensor for name, tensor in tensors.items() if tensor is not None}
+    return found
+
+
 def state_tensors(method: Method) -> list[Tensor]:
     """Return what a pass over a batch changes beside the gradients: buffers, queues, and moving averages."""
     own = {id(parameter) for part in (method.encoder, method.classifier) for parameter in part.parameters()}
-    found: dict[int, Tensor] = {id(p): p for p in method.parameters() if not p.requires_grad and id(p) not in own}
-    for module in method.modules():
-        found |= {id(buffer): buffer for buffer in module.buffers(recurse=False)}
-        for value in vars(module).values():
-            if not isinstance(value, nn.Module):  # a memory, which is no module
-                tensors = getattr(value, "__dict__", {}).values()
-                found |= {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
-    return list(found.values())
+    found = {id(tensor): tensor for tensor in named_tensors(method).values()}
+    return [tensor for key, tensor in found.items() if key not in own and not tensor.requires_grad]
 
 
 def _weighted(parts: Sequence[Batch], weights: Sequence[Tensor | None]) -> list[Batch]:

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtail.config import Config
 from longtail.data.device_loader import DeviceLoader, reason_against_device
@@ -28,7 +28,7 @@ from longtail.randomness import mix
 from longtail.training.metric_log import MetricTracker, NonFiniteLossGuard
 from longtail.training.optim import limit_row_norms, set_learning_rate
 from longtail.training.schedule import rate
-from longtail.training.sharpness import SharpnessAware, passes_per_step
+from longtail.training.sharpness import SharpnessAware, named_tensors, passes_per_step
 from longtail.training.trained_model import student_modules
 from longtail.training.turns import Turn
 
@@ -281,16 +281,8 @@ class DeviceSteps:
 
 
 def _addresses(method: Method) -> Mapping[str, int]:
-    """Return where every tensor of a method lies, those of its memories too, which are no buffers."""
-    found: dict[str, int] = {}
-    for path, module in method.named_modules():
-        owners: dict[str, object] = {path: module}
-        owners |= {f"{path}.{name}": value for name, value in vars(module).items() if not isinstance(value, nn.Module)}
-        for prefix, owner in owners.items():
-            tensors = {**getattr(owner, "_buffers", {}), **getattr(owner, "_parameters", {})}
-            tensors |= {k: v for k, v in getattr(owner, "__dict__", {}).items() if isinstance(v, Tensor)}
-            found |= {f"{prefix}.{k}".strip("."): v.data_ptr() for k, v in tensors.items() if v is not None}
-    return found
+    """Return where every tensor of a method lies."""
+    return {name: tensor.data_ptr() for name, tensor in named_tensors(method).items()}
 
 
 def build_steps(

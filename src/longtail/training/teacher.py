@@ -32,7 +32,7 @@ from longtail.training.run_io import INCIDENTAL, flatten
 
 logger = logging.getLogger(__name__)
 
-_MEMBER = mix(8)  # an independent stream of random draws
+_MEMBER = mix(10)  # an independent stream of random draws
 
 
 _SHARPNESS = ("sharpness", "rho", "sharpness_below", "sharpness_gamma", "sharpness_weight")
