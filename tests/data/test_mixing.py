@@ -169,14 +169,15 @@ def _equal(ours: Batch, theirs: Batch, rows: slice = slice(None)) -> None:
 class _Cache:
     """Scores and features that tell the image and the epoch."""
 
-    fixes_classification = True
+    num_fixed_views = 2
 
-    def rng_keys(self, epoch: int) -> tuple[int, ...]:
-        return (1, epoch)
+    def rng_keys(self, epoch: int, number: int) -> tuple[int, ...]:
+        return (1, epoch, number)
 
     def lookup(self, indices: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         features = indices[:, None].float() + epoch
-        return features, torch.cat([features.sin(), features.cos(), 3 * (2 * features).sin()], dim=1) * 5
+        scores = torch.cat([features.sin(), features.cos(), 3 * (2 * features).sin()], dim=1) * 5
+        return features, torch.stack([scores, -scores], dim=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

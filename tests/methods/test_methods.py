@@ -281,8 +281,3 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     fit_in_two(config, tmp_path / "cut", 8, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert (tmp_path / "teachers").exists() == METHODS[config.method].needs_teacher(config)
-
-
-def test_cached_scores_are_of_one_view(tiny: Config) -> None:
-    with pytest.raises(LongtailError, match=r"classifier.distill_every_view: teacher.cache"):
-        tiny.replace(classifier={"distill_every_view": True}, teacher={"cache": 2})

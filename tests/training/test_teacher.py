@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from longtail.config import Config, parse_config
+from longtail.config import Config, parse_config, read_config
 from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.data.transforms import PerImageTransform, build_transform
 from longtail.errors import LongtailError
 from longtail.inference.recognizer import Recognizer
+from longtail.methods.base import Method
 from longtail.methods.gml import GML, GMLSettings
+from longtail.nn import build_backbone
 from longtail.training.auto_config import auto_config
 from longtail.training.run_io import read_finished
 from longtail.training.teacher import load_teacher, teacher_config, teacher_folder, teacher_runs
@@ -117,7 +120,7 @@ def test_the_cache_contains_the_teachers_outputs_for_the_very_view(
         assert len(batch.views) == 2  # classification and query: the key was not drawn
         with torch.no_grad():
             features = teacher.encoder(batch.views[0])
-            assert torch.allclose(teacher.classifier(features), batch.teacher_scores, atol=1e-4)
+            assert torch.allclose(teacher.classifier(features), batch.teacher_scores[:, 0], atol=1e-4)
         # the key is another view than the classification's
         assert not torch.allclose(features, batch.key_features, atol=1e-3)
         # epoch 4 shows the first view again
@@ -130,6 +133,77 @@ def test_the_cache_contains_the_teachers_outputs_for_the_very_view(
     fit(config.replace(gml={"embedding_dim": 8}), tmp_path / "other", quiet=True)
     assert "teacher: found in" in caplog.text
     assert "views of" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "la", "classifier": {"views": 2, "distillation_weight": 1.0}},
+        {"gml": {"distillation_weight": 1.0, "share_query": False}, "classifier": {"every_view": True}},
+    ],
+    ids=["la", "gml"],
+)
+def test_the_cache_contains_the_scores_of_every_distilled_view(
+    changes: dict[str, Any], tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.replace(**changes).replace(classifier={"distill_every_view": True}, teacher={"cache": 3}, epochs=3)
+    seen: list[Batch] = []
+    original = Method.training_step
+
+    def recording(self: Method, batch: Batch) -> dict[str, torch.Tensor]:
+        seen.append(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(Method, "training_step", recording)
+    run = fit(config, tmp_path / "run", quiet=True)
+    seen = seen[-3 * 6 :]  # the teacher's steps come first
+    data = load_data(config.data, 0)
+    teacher = Recognizer.load(teacher_folder(run.config, data, tmp_path / "teachers"))
+    for number, batch in enumerate(seen):
+        assert batch.teacher_scores is not None
+        assert batch.teacher_scores.shape[1:] == (2, 10)
+        assert not torch.allclose(batch.views[0], batch.views[1])
+        with torch.no_grad():
+            features = [teacher.encoder(view) for view in batch.views]
+            scores = torch.stack([teacher.classifier(each) for each in features], dim=1)
+        torch.testing.assert_close(scores, batch.teacher_scores, rtol=0, atol=1e-4)
+        positions = torch.tensor([data.train.ids.tolist().index(image) for image in batch.ids.tolist()])
+        pixels, view = data.train.images.take(positions), build_transform("digits", 8)
+        assert not isinstance(view, PerImageTransform)
+        for shown, made in enumerate(batch.views):  # epoch 0: views 0 and 1, epoch 1: 2 and 0, epoch 2: 1 and 2
+            expected = view(pixels, batch.ids, rng_keys(0, (2 * (number // 6) + shown) % 3))
+            assert torch.allclose(made, expected, atol=1e-6)
+    with pytest.raises(LongtailError, match=r"teacher.cache 1: 2 views of an image are distilled in a step"):
+        fit(config.replace(teacher={"cache": 1}), tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_pretrained_teacher_gets_a_classifier_first(tiny: Config, tmp_path: Path) -> None:
+    """Its encoder stays as it is, and sees the images at a size of its own."""
+    file = tmp_path / "weights.safetensors"
+    network = "resnet10t"
+    weights = {name: tensor.contiguous() for name, tensor in build_backbone(network, 1).state_dict().items()}
+    save_file(weights, file)
+    settings = {"network": network, "pretrained": str(file), "tune": "head", "network_size": 16}
+    config = tiny.replace(method="la", classifier={"distillation_weight": 1.0}, teacher=settings, epochs=1)
+    run = fit(config, tmp_path / "run", quiet=True)
+    data = load_data(config.data, 0)
+    teacher = Recognizer.load(teacher_folder(run.config, data, tmp_path / "teachers"))
+    assert (teacher.config.network, teacher.config.network_size) == (network, 16)
+    for name, tensor in teacher.encoder.backbone.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+    assert not teacher.classifier.weight.equal(torch.zeros_like(teacher.classifier.weight))
+    assert read_config(tmp_path / "run" / "config.yaml").teacher.pretrained == str(file)
+    assert Recognizer.load(tmp_path / "run").config.network == tiny.network
+    missing = config.replace(teacher={"pretrained": str(tmp_path / "none.pth")})
+    with pytest.raises(LongtailError, match=r"none.pth"):
+        fit(missing, tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(LongtailError, match=r"teacher.tune head: is for a teacher that is trained; set teacher.source"):
+        tiny.replace(teacher={"source": "ema", "tune": "head"})
+    with pytest.raises(LongtailError, match=r"teacher.tune 'heads': expected full, norm"):
+        tiny.replace(teacher={"tune": "heads"})
 
 
 def test_teachers_are_shared_where_their_settings_are_equal(tiny: Config, tmp_path: Path) -> None:
@@ -203,7 +277,7 @@ def test_several_teachers_of_two_generations_are_trained_and_cached(
         with torch.no_grad():
             each = [F.softmax(t.classifier(t.encoder(batch.views[0])) / 4, dim=1) for t in teachers]
         assert not torch.allclose(each[0], each[1], atol=1e-3)
-        assert torch.allclose(F.softmax(batch.teacher_scores / 4, dim=1), (each[0] + each[1]) / 2, atol=1e-5)
+        assert torch.allclose(F.softmax(batch.teacher_scores[:, 0] / 4, dim=1), (each[0] + each[1]) / 2, atol=1e-5)
         assert batch.key_features.shape[1] == sum(t.encoder.num_features for t in teachers)
     # the scores of several depend on the temperature, and so does the cache
     caplog.clear()

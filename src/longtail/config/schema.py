@@ -8,7 +8,6 @@ line. A field that does not exist, or a value of the wrong type or range, is an 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -19,11 +18,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from longtail.config.optimization import Mixing, Optimizer, Schedule
 from longtail.config.teacher import Teacher
-from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat, Weight
+from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat, Weight, check_tune
 from longtail.errors import LongtailError, did_you_mean
 from longtail.registry import METHODS, SAMPLERS, TASKS, TRANSFORMS
-
-_TUNE = re.compile(r"full|norm|head|last:0*[1-9]\d*|(lora|adapter)(:0*[1-9]\d*)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,21 +263,12 @@ class Config:
 
     def __post_init__(self) -> None:
         METHODS.check(self.method, "method")
-        if self.classifier.distill_every_view and self.teacher.cache > 0:
-            raise LongtailError(
-                "classifier.distill_every_view: teacher.cache holds the teacher's scores of one view per image; set "
-                "teacher.cache to 0"
-            )
         if self.second_stage != "none" and self.epochs == 1:
             raise LongtailError(
                 f"second_stage {self.second_stage}: takes at least one of the epochs and leaves at least one to the "
                 "first stage; set epochs to 2 or more"
             )
-        if not _TUNE.fullmatch(self.tune):
-            raise LongtailError(
-                f"tune '{self.tune}': expected full, norm, last:N, lora, lora:R, adapter, adapter:W or head, with "
-                "numbers of at least 1"
-            )
+        check_tune(self.tune, "tune")
         if self.shots.few_below > self.shots.many_above + 1:
             raise LongtailError(
                 f"shots.few_below {self.shots.few_below} and shots.many_above {self.shots.many_above} overlap: "

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat
+from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat, check_tune
 from longtail.errors import LongtailError
 
 
@@ -23,6 +23,14 @@ class Teacher:
     their classifiers are averaged, and gml's keys are the features of all."""
     network: str = "auto"
     """Network of a teacher that is trained; auto: the student's."""
+    pretrained: str | None = None
+    """Initial weights of a teacher that is trained, as pretrained for the student's; the student's if not given."""
+    tune: str | None = None
+    """What of a teacher's encoder is trained, as tune for the student's: head trains a classifier on a pretrained
+    encoder that stays as it is. The student's if not given."""
+    network_size: Annotated[int, Field(ge=8)] | None = None
+    """Side in pixels to which images are resized before they enter a teacher that is trained; the student's if not
+    given."""
     epochs: Positive | None = None
     """Epochs of training the teacher; as many as the student's if not given."""
     views: Positive = 1
@@ -55,6 +63,14 @@ class Teacher:
                     f"teacher.{name} {getattr(self, name)}: is for a teacher that is trained; set teacher.source to "
                     f"train, or teacher.{name} to 1"
                 )
+        for name in ("pretrained", "tune", "network_size"):
+            if getattr(self, name) is not None and self.sources != ("train",):
+                raise LongtailError(
+                    f"teacher.{name} {getattr(self, name)}: is for a teacher that is trained; set teacher.source to "
+                    f"train, or leave teacher.{name} out"
+                )
+        if self.tune is not None:
+            check_tune(self.tune, "teacher.tune")
         if self.source == "ema" and self.cache > 0:
             raise LongtailError(
                 "teacher.source ema: its scores change in every step and cannot be cached; set teacher.cache to 0"

@@ -238,7 +238,9 @@ class DeviceLoader:
             partners += self.largest * torch.arange(len(splits), device=self.device)[:, None]
             batch = mix_batch(batch, loader.mixer, partners.flatten(), block.epoch)
         if loader.cache is None and self.teacher_pass is not None:
-            batch.key_features, batch.teacher_scores = self.teacher_pass(batch)
+            batch.key_features, scores = self.teacher_pass(batch)
+            if scores is not None:  # (D · B, C), one view after another
+                batch.teacher_scores = scores.view(-1, len(indices), scores.shape[1]).transpose(0, 1)
         # channels last in memory, as the networks need it
         made = {
             f"view{number}": view.permute(0, 2, 3, 1).reshape(*shape, *view.shape[2:], view.shape[1])
@@ -246,8 +248,6 @@ class DeviceLoader:
         }
         for name in BY_IMAGE:
             tensor = getattr(batch, name)
-            if name == "teacher_scores" and tensor is not None:  # (D · B, C), one view after another
-                tensor = tensor.view(-1, len(indices), tensor.shape[1]).transpose(0, 1)
             if tensor is not None:
                 made[name] = tensor.reshape(*shape, *tensor.shape[1:])
         return made

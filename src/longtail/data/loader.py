@@ -43,8 +43,7 @@ class Batch:
     key_features: Tensor | None = None
     """(B, F) the teacher's features of the key view, where they are cached."""
     teacher_scores: Tensor | None = None
-    """(B, C) the teacher's scores of the classification view, where they are cached; or (B, D, C) of the D distilled
-    views, where they are computed ahead of the step."""
+    """(B, D, C) the teacher's scores of the D distilled views, where they are cached or computed ahead of the step."""
     max_local_batch: int | None = None
     """Most images that any process has of this batch; B if None."""
     global_batch: int | None = None
@@ -114,15 +113,15 @@ BY_IMAGE = (
 class CachedTeacherViews(Protocol):
     """The teacher's outputs for fixed views of every image."""
 
-    fixes_classification: bool
-    """Whether the student's classification view must be the view that the teacher saw."""
+    num_fixed_views: int
+    """How many of the student's views, the first, must be views that the teacher saw."""
 
-    def rng_keys(self, epoch: int) -> tuple[int, ...]:
-        """Return the random keys of the view that is shown in an epoch."""
+    def rng_keys(self, epoch: int, number: int) -> tuple[int, ...]:
+        """Return the random keys of one of these views in an epoch."""
         ...
 
     def lookup(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Return (B, F) features of the images' key views and (B, C) scores of their classification views, if any."""
+        """Return (B, F) features of the images' key views and (B, D, C) scores of their distilled views, if any."""
         ...
 
 
@@ -238,8 +237,8 @@ class TrainLoader:
 
     def rng_keys(self, number: int, epoch: int) -> tuple[int, ...]:
         """Return the random keys of view ``number`` in an epoch."""
-        if self.cache is not None and number == 0 and epoch >= 0 and self.cache.fixes_classification:
-            return self.cache.rng_keys(epoch)
+        if self.cache is not None and epoch >= 0 and number < self.cache.num_fixed_views:
+            return self.cache.rng_keys(epoch, number)
         return (self.seed, _VIEW, epoch, number)
 
     def _batched_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:

@@ -51,14 +51,14 @@ class Mixture(NamedTuple):
         and these are the scores of one that is.
 
         Args:
-            own: (B, C) scores of the images.
-            partners: (B, C) scores of their partners.
+            own: (B, C) scores of the images, or (B, D, C) of several views of each.
+            partners: those of their partners.
             temperature: at which they are distilled.
         """
-        weights = self.image_weights.to(own.dtype)[:, None]
+        weights = self.image_weights.to(own.dtype).view(-1, *(1,) * (own.ndim - 1))
         return temperature * torch.logaddexp(
-            weights.log() + F.log_softmax(own / temperature, dim=1),
-            torch.log1p(-weights) + F.log_softmax(partners / temperature, dim=1),
+            weights.log() + F.log_softmax(own / temperature, dim=-1),
+            torch.log1p(-weights) + F.log_softmax(partners / temperature, dim=-1),
         )
 
 

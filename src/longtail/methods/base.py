@@ -44,8 +44,8 @@ class TeacherOutput(NamedTuple):
 
 
 def view_after_view(scores: Tensor) -> Tensor:
-    """Return (D · B, C) scores, one view after another, of (B, D, C); any other shape is that of one view."""
-    return scores.transpose(0, 1).flatten(0, 1) if scores.ndim == 3 else scores
+    """Return (D · B, C) scores, one view after another, of (B, D, C)."""
+    return scores.transpose(0, 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,12 @@ class Method(nn.Module, ABC):
                 f"classifier.agreement_weight {weight:g}: method {config.method} classifies one view of each image, "
                 "expected two or more; set classifier.views 2 (ce, la, focal, cb, ldam, experts), or "
                 "classifier.every_view with a second student view (contrastive methods; gml with --gml.no_share_query)"
+            )
+        distilled = cls.num_distilled_views(config) if cls.distillation_weight(config) else 0
+        if 0 < config.teacher.cache < distilled:
+            raise LongtailError(
+                f"teacher.cache {config.teacher.cache}: {distilled} views of an image are distilled in a step; set it "
+                f"to {distilled} or more, or to 0 for new views in every step"
             )
 
     @classmethod

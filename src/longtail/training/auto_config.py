@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
-from longtail.config import Config
+from longtail.config import Config, Teacher
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import check_source
 from longtail.errors import LongtailError
@@ -27,6 +28,12 @@ def find_weights(config: Config) -> Config:
         LongtailError: the data source is wrong, there is no such network, its weights cannot be reached or do not fit
             it, or it does not take the settings.
     """
+    own = config.teacher
+    if METHODS[config.method].needs_teacher(config) and own.pretrained is not None:
+        given = {name: getattr(own, name) for name in ("pretrained", "tune", "network_size")}
+        network = config.network if own.network == "auto" else own.network
+        given = {name: value for name, value in given.items() if value is not None}
+        find_weights(dataclasses.replace(config, teacher=Teacher(), settings=()).replace(network=network, **given))
     network, pretrained = config.network, config.pretrained
     if pretrained != "none" and network == "auto":
         network = PRETRAINED_NETWORK

@@ -80,6 +80,8 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
     epochs = own.epochs or config.epochs
     classifier = Classifier(scale=config.classifier.scale, init=config.classifier.init, views=own.views)
     before = TeacherConfig()
+    named = {name: getattr(own, name) for name in ("pretrained", "tune", "network_size")}
+    given = {name: value for name, value in named.items() if value is not None}
     if own.generations > 1:
         classifier = dataclasses.replace(
             classifier,
@@ -95,7 +97,10 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
             generation_network=own.generation_network if own.generations > 2 else before.generation_network,
             distillation_temperature=own.distillation_temperature,
             cache=own.cache,
+            **given,
         )
+    if own.pretrained not in {None, "none"}:
+        classifier = dataclasses.replace(classifier, init="class_means")
     seeds: dict[str, Any] = {"data": {"contrast_augment": "auto"}}
     if member > 0:
         seeds["seed"] = mix(config.seed, _MEMBER, member) % 2**31
@@ -116,6 +121,7 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
             optimizer=_plain_steps(config.optimizer),
             teacher=before,
             shots=Shots(),
+            **given,
             **seeds,
         )
     )

@@ -1,8 +1,8 @@
 """Outputs of a frozen teacher for fixed views of every image, computed once and cached on disk.
 
-Legend: N images, V views, F feature width, C classes. An epoch e shows view e mod V of every image, drawn from keys
-that the cache and the student's loader share, so that the student can be given the very view that the teacher saw; its
-key is another one of them, where there are several.
+Legend: N images, V views, D of them distilled in a step, F feature width, C classes. An epoch e shows the views eD to
+eD + D − 1, modulo V, of every image, drawn from keys that the cache and the student's loader share, so that the student
+can be given the very views that the teacher saw; its key is another one of them, where there are enough.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class TeacherCache:
     scores: np.memmap | None
     seed: int
     share_key: bool
+    distilled: int = 1
+    """D."""
 
     @property
     def views(self) -> int:
@@ -47,20 +49,26 @@ class TeacherCache:
         return len(self.features)
 
     @property
-    def fixes_classification(self) -> bool:
-        """Whether the student must be given the very view that the teacher saw."""
-        return self.scores is not None or self.share_key
+    def num_fixed_views(self) -> int:
+        """How many of its views the student must be given as the teacher saw them."""
+        return int(self.share_key) if self.scores is None else self.distilled
 
-    def rng_keys(self, epoch: int) -> tuple[int, ...]:
-        """Return what names the draw of the classification view of an epoch."""
-        return rng_keys(self.seed, epoch % self.views)
+    def rng_keys(self, epoch: int, number: int) -> tuple[int, ...]:
+        """Return what names the draw of one of these views in an epoch."""
+        return rng_keys(self.seed, self._shown(epoch, number))
+
+    def _shown(self, epoch: int, number: int) -> int:
+        return (epoch * self.distilled + number) % self.views
 
     def lookup(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Return (B, F) features of the key views and (B, C) scores of the classification views."""
-        positions, shown = indices.numpy(), epoch % self.views
-        key = shown if self.share_key else (epoch + (self.views + 1) // 2) % self.views
+        """Return (B, F) features of the key views and (B, D, C) scores of the distilled views."""
+        positions = indices.numpy()
+        key = self._shown(epoch, 0 if self.share_key else max(self.distilled, (self.views + 1) // 2))
         features = torch.from_numpy(self.features[key, positions])
-        return features, None if self.scores is None else torch.from_numpy(self.scores[shown, positions])
+        if self.scores is None:
+            return features, None
+        shown = np.array([self._shown(epoch, number) for number in range(self.distilled)])
+        return features, torch.from_numpy(self.scores[shown, positions[:, None]])
 
 
 def rng_keys(seed: int, view: int) -> tuple[int, ...]:
@@ -71,12 +79,12 @@ def rng_keys(seed: int, view: int) -> tuple[int, ...]:
 class _OneView:
     """Tells a loader to draw one of the fixed views."""
 
-    fixes_classification = True
+    num_fixed_views = 1
 
     def __init__(self, seed: int, view: int) -> None:
         self.seed, self.view = seed, view
 
-    def rng_keys(self, _epoch: int) -> tuple[int, ...]:
+    def rng_keys(self, _epoch: int, _number: int) -> tuple[int, ...]:
         return rng_keys(self.seed, self.view)
 
     def lookup(self, indices: Tensor, _epoch: int) -> tuple[Tensor, None]:
@@ -92,6 +100,7 @@ def teacher_cache(
     folder: Path,
     device: torch.device,
     share_key: bool = False,
+    distilled: int = 1,
     write: bool = True,
 ) -> TeacherCache:
     """Return the cache of a teacher over a training set, made now or found again.
@@ -105,6 +114,7 @@ def teacher_cache(
         folder: where caches are kept.
         device: where the teacher is.
         share_key: whether the key view is the classification view.
+        distilled: D.
         write: whether this process is the one that writes.
     """
     views, wanted = config.teacher.cache, classifier is not None
@@ -148,7 +158,7 @@ def teacher_cache(
     opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _there(paths) else {}
     if not opened:
         raise LongtailError(f"{folder}: the teacher's cache is not there; do all processes see the same folder?")
-    return TeacherCache(opened["features"], opened.get("scores"), config.seed, share_key)
+    return TeacherCache(opened["features"], opened.get("scores"), config.seed, share_key, distilled)
 
 
 def _move(made: Path, path: Path) -> None:

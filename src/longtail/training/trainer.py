@@ -295,6 +295,7 @@ class _Trainer:
                 teachers / "cache",
                 device,
                 share_key=self.method_class.shares_key_view(self.config),
+                distilled=self.method_class.num_distilled_views(self.config),
                 write=write,
             )
 
