@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longtail.config import Config, load_recipe
+from longtail.config import Config, choose_method, load_recipe
 from longtail.data.dataset import from_arrays
 from longtail.files import write_text
 from longtail.nn import Encoder
@@ -32,7 +32,7 @@ SIDES = sides_up_to(224)
 
 @pytest.fixture
 def folder() -> Config:
-    return load_recipe("folder").config.replace(network="tf_efficientnet_lite0")
+    return choose_method(load_recipe("folder").config)[0].replace(network="tf_efficientnet_lite0")
 
 
 @pytest.mark.parametrize("minutes", [3, 5, 10, 20, 30, 60, 120])
@@ -115,7 +115,7 @@ def test_settings_that_differ_from_the_recipes_are_kept(photos: Path, tmp_path: 
 
     model = timm.create_model("test_resnet", num_classes=0)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    config = load_recipe("folder").config.replace(
+    config = choose_method(load_recipe("folder").config)[0].replace(
         minutes=600.0, network="test_resnet", pretrained=str(tmp_path / "weights.pth"), data={"root": str(photos)}
     )
     chosen, reasons, _ = fit_to_minutes(config, time.monotonic())
@@ -132,7 +132,7 @@ def test_a_set_that_is_loaded_to_count_its_images_is_not_loaded_again(tmp_path: 
     import timm
 
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "weights.pth")
-    config = load_recipe("folder").config.replace(
+    config = choose_method(load_recipe("folder").config)[0].replace(
         minutes=600.0, network="test_resnet", pretrained=str(tmp_path / "weights.pth"), data={"source": "digits-lt"}
     )
     chosen, _, data = fit_to_minutes(config, time.monotonic())

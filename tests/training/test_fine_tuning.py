@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from longtail.config import Config, load_recipe, parse_config
+from longtail.config import Config, choose_method, load_recipe, parse_config
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.inference.model_config import read_model_config
@@ -224,7 +224,7 @@ def test_lora_without_peft_is_one_line(
 def test_the_size_of_a_vision_transformer(
     photos: Path, settings: dict[str, Any], network: str, network_size: int | None
 ) -> None:
-    config = load_recipe("folder").config.replace(network="test_vit", pretrained="none")
+    config = choose_method(load_recipe("folder").config)[0].replace(network="test_vit", pretrained="none")
     config = config.replace(data={"root": str(photos), "image_size": None})
     config = find_weights(config.replace(**settings))
     data = load_data(config.data, 0)

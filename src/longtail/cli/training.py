@@ -16,11 +16,13 @@ from longtail.files import write_json_output
 def train(arguments: list[str]) -> None:
     """Train, evaluate and save a model."""
     started = time.monotonic()
+    from longtail.config import choose_method
+
     recipe, rest = recipe_with_data(arguments, "digits-lt")
     options, config = parse_with_config(Train, "train", rest, recipe.config)
     if options.resume and options.overwrite:
         raise LongtailError("--resume and --overwrite contradict each other; give one")
-    out = options.out or Path("runs") / f"{recipe.name}-{config.method}-seed{config.seed}"
+    out = options.out or Path("runs") / f"{recipe.name}-{choose_method(config)[0].method}-seed{config.seed}"
     check_folder(out)
     check_output(options.json)
     show_messages(options.quiet)

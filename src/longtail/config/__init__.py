@@ -1,5 +1,6 @@
 """Settings and recipes; imports no torch."""
 
+from longtail.config.auto_method import choose_method
 from longtail.config.optimization import Mixing, Optimizer, Schedule
 from longtail.config.recipes import About, Recipe, load_header, load_recipe, read_config, recipe_names
 from longtail.config.schema import (
@@ -33,6 +34,7 @@ __all__ = [
     "Shots",
     "Teacher",
     "Weight",
+    "choose_method",
     "field_names",
     "load_header",
     "load_recipe",

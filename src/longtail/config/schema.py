@@ -197,8 +197,9 @@ class Config:
     settings: tyro.conf.SuppressFixed[tyro.conf.Fixed[tuple[Any, ...]]] = ()
     """Settings of methods and tasks that are not the defaults; see :meth:`section`. Not a flag."""
     method: str = "gml"
-    """Training method: ce (cross-entropy), la (logit adjustment), focal, cb (class-balanced), ldam, experts, supcon,
-    paco, gpaco, bcl, proco, gml; for labels of pixels ce, la, focal, cb, gml, dice, lovasz."""
+    """Training method: auto (the one that measured best, see docs/evidence), ce (cross-entropy), la (logit adjustment),
+    focal, cb (class-balanced), ldam, experts, supcon, paco, gpaco, bcl, proco, gml; for labels of pixels ce, la, focal,
+    cb, gml, dice, lovasz."""
     network: str = "auto"
     """Student network: conv8, resnet8/14/20/32/44/56/110 (with x2 or x4 behind it that many times as wide), or any timm
     model, optionally with arguments, "vit_small_patch16_224(drop_path_rate=0.1)", or from the Hub (hf-hub:OWNER/NAME)
@@ -262,7 +263,8 @@ class Config:
     shots: Shots = field(default_factory=Shots)
 
     def __post_init__(self) -> None:
-        METHODS.check(self.method, "method")
+        if self.method != "auto":
+            METHODS.check(self.method, "method")
         if self.second_stage != "none" and self.epochs == 1:
             raise LongtailError(
                 f"second_stage {self.second_stage}: takes at least one of the epochs and leaves at least one to the "

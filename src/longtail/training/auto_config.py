@@ -29,7 +29,7 @@ def find_weights(config: Config) -> Config:
             it, or it does not take the settings.
     """
     own = config.teacher
-    if METHODS[config.method].needs_teacher(config) and own.pretrained is not None:
+    if own.pretrained is not None and METHODS[config.method].needs_teacher(config):
         given = {name: getattr(own, name) for name in ("pretrained", "tune", "network_size")}
         network = config.network if own.network == "auto" else own.network
         given = {name: value for name, value in given.items() if value is not None}

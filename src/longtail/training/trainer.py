@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import longtail
-from longtail.config import Config
+from longtail.config import Config, choose_method
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loader import Batch, TrainLoader
 from longtail.data.mixing import Mixer
@@ -91,6 +91,7 @@ def fit(
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
     started = time.monotonic() if started is None else started
+    config, method_reasons = choose_method(config)
     # before images are decoded
     config, why, loaded = choose_settings(find_weights(with_init(config, out)), out, started, resume)
     data = data or loaded or load_data(config.data, config.seed)
@@ -111,7 +112,7 @@ def fit(
                 write_unreadable(out, data)
             barrier()
             if config.recipe != "teacher":  # the student's run has logged them
-                for line in (*data.remarks, *why, *remarks, *reasons):
+                for line in (*method_reasons, *data.remarks, *why, *remarks, *reasons):
                     logger.info("%s", line)
             return trainer.run(resume, teachers, train_first)
 
