@@ -73,7 +73,7 @@ def test_a_class_without_images_is_left_out() -> None:
 
 
 def test_samplers_are_registered_and_others_are_errors() -> None:
-    assert set(SAMPLERS) == {"instance", "class", "sqrt", "progressive", "deferred"}
+    assert set(SAMPLERS) == {"instance", "class", "sqrt", "progressive", "deferred", "repeat_factor"}
     with pytest.raises(LongtailError, match=r"data\.sampler 'sqr' is not known; perhaps you meant sqrt"):
         epoch_order(LABELS, "sqr", 0, 0)
 

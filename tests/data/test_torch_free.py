@@ -111,4 +111,23 @@ def test_what_an_argument_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_named_sets_are_registered_sources() -> None:
     assert {"digits-lt", "cifar100-lt", "imagenet-lt"} <= set(named_sets()) < set(SOURCES)
-    assert not {"folder", "list", "hub", "masks"} & set(named_sets())
+    assert not {"folder", "list", "hub", "masks", "boxes"} & set(named_sets())
+
+
+@pytest.mark.parametrize(
+    ("folders", "files"),
+    [
+        (["Annotations", "JPEGImages"], []),
+        (["images", "labels"], []),
+        (["train/images", "train/labels"], []),
+        (["train2017", "annotations"], ["annotations/instances_train2017.json"]),
+        (["images", "annotations"], ["annotations/train.json"]),
+        (["train"], ["train/_annotations.coco.json"]),
+    ],
+)
+def test_folders_of_images_with_boxes(folders: list[str], files: list[str], tmp_path: Path) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    assert source_of(str(tmp_path)) == {"source": "boxes", "root": str(tmp_path)}

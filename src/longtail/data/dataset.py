@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longtail.config import Shots
+from longtail.config import Data, Shots
 from longtail.data.images import ArrayImages, Images
+from longtail.data.samplers import ImageClasses
 from longtail.errors import LongtailError
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -30,6 +31,8 @@ class ImageSet:
     """(N,) int64 in [0, C)."""
     ids: Tensor
     """(N,) int64, unique per image and the same in every run."""
+    classes: ImageClasses | None = None
+    """The classes of each image, where it may have several or none, for samplers; :attr:`labels` if None."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,6 +44,22 @@ class ImageSet:
             for index, image_id in enumerate(self.ids.tolist())
         ]
         return torch.tensor([int.from_bytes(key.digest(), "little", signed=True) for key in keys], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class DataDetails:
+    """What an inspection says of a set beyond its images and class counts."""
+
+    rows: Sequence[tuple[str, str]] = ()
+    """What is printed, each with its name."""
+    class_columns: Sequence[str] = ()
+    """Titles of :attr:`class_rows`."""
+    class_rows: Sequence[Sequence[str]] = ()
+    """(C,) what is printed of each class, its name first."""
+    problems: Sequence[tuple[str, str]] = ()
+    """Kind and description of each."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """All of it as plain values, by name."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,14 @@ class LongTailedData:
             shots: thresholds between many, medium and few training images.
         """
         return shots.groups(self.class_counts)
+
+    def details(self, config: Data) -> DataDetails:  # noqa: ARG002
+        """Return what an inspection says of it beyond its images and class counts.
+
+        Args:
+            config: what it was loaded by.
+        """
+        return DataDetails()
 
 
 Arrays = tuple[np.ndarray[Any, Any] | Tensor, np.ndarray[Any, Any] | Tensor]

@@ -225,7 +225,8 @@ class DeviceLoader:
                 views.append(make())
             else:
                 first = block.start + rows.start
-                order = (loader.sampler, loader.deferred_from, loader.epochs, self.largest, first, len(splits))
+                settings = (loader.sampler, loader.deferred_from, loader.repeat_threshold, loader.epochs)
+                order = (*settings, self.largest, first, len(splits))
                 views.append(self.shared.get((self.view_names[number], keys, block.epoch, order), make))
         batch = Batch(tuple(views), self.labels[there], ids)
         if loader.cache is not None:

@@ -24,7 +24,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from longtail.config import Data, Shots
-from longtail.data.dataset import LongTailedData
+from longtail.data.dataset import DataDetails, LongTailedData
+from longtail.data.images import FileImages, Images
 from longtail.data.imbalance import gini, imbalance_factor
 from longtail.data.listing import Listing
 from longtail.data.sources import load_data, read_listing
@@ -74,6 +75,8 @@ class Inspection:
     """Folder of the image files."""
     fixed: int | None = None
     """Number of files in the table that was asked for."""
+    details: DataDetails = field(default_factory=DataDetails)
+    """What the data say of themselves."""
 
     @property
     def least(self) -> list[tuple[str, int]]:
@@ -84,9 +87,10 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as ``--json`` writes them."""
         values = dataclasses.asdict(self)
-        del values["counted"], values["group_names"]
+        del values["counted"], values["group_names"], values["details"]
         return {
             **values,
+            **self.details.values,
             "images": sum(self.splits.values()),
             "classes": len(self.class_names),
             "group_sizes": {group: self.groups.count(group) for group in self.group_names},
@@ -124,9 +128,25 @@ def inspect(
     inspection.unreadable = [{"path": path, "reason": reason} for path, reason in data.unreadable]
     sets = {"train": data.train, "val": data.val, "test": data.test}
     inspection.splits = {split: len(images) for split, images in sets.items() if images is not None}
-    if not data.files_checked:
+    inspection.details = data.details(config)
+    if data.files_checked:
+        return inspection
+    files = [(split, images.images) for split, images in sets.items() if images is not None]
+    if all(isinstance(images, FileImages) for _, images in files):
+        _read_files(inspection, _files_of(files), tick)
+        total = sum(inspection.splits.values()) + len(data.unreadable)
+        message = refusal(config, [f"{entry['path']}: {entry['reason']}" for entry in inspection.unreadable], total)
+        inspection.errors += [] if message is None else [message]
+    else:
         _compare_pixels(inspection, data, tick)
     return inspection
+
+
+def _files_of(splits: Sequence[tuple[str, Images]]) -> Iterator[_File]:
+    for split, images in splits:
+        assert isinstance(images, FileImages)
+        for name in images.names:
+            yield f"{split}: {name}", split, (images.root / name).read_bytes
 
 
 def _inspect_files(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from longtail.data.dataset import ImageSet
 from longtail.data.mixing import Mixer
 from longtail.data.prefetch import prefetch
-from longtail.data.samplers import epoch_order
+from longtail.data.samplers import REPEAT_THRESHOLD, epoch_order
 from longtail.data.transforms import AnyTransform, PerImageTransform
 from longtail.data.transforms.batched import to_float
 from longtail.data.transforms.per_image import preserve_rng_state
@@ -37,7 +37,8 @@ class Batch:
     views: tuple[Tensor, ...]
     """V views, each (B, channels, S, S) float32 in [0, 1]."""
     labels: Tensor
-    """(B,) int64, or (B, S, S) where every pixel has a label; −1 where there is none."""
+    """(B,) int64, or (B, S, S) where every pixel has a label; −1 where there is none. Or (B, T, 5) float32 boxes with
+    their classes, where these are what an image has."""
     ids: Tensor
     """(B,) int64 ids of the images, so that a query can leave its own image out of the keys."""
     key_features: Tensor | None = None
@@ -58,6 +59,8 @@ class Batch:
     """(B,) the weight of an image's own label in [0, 1], where images are mixed."""
     gradient_weights: Tensor | None = None
     """(B,) factors of the gradient of each image's loss with respect to its scores; the loss itself stays as it is."""
+    images: Batch | None = None
+    """The batch of images, where this is one of parts of them; None where a sample is an image."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -135,11 +138,12 @@ class TrainLoader:
     Args:
         images: the training set.
         batch_size: most images in a batch, of all processes together.
-        views: V augmentations, all batched or all of one image at a time; one that returns labels of pixels is alone.
+        views: V augmentations, all batched or all of one image at a time; one that returns labels of its own is alone.
         seed: of order and augmentation.
         epochs: of the training, for samplers that change along it.
         sampler: a name in :data:`longtail.registry.SAMPLERS`.
         deferred_from: see :mod:`longtail.data.samplers`.
+        repeat_threshold: see :mod:`longtail.data.samplers`.
         workers: processes that decode and augment one image at a time; 0 does it in this one; one per core, at most 8,
             if not given.
         rank: of this process in the training.
@@ -159,6 +163,7 @@ class TrainLoader:
         epochs: int = 1,
         sampler: str = "instance",
         deferred_from: float = 0.8,
+        repeat_threshold: float = REPEAT_THRESHOLD,
         workers: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -167,7 +172,7 @@ class TrainLoader:
     ) -> None:
         self.rank, self.world, self.cache, self.mixer = rank, world, cache, mixer
         self.images, self.views, self.seed, self.epochs = images, tuple(views), seed, epochs
-        self.sampler, self.deferred_from = sampler, deferred_from
+        self.sampler, self.deferred_from, self.repeat_threshold = sampler, deferred_from, repeat_threshold
         self.steps = -(-len(images) // batch_size)
         """Batches of an epoch."""
         self.min_local_batch = len(images) // self.steps // world
@@ -182,7 +187,9 @@ class TrainLoader:
 
     def splits(self, epoch: int) -> list[Tensor]:
         """Return the positions of the images of every batch of ``epoch``, int64, in all processes together."""
-        order = epoch_order(self.images.labels, self.sampler, self.seed, epoch, self.epochs, self.deferred_from)
+        labels = self.images.labels if self.images.classes is None else self.images.classes
+        settings = (self.epochs, self.deferred_from, self.repeat_threshold)
+        order = epoch_order(labels, self.sampler, self.seed, epoch, *settings)
         return list(order.tensor_split(self.steps))
 
     def batches(self, splits: Sequence[Tensor], epoch: int, only: Sequence[int] | None = None) -> Iterator[Batch]:

@@ -3,16 +3,20 @@
 A scheme says what share of an epoch each class gets; :func:`epoch_order` draws the images, and
 :class:`ClassAwareSampler` gives them to a ``DataLoader``. A scheme is a function of the class counts, the epoch (from
 0), the epochs of the training, and the fraction of them after which a deferred scheme changes. It returns (C,) float64
-that sum to 1, or None where every image is shown once, without replacement.
+that sum to 1, or None where every image is shown once, without replacement. A scheme for images of several classes is
+an :class:`ImageWeights` instead: it says how often an image is shown in proportion to the others.
 
-Legend: N images, C classes, n_c images of class c, R replicas (processes that train together).
+Legend: N images, C classes, n_c images of class c, R replicas (processes that train together), P pairs of an image and
+a class that is in it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,32 @@ _LARGEST_LABEL = 2**24  # counts are kept of every class up to the largest
 
 ClassShares = Callable[[Tensor, int, int, float], Tensor | None]
 """(class counts (C,), epoch, epochs, deferred_from) to the share of each class; see the module."""
+REPEAT_THRESHOLD = 0.001
+"""LVIS's own threshold of :func:`repeat_factors`."""
+
+
+@dataclass(frozen=True)
+class ImageClasses:
+    """The classes of images, of which each may have several or none."""
+
+    images: Tensor
+    """(P,) int64 positions of images."""
+    classes: Tensor
+    """(P,) int64 of at least 0, in the image at the same place of :attr:`images`; pairs may be there twice."""
+    num_images: int
+    """N."""
+
+
+@dataclass(frozen=True)
+class ImageWeights:
+    """A scheme by image: of (the images' classes, the threshold) the (N,) float64 weights, above 0.
+
+    An epoch shows N images, and image i on average N w_i / Σ w times: the next lower or higher whole number of times,
+    drawn by systematic sampling (Madow, Annals of Mathematical Statistics 1949), which makes exactly this the mean and
+    exactly N the sum.
+    """
+
+    weights: Callable[[ImageClasses, float], Tensor]
 
 
 def instance_shares(_class_counts: Tensor, _epoch: int, _epochs: int, _deferred_from: float) -> None:
@@ -64,32 +94,116 @@ def deferred_shares(class_counts: Tensor, epoch: int, epochs: int, deferred_from
     return class_shares(class_counts, epoch, epochs, deferred_from)
 
 
+def repeat_factors(image_classes: ImageClasses, threshold: float = REPEAT_THRESHOLD) -> Tensor:
+    """Return how often each image is repeated by repeat factor sampling (Gupta et al., CVPR 2019), (N,) float64.
+
+    A class's factor is r_c = max(1, √(t / f_c)), with f_c the fraction of images that it is in; an image's the largest
+    of its classes, or 1 if it has none.
+
+    Args:
+        image_classes: the classes of the images.
+        threshold: t; classes in a smaller fraction of images are repeated.
+
+    Example:
+        >>> images = ImageClasses(torch.tensor([0, 1, 2, 3, 3]), torch.tensor([0, 0, 0, 0, 1]), num_images=4)
+        >>> repeat_factors(images, threshold=1.0)  # class 1 is in a quarter of the images
+        tensor([1., 1., 1., 2.], dtype=torch.float64)
+    """
+    factors = torch.ones(image_classes.num_images, dtype=torch.float64)
+    if not len(image_classes.classes):
+        return factors
+    of_class = class_repeat_factors(image_classes, threshold)
+    return factors.scatter_reduce_(0, image_classes.images, of_class[image_classes.classes], "amax")
+
+
+def class_repeat_factors(image_classes: ImageClasses, threshold: float = REPEAT_THRESHOLD) -> Tensor:
+    """Return r_c of :func:`repeat_factors`, (C,) float64, up to the largest class that is there; 1 of one without."""
+    classes = int(image_classes.classes.max()) + 1 if len(image_classes.classes) else 0
+    pairs = (image_classes.images * classes + image_classes.classes).unique()
+    fractions = torch.bincount(pairs % max(classes, 1), minlength=classes).double() / max(image_classes.num_images, 1)
+    factors = (threshold / fractions).sqrt().clamp(min=1)
+    return torch.where(fractions > 0, factors, 1.0)
+
+
+REPEAT_FACTOR = ImageWeights(repeat_factors)
+
+
 def epoch_order(
-    labels: Tensor, sampler: str, seed: int, epoch: int, epochs: int = 1, deferred_from: float = 0.8
+    labels: Tensor | ImageClasses,
+    sampler: str,
+    seed: int,
+    epoch: int,
+    epochs: int = 1,
+    deferred_from: float = 0.8,
+    repeat_threshold: float = REPEAT_THRESHOLD,
 ) -> Tensor:
     """Return the positions of the images that an epoch shows, (N,) int64, in their order.
 
     Args:
-        labels: (N,) int64 of at least 0.
+        labels: (N,) int64 of at least 0; or the classes of images that have several, of which a scheme by class takes
+            the rarest (and of images without a class the most frequent).
         sampler: a name in :data:`longtail.registry.SAMPLERS`.
         seed: of the training.
         epoch: from 0.
         epochs: of the training.
         deferred_from: fraction of the training after which the deferred sampler shows classes equally often.
+        repeat_threshold: t of :func:`repeat_factors`.
 
     Raises:
         LongtailError: there is no such sampler, or a label is negative.
     """
+    scheme = SAMPLERS[sampler]
+    if isinstance(scheme, ImageWeights):
+        return _draw_images(scheme.weights(_as_image_classes(labels), repeat_threshold), seed, epoch)
+    labels = rarest_classes(labels) if isinstance(labels, ImageClasses) else labels
     check_labels(labels)
-    return _draw(
-        torch.bincount(labels), lambda: torch.argsort(labels, stable=True), sampler, seed, epoch, epochs, deferred_from
-    )
+    by_class = functools.partial(torch.argsort, labels, stable=True)
+    return _draw(torch.bincount(labels), by_class, scheme, seed, epoch, epochs, deferred_from)
+
+
+def rarest_classes(image_classes: ImageClasses) -> Tensor:
+    """Return the class of each image that the fewest images have, (N,) int64; the most frequent of all if it has none.
+
+    Of several that are equally rare it is the first.
+    """
+    images, classes = image_classes.images, image_classes.classes
+    width = int(classes.max()) + 1 if len(classes) else 1
+    pairs = (images * width + classes).unique()
+    counts = torch.bincount(pairs % width, minlength=width)
+    # one number by which they are ordered: the count, then the class
+    ranks = torch.full((image_classes.num_images,), torch.iinfo(torch.int64).max)
+    ranks.scatter_reduce_(0, pairs // width, (counts * width)[pairs % width] + pairs % width, "amin")
+    has_one = ranks < torch.iinfo(torch.int64).max
+    return torch.where(has_one, ranks % width, counts.argmax())
+
+
+def _as_image_classes(labels: Tensor | ImageClasses) -> ImageClasses:
+    if isinstance(labels, ImageClasses):
+        return labels
+    check_labels(labels)
+    return ImageClasses(torch.arange(len(labels)), labels, len(labels))
+
+
+def _draw_images(weights: Tensor, seed: int, epoch: int) -> Tensor:
+    """Return the images of an epoch, (N,) int64 in random order, by (N,) float64 weights; see :class:`ImageWeights`."""
+    draws, size = generator(seed, _ORDER, epoch), len(weights)
+    if size == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    # in random order, so that it depends on chance alone which images are shown more often together
+    images = torch.randperm(size, generator=draws)
+    ends = weights[images].cumsum(0)
+    # the last of them is N, and numbers between its neighbours are drawn apart by 1: rounding could lose one
+    ends = ends * (size / ends[-1])
+    ends[-1] = size
+    marks = torch.arange(size, dtype=torch.float64) + torch.rand((), generator=draws, dtype=torch.float64)
+    shown = images[torch.searchsorted(ends, marks, right=True).clamp(max=size - 1)]
+    return shown[torch.randperm(size, generator=draws)]
 
 
 def _draw(
     counts: Tensor,
     by_class: Callable[[], Tensor],
-    scheme: str,
+    scheme: ClassShares,
     seed: int,
     epoch: int,
     epochs: int,
@@ -97,7 +211,7 @@ def _draw(
 ) -> Tensor:
     """Return :func:`epoch_order` of labels with (C,) ``counts``; ``by_class`` returns the images class by class."""
     draws, size = generator(seed, _ORDER, epoch), int(counts.sum())
-    shares = SAMPLERS[scheme](counts, epoch, epochs, deferred_from)
+    shares = scheme(counts, epoch, epochs, deferred_from)
     if shares is None or size == 0:
         return torch.randperm(size, generator=draws)
     # the class first, then one of its images: weights of single images would lose digits where there are millions
@@ -154,12 +268,13 @@ class ClassAwareSampler(DistributedSampler[int]):
         labels: (N,) class of each image, whole numbers from 0: a tensor, array or sequence.
         scheme: a name in :data:`longtail.registry.SAMPLERS`: class (all classes equally often), sqrt (in proportion to
             √n_c), instance (every image once), progressive (from instance to class along the training), deferred
-            (class late in the training, instance before).
+            (class late in the training, instance before), repeat_factor (rare classes repeated, as for LVIS).
         num_replicas: R; the size of the process group, asked for whenever an epoch begins, if not given.
         rank: of this process, in [0, R); given exactly if ``num_replicas`` is.
         seed: of the draw; the same in all processes.
         epochs: of the training; needed by the schemes that change along it. Epochs beyond it are like the last one.
         deferred_from: fraction of the training, in [0, 1], after which deferred shows classes equally often.
+        repeat_threshold: t of :func:`repeat_factors`, which repeat_factor uses.
 
     Raises:
         LongtailError: labels that are no classes, or fewer than R of them; an unknown scheme; a rank out of range; or
@@ -187,6 +302,7 @@ class ClassAwareSampler(DistributedSampler[int]):
         seed: int = 0,
         epochs: int | None = None,
         deferred_from: float = 0.8,
+        repeat_threshold: float = REPEAT_THRESHOLD,
     ) -> None:
         SAMPLERS.check(scheme, "scheme")
         if (num_replicas is None) != (rank is None):
@@ -197,9 +313,16 @@ class ClassAwareSampler(DistributedSampler[int]):
             raise LongtailError(f"epochs: expected at least 1, got {epochs}")
         if not 0 <= deferred_from <= 1:
             raise LongtailError(f"deferred_from: expected a fraction in [0, 1], got {deferred_from:g}")
+        if not repeat_threshold > 0:
+            raise LongtailError(f"repeat_threshold: expected a fraction above 0, got {repeat_threshold:g}")
         classes = _as_labels(labels)
         self.scheme, self.epochs, self.deferred_from = scheme, epochs, deferred_from
+        self.repeat_threshold = repeat_threshold
         self._size, self._counts, self._by_class = len(classes), torch.bincount(classes), _sort_by_class(classes)
+        draws = SAMPLERS[scheme]
+        self._weights = (
+            draws.weights(_as_image_classes(classes), repeat_threshold) if isinstance(draws, ImageWeights) else None
+        )
         self._asks = num_replicas is None
         here = _place() if num_replicas is None or rank is None else (num_replicas, rank)
         _check_place(*here, self._size)
@@ -228,14 +351,20 @@ class ClassAwareSampler(DistributedSampler[int]):
         return self._indices(self._progress, self.epoch, self.num_replicas, self.rank)
 
     def _indices(self, progress: _Progress, epoch: int, num_replicas: int, rank: int) -> Iterator[int]:
-        epochs = epoch + 1 if self.epochs is None else self.epochs
-        order = _draw(self._counts, lambda: self._by_class, self.scheme, self.seed, epoch, epochs, self.deferred_from)[
-            progress.start :
-        ]
+        order = self._order(epoch)[progress.start :]
         for chunk in order[: len(order) // num_replicas * num_replicas][rank::num_replicas].split(_CHUNK):
             progress.chunk = iter(chunk.tolist())
             progress.fetched += len(chunk)
             yield from progress.chunk
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return :func:`epoch_order` of an epoch."""
+        if self._weights is not None:
+            return _draw_images(self._weights, self.seed, epoch)
+        scheme = SAMPLERS[self.scheme]
+        assert not isinstance(scheme, ImageWeights)
+        epochs = epoch + 1 if self.epochs is None else self.epochs
+        return _draw(self._counts, lambda: self._by_class, scheme, self.seed, epoch, epochs, self.deferred_from)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, before its iterator is made; what was loaded for another epoch is forgotten.
@@ -285,6 +414,7 @@ class ClassAwareSampler(DistributedSampler[int]):
             "images": self._size,
             "epochs": self.epochs,
             "deferred_from": self.deferred_from,
+            **({} if self._weights is None else {"repeat_threshold": self.repeat_threshold}),
         }
 
 

@@ -9,7 +9,7 @@ from longtail.data.paths import find_path
 from longtail.errors import LongtailError, did_you_mean
 from longtail.registry import SOURCES
 
-_KINDS = frozenset({"folder", "list", "hub", "masks"})
+_KINDS = frozenset({"folder", "list", "hub", "masks", "boxes"})
 """Sources that are no data set of their own: which files they read follows from a path."""
 
 
@@ -22,8 +22,9 @@ def source_of(text: str) -> dict[str, Any]:
     """Return the fields of ``data`` that an argument on the command line stands for.
 
     Args:
-        text: the name of a source; ``hub:NAME``; a folder (of classes, of Parquet files, or of images/ and
-            annotations/); or a list (.txt), a table (.csv, .tsv, .parquet) or annotations (.json).
+        text: the name of a source; ``hub:NAME``; a folder (of classes, of Parquet files, of images/ and annotations/,
+            or of images with boxes in Pascal VOC's, YOLO's or COCO's layout); or a list (.txt), a table (.csv, .tsv,
+            .parquet) or annotations (.json).
 
     Raises:
         LongtailError: it is none of these.
@@ -33,6 +34,8 @@ def source_of(text: str) -> dict[str, Any]:
         return {"source": text}
     if text.startswith("hub:"):
         return {"source": "hub", "name": text.removeprefix("hub:")}
+    if _has_boxes(path):
+        return {"source": "boxes", "root": str(path)}
     if (path / "images").is_dir() and (path / "annotations").is_dir():
         return {"source": "masks", "root": str(path)}
     if path.is_dir():
@@ -43,3 +46,12 @@ def source_of(text: str) -> dict[str, Any]:
         f"data '{text}': there is no such folder or set{did_you_mean(text, named_sets())}; expected a named set, a "
         "folder, a list (.txt), a table (.csv, .tsv, .parquet), annotations (.json) or hub:NAME"
     )
+
+
+def _has_boxes(path: Path) -> bool:
+    """Return whether a folder has Pascal VOC's, YOLO's or COCO's layout, by names that a folder of classes has not."""
+    if (path / "Annotations").is_dir() and (path / "JPEGImages").is_dir():
+        return True
+    if any((folder / "images").is_dir() and (folder / "labels").is_dir() for folder in (path, path / "train")):
+        return True
+    return any((path / "annotations").glob("*.json")) or (path / "train" / "_annotations.coco.json").is_file()

@@ -1,4 +1,4 @@
-"""Splitting a set of image files once, and writing the split as a table of path, class name, split and group."""
+"""Splitting a set once, and writing the split: of image files as a table of path, class name, split and group."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def write_split(
     :func:`~longtail.data.grouped_split.grouped_split`.
 
     Args:
-        config: a set of image files without splits.
-        out: the table, a .csv.
+        config: a set of image files without splits, or one whose source writes its splits itself.
+        out: the table, a .csv; or a folder, where the source writes its own files.
         val: fraction of each class for validation, in [0, 1).
         test: fraction of each class for the test, in [0, 1).
         seed: decides which images.
@@ -46,21 +46,26 @@ def write_split(
         strict_groups: divide no group; a class may then be missing from a split.
 
     Returns:
-        ``root`` (folder that the paths are relative to), ``images`` (their number by split) and ``short`` (names of the
-        classes without an image in one of the splits); with groups also ``groups`` (their number), ``ungrouped``
-        (images without a group), ``divided`` (names of the groups in several splits) and ``divided_for`` (names of the
-        classes that would have been missing from train or test otherwise).
+        ``root`` (folder that the paths are relative to), ``images`` (their number by split), ``short`` (names of the
+        classes without an image in one of the splits) and ``data`` (flags to train on it); with groups also ``groups``
+        (their number), ``ungrouped`` (images without a group), ``divided`` (names of the groups in several splits) and
+        ``divided_for`` (names of the classes that would have been missing from train or test otherwise).
 
     Raises:
         LongtailError: the set has splits already, has something wrong in it, nothing would be left to train on, or it
             is no table with such a column of groups.
     """
-    if SOURCES[config.source].listing is None:
+    source = SOURCES[config.source]
+    if source.listing is None and source.write_split is None:
         raise LongtailError(f"{config.source}: has its own splits; a folder, a list or a table can be split")
     if min(val, test) < 0 or val + test >= 1 or val + test == 0:
         raise LongtailError(
             f"--val {val:g} and --test {test:g}: expected fractions from 0 whose sum is above 0 and below 1"
         )
+    if source.write_split is not None:
+        if group_column is not None:
+            raise LongtailError(f"--groups {group_column}: is not supported for {config.source}; expected a table")
+        return source.write_split(config, out, val, test, seed)
     listing = read_listing(config)
     if listing.errors:
         raise LongtailError(listing.errors[0])
@@ -97,8 +102,14 @@ def write_split(
         "root": str(listing.root),
         "images": dict(zip(SPLITS, counts, strict=True)),
         "short": [names[index] for index in short],
+        "data": f"--data {out} --data.root {listing.root}",
         **summary,
     }
+
+
+def writes_table(config: Data) -> bool:
+    """Return whether :func:`write_split` of a set writes a table."""
+    return SOURCES[config.source].write_split is None
 
 
 def _groups_of(listing: Listing, config: Data, group_column: str) -> tuple[str, list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longtail.config import Data
 from longtail.data.dataset import LongTailedData
@@ -28,6 +29,9 @@ class Source:
     """(settings, seed) to the data."""
     listing: Callable[[Data], Listing] | None = None
     """Settings to the image files, which are then checked, split and opened."""
+    write_split: Callable[[Data, Path, float, float, int], dict[str, Any]] | None = None
+    """Writes what ``longtail split`` asks for, where it is not a table of image files: (settings, folder, fraction for
+    validation, fraction for testing, seed) to what :func:`longtail.data.splits.write_split` returns."""
     balanced: bool = False
     """Whether it is balanced as published, so that it is made long-tailed unless another profile is asked for."""
 

@@ -38,7 +38,8 @@ class PerImageTransform(ABC):
             keys: of the draw.
 
         Returns:
-            (3, H, W) uint8, and (H, W) int64 labels of its pixels or None where an image has one label.
+            (3, H, W) uint8, and what is labelled in this view: (H, W) int64 labels of its pixels, or (T, 5) float32
+            boxes with their classes; None where an image has one label.
         """
 
 

@@ -1,0 +1,160 @@
+"""From the columns that a file of annotations has to checked :class:`Annotations`.
+
+Legend: N images, M objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from longtail.data.detection.annotations import Annotations, Mask
+from longtail.data.paths import printable
+from longtail.errors import LongtailError
+
+Array = np.ndarray[Any, Any]
+
+_ROUNDING = 1.0  # pixels: a box may leave its image by as much because coordinates were rounded, or counted from 1
+
+
+@dataclass
+class AnnotationProblems:
+    """What had to be changed or left out when annotations were read; every entry names the object."""
+
+    without_area: list[str] = field(default_factory=list)
+    """Boxes without width or height, which are left out."""
+    outside: list[str] = field(default_factory=list)
+    """Boxes that leave their image by more than a pixel, which are clipped."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Images whose size had to be read and cannot be, which are left out: path below the root, and the reason."""
+
+    def remarks(self) -> list[str]:
+        """Return a sentence on each kind of problem with boxes."""
+        kinds = (
+            (self.without_area, "no area, and are left out"),
+            (self.outside, "parts outside of the image, and are clipped"),
+        )
+        return [
+            f"{len(entries):,} boxes have {what}; the first: {entries[0]}".replace("1 boxes have", "1 box has")
+            if len(entries) > 1
+            else f"1 box has {what.replace('are', 'is')}: {entries[0]}"
+            for entries, what in kinds
+            if entries
+        ]
+
+
+class Columns(NamedTuple):
+    """Objects in the order of their file."""
+
+    image_index: Array
+    """(M,) int64 position of each object's image."""
+    boxes: Array
+    """(M, 4) float64 x1, y1, x2, y2 in pixels, the right and lower sides outside the box."""
+    labels: Array
+    """(M,) int64 in [0, C)."""
+    ignored: Array
+    """(M,) bool."""
+    empty: Array | None = None
+    """(M,) bool: boxes that are to be left out as without area, besides those that have none."""
+    areas: Array | None = None
+    """(M,) float64; those of the boxes if None."""
+    masks: Sequence[Mask] | None = None
+
+
+def assemble(
+    columns: Columns,
+    describe: Callable[[int], str],
+    problems: AnnotationProblems,
+    *,
+    files: Sequence[str],
+    sizes: Array,
+    image_ids: Sequence[int | str],
+    class_names: Sequence[str],
+    class_ids: Sequence[int] = (),
+    negatives: Sequence[frozenset[int]] | None = None,
+    incomplete: Sequence[frozenset[int]] | None = None,
+) -> Annotations:
+    """Return annotations whose boxes are inside their images and have an area.
+
+    A box that is partly outside is clipped, as it can only mean the part inside; one that is outside as a whole means
+    something else, such as another image or another unit, and is an error.
+
+    Args:
+        columns: the objects.
+        describe: names an object by its position, for messages.
+        problems: where to say what was changed.
+        files: see :class:`Annotations`, as the following.
+        sizes: (N, 2) int64.
+        image_ids: of the images.
+        class_names: of the classes.
+        class_ids: of the classes.
+        negatives: of every image.
+        incomplete: of every image.
+
+    Raises:
+        LongtailError: a coordinate is no finite number, or a box is outside of its image.
+    """
+    boxes = columns.boxes.reshape(-1, 4)
+    finite = np.isfinite(boxes).all(axis=1)
+    if not finite.all():
+        raise LongtailError(
+            f"{describe(int(np.argmin(finite)))}: has a box with coordinates that are no finite numbers"
+        )
+    flat = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+    if columns.empty is not None:
+        flat |= columns.empty
+    problems.without_area += [describe(index) for index in np.flatnonzero(flat).tolist()]
+    limits = sizes.astype(np.float64).reshape(-1, 2)[columns.image_index][:, [1, 0]]
+    away = ~flat & ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= limits)).any(axis=1)
+    if away.any():
+        index = int(np.argmax(away))
+        box, (width, height) = ", ".join(f"{value:g}" for value in boxes[index]), limits[index]
+        more = f" ({int(away.sum()):,} boxes are)" if away.sum() > 1 else ""
+        raise LongtailError(
+            f"{describe(index)}: its box (x1, y1, x2, y2 = {box}) is outside of its image, {width:g} × {height:g} "
+            f"pixels{more}; correct or remove it"
+        )
+    beyond = ~flat & ((boxes[:, :2] < -_ROUNDING) | (boxes[:, 2:] > limits + _ROUNDING)).any(axis=1)
+    problems.outside += [describe(index) for index in np.flatnonzero(beyond).tolist()]
+    clipped = np.clip(boxes, 0, np.concatenate([limits, limits], axis=1))
+    kept = np.flatnonzero(~flat)
+    kept = kept[np.argsort(columns.image_index[kept], kind="stable")]
+    box_areas = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
+    areas = box_areas if columns.areas is None else columns.areas
+    masks = columns.masks
+    return Annotations(
+        files=tuple(files),
+        sizes=torch.from_numpy(sizes.astype(np.int64).reshape(-1, 2)),
+        image_ids=tuple(image_ids),
+        class_names=tuple(class_names),
+        image_index=torch.from_numpy(columns.image_index[kept].astype(np.int64)),
+        boxes=torch.from_numpy(clipped[kept].astype(np.float32)),
+        labels=torch.from_numpy(columns.labels[kept].astype(np.int64)),
+        ignored=torch.from_numpy(columns.ignored[kept].astype(bool)),
+        areas=torch.from_numpy(areas[kept].astype(np.float32)),
+        masks=None if masks is None else tuple(masks[index] for index in kept.tolist()),
+        class_ids=tuple(class_ids),
+        negatives=None if negatives is None else tuple(negatives),
+        incomplete=None if incomplete is None else tuple(incomplete),
+    )
+
+
+def check_unique(values: Sequence[Any], where: str, what: str) -> None:
+    """Raise LongtailError if a value is there twice.
+
+    Args:
+        values: hashable ones.
+        where: begins the message.
+        what: such a value is, "the image" for one.
+    """
+    if len(set(values)) == len(values):
+        return
+    seen = set[Any]()
+    for value in values:
+        if value in seen:
+            raise LongtailError(f"{where}: {what} {printable(str(value))} is there twice; remove one")
+        seen.add(value)
