@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -73,3 +74,29 @@ def test_encoders_with_statistics_of_their_own_are_frozen_together() -> None:
         expected = torch.cat([encoder.eval()(images) for encoder in encoders], dim=1)
     assert together.num_features == expected.shape[1]
     assert torch.allclose(together(images), expected, atol=1e-5)
+
+
+def test_a_network_is_folded_while_another_thread_uses_its_own() -> None:
+    """Tracing replaces the call of all modules of the process; trainings run side by side in threads."""
+    other, images = Encoder("resnet8", [0.5] * 3, [0.5] * 3).eval(), torch.rand(2, 3, 32, 32)
+    expected, errors, stop = other(images), [], threading.Event()
+
+    def use() -> None:
+        while not stop.is_set():
+            try:
+                assert other(images).equal(expected)
+            except BaseException as error:  # of any kind: it is reported below
+                errors.append(error)
+                return
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    encoder = Encoder("resnet56", [0.5] * 3, [0.5] * 3).eval()
+    for _ in range(4):
+        frozen = FrozenEncoder(encoder)
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.backbone.modules())
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors

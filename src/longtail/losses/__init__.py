@@ -36,6 +36,7 @@ from longtail.losses.reweighting import (
     weighted_cross_entropy,
 )
 from longtail.losses.score_loss import ScoreLoss
+from longtail.losses.seesaw import SeesawLoss, seesaw_loss
 from longtail.losses.von_mises_fisher import vmf_scores
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "LDAMLoss",
     "LogitAdjustedLoss",
     "ScoreLoss",
+    "SeesawLoss",
     "SupConLoss",
     "agreement",
     "asymmetric_loss",
@@ -67,6 +69,7 @@ __all__ = [
     "parametric_contrastive_loss",
     "posterior",
     "posterior_cross_entropy",
+    "seesaw_loss",
     "supcon_loss",
     "vmf_scores",
     "weighted_cross_entropy",

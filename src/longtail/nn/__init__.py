@@ -9,6 +9,7 @@ from longtail.nn.heads import (
     LinearClassifier,
     MixtureEnsembleHead,
     ProjectionMLP,
+    RegionClassifier,
 )
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LinearClassifier",
     "MixtureEnsembleHead",
     "ProjectionMLP",
+    "RegionClassifier",
     "TeacherEncoder",
     "build_backbone",
     "freeze",

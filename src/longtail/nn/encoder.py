@@ -7,7 +7,9 @@ student and teacher may differ in it, and a saved model needs no separate note o
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from longtail.nn.pretrained import known_networks, normalization
 BackboneBuilder = Callable[[str, int, str], nn.Module]
 """A function of a network's name, the images' channels and ``pretrained``; see :func:`build_backbone`."""
 
+_TRACING = threading.Lock()
 _CPU_CHUNK = 64  # images of one pass through a frozen network on a CPU, so that activations stay in its caches
 
 
@@ -191,12 +194,28 @@ def _resize(images: Tensor, size: int | None) -> Tensor:
 
 
 def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
+    from torch.fx import GraphModule, Tracer
     from torch.fx.experimental.optimization import fuse
+
+    thread = threading.get_ident()
+
+    class ThreadTracer(Tracer):
+        """Leaves the modules of other threads alone: while torch.fx traces, it replaces the call of all modules."""
+
+        def call_module(
+            self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            if threading.get_ident() != thread:
+                return forward(*args, **kwargs)
+            return super().call_module(m, forward, args, kwargs)
 
     if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         return backbone
     try:
-        folded: nn.Module = fuse(backbone)
+        with _TRACING:
+            tracer = ThreadTracer()
+            graph = tracer.trace(backbone)
+        folded: nn.Module = fuse(GraphModule(tracer.root, graph), no_trace=True)
     except Exception:  # tracing runs the network's own code, which may raise anything
         return backbone
     return folded

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from longtail.losses import class_log_likelihood
 from longtail.losses.reduction import to_full_precision
 
+FOREGROUND_PROBABILITY = 0.01
+"""Probability of each class that a :class:`RegionClassifier` without background begins with."""
+
 
 class CosineClassifier(nn.Module):
     """Linear classifier on the unit sphere, with scores scale · cos(h, w_c).
@@ -98,6 +101,39 @@ class LinearClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C) scores of (B, F) features."""
         return F.linear(features, self.weight)
+
+
+class RegionClassifier(nn.Module):
+    """Linear classifier with biases of regions of an image, which may be background.
+
+    The scores are h·w_c + b_c. With a background class its row is the last one. Without, every class has a yes or no of
+    its own, whose bias begins at the log odds of :data:`FOREGROUND_PROBABILITY`.
+
+    Args:
+        in_features: F.
+        num_classes: C, without the background.
+        background: whether the background is a class of its own, the last row.
+        regions_per_feature: A, the regions that share a feature vector, each with rows of its own: rows A · C, region
+            by region.
+
+    Source of the initial bias: Lin et al., *Focal Loss for Dense Object Detection*, ICCV 2017, arXiv 1708.02002.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, background: bool = True, regions_per_feature: int = 1
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.background, self.regions_per_feature = num_classes, background, regions_per_feature
+        rows = regions_per_feature * (num_classes + background)
+        self.weight = nn.Parameter(torch.empty(rows, in_features))
+        self.bias = nn.Parameter(torch.zeros(rows))
+        nn.init.normal_(self.weight, std=0.01)
+        if not background:
+            nn.init.constant_(self.bias, math.log(FOREGROUND_PROBABILITY / (1 - FOREGROUND_PROBABILITY)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (N · A, C) scores of (N, F) features; (N · A, C + 1) with a background class."""
+        return F.linear(features, self.weight, self.bias).view(-1, self.num_classes + self.background)
 
 
 class MixtureEnsembleHead(nn.Module):

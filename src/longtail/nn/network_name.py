@@ -19,7 +19,7 @@ from typing import Any
 from longtail.errors import LongtailError, did_you_mean
 
 _SOURCES = ("hf-hub:", "local-dir:")
-_DECODERS = ("upernet", "segformer")
+_DECODERS = ("upernet", "segformer", "fasterrcnn", "retinanet")
 _ARGUMENTS = re.compile(r"(?P<name>[^(]*)(?P<arguments>\(.*)?", re.DOTALL)
 _ARGUMENTS_OF_FOLDER = re.compile(r"(?P<name>.*?)(?P<arguments>\(\w+\s*=.*\))?", re.DOTALL)  # it may contain brackets
 _RESERVED = frozenset(
