@@ -1,0 +1,251 @@
+"""The command that corrects a trained detector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longtail.cli.checks import check_folder, check_output
+from longtail.cli.console import Counter, print_table, show_messages
+from longtail.cli.options import CalibrateDetector
+from longtail.cli.parsing import parse
+from longtail.errors import LongtailError
+from longtail.files import write_json_output
+
+if TYPE_CHECKING:
+    from longtail.data.detection import Annotations
+    from longtail.detector_calibration.calibrate import PowerSearch
+
+_COLUMNS = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "rare": "AP rare",
+    "common": "AP common",
+    "frequent": "AP frequent",
+}
+
+
+def calibrate_detector(arguments: list[str]) -> None:
+    """Correct a trained detector for the long tail of its training set."""
+    options = parse(CalibrateDetector, "calibrate-detector", arguments)
+    is_results = options.model.endswith(".json")
+    power = _check(options, is_results)
+    show_messages(options.quiet)
+    from longtail.data.detection import AnnotationProblems, read_split
+    from longtail.detector_calibration.storage import check_out
+
+    check_out(options.out, options.overwrite)
+    problems = AnnotationProblems()
+    train = read_split(options.annotations, "train", problems)
+    # of one folder with both splits, remarks are made once
+    further = AnnotationProblems() if options.validation == options.annotations else problems
+    validation = None if options.validation is None else read_split(options.validation, "val", further)
+    for remark in problems.remarks():
+        _say(options, remark)
+    correct = _correct_results if is_results else _correct_model
+    record = correct(options, train, validation, power)
+    if options.json:
+        write_json_output(options.json, record)
+
+
+def _check(options: CalibrateDetector, is_results: bool) -> float | None:
+    """Check what can be checked before anything is read; return the power, None for auto and LogN."""
+    check_folder(options.out)
+    check_output(options.json)
+    check_output(options.export, "--export", ".onnx")
+    if options.export is not None and options.export.exists() and not options.overwrite:
+        raise LongtailError(f"{options.export}: exists already; use --overwrite or another --export")
+    if is_results:
+        unused = {
+            "--method logn": options.method == "logn",
+            "--export": options.export is not None,
+            "--images": options.images is not None,
+            "--weights": options.weights is not None,
+            "--normalization paper": options.normalization == "paper",
+        }
+        for flag, used in unused.items():
+            if used:
+                raise LongtailError(f"{options.model}: {flag} is for a detector, not for a result file")
+    if options.images is not None and not options.images.is_dir():
+        raise LongtailError(f"--images {options.images}: there is no such folder")
+    if options.method == "logn":
+        if _image_folder(options, options.annotations) is None:
+            raise LongtailError("--method logn: needs --images, the folder of the training images")
+        if options.power != "auto":
+            raise LongtailError("--power: is for --method norcal")
+    if options.validation is not None and _image_folder(options, options.validation) is None and not is_results:
+        raise LongtailError("--validation: needs --images, the folder of the validation images")
+    if options.method == "logn":
+        return None
+    if options.power == "auto":
+        if options.validation is None:
+            raise LongtailError("--power auto: needs --validation and --images; or give a power, such as --power 0.5")
+        return None
+    try:
+        power = float(options.power)
+    except ValueError:
+        power = -1.0
+    if not 0 <= power < float("inf"):
+        raise LongtailError(f"--power {options.power}: expected auto or a number of at least 0")
+    return power
+
+
+def _image_folder(options: CalibrateDetector, annotations: Path | None) -> Path | None:
+    """Return the folder of the images of annotations: the annotations' own if they are a folder."""
+    return annotations if annotations is not None and annotations.is_dir() else options.images
+
+
+def _correct_model(
+    options: CalibrateDetector, train: Annotations, validation: Annotations | None, power: float | None
+) -> dict[str, Any]:
+    from longtail.detector_calibration.calibrate import (
+        category_counts,
+        choose_power,
+        class_counts,
+        evaluate_corrections,
+        logit_statistics,
+        map_classes,
+    )
+    from longtail.detector_calibration.heads import corrected_copy, find_class_head
+    from longtail.detector_calibration.running import DetectorRunner, on_device
+    from longtail.detector_calibration.storage import export_detector, load_detector, write_folder
+    from longtail.devices import select_device
+    from longtail.evaluation.detector_scores import logn_correction, norcal_correction
+
+    stored = load_detector(options.model, options.weights, options.classes)
+    head, device = find_class_head(stored.model), select_device()
+    images = _image_folder(options, options.validation)
+
+    def runner_of(model: Any) -> DetectorRunner:
+        return DetectorRunner(on_device(model, device), stored.processor, options.score_threshold)
+
+    class_map = map_classes(head, train, options.class_order)
+    _say(options, f"classes: {class_map.describe()}")
+    record: dict[str, Any] = {
+        "model": options.model,
+        "method": options.method,
+        "annotations": str(options.annotations),
+        "class_order": class_map.order,
+    }
+    with Counter(options.quiet) as counter:
+        if options.method == "logn":
+            train_images = _image_folder(options, options.annotations)
+            assert train_images is not None
+            statistics = logit_statistics(
+                runner_of(stored.model), train, train_images, options.statistics_images, progress=counter.add
+            )
+            correction = logn_correction(statistics, head.background)
+            record["proposals"] = statistics.count
+        else:
+            counts = category_counts(train, options.counts)
+            record |= {"counts": options.counts, "normalization": options.normalization}
+            record["class_counts"] = dict(zip(train.class_names, counts.tolist(), strict=True))
+            if power is None:
+                assert validation is not None
+                assert images is not None
+                search = choose_power(
+                    runner_of(stored.model),
+                    train,
+                    validation,
+                    images,
+                    count_of=options.counts,
+                    normalization=options.normalization,
+                    class_order=options.class_order,
+                    progress=counter.add,
+                )
+                record |= _searched(options, search)
+                power = search.best
+            record["power"] = power
+            numbers = class_counts(head, train, options.counts, options.class_order)
+            correction = norcal_correction(numbers, power, head.background, options.normalization)
+        corrected = corrected_copy(stored.model, correction)
+        if validation is not None and images is not None:
+            # by running both detectors, not from the search
+            for name, model in (("before", stored.model), ("after", corrected)):
+                (record[name],) = evaluate_corrections(
+                    runner_of(model), [None], train, validation, images, options.class_order, counter.add
+                )
+            _print_metrics(options, "detector", {"as it is": record["before"], "corrected": record["after"]})
+    export = options.export
+    inside = export is not None and export.parent.resolve() == options.out.resolve()
+    if export is not None and not inside:
+        export_detector(corrected, export)
+
+    def write(folder: Path) -> None:
+        stored.save(corrected, folder)
+        if export is not None and inside:
+            export_detector(corrected, folder / export.name)
+
+    write_folder(options.out, write, record, options.overwrite)
+    _say(options, f"{options.out}: {options.method}{'' if power is None else f', power {power:g}'}")
+    if export is not None:
+        _say(options, f"{export}: the corrected detector")
+    return record
+
+
+def _correct_results(
+    options: CalibrateDetector, train: Annotations, validation: Annotations | None, power: float | None
+) -> dict[str, Any]:
+    import json
+
+    from longtail.detector_calibration.calibrate import POWERS, category_counts
+    from longtail.detector_calibration.results import LIMITS, ResultFile
+    from longtail.detector_calibration.storage import write_folder
+    from longtail.files import write_text
+
+    results = ResultFile(Path(options.model), train)
+    counts = category_counts(train, options.counts)
+    record: dict[str, Any] = {
+        "model": options.model,
+        "method": "scores divided by counts",
+        "limits": LIMITS,
+        "counts": options.counts,
+        "annotations": str(options.annotations),
+        "class_counts": dict(zip(train.class_names, counts.tolist(), strict=True)),
+    }
+    if validation is not None:
+        if validation.category_ids != train.category_ids:
+            different = sorted(set(validation.category_ids) ^ set(train.category_ids))
+            raise LongtailError(
+                f"{options.validation}: its category ids are not those of {options.annotations}: {different[:5]}"
+            )
+        powers = POWERS if power is None else tuple(sorted({0.0, power}))
+        search = results.choose_power(counts, train.image_counts, validation, powers)
+        record |= _searched(options, search)
+        power = search.best if power is None else power
+    assert power is not None
+    record["power"] = power
+    scaled = results.scaled(counts, power)
+    name = Path(options.model).name
+    write_folder(
+        options.out,
+        lambda folder: write_text(folder / name, json.dumps(scaled, ensure_ascii=False)),
+        record,
+        options.overwrite,
+    )
+    _say(options, f"{options.out / name}: power {power:g}; {LIMITS}")
+    return record
+
+
+def _searched(options: CalibrateDetector, search: PowerSearch) -> dict[str, Any]:
+    """Print a search, and return what is recorded of it."""
+    _print_metrics(options, "power", {f"{power:g}": metrics for power, metrics in search.metrics.items()})
+    return {"power": search.best, "search": {f"{power:g}": metrics for power, metrics in search.metrics.items()}}
+
+
+def _print_metrics(options: CalibrateDetector, title: str, rows: dict[str, dict[str, Any]]) -> None:
+    if options.quiet:
+        return
+
+    def cell(value: float | None) -> str:
+        return "n/a" if value is None else f"{value:.1f}"
+
+    print_table(
+        [title, *_COLUMNS.values()], [[name, *(cell(row[column]) for column in _COLUMNS)] for name, row in rows.items()]
+    )
+
+
+def _say(options: CalibrateDetector, line: str) -> None:
+    if not options.quiet:
+        print(line)

@@ -1,0 +1,278 @@
+"""One pass with many corrections finds what each corrected detector finds; the power is chosen by AP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
+import longtail
+from longtail.data.detection import Detections, read_coco
+from longtail.detector_calibration import DetectorRunner, choose_power, logit_statistics
+from longtail.detector_calibration.calibrate import evaluate_corrections
+from longtail.errors import LongtailError
+from longtail.evaluation.detector_scores import LogitStatistics, logn_correction, norcal_correction
+from tests.detector_calibration.models import TORCHVISION, fasterrcnn, spread, transformers_model
+
+COUNTS = [3000, 400, 50, 8, 1]
+POWERS = (0.0, 0.5, 1.0)
+
+
+def images(count: int = 3) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (60 + 8 * i, 80, 3), dtype=np.uint8)) for i in range(count)]
+
+
+def processor(kind: str) -> Any:
+    import transformers
+
+    size = {"height": 64, "width": 64}
+    if kind == "Detr":
+        return transformers.DetrImageProcessor(size=size, do_pad=False)
+    return transformers.RTDetrImageProcessor(size=size)
+
+
+@pytest.mark.parametrize("kind", TORCHVISION)
+def test_torchvision(kind: str) -> None:
+    model = spread(TORCHVISION[kind]())
+    getattr(model, "roi_heads", model).nms_thresh = 0.5
+    runner = DetectorRunner(model, batch_size=2)
+    corrections = [norcal_correction(torch.tensor(COUNTS), power, runner.head.background) for power in POWERS]
+    found = list(runner.detect(images(), corrections))
+    assert len(found) == 3
+    # bit by bit with power 0; else up to rounding, which decides between boxes of equal scores in suppression
+    getattr(model, "roi_heads", model).nms_thresh = 1.0
+    unsuppressed = list(runner.detect(images(), corrections))
+    getattr(model, "roi_heads", model).nms_thresh = 0.5
+    for column, power in enumerate(POWERS):
+        twin = longtail.calibrate_detector(model, COUNTS, power=power)
+        getattr(twin, "roi_heads", twin).nms_thresh = 0.5 if power == 0 else 1.0
+        found = found if power == 0 else unsuppressed
+        for first in (0, 2):  # the same batches: smaller images are padded
+            batch = images()[first : first + 2]
+            with torch.no_grad():
+                outputs = twin([pil_to_tensor(image).float() / 255 for image in batch])
+            for image, by_correction, expected in zip(batch, found[first:], outputs, strict=False):
+                got = by_correction[column]
+                assert len(got.scores) == len(expected["scores"]) > 0
+                torch.testing.assert_close(got.scores, expected["scores"], rtol=1e-3, atol=1e-4)
+                assert int(got.labels.min()) >= 0
+                assert got.boxes[:, 2].max() <= image.width + 1e-3
+                if power == 0:
+                    assert torch.equal(got.labels, expected["labels"] - runner.head.first_label)
+                    assert torch.equal(got.boxes, expected["boxes"])
+    # the model is as it was
+    assert "postprocess_detections" not in vars(model) | vars(getattr(model, "roi_heads", model))
+    with torch.no_grad():
+        assert len(model([torch.rand(3, 64, 64)])[0]["scores"]) > 0
+
+
+@pytest.mark.parametrize("kind", ["Detr", "RTDetr"])
+def test_transformers(kind: str) -> None:
+    model, process = spread(transformers_model(kind)), processor(kind)
+    runner = DetectorRunner(model, process)
+    corrections = [norcal_correction(torch.tensor(COUNTS), power, runner.head.background) for power in POWERS]
+    found = list(runner.detect(images(), corrections))
+    for column, power in enumerate(POWERS):
+        twin = longtail.calibrate_detector(model, COUNTS, power=power)
+        for image, by_correction in zip(images(), found, strict=True):
+            with torch.no_grad():
+                outputs = twin(**process(images=[image], return_tensors="pt"))
+            (expected,) = process.post_process_object_detection(
+                outputs, threshold=0.0, target_sizes=[(image.height, image.width)]
+            )
+            got = by_correction[column]
+            order = expected["scores"].argsort(descending=True, stable=True)
+            torch.testing.assert_close(got.scores, expected["scores"][order], rtol=1e-3, atol=1e-4)
+            if power == 0:
+                torch.testing.assert_close(got.boxes, expected["boxes"][order], rtol=1e-3, atol=1e-2)
+                assert torch.equal(got.labels, expected["labels"][order])
+
+
+class Distinct(nn.Module):
+    """Logits and boxes without equal scores, of which the order in suppression would be left to chance."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.cls_score, self.outputs = nn.Linear(1024, outputs), outputs
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(len(features), self.outputs, generator=generator)
+        return logits, torch.randn(len(features), 4 * self.outputs, generator=generator) * 0.3
+
+
+# where a class keeps few boxes, the threshold has to be lowered
+@pytest.mark.parametrize(("wanted", "nms", "lowered"), [(3, 0.5, False), (40, 0.5, False), (150, 0.0, True)])
+def test_fewer_candidates_give_the_same_detections(
+    wanted: int, nms: float, lowered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fasterrcnn(60).eval()
+    model.roi_heads.box_predictor = Distinct(61)
+    model.roi_heads.score_thresh, model.roi_heads.detections_per_img = 1e-6, wanted
+    model.roi_heads.nms_thresh = nms
+    compared: list[int] = []
+    batched_nms = torchvision.ops.boxes.batched_nms
+
+    def count(boxes: Any, scores: Any, labels: Any, threshold: float) -> Any:
+        if threshold == nms:
+            compared.append(len(boxes))
+        return batched_nms(boxes, scores, labels, threshold)
+
+    monkeypatch.setattr(torchvision.models.detection.roi_heads.box_ops, "batched_nms", count)
+    same = norcal_correction(torch.arange(1, 61), 0.0, "first")
+    ((got,),) = DetectorRunner(model).detect(images(1), [same])
+    ours = compared.copy()
+    with torch.no_grad():
+        (expected,) = model([pil_to_tensor(images(1)[0]).float() / 255])
+    assert ours[0] < compared[-1] / 3
+    assert (len(ours) > 1) == lowered
+    assert len(expected["scores"]) == wanted
+    torch.testing.assert_close(got.scores, expected["scores"])
+    assert torch.equal(got.labels + 1, expected["labels"])
+    torch.testing.assert_close(got.boxes, expected["boxes"])
+    assert model.roi_heads.score_thresh == 1e-6
+
+
+def test_limits() -> None:
+    model = spread(TORCHVISION["fasterrcnn"]())
+    same = norcal_correction(torch.tensor(COUNTS), 0.0, "first")
+    ((few,),) = DetectorRunner(model, max_detections=3).detect(images(1), [same])
+    ((sure,),) = DetectorRunner(model, score_threshold=0.2).detect(images(1), [same])
+    assert len(few.scores) == 3
+    assert len(sure.scores) == 0 or float(sure.scores.min()) > 0.2
+    assert model.roi_heads.detections_per_img == 100
+    assert model.roi_heads.score_thresh == 0.01
+
+
+def test_statistics_are_those_of_the_class_layer() -> None:
+    for kind in ("fasterrcnn", "retinanet", "ssd"):
+        model = spread(TORCHVISION[kind]())
+        runner, over = DetectorRunner(model), LogitStatistics(0)
+        over = LogitStatistics(runner.head.num_outputs)
+
+        def take(_: Any, __: Any, output: torch.Tensor, over: LogitStatistics = over) -> None:
+            over.update(output.unflatten(1, (-1, len(over.mean))).movedim(2, -1) if output.ndim == 4 else output)
+
+        handles = [layer.register_forward_hook(take) for layer in dict.fromkeys(runner.head.layers)]
+        got = runner.statistics(images())
+        for handle in handles:
+            handle.remove()
+        assert got.count == over.count > 2
+        torch.testing.assert_close(got.mean, over.mean)
+        torch.testing.assert_close(got.deviation, over.deviation)
+
+
+class Colours(nn.Module):
+    """A detector of three classes by the colour of an image's squares, with the prior of a long tail in its scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_layer, self.background = nn.Linear(3, 4), "first"
+        with torch.no_grad():
+            self.class_layer.weight.copy_(torch.cat([torch.zeros(1, 3), 6 * torch.eye(3)]))
+            self.class_layer.bias.copy_(torch.tensor([4.0, 1000, 30, 1]).log())
+
+    @torch.no_grad()
+    def find(self, batch: list[Image.Image], score_threshold: float = 0.0, max_detections: int = 100) -> Any:
+        for image in batch:
+            boxes, scores, labels = [], [], []
+            for left in range(0, image.width, 16):
+                pixel = torch.tensor(image.getpixel((left + 8, 8))).float() / 255
+                probability = self.class_layer(pixel).softmax(0)[1:]
+                boxes.append([float(left), 0.0, left + 16.0, 16.0])
+                scores.append(probability.max().item())
+                labels.append(int(probability.argmax()))
+            order = torch.tensor(scores).argsort(descending=True)
+            yield Detections(torch.tensor(boxes)[order], torch.tensor(labels)[order], torch.tensor(scores)[order])
+
+
+def coco(root: Path, name: str, labels: list[list[int]], ids: tuple[int, ...] = (1, 2, 3)) -> Path:
+    """Write images whose squares have the colour of their class, mixed with others, and their annotations."""
+    rng = np.random.default_rng(len(labels))
+    root.mkdir(exist_ok=True)
+    content: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": identity, "name": f"colour {identity}"} for identity in ids],
+    }
+    for number, of_image in enumerate(labels):
+        pixels = np.zeros((16, 16 * len(of_image), 3), dtype=np.uint8)
+        for place, label in enumerate(of_image):
+            colour = rng.uniform(0, 0.35, 3)
+            colour[label] = rng.uniform(0.6, 1)
+            pixels[:, 16 * place : 16 * place + 16] = 255 * colour
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": number + 10,
+                    "category_id": ids[label],
+                    "bbox": [16 * place, 0, 16, 16],
+                    "area": 256,
+                    "iscrowd": 0,
+                }
+            )
+        file = f"{name}-{number}.png"
+        Image.fromarray(pixels).save(root / file)
+        content["images"].append({"id": number + 10, "file_name": file, "height": 16, "width": 16 * len(of_image)})
+    path = root / f"{name}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_power_is_chosen_and_helps(tmp_path: Path) -> None:
+    train = read_coco(coco(tmp_path, "train", [[0] * 10] * 90 + [[1, 1]] * 15 + [[2]]))
+    validation = read_coco(coco(tmp_path, "val", [[0, 1, 2]] * 12))
+    runner = DetectorRunner(Colours())
+    seen: list[int] = []
+    search = choose_power(runner, train, validation, tmp_path, progress=seen.append)
+    assert sum(seen) == 12
+    assert list(search.metrics) == [round(0.1 * i, 1) for i in range(11)]
+    assert search.best > 0.3
+    assert search.metrics[search.best]["ap"] > search.metrics[0.0]["ap"] + 5
+    assert search.metrics[search.best]["ap"] == max(row["ap"] for row in search.metrics.values())
+    # the groups are those of the training images: 90, 15 and 1
+    assert search.metrics[0.0]["frequent"] is None
+    assert search.metrics[search.best]["rare"] > search.metrics[0.0]["rare"]
+    twin = longtail.calibrate_detector(Colours(), train, power=search.best)
+    (again,) = evaluate_corrections(DetectorRunner(twin), [None], train, validation, tmp_path)
+    assert again == pytest.approx(search.metrics[search.best], abs=1e-6)
+
+
+def test_statistics_of_training_images_and_logn(tmp_path: Path) -> None:
+    train = read_coco(coco(tmp_path, "train", [[0] * 4] * 20 + [[1]] * 3 + [[2]]))
+    runner = DetectorRunner(Colours())
+    few = logit_statistics(runner, train, tmp_path, max_images=5)
+    full = logit_statistics(runner, train, tmp_path, max_images=None)
+    assert full.count == 20 * 4 + 3 + 1
+    assert few.count < full.count
+    twin = longtail.calibrate_detector(Colours(), method="logn", statistics=full)
+    colour = torch.rand(7, 3)
+    with torch.no_grad():
+        expected = logn_correction(full, "first").apply(runner.model.class_layer(colour))
+        torch.testing.assert_close(twin.class_layer(colour), expected)
+
+
+def test_missing_images_and_processors_are_one_line(tmp_path: Path) -> None:
+    train = read_coco(coco(tmp_path, "train", [[0, 1, 2]]))
+    (tmp_path / "train-0.png").unlink()
+    with pytest.raises(LongtailError, match=r"train-0\.png: there is no such image"):
+        choose_power(DetectorRunner(Colours()), train, train, tmp_path)
+    with pytest.raises(LongtailError, match="needs its image processor"):
+        DetectorRunner(transformers_model("Detr"))
+
+
+def test_validation_images_without_objects(tmp_path: Path) -> None:
+    train = read_coco(coco(tmp_path, "train", [[0, 1, 2]]))
+    empty = json.loads((tmp_path / "train.json").read_text()) | {"annotations": []}
+    (tmp_path / "empty.json").write_text(json.dumps(empty))
+    with pytest.raises(LongtailError, match="no category has an object"):
+        choose_power(DetectorRunner(Colours()), train, read_coco(tmp_path / "empty.json"), tmp_path)
