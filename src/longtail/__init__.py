@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longtail.data.dataset import from_arrays
     from longtail.data.samplers import ClassAwareSampler
+    from longtail.detector_calibration import calibrate_detector
     from longtail.estimator import LongTailClassifier
     from longtail.inference.recognizer import Recognizer
     from longtail.losses import ClassPrior, GMLLoss, gml_loss
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from longtail.nn import CosineClassifier, ProjectionMLP
     from longtail.prior_correction import PriorCorrectedClassifier, TunedThresholdsClassifierCV
     from longtail.splitters import LongTailKFold, LongTailSplit
+    from longtail.tasks.detection.detector import Detector
     from longtail.tasks.segmentation.segmenter import Segmenter
     from longtail.training.trainer import fit
 
@@ -24,6 +26,7 @@ __all__ = [
     "ClassPrior",
     "ClassQueues",
     "CosineClassifier",
+    "Detector",
     "GMLLoss",
     "LongTailClassifier",
     "LongTailKFold",
@@ -33,6 +36,7 @@ __all__ = [
     "Recognizer",
     "Segmenter",
     "TunedThresholdsClassifierCV",
+    "calibrate_detector",
     "fit",
     "from_arrays",
     "gml_loss",
@@ -43,6 +47,7 @@ _MODULES = {
     "ClassPrior": "longtail.losses",
     "ClassQueues": "longtail.memory",
     "CosineClassifier": "longtail.nn",
+    "Detector": "longtail.tasks.detection.detector",
     "GMLLoss": "longtail.losses",
     "LongTailClassifier": "longtail.estimator",
     "LongTailKFold": "longtail.splitters",
@@ -52,6 +57,7 @@ _MODULES = {
     "Recognizer": "longtail.inference.recognizer",
     "Segmenter": "longtail.tasks.segmentation.segmenter",
     "TunedThresholdsClassifierCV": "longtail.prior_correction",
+    "calibrate_detector": "longtail.detector_calibration",
     "fit": "longtail.training.trainer",
     "from_arrays": "longtail.data.dataset",
     "gml_loss": "longtail.losses",

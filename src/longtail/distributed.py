@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from longtail.errors import LongtailError
+
+Value = TypeVar("Value")
 
 
 def is_distributed() -> bool:
@@ -66,6 +69,15 @@ def gather_padded(tensor: Tensor, fill_value: float, max_local_batch: int | None
     gathered = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(gathered, tensor.contiguous())
     return torch.cat(gathered)
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """Return what every process gives, in the order of their ranks; of any type that can be pickled."""
+    if not is_distributed():
+        return [value]
+    gathered: list[Value] = [value] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def sum_batch_sizes(sizes: list[int], device: torch.device) -> list[int]:

@@ -16,7 +16,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 GROUP_COLORS = {"many": "#4477aa", "medium": "#b8860b", "few": "#cc5566"}
-GROUP_COLORS |= dict(zip(("head", "middle", "tail"), GROUP_COLORS.values(), strict=True))
+GROUP_COLORS |= {
+    name: color
+    for names in (("head", "middle", "tail"), ("frequent", "common", "rare"))
+    for name, color in zip(names, ("#4477aa", "#b8860b", "#cc5566"), strict=True)
+}
 INK = "#808890"  # legible on white and on near-black, since the page follows the reader's choice
 LINE_COLORS = (
     *("#4477aa", "#cc5566", "#228833", "#b8860b", "#aa3377", "#66aacc"),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from longtail.errors import LongtailError, did_you_mean
 
 if TYPE_CHECKING:
-    from longtail.data.samplers import ClassShares
+    from longtail.data.samplers import ClassShares, ImageWeights
     from longtail.data.sources import Source
     from longtail.data.transforms import Transform
     from longtail.methods.base import Method
@@ -164,11 +164,14 @@ TRANSFORMS: Registry[Transform] = Registry(
 """Augmentations."""
 
 
-SAMPLERS: Registry[ClassShares] = Registry(
+SAMPLERS: Registry[ClassShares | ImageWeights] = Registry(
     "data.sampler",
     {
-        name: f"longtail.data.samplers:{name}_shares"
-        for name in ("instance", "class", "sqrt", "progressive", "deferred")
+        **{
+            name: f"longtail.data.samplers:{name}_shares"
+            for name in ("instance", "class", "sqrt", "progressive", "deferred")
+        },
+        "repeat_factor": "longtail.data.samplers:REPEAT_FACTOR",
     },
 )
 """How often an epoch shows each class."""

@@ -256,7 +256,7 @@ def test_a_place_where_no_folder_can_be(command: Command, out: str) -> None:
 def test_every_recipe_reads_and_round_trips(tmp_path: Path) -> None:
     from longtail.config import load_recipe, read_config, recipe_names
 
-    assert set(recipe_names()) == {*named_sets(), "folder", "masks", "cifar100-lt-best"}
+    assert set(recipe_names()) == {*named_sets(), "boxes", "folder", "masks", "cifar100-lt-best"}
     for name in recipe_names():
         recipe = load_recipe(name)
         assert recipe.about.summary
@@ -307,6 +307,8 @@ def test_a_shell_completes(command: Command) -> None:
     assert completed("longtail", "train", "cifar") == {"cifar10-lt", "cifar100-lt", "cifar100-lt-best"}
     assert "--data.imbalance" in completed("longtail", "train", "cifar100-lt", "--data.")
     assert completed("longtail", "serve", "run", "--p") == {"--port"}
+    assert completed("longtail", "cal") == {"calibrate-detector"}
+    assert {"--power", "--class_order"} <= completed("longtail", "calibrate-detector", "run", "--")
     for shell, part in (("zsh", "bashcompinit"), ("fish", "-l imbalances")):
         code, script, _ = command("completion", shell)
         assert code == 0

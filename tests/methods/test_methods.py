@@ -24,7 +24,7 @@ from tests.methods.steps import batches, build_method, new_encoder, new_loader
 from tests.training.runs import equal, fit_in_two, weights
 
 CONTRASTIVE = ("supcon", "paco", "gpaco", "bcl", "proco")
-FOR_IMAGES = [name for name in METHODS if METHODS[name].label_maps != "only"]
+FOR_IMAGES = [name for name in METHODS if "image" in METHODS[name].label_kinds]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from longtail import Recognizer, Segmenter
 from longtail.config import Config
+from longtail.data.palette import class_colors
 from longtail.data.samplers import epoch_order
 from longtail.data.sources import load_data
 from longtail.data.sources.segmentation import SegmentationData, read_mask
@@ -29,7 +30,7 @@ from longtail.report import run_report
 from longtail.tasks.evaluate import evaluate_split
 from longtail.tasks.loading import load_run
 from longtail.tasks.segmentation import evaluator
-from longtail.tasks.segmentation.label_images import label_image, palette
+from longtail.tasks.segmentation.label_images import label_image
 from longtail.tasks.segmentation.settings import SegmentationSettings
 from longtail.training import metric_log
 from longtail.training.auto_config import auto_config
@@ -38,7 +39,7 @@ from longtail.training.trainer import fit
 from tests.conftest import Command, save_image, save_scene
 from tests.processes import start_ranks
 
-FOR_LABEL_MAPS = [name for name in METHODS if METHODS[name].label_maps != "no"]
+FOR_LABEL_MAPS = [name for name in METHODS if "pixels" in METHODS[name].label_kinds]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -263,7 +264,7 @@ def test_label_images_are_read_as_annotations_are(tmp_path: Path) -> None:
     many = torch.randint(-1, 400, (20, 30))
     label_image(many, 400).save(tmp_path / "b.png")
     assert np.array_equal(read_mask(tmp_path / "b.png") - 1, many.numpy())
-    assert len(set(palette(150))) == 150
+    assert len(set(class_colors(150))) == 150
 
 
 def test_on_the_command_line(segmenting: Config, scenes: Path, tmp_path: Path, command: Command) -> None:

@@ -31,6 +31,14 @@ def test_a_pretrained_network_gets_one_view_and_no_teacher() -> None:
     assert load_recipe("folder").config.method == "auto"
 
 
+def test_networks_of_pixels_and_boxes_have_one_view() -> None:
+    for network in ("upernet:resnet18:64", "fasterrcnn:resnet18"):
+        config, reasons = choose_method(Config(method="auto", network=network))
+        assert config == Config(method="la", network=network)
+        assert network.partition(":")[0] in reasons[0]
+    assert choose_method(Config(method="auto", network="hf-hub:timm/resnet18"))[0].classifier.views == 2
+
+
 def test_settings_that_were_given_are_kept() -> None:
     config, reasons = choose_method(Config(method="auto").replace(classifier={"views": 3, "scale": 20.0}))
     own = config.classifier

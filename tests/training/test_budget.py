@@ -10,6 +10,7 @@ import torch
 
 from longtail.config import Config, choose_method, load_recipe
 from longtail.data.dataset import from_arrays
+from longtail.errors import LongtailError
 from longtail.files import write_text
 from longtail.nn import Encoder
 from longtail.training import budget
@@ -53,6 +54,12 @@ def test_a_small_set_ends_early(folder: Config) -> None:
     chosen = choose(folder, Sizes(140, 0, 30), SPEED, 3600, SIDES)
     assert (chosen.tune, chosen.side, chosen.epochs) == ("full", 224, 30)
     assert chosen.seconds < 600
+
+
+def test_networks_that_do_not_classify_whole_images_are_refused(folder: Config) -> None:
+    config = folder.replace(network="fasterrcnn:resnet18", pretrained="timm", minutes=5.0)
+    with pytest.raises(LongtailError, match=r"minutes: .* not for fasterrcnn:resnet18; set --epochs instead"):
+        fit_to_minutes(config, time.monotonic())
 
 
 def test_too_little_time_takes_what_is_fastest(folder: Config) -> None:

@@ -33,7 +33,7 @@ def _epochs(folder: Path) -> list[dict[str, Any]]:
     [
         pytest.param(name, marks=() if name in {"la", "paco", "gml"} else pytest.mark.slow)
         for name in METHODS
-        if METHODS[name].label_maps != "only"
+        if "image" in METHODS[name].label_kinds
     ],
 )
 def test_every_method_trains_as_with_batches_of_the_host(tiny: Config, name: str, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ commands:
   rebalance RUN          train a new classifier on a run's encoder: cRT, learnable weight scaling, τ-normalisation
   predict RUN IMAGES…    classes and probabilities of image files, or the labels of their pixels
   export RUN             an ONNX file with preprocessing, labels and prior inside
+  calibrate-detector MODEL
+                         a trained detector corrected for rare classes, without training
   serve RUN              a local web page that classifies images
   compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
   report RUN…            write the report of a run again, or one that compares several runs
@@ -48,6 +50,7 @@ COMMANDS = {
     "rebalance": "longtail.cli.training:rebalance",
     "predict": "longtail.cli.models:predict",
     "export": "longtail.cli.models:export",
+    "calibrate-detector": "longtail.cli.detectors:calibrate_detector",
     "serve": "longtail.cli.models:serve",
     "compare": "longtail.cli.training:compare",
     "report": "longtail.cli.models:report",

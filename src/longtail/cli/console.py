@@ -37,7 +37,7 @@ def print_metrics(task: str, metrics: Mapping[str, Any]) -> None:
     if "target_accuracy" in metrics:
         titles = {"target_accuracy": "accuracy at target", **titles}
     rows = [
-        ["training" if prior == "train" else prior, *(_percent(values[name]) for name in titles)]
+        ["training" if prior == "train" else prior, *(_percent(values.get(name)) for name in titles)]
         for prior, values in metrics["priors"].items()
     ]
     print_table(["prior", *titles.values()], rows)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtail.cli.checks import check_output
+from longtail.cli.checks import check_folder, check_output
 from longtail.cli.console import Counter, print_table, show_messages
 from longtail.cli.options import Embed, Inspect, Split
 from longtail.cli.parsing import parse, split_source
@@ -79,14 +79,23 @@ def _print_inspection(inspection: Inspection) -> None:
         ["smallest classes", ", ".join(f"{printable(name)} {count:,}" for name, count in inspection.least)],
     ]
     rows += [[f"{side} in pixels", f"{v[0]} to {v[2]}, median {v[1]}"] for side, v in inspection.sides.items()]
+    rows += [list(row) for row in inspection.details.rows]
     print_table([inspection.source, ""], rows, left=True)
     print()
     print("\n".join(histogram(inspection.class_counts, inspection.counted)))
+    details = inspection.details
+    if details.class_rows:
+        smallest = sorted(range(len(details.class_rows)), key=lambda index: inspection.class_counts[index])
+        print()
+        print_table(list(details.class_columns), [list(details.class_rows[i]) for i in smallest[:_SHOWN_NAMES]])
+        if len(smallest) > _SHOWN_NAMES:
+            print(f"and {len(smallest) - _SHOWN_NAMES:,} larger classes; --json FILE lists all")
     problems = [
         *(("error", text) for text in inspection.errors),
         *(("unreadable", f"{entry['path']}: {entry['reason']}") for entry in inspection.unreadable),
         *(("in two splits", " = ".join(group)) for group in inspection.leaks),
         *(("same content", " = ".join(group)) for group in inspection.duplicates),
+        *inspection.details.problems,
         *(("remark", text) for text in inspection.remarks),
     ]
     print("\nno problems found" if not problems else "")
@@ -99,19 +108,27 @@ def _print_inspection(inspection: Inspection) -> None:
 
 
 def split(arguments: list[str]) -> None:
-    """Split a data set and write the table of its splits."""
+    """Split a data set and write the table of its splits, or the files that its source writes."""
     data, rest = split_source("split", arguments)
-    options = parse(Split, "split SOURCE", rest, Split(data=data, out=Path("split.csv")))
+    options = parse(Split, "split SOURCE", rest, Split(data=data))
     check_output(options.json)
-    check_output(options.out, "--out", ".csv")
     settings = validate_section(options.data, "data")
-    from longtail.data.splits import write_split
+    from longtail.data.splits import write_split, writes_table
+
+    table = writes_table(settings)
+    out = options.out or Path("split.csv" if table else "split")
+    if table:
+        check_output(out, "--out", ".csv")
+    elif out.suffix:
+        raise LongtailError(f"--out {out}: expected the name of a folder, which gets a file for every split")
+    else:
+        check_folder(out)
 
     if options.strict_groups and options.groups is None:
         raise LongtailError("--strict_groups: needs --groups COLUMN")
     summary = write_split(
         settings,
-        options.out,
+        out,
         options.val,
         options.test,
         options.seed,
@@ -127,7 +144,9 @@ def split(arguments: list[str]) -> None:
             print(f"too few {what} for every split: {printable(_listed(summary['short']))}")
         if options.groups is not None:
             _print_groups(summary)
-        print(f"split: {options.out}; longtail train --data {options.out} --data.root {summary['root']}")
+        for remark in summary.get("remarks", ()):
+            print(printable(remark))
+        print(f"split: {out}; longtail train {summary['data']}")
 
 
 def _print_groups(summary: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from longtail.cli.checks import check_folder, check_output, check_run
 from longtail.cli.console import print_metrics, print_table, show_messages
@@ -15,12 +16,20 @@ from longtail.files import write_json_output
 from longtail.inference.options import InferenceOptions
 from longtail.inference.output import PredictionOutput, prediction_table
 
+if TYPE_CHECKING:
+    from longtail.tasks.base import Task
+
 
 def evaluate(arguments: list[str]) -> None:
     """Print the metrics of a run on its test set."""
     options = parse(Evaluate, "evaluate", arguments)
     inference = options.inference_options
     check_output(options.json)
+    if options.annotations is not None or options.run.suffix.lower() == ".json":
+        _evaluate_results(options)
+        return
+    if options.train_annotations is not None:
+        raise LongtailError("--train_annotations: is for a file of results, with --annotations")
     check_run(options.run)
     show_messages(options.quiet)
     from longtail.experiments.evaluate import evaluate as evaluate_run
@@ -29,7 +38,7 @@ def evaluate(arguments: list[str]) -> None:
     from longtail.tasks.base import check_inference_options
 
     task = TASKS[read_model_config(options.run).task]
-    check_inference_options(inference, task.label_maps, "evaluate")
+    check_inference_options(inference, task.label_kind, "evaluate")
     metrics = evaluate_run(
         options.run,
         options.prior,
@@ -39,12 +48,40 @@ def evaluate(arguments: list[str]) -> None:
         options.imbalance,
         options.coverage,
     )
+    _show_metrics(options, task, metrics)
+
+
+def _show_metrics(options: Evaluate, task: Task[Any], metrics: dict[str, Any]) -> None:
     if options.json:
         write_json_output(options.json, metrics)
     if not options.quiet:
         print_metrics(task.name, metrics)
         for line in task.summary_lines(metrics):
             print(line)
+
+
+def _evaluate_results(options: Evaluate) -> None:
+    """Print the metrics of a file of results."""
+    if options.annotations is None:
+        raise LongtailError(f"{options.run}: is a file of results; name the annotations of its images by --annotations")
+    for name in (
+        "prior",
+        "test_prior",
+        "imbalance",
+        "coverage",
+        "root",
+        "sliding_window",
+        "tta",
+        "tta_flip",
+        "tta_scales",
+    ):
+        if getattr(options, name) != Evaluate.__dataclass_fields__[name].default:
+            raise LongtailError(f"--{name}: needs a run, not a file of results; leave it out")
+    from longtail.registry import TASKS
+
+    task = next(TASKS[name] for name in TASKS if TASKS[name].finds_objects)
+    metrics = task.evaluate_results(options.run, options.annotations, options.train_annotations)
+    _show_metrics(options, task, metrics)
 
 
 def predict(arguments: list[str]) -> None:
@@ -57,8 +94,10 @@ def predict(arguments: list[str]) -> None:
         check_run(options.run)
     if not options.images:
         raise LongtailError("IMAGES: expected at least one image file or folder")
-    if options.top < 1:
+    if options.top is not None and options.top < 1:
         raise LongtailError(f"--top {options.top}: expected at least 1")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise LongtailError(f"--threshold {options.threshold:g}: expected a score from 0 to 1")
     if options.out is not None:
         check_folder(options.out)
     output = _predict_onnx(options, inference) if is_onnx else _predict_run(options, inference)
@@ -82,11 +121,12 @@ def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOut
         options=inference,
         coverage=options.coverage,
         top=options.top,
+        threshold=options.threshold,
         out=options.out,
         progress=not options.quiet and sys.stderr.isatty(),
     )
     task = TASKS[model.config.task]
-    check_inference_options(inference, task.label_maps, "predict")
+    check_inference_options(inference, task.label_kind, "predict")
     return task.predict_files(model, find_images(options.images), request)
 
 
@@ -98,10 +138,13 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
     model = ONNXModel(options.run)
     if model.label_maps:
         raise LongtailError(f"{options.run}: labels pixels, for use in other programs; predict with its run instead")
+    if model.finds_objects:
+        raise LongtailError(f"{options.run}: finds objects, for use in other programs; predict with its run instead")
     unsupported = {
         "--out": options.out is not None,
         "--coverage": options.coverage is not None,
         "--prior estimate": options.prior == "estimate",
+        "--threshold": options.threshold is not None,
         "--sliding_window": inference.sliding_window is not None,
         "--tta_scales": inference.tta_scales != (1.0,),
     }
@@ -115,7 +158,7 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
         )
     files = find_images(options.images)
     probabilities = model.change_prior(model.predict(files), options.prior)
-    order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top]
+    order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top or 3]
     top = [
         [(model.class_names[c], float(row[c])) for c in classes]
         for row, classes in zip(probabilities, order, strict=True)
@@ -133,19 +176,23 @@ def export(arguments: list[str]) -> None:
     if out.exists() and not options.overwrite:
         raise LongtailError(f"{out}: exists already; use --overwrite or another --out")
     from longtail.data.image_io import find_images
-    from longtail.inference.export import export_onnx
+    from longtail.registry import TASKS
     from longtail.tasks.loading import load_model
 
-    exported = export_onnx(load_model(options.run), out, options.prior, find_images(options.images), options.tta)
+    model = load_model(options.run)
+    files = find_images(options.images)
+    exported = TASKS[model.config.task].export(model, out, options.prior, files, options.tta)
     height, width, channels = exported.shape
     if options.json:
         write_json_output(options.json, {**dataclasses.asdict(exported), "path": str(exported.path)})
     if not options.quiet:
         augmented = "" if options.tta == "none" else f", test-time augmentation {options.tta}"
-        print(f"{exported.path}: takes (N, {height}, {width}, {channels}) uint8, prior {options.prior}{augmented}")
+        shape = f"({exported.batch}, {height}, {width}, {channels})"
+        print(f"{exported.path}: takes {shape} uint8, prior {options.prior}{augmented}")
         kind = "images" if options.images else "random images"
         print(
-            f"largest difference of a probability from PyTorch's on {exported.images} {kind}: {exported.difference:.1e}"
+            f"largest difference of a {exported.compared} from PyTorch's on {exported.images} {kind}: "
+            f"{exported.difference:.1e}"
         )
 
 

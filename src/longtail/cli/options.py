@@ -57,10 +57,14 @@ class InferenceFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(InferenceFlags):
-    """Metrics of a run on its test set, in percent."""
+    """Metrics of a run on its test set, in percent; or of objects that any program has found, with --annotations."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run."""
+    """Folder of the run, or a file of results in COCO's format (.json)."""
+    annotations: Path | None = None
+    """Of a file of results: the annotations of its images, in COCO's or LVIS's format."""
+    train_annotations: Path | None = None
+    """Of a file of results: the annotations of the training images, by which classes are rare, common or frequent."""
     prior: str = "uniform"
     """Class frequencies for the top level of --json: uniform, train, estimate (from the test images without their
     labels) or a file (JSON, .csv); the table always shows uniform and train."""
@@ -108,7 +112,7 @@ class Rebalance:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(InferenceFlags):
-    """Classes and probabilities of images, or the labels of their pixels as PNG files."""
+    """Classes and probabilities of images, the labels of their pixels as PNG files, or the objects in them."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or of a model."""
@@ -120,10 +124,13 @@ class Predict(InferenceFlags):
     coverage: float | None = None
     """Show conformal sets, which contain the true class for this fraction of each class's images, for example 0.9; the
     run needs validation images."""
-    top: int = 3
-    """Classes to show per image."""
+    top: int | None = None
+    """Classes to show per image (default: 3); of models that find objects: objects (default: all)."""
+    threshold: float | None = None
+    """Models that find objects: lowest score of an object that is shown (default: 0.5)."""
     out: Path | None = None
-    """Models that label pixels: folder of the label images and overlays (default: segmented)."""
+    """Models that label pixels: folder of the label images and overlays (default: segmented). Models that find objects:
+    folder of drawings, and of results in COCO's format (default: none are written)."""
     json: Path | None = None
     """Also write the table to this file."""
     quiet: Flag = False
@@ -132,7 +139,7 @@ class Predict(InferenceFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """One ONNX file with normalisation, labels and prior inside: uint8 images in, probabilities out."""
+    """One ONNX file with normalisation, labels and prior inside: uint8 images in, probabilities or objects out."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or of a model."""
@@ -157,7 +164,7 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """A local page to drop images on: classes with probabilities, a choice of prior, the nearest training images."""
+    """A local page to drop images on: classes with probabilities and similar training images, or boxes of objects."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or of a model."""
@@ -185,6 +192,56 @@ class Report:
     """The page that compares several runs (default: comparison.html)."""
     json: Path | None = None
     """Write one record per run to this file."""
+    quiet: Flag = False
+    """Print nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateDetector:
+    """Correct a trained detector for the long tail of its training set, without training: NorCal or LogN.
+
+    MODEL is the folder of a model of transformers, a run of longtail, torchvision:NAME with --weights, or a COCO result
+    file (.json), of which scores alone can be scaled. The corrected model has the format that it came in.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """The detector."""
+    annotations: Path
+    """Annotations of the training set, whose classes are counted: COCO or LVIS json, or a folder in the layout of COCO,
+    Pascal VOC or YOLO."""
+    out: Path
+    """Folder of the corrected detector and calibration.json."""
+    method: Literal["norcal", "logn"] = "norcal"
+    """norcal: scores are divided by the class counts to a power; logn: logits are normalised by their mean and
+    deviation on training images, which are read from --images."""
+    power: str = "auto"
+    """NorCal: exponent of the counts, or auto: the highest AP on the validation images of 0, 0.1, …, 1."""
+    validation: Path | None = None
+    """Annotations of validation images, json or a folder with such a split: for --power auto, and for the AP before and
+    after."""
+    images: Path | None = None
+    """Folder of the images of --validation, and of --annotations with logn, if these are json files."""
+    counts: Literal["images", "objects"] = "images"
+    """What the count of a class is of."""
+    normalization: Literal["foreground", "paper"] = "foreground"
+    """NorCal: foreground: all classes together keep their odds against the background; paper: counts as they are, which
+    lowers all scores, so use lower score thresholds."""
+    class_order: Literal["auto", "name", "id", "index"] = "auto"
+    """How categories are matched to classes: by name, label = category id, or in the order of the ids."""
+    weights: Path | None = None
+    """State dict of a model of torchvision (.safetensors, .pth)."""
+    classes: int | None = None
+    """num_classes of a model of torchvision; from the weights if not given."""
+    score_threshold: float | None = None
+    """Detections below it are left out of the AP; the detector's own if not given."""
+    statistics_images: int = 1000
+    """LogN: number of training images, drawn at random."""
+    export: Path | None = None
+    """Also write the corrected detector to this .onnx file."""
+    overwrite: Flag = False
+    """Replace a folder or file that is there."""
+    json: Path | None = None
+    """Also write method, power and metrics to this file."""
     quiet: Flag = False
     """Print nothing."""
 
@@ -265,12 +322,13 @@ class Embed:
 class Split:
     """Split a data set into train, val and test, class by class: longtail split SOURCE --out FILE.csv [OPTIONS].
 
-    The file is a table (path, class_name, split) to train on: longtail train --data FILE.csv --data.root FOLDER.
+    The file is a table (path, class_name, split) to train on: longtail train --data FILE.csv --data.root FOLDER. Of
+    images with boxes it is a folder with a .json file for every split, in COCO's format.
     """
 
     data: Data
-    out: Path
-    """The table."""
+    out: Path | None = None
+    """The table, or the folder (default: split.csv or split)."""
     val: float = 0.1
     """Fraction of each class for validation; 0 for none."""
     test: float = 0.2

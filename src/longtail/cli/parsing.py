@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,8 +95,8 @@ def split_recipe(arguments: Sequence[str], default: str) -> tuple[str, list[str]
 def recipe_with_data(arguments: Sequence[str], default: str) -> tuple[Recipe, list[str]]:
     """Return the recipe with its data replaced by ``--data SOURCE``, and the other arguments.
 
-    Without a recipe's name ``--data`` selects the recipe for your own data. A folder or a table in place of the
-    recipe's name is taken as ``--data``.
+    Without a recipe's name ``--data`` selects the recipe for your own data, or that of the set itself where its images
+    have labels of pixels or boxes. A folder or a table in place of the recipe's name is taken as ``--data``.
     """
     from longtail.config import load_recipe, recipe_names
     from longtail.data.source_spec import source_of
@@ -113,12 +113,24 @@ def recipe_with_data(arguments: Sequence[str], default: str) -> tuple[Recipe, li
         if not text or text.startswith("--"):
             raise LongtailError("--data: expected a named set, a folder, a list, a table or hub:NAME")
         changes = source_of(text)
-        recipe = recipe if named else load_recipe("masks" if changes["source"] == "masks" else "folder")
+        recipe = recipe if named else _recipe_for(changes)
         # the run is named after the data
         name = Path(text.removeprefix("hub:")).resolve().stem
         rest = rest[:place] + rest[place + width :]
         return dataclasses.replace(recipe, name=name, config=recipe.config.replace(data=changes)), rest
     return recipe, rest
+
+
+def _recipe_for(changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe for the fields of ``data`` that ``--data`` stands for."""
+    from longtail.config import load_recipe, recipe_names
+
+    source = changes["source"]
+    if source not in recipe_names():
+        return load_recipe("folder")
+    recipe = load_recipe(source)
+    # fine-tuning a network for whole images, as the recipe for folders does, suits any set of whole images
+    return recipe if "root" in changes or ":" in recipe.config.network else load_recipe("folder")
 
 
 def split_source(command: str, arguments: Sequence[str]) -> tuple[Data, list[str]]:

@@ -13,10 +13,10 @@ _FROM_RANDOM_WEIGHTS: dict[str, Any] = {"views": 2, "distillation_weight": 1.0, 
 def choose_method(config: Config) -> tuple[Config, list[str]]:
     """Return ``config`` with ``method auto`` replaced by a method and its settings, and the reason.
 
-    Logit adjustment in either case: for a network with random weights on two views of every image, both classified and
-    distilled from a teacher that is trained first, which was best at full length; for a pretrained one without a
-    teacher, from which no gain was measured. Settings of the classifier that are not the defaults are kept. The
-    evidence: docs/evidence.
+    Logit adjustment in every case: for a network with random weights on two views of every image, both classified and
+    distilled from a teacher that is trained first, which was best at full length; for a pretrained one, and for a
+    network KIND:ENCODER of labels of pixels or boxes, on one view without a teacher. Settings of the classifier that are
+    not the defaults are kept. The evidence: docs/evidence.
 
     Args:
         config: settings of the run; with any other method they are returned as they are.
@@ -24,6 +24,9 @@ def choose_method(config: Config) -> tuple[Config, list[str]]:
     if config.method != "auto":
         return config, []
     config = config.replace(method="la")
+    kind, named, _ = config.network.partition(":")
+    if named and kind not in {"hf-hub", "local-dir"}:
+        return config, [f"method la: logit adjustment, for a network {kind}:ENCODER"]
     if config.pretrained != "none" or config.init is not None or config.tune != "full":
         return config, ["method la: logit adjustment, for a network with pretrained weights"]
     plain = Classifier()

@@ -41,9 +41,10 @@ class Data:
     __pydantic_config__ = STRICT
 
     source: str = "digits-lt"
-    """Data set: digits-lt, cifar10-lt, cifar100-lt, imagenet-lt, places-lt, inat2018, camvid, ade20k; or a kind of your
-    own data: folder (one sub-folder per class), list (lists, tables or annotation files), hub (the library datasets),
-    masks (images/ and annotations/ with a label for every pixel, in ADE20K's layout)."""
+    """Data set: digits-lt, cifar10-lt, cifar100-lt, imagenet-lt, places-lt, inat2018, camvid, ade20k, bccd; or a kind
+    of your own data: folder (one sub-folder per class), list (lists, tables or annotation files), hub (the library
+    datasets), masks (images/ and annotations/ with a label for every pixel, in ADE20K's layout), boxes (objects in
+    COCO's, LVIS's, Pascal VOC's or YOLO's layout)."""
     root: str | None = None
     """Folder of the images, or of a local copy of a named set; a named set without it is downloaded."""
     name: str | None = None
@@ -104,9 +105,11 @@ class Data:
     sampler: str = "instance"
     """How often an epoch shows each class: instance (every image once), class (all classes equally often), sqrt (by the
     square root of the class size), progressive (from instance to class over the training), deferred (class towards the
-    end)."""
+    end), repeat_factor (images of rare classes repeated, as published for LVIS)."""
     deferred_from: Fraction = 0.8
     """Fraction of the training after which the deferred sampler shows all classes equally often."""
+    repeat_threshold: PositiveFloat = 0.001
+    """Fraction of the images that a class must be in not to be repeated by the repeat_factor sampler."""
     augment: str = "auto"
     """Augmentation of the classification view: none, digits, cifar, cifar-plain, cifar-rand, photo, imagenet,
     imagenet-contrast; auto: the data source's own."""
@@ -199,12 +202,13 @@ class Config:
     method: str = "gml"
     """Training method: auto (the one that measured best, see docs/evidence), ce (cross-entropy), la (logit adjustment),
     focal, cb (class-balanced), ldam, experts, supcon, paco, gpaco, bcl, proco, gml; for labels of pixels ce, la, focal,
-    cb, gml, dice, lovasz."""
+    cb, gml, dice, lovasz; for boxes ce, la, gml, seesaw."""
     network: str = "auto"
     """Student network: conv8, resnet8/14/20/32/44/56/110 (with x2 or x4 behind it that many times as wide), or any timm
     model, optionally with arguments, "vit_small_patch16_224(drop_path_rate=0.1)", or from the Hub (hf-hub:OWNER/NAME)
     or a folder (local-dir:FOLDER); for labels of pixels upernet:ENCODER or segformer:ENCODER, optionally with :WIDTH of
-    the decoder (default 256). auto: chosen by the image size."""
+    the decoder (default 256); for boxes fasterrcnn:ENCODER or retinanet:ENCODER, optionally with :WIDTH of the pyramid
+    (default 128). auto: chosen by the image size."""
     pretrained: str = "none"
     """Initial weights of a timm model: none, a file (.safetensors, .pth), timm (its own, downloaded at first use), or
     auto (its own, from the Hub's local cache, an installed package of weights or the network). Images are then

@@ -63,8 +63,9 @@ def embed(
     if batch_size < 1:
         raise LongtailError(f"batch_size: expected at least 1, got {batch_size}")
     data = load_data(config, seed)
-    if TASKS[data.task].label_maps:
-        raise LongtailError(f"{config.source}: has a label for every pixel; embeddings are of whole images")
+    kind = TASKS[data.task].label_kind
+    if kind != "image":
+        raise LongtailError(f"{config.source}: has labels of {kind}; embeddings are of whole images")
     with torch.random.fork_rng(devices=[]):  # networks are built on the CPU; the caller's random state stays
         torch.default_generator.manual_seed(seed)
         encoder, resize = _encoder(model, pretrained, data)
@@ -97,8 +98,9 @@ def _encoder(model: str, pretrained: str, data: LongTailedData) -> tuple[Encoder
     """Return an encoder, and the side in pixels that it wants images to have, if another than theirs."""
     if Path(model).is_dir():
         trained = load_model(model)
-        if TASKS[trained.config.task].label_maps:
-            raise LongtailError(f"{model}: labels pixels and has no single embedding per image")
+        kind = TASKS[trained.config.task].label_kind
+        if kind != "image":
+            raise LongtailError(f"{model}: labels {kind} and has no single embedding per image")
         if trained.config.channels != len(data.mean):
             raise LongtailError(
                 f"{model}: expects images of {trained.config.channels} channels, these have {len(data.mean)}"

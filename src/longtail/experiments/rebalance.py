@@ -57,8 +57,8 @@ def rebalance(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         model, config, data = load_run(run, data_root)
         task = TASKS[data.task]
-        if task.label_maps:
-            raise LongtailError(f"{run}: labels pixels; a new classifier is supported for whole images only")
+        if task.label_kind != "image":
+            raise LongtailError(f"{run}: labels {task.label_kind}; a new classifier is supported for whole images only")
         started = time.monotonic()
         source = data
         if config.tune == "head":  # its features are kept

@@ -49,8 +49,8 @@ def reason_against_threads(config: Config, data: LongTailedData) -> str:
         data: what it trains on.
     """
     task, method = TASKS[data.task], METHODS[config.method]
-    if task.label_maps:
-        return "pixels are drawn at random in every step"
+    if task.label_kind != "image":
+        return "pixels or regions are drawn at random in every step"
     networks = [config.network] + [config.teacher.network] * method.needs_teacher(config)
     if any(is_timm_network(name) for name in networks) or config.tune == "head":
         return "the networks of timm may draw random numbers, whose state belongs to the whole process"

@@ -10,9 +10,10 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +41,13 @@ class Exported:
     shape: tuple[int, int, int]
     """(H, W, channels) of an image that it takes."""
     difference: float
-    """Largest difference of a probability from PyTorch's."""
+    """Largest difference from PyTorch's."""
     images: int
     """Images that were compared."""
+    compared: str = "probability"
+    """What ``difference`` is of."""
+    batch: str = "N"
+    """Images that it takes at a time; N for any number."""
 
 
 class _ExportModule(nn.Module):
@@ -89,7 +94,7 @@ def export_onnx(
             probabilities of the file differ from PyTorch's.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError:
@@ -102,7 +107,7 @@ def export_onnx(
     height, width = config.shape or (side, side)
     inputs = _example_inputs(model, (height, width), images)
     module = _ExportModule(model, prior, tta).eval()
-    with torch.no_grad(), _silent():
+    with torch.no_grad(), silent_export():
         expected = module(inputs)
         # two images: a single one would be exported as a fixed size
         program = torch.onnx.export(
@@ -128,10 +133,7 @@ def export_onnx(
         "tta": tta,
         "prior": prior if isinstance(prior, str) and prior in {"uniform", "train"} else module.log_prior.exp().tolist(),
     }
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = "longtail", json.dumps(metadata, ensure_ascii=False)
-    onnx.checker.check_model(proto)
-    content = proto.SerializeToString()
+    content = serialize(proto, metadata)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = 0.0
     for part, want in ((inputs, expected), (inputs[:1], expected[:1])):  # batches of several sizes
@@ -142,8 +144,7 @@ def export_onnx(
             f"{path}: the probabilities of the ONNX file differ from PyTorch's by {difference:.2g}, expected less than "
             f"{PARITY:g}; nothing was written"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda partial: _write(partial, content))
+    write_bytes(path, content)
     return Exported(path, (height, width, config.channels), difference, len(inputs))
 
 
@@ -156,12 +157,29 @@ def _example_inputs(model: TrainedModel, size: tuple[int, int], files: Sequence[
     return torch.stack([model.export_input(open_image(file), size) for file in repeated])
 
 
+def serialize(proto: Any, metadata: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a checked ONNX model, with metadata as JSON under ``longtail``."""
+    import onnx
+
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = "longtail", json.dumps(metadata, ensure_ascii=False)
+    onnx.checker.check_model(proto)
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, and the folders that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda partial: _write(partial, content))
+
+
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent_export() -> Iterator[None]:
     """Keep what the exporter says about itself from the user."""
     level, logger = logging.getLogger().level, logging.getLogger()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

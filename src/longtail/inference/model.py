@@ -34,12 +34,13 @@ from longtail.nn import (
     LinearClassifier,
     MixtureEnsembleHead,
     ProjectionMLP,
+    RegionClassifier,
 )
 from longtail.nn.encoder import channels_last
 from longtail.nn.experts import split_experts
 from longtail.registry import TASKS
 
-Classifier = CosineClassifier | LinearClassifier | MixtureEnsembleHead
+Classifier = CosineClassifier | LinearClassifier | MixtureEnsembleHead | RegionClassifier
 Prior = str | Path | Mapping[str, float] | Sequence[float] | Tensor
 _Self = TypeVar("_Self", bound="TrainedModel")
 _FILES = ["config.json", "model.safetensors", "validation.safetensors", "README.md"]
@@ -138,6 +139,11 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
             prior.tolist() if isinstance(prior, Tensor) else prior, self.config.class_names, self.config.class_counts
         )
         return torch.tensor(frequencies, dtype=torch.float64).log().float()
+
+    @classmethod
+    def build_classifier(cls, config: ModelConfig, encoder: Encoder) -> Classifier:
+        """Return a classifier whose weights are still to be loaded."""
+        return _build_classifier(config, encoder.num_features)
 
     @abstractmethod
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -241,7 +247,7 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
         encoder = Encoder(config.network, config.mean, config.std, resize=config.network_size, build=cls.build_backbone)
         if config.experts > 1:
             split_experts(encoder, config.experts, config.expert_stages)
-        classifier = _build_classifier(config, encoder.num_features)
+        classifier = cls.build_classifier(config, encoder)
         try:
             tensors = load_file(folder / "model.safetensors")
             for name, module in (("encoder.", encoder), ("classifier.", classifier)):

@@ -27,14 +27,16 @@ class ModelConfig:
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]
     """(C,) training images per class; labelled training pixels where every pixel has a label."""
+    image_counts: tuple[int, ...] = ()
+    """(C,) training images of each class, where ``class_counts`` counts something else and they matter."""
     network: str
     task: str = "classification"
     """Name of the task in :data:`longtail.registry.TASKS`."""
     scale: float
     """Scale of the cosine classifier."""
-    head: Literal["cosine", "linear", "mixture_ensemble", "experts"] = "cosine"
+    head: Literal["cosine", "linear", "mixture_ensemble", "experts", "regions"] = "cosine"
     """Type of the classifier: linear after ``longtail rebalance``, mixture_ensemble with ``gml.ensemble_weight``,
-    experts of method experts."""
+    experts of method experts, regions where the classes are those of regions of an image."""
     experts: Annotated[int, Field(ge=1)] = 1
     """Experts of the network, whose features are side by side; 1 is a network as it is."""
     expert_stages: Annotated[int, Field(ge=0)] = 0

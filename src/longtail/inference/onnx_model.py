@@ -45,6 +45,7 @@ class ONNXModel:
             raise LongtailError(f"{path}: is another program's model: expected a file that longtail export wrote")
         info = json.loads(metadata)
         self.label_maps: bool = info["label_maps"]
+        self.finds_objects: bool = info.get("finds_objects", False)
         self.class_names: list[str] = info["class_names"]
         self.class_counts: list[int] = info["class_counts"]
         self.channels: int = info["channels"]

@@ -8,6 +8,7 @@ What a method does differently is in a few hooks: :meth:`Method.loss` for the sc
 
 Where labels are maps, one per pixel, features are maps, (B, F, h, w), and scores and labels have one row per pixel:
 (B, C, H, W) and (B, H, W). The hooks are the same; a :class:`SampleAdapter` translates between the two resolutions.
+Where labels are boxes, the adapter draws regions, whose features and labels take the place of those of images.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,16 @@ from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses import ClassPrior, agreement, distillation, posterior_cross_entropy
 from longtail.methods.ema import EMAEncoder
-from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, TeacherEncoder, freeze
+from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, RegionClassifier, TeacherEncoder, freeze
+from longtail.nn.encoder import EncoderEnsemble, FrozenEncoder
 
 ViewUse = Literal["classification", "contrast"]
-Head = CosineClassifier | MixtureEnsembleHead
+LabelKind = Literal["image", "pixels", "boxes"]
+"""What a label is of: a whole image, every pixel of it, or boxes in it."""
+TrainedClassifier = CosineClassifier | RegionClassifier
+"""What a method trains to score features."""
+Head = TrainedClassifier | MixtureEnsembleHead
+"""What predicts."""
 
 _Self = TypeVar("_Self", bound="Method")
 
@@ -38,7 +45,7 @@ class TeacherOutput(NamedTuple):
     """What the teacher computes for a batch."""
 
     features: Tensor | None
-    """(B, F) of the key view, where a method has keys; maps (B, F, h, w)."""
+    """(B, F) of the key view, where a method has keys; maps (B, F, h, w); see :meth:`SampleAdapter.encode_keys`."""
     scores: Tensor | None
     """(D · B, C) of the D distilled views, one view after the other; maps (D · B, C, h, w)."""
 
@@ -70,10 +77,45 @@ class Samples(NamedTuple):
     """Largest B of all processes; None where they are equal."""
 
 
+class Encoded(NamedTuple):
+    """The samples of a batch, as the student encodes them."""
+
+    features: Tensor
+    """(V · B, F) of all views, one view after the other."""
+    batch: Batch
+    """Labels, ids and views of the samples."""
+    terms: dict[str, Tensor]
+    """Loss terms of the encoder alone, weighted."""
+
+
 class SampleAdapter:
-    """What a sample is. Here: one image with one label. A task whose labels are maps gives another one."""
+    """What a sample is. Here: one image with one label. A task whose labels are maps or boxes gives another one."""
 
     one_per_image: ClassVar[bool] = True
+    classes_only: ClassVar[bool] = True
+    """Whether every sample has one of the C classes, so that −log p(y|z) is an estimate of H(Y|Z)."""
+
+    def encode(self, encoder: Encoder, views: Sequence[Tensor], batch: Batch) -> Encoded:
+        """Return the features of all views, and what they are of.
+
+        A pass per view: the statistics of BatchNorm are then those of one view, and a CPU's caches hold more of the
+        activations, which saves a seventh of the time.
+        """
+        return Encoded(torch.cat([encoder(view) for view in views]), batch, {})
+
+    def build_classifier(self, num_features: int, num_classes: int, config: Config) -> TrainedClassifier:
+        """Return the classifier of (N, F) features, as it is before the training."""
+        return CosineClassifier(num_features, num_classes, config.classifier.scale)
+
+    def classifier_loss(self, scores: Tensor, labels: Tensor, log_prior: Tensor | None) -> Tensor:
+        """Return −log p(y|x) of scores and a log prior, its mean over the samples.
+
+        Args:
+            scores: of the classifier, free of the prior.
+            labels: of the samples; probabilities where images are mixed.
+            log_prior: (C,) that the training adds; None adds nothing.
+        """
+        return posterior_cross_entropy(scores, labels, log_prior)
 
     def upsample_scores(self, scores: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
         """Return scores at the resolution of the labels."""
@@ -83,12 +125,17 @@ class SampleAdapter:
         """Return labels at the resolution of the features."""
         return labels
 
-    def queries(self, features: Tensor, labels: Tensor, ids: Tensor) -> Samples:
-        """Return the samples that are compared with keys."""
-        return Samples(features, labels, ids)
+    def queries(self, features: Tensor, batch: Batch) -> Samples:
+        """Return the samples that are compared with keys, of the features of one view or several."""
+        views = len(features) // len(batch)
+        return Samples(features, batch.labels.repeat(views), batch.ids.repeat(views))
+
+    def encode_keys(self, teacher: FrozenEncoder | EncoderEnsemble, view: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
+        """Return the features of the key view, of which :meth:`keys` makes samples; the batch is one of images."""
+        return cast(Tensor, teacher(view))
 
     def keys(self, features: Tensor, batch: Batch) -> Samples:
-        """Return the samples that become keys."""
+        """Return the samples that become keys, of the features of :meth:`encode_keys`."""
         return Samples(features, batch.labels, batch.ids, batch.max_local_batch)
 
     def sample_counts(self, class_counts: list[int]) -> list[int]:
@@ -110,8 +157,8 @@ class Method(nn.Module, ABC):
 
     settings_class: ClassVar[type[Settings] | None] = None
     """The method's own settings, a section of the recipe."""
-    label_maps: ClassVar[Literal["no", "yes", "only"]] = "no"
-    """Whether the method trains networks that label every pixel."""
+    label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image"})
+    """What labels may be of: whole images, every pixel, boxes."""
     plotted_metrics: ClassVar[Mapping[str, str]] = {}
     """What of :meth:`metrics_to_log` a report plots over the epochs, with the label of its axis."""
 
@@ -137,9 +184,9 @@ class Method(nn.Module, ABC):
         # not sub-modules: the teacher never changes and stays out of checkpoints
         self._teacher = (None if teacher is None else freeze(teacher), teacher_classifier)
 
-    def build_classifier(self, num_features: int) -> CosineClassifier:
+    def build_classifier(self, num_features: int) -> TrainedClassifier:
         """Return the classifier of (N, F) features, as it is before the training."""
-        return CosineClassifier(num_features, len(self.prior.class_counts), self.config.classifier.scale)
+        return self.adapter.build_classifier(num_features, len(self.prior.class_counts), self.config)
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:  # noqa: ARG003
@@ -257,14 +304,6 @@ class Method(nn.Module, ABC):
             return ""
         return "learns from images of one class each; use la, ce, focal or cb"
 
-    def encode(self, views: Sequence[Tensor]) -> Tensor:
-        """Return the features of all views, one view after the other.
-
-        A pass per view: the statistics of BatchNorm are then those of one view, and a CPU's caches hold more of the
-        activations, which saves a seventh of the time.
-        """
-        return torch.cat([self.encoder(view) for view in views])
-
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the terms of :meth:`training_step`; the trainer calls this, so that wrappers of the module see it."""
         return self.training_step(batch)
@@ -274,7 +313,8 @@ class Method(nn.Module, ABC):
         # the teacher first: its memory is free again before the student's activations are kept for backward, which
         # saves memory and, on a CPU, a sixth of the step
         teacher_output = self.teacher_outputs(batch)
-        features = self.encode(batch.views[: self.num_student_views(self.config)])
+        student_views = batch.views[: self.num_student_views(self.config)]
+        features, batch, encoder_terms = self.adapter.encode(self.encoder, student_views, batch)
         size = len(batch)
         views, labels = self.num_classified_views(self.config), batch.labels
         scores = self.training_scores(features[: size * views])
@@ -285,7 +325,7 @@ class Method(nn.Module, ABC):
         terms = self.classification_loss(
             self.adapter.upsample_scores(scores, labels), targets.repeat(views, *(1,) * (targets.ndim - 1)), batch
         )
-        terms |= self.auxiliary_loss(features, scores, batch, teacher_output)
+        terms |= encoder_terms | self.auxiliary_loss(features, scores, batch, teacher_output)
         weight = self.config.classifier.agreement_weight
         if teacher_output.scores is None and weight == 0:
             return terms
@@ -371,7 +411,7 @@ class Method(nn.Module, ABC):
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Return the loss of (B, C) scores, or (B, C, H, W), a scalar; of mixed images labels are probabilities."""
-        return posterior_cross_entropy(scores, labels, self.log_prior())
+        return self.adapter.classifier_loss(scores, labels, self.log_prior())
 
     def classification_loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the classifier's term, of the scores of all classified views."""
@@ -394,7 +434,7 @@ class Method(nn.Module, ABC):
         """
         return {}
 
-    def head(self, classifier: CosineClassifier) -> Head:
+    def head(self, classifier: TrainedClassifier) -> Head:
         """Return the head that predicts: the trained classifier or its moving average, and what joins it."""
         return classifier
 
@@ -409,6 +449,12 @@ class Method(nn.Module, ABC):
             one_per_image: whether a sample is an image.
         """
         return means.get("classifier") if config.mixing.kind == "none" else None
+
+    def entropy_estimate(self, means: Mapping[str, float]) -> float | None:
+        """Return :meth:`conditional_entropy` of the mean loss terms; None where a sample may have no class."""
+        if not self.adapter.classes_only:
+            return None
+        return self.conditional_entropy(self.config, means, self.adapter.one_per_image)
 
     @classmethod
     def diagnose(cls, config: Config, epochs: Sequence[Mapping[str, Any]]) -> list[Finding]:  # noqa: ARG003

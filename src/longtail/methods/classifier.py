@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from longtail.config import Config
 from longtail.evaluation.class_frequencies import PriorName
-from longtail.methods.base import Method
+from longtail.methods.base import LabelKind, Method
 
 
 class LogitAdjustment(Method):
@@ -16,7 +16,7 @@ class LogitAdjustment(Method):
     Source: Menon et al., ICLR 2021, arXiv 2007.07314; Ren et al., NeurIPS 2020 (Balanced Softmax).
     """
 
-    label_maps: ClassVar[Literal["no", "yes", "only"]] = "yes"
+    label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels", "boxes"})
 
 
 class ReweightedLoss(Method):
@@ -43,7 +43,7 @@ class CrossEntropy(Method):
     Evaluated under the uniform prior it is post-hoc logit adjustment (Menon et al., ICLR 2021, arXiv 2007.07314).
     """
 
-    label_maps: ClassVar[Literal["no", "yes", "only"]] = "yes"
+    label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels", "boxes"})
 
     @classmethod
     def predicts_under(cls, config: Config) -> PriorName:  # noqa: ARG003

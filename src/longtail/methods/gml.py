@@ -20,7 +20,17 @@ from longtail.errors import LongtailError
 from longtail.losses import GMLLoss
 from longtail.losses.checks import MIN_TEMPERATURE
 from longtail.memory import ClassQueues, queue_sizes
-from longtail.methods.base import Finding, Head, Method, SampleAdapter, TeacherOutput, ViewUse, view_after_view
+from longtail.methods.base import (
+    Finding,
+    Head,
+    LabelKind,
+    Method,
+    SampleAdapter,
+    TeacherOutput,
+    TrainedClassifier,
+    ViewUse,
+    view_after_view,
+)
 from longtail.methods.ema import EMAEncoder
 from longtail.methods.feature_transfer import FeatureTransfer
 from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP, TeacherEncoder
@@ -38,7 +48,7 @@ class GMLSettings(Settings):
     section: ClassVar[str] = "gml"
 
     queue_size: Positive | None = None
-    """Slots of all class-wise queues together [K]; one per training image, at most 16384, if not given."""
+    """Slots of all class-wise queues together [K]; one per training sample, at most 16384, if not given."""
     queue_minimum: Positive = 2
     """Minimum number of slots per class [k_m]."""
     embedding_dim: Positive = 32
@@ -90,7 +100,7 @@ class GML(Method):
     """
 
     settings_class: ClassVar[type[GMLSettings]] = GMLSettings
-    label_maps: ClassVar[Literal["no", "yes", "only"]] = "yes"
+    label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels", "boxes"})
     plotted_metrics: ClassVar[Mapping[str, str]] = {"temperature": "τ"}
 
     def __init__(
@@ -181,7 +191,7 @@ class GML(Method):
         if settings.queue_size is None and settings.queues != "batch":
             slots = queue_size(settings, class_counts)
             config = config.replace(gml={"queue_size": slots})
-            reasons.append(f"gml.queue_size {slots}: one slot per training image, at most {MAX_AUTO_QUEUE:,}")
+            reasons.append(f"gml.queue_size {slots}: one slot per training sample, at most {MAX_AUTO_QUEUE:,}")
         if settings.distillation_weight is None:
             if config.teacher.source == "ema":
                 weight, reason = 1.0, "the moving average of the student has a classifier"
@@ -266,12 +276,11 @@ class GML(Method):
         """Return both mixture terms: the keys of the batch are pushed first and take part."""
         settings = self.settings
         assert teacher_output.features is not None
-        queries = features if settings.query_all_views else features[-len(batch) :]
-        views = len(queries) // len(batch)
-        labels, ids = batch.labels.repeat(views, *(1,) * (batch.labels.ndim - 1)), batch.ids.repeat(views)
         # keys before queries: where pixels are drawn, the order of the draws is part of a run's reproducibility
         self.queues.push(*self.adapter.keys(teacher_output.features, batch))
-        queries, labels, ids, _ = self.adapter.queries(queries, labels, ids)
+        queries, labels, ids, _ = self.adapter.queries(
+            features if settings.query_all_views else features[-len(batch) :], batch
+        )
         slots = self.queues.slots()
         if settings.feature_transfer:
             slots = self.feature_transfer(slots)
@@ -304,7 +313,7 @@ class GML(Method):
         if self.settings.keys == "momentum" or teacher is None:
             return TeacherOutput(self.ema(key), super().teacher_outputs(batch).scores)
         if not distils or classifier is None:
-            return TeacherOutput(self._with_ema_features(teacher(key), key), None)
+            return TeacherOutput(self._with_ema_features(self.adapter.encode_keys(teacher, key, batch), key), None)
         if self.settings.share_key:
             features = teacher(torch.cat(distilled))
             return TeacherOutput(features[: len(batch)], classifier(features))
@@ -317,11 +326,12 @@ class GML(Method):
         return torch.cat([features, self.ema(key)], dim=1) if self.settings.keys == "both" else features
 
     @torch.no_grad()
-    def head(self, classifier: CosineClassifier) -> Head:
+    def head(self, classifier: TrainedClassifier) -> Head:
         """Return the classifier or, with ``ensemble_weight``, its ensemble with the mixture of the current keys."""
         weight = self.settings.ensemble_weight
         if weight == 0:
             return classifier
+        assert isinstance(classifier, CosineClassifier)
         slots, training = self.queues.slots(), self.key_mlp.training
         keys = self.key_mlp.eval()(slots.features)
         self.key_mlp.train(training)
@@ -422,6 +432,6 @@ class GML(Method):
 
 
 def queue_size(settings: GMLSettings, class_counts: list[int]) -> int:
-    """Return K: the given size, or one slot per training image, at most :data:`MAX_AUTO_QUEUE`."""
+    """Return K: the given size, or one slot per training sample, at most :data:`MAX_AUTO_QUEUE`."""
     automatic = max(min(MAX_AUTO_QUEUE, sum(class_counts)), settings.queue_minimum * len(class_counts))
     return settings.queue_size or automatic

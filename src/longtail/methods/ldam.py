@@ -64,4 +64,4 @@ class LDAM(ReweightedLoss):
             weights = torch.where(late, self.weights, self.equal_weights)
         else:
             weights = self.weights if late else self.equal_weights
-        return ldam_loss(scores, labels, self.margins, self.classifier.scale, weights)
+        return ldam_loss(scores, labels, self.margins, self.config.classifier.scale, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -12,6 +12,7 @@ from longtail.config import Config, Settings, Weight
 from longtail.data.loader import Batch
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
+from longtail.methods.base import LabelKind
 from longtail.methods.classifier import ReweightedLoss
 from longtail.nn import Encoder
 
@@ -30,7 +31,7 @@ class Focal(ReweightedLoss):
     """Lin et al., ICCV 2017, arXiv 1708.02002."""
 
     settings_class = FocalSettings
-    label_maps: ClassVar[Literal["no", "yes", "only"]] = "yes"
+    label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels"})
 
     @classmethod
     def predicts_under(cls, config: Config) -> PriorName:  # noqa: ARG003

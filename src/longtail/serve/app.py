@@ -1,4 +1,4 @@
-"""A local page to drop images on: classes with probabilities, a choice of prior, the nearest training images.
+"""A local page to drop images on: classes with probabilities and the nearest training images, or objects in boxes.
 
 Everything is on one page without anything from elsewhere. An upload is one image in the body of a request; what is too
 large, too slow, empty or no image gets a 4xx answer with one line, and the server lives on. Legend: N training images,
@@ -25,11 +25,13 @@ from tqdm import tqdm
 
 from longtail.data.data_uri import image_data_uri
 from longtail.data.dataset import ImageSet
-from longtail.data.image_io import image_errors
+from longtail.data.image_io import image_errors, to_rgb
 from longtail.errors import LongtailError
 from longtail.inference.features import encode_split
+from longtail.inference.model import TrainedModel
 from longtail.inference.options import TTA
 from longtail.inference.recognizer import Recognizer
+from longtail.registry import TASKS
 from longtail.serve.connections import TrustedHosts, listen, reaping_protocol, trusted_hosts
 from longtail.tasks.loading import load_model, load_run
 
@@ -103,14 +105,23 @@ def read_upload(body: bytes) -> Image.Image:
 
 
 def answer(
-    model: Recognizer,
+    model: TrainedModel,
     reference: ReferenceImages | None,
     image: Image.Image,
     prior: str,
     top: int = 5,
     tta: TTA = "none",
 ) -> dict[str, Any]:
-    """Return what the page shows of an image, as JSON holds it; no conformal set with test-time augmentation."""
+    """Return what the page shows of an image, as JSON holds it; no conformal set with test-time augmentation.
+
+    Of a model that does not classify whole images ``objects``, see :meth:`longtail.tasks.base.Task.find_objects`, and
+    ``size``, width and height of the image as it is shown.
+    """
+    if not isinstance(model, Recognizer):
+        shown = to_rgb(image)
+        with torch.no_grad():
+            objects = TASKS[model.config.task].find_objects(model, shown, prior)
+        return {"objects": objects, "size": list(shown.size)}
     with torch.no_grad():
         coverage = 0.9 if model.calibration_stats is not None and tta == "none" else None
         predictions = model.predict(image, prior, coverage=coverage, tta=tta)
@@ -175,7 +186,7 @@ class _Uploads:
 
 
 def build_app(
-    model: Recognizer,
+    model: TrainedModel,
     reference: ReferenceImages | None = None,
     title: str = "longtail",
     tta: TTA = "none",
@@ -203,7 +214,12 @@ def build_app(
     slots, uploads = asyncio.Semaphore(_CONCURRENCY), _Uploads()
     pages = Environment(loader=PackageLoader("longtail.serve", "."), autoescape=True, trim_blocks=True)
     page = pages.get_template("page.html.j2").render(
-        title=title, model=model.config, neighbours=reference is not None, most_bytes=MOST_BYTES, tta=tta
+        title=title,
+        model=model.config,
+        neighbours=reference is not None,
+        most_bytes=MOST_BYTES,
+        tta=tta,
+        objects=not isinstance(model, Recognizer),
     )
 
     async def home(_: Request) -> Response:
@@ -270,24 +286,29 @@ def serve(
         allowed_hosts: further names that it is reached by, as behind another server.
 
     Raises:
-        LongtailError: the extra is missing, the model labels pixels, or the port is taken.
+        LongtailError: the extra is missing, the model labels pixels, test-time augmentation is not for it, or the port
+            is taken.
     """
     try:
         import uvicorn
     except ImportError:
         raise LongtailError("serve: needs the extra serve: pip install 'longtail[serve]'") from None
     model = load_model(run)
-    if not isinstance(model, Recognizer):
-        raise LongtailError(f"{run}: labels pixels; the page shows classes of whole images")
+    is_recognizer = isinstance(model, Recognizer)
+    if not is_recognizer and not TASKS[model.config.task].finds_objects:
+        raise LongtailError(f"{run}: labels pixels; the page shows classes of whole images, or objects")
+    if not is_recognizer and tta != "none":
+        raise LongtailError(f"--tta {tta}: is for models that classify whole images")
     listening = listen(host, port)  # before what takes minutes
     reference = None
-    try:
-        loaded, _, data = load_run(run, data_root)
-        assert isinstance(loaded, Recognizer)
-        model, reference = loaded, reference_images(loaded, data.train, quiet)
-    except LongtailError as error:
-        if not quiet:
-            print(f"without neighbours: {error}")
+    if is_recognizer:
+        try:
+            loaded, _, data = load_run(run, data_root)
+            assert isinstance(loaded, Recognizer)
+            model, reference = loaded, reference_images(loaded, data.train, quiet)
+        except LongtailError as error:
+            if not quiet:
+                print(f"without neighbours: {error}")
     named = f"[{host}]" if ":" in host else host
     address = f"http://{named}:{listening.getsockname()[1]}"
 

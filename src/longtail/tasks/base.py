@@ -14,21 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from PIL import Image
 from torch import Tensor
 
 from longtail.config import Config, Settings
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.transforms import AnyTransform
 from longtail.errors import LongtailError
-from longtail.inference.model import TrainedModel
+from longtail.inference.model import Prior, TrainedModel
 from longtail.inference.model_config import ModelConfig
-from longtail.inference.options import InferenceOptions
+from longtail.inference.options import TTA, InferenceOptions
 from longtail.inference.output import PredictionOutput
-from longtail.methods.base import Finding, SampleAdapter
+from longtail.methods.base import Finding, LabelKind, SampleAdapter
+from longtail.nn import Encoder, TeacherEncoder
 from longtail.registry import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from longtail.inference.export import Exported
 
 Model = TypeVar("Model", bound=TrainedModel)
 Metrics = dict[str, Any]
@@ -39,13 +43,14 @@ class Evaluator(ABC):
     """Accumulates the metrics of a split under several priors, as torchmetrics does; counts add up over processes."""
 
     @abstractmethod
-    def update(self, positions: Tensor, scores: Tensor, labels: Tensor) -> None:
+    def update(self, positions: Tensor, scores: Any, labels: Tensor) -> None:
         """Add some images.
 
         Args:
             positions: (B,) where they are in the split.
-            scores: (B, C), or (B, C, H, W), free of any prior.
-            labels: (B,), or (B, H, W); −1 where there is none.
+            scores: (B, C), or (B, C, H, W), free of any prior; or whatever else the task's ``predict_split`` yields of
+                B images.
+            labels: (B,), or (B, H, W); −1 where there is none. Empty where the evaluator has the annotations.
         """
 
     @abstractmethod
@@ -75,8 +80,10 @@ class PredictionRequest:
     prior: str = "uniform"
     options: InferenceOptions = field(default_factory=InferenceOptions)
     coverage: float | None = None
-    top: int = 3
-    """Classes to show per image."""
+    top: int | None = None
+    """Classes to show per image, 3 if not given; of models that find objects: objects, all if not given."""
+    threshold: float | None = None
+    """Lowest score of an object, in [0, 1]; for models that find objects."""
     out: Path | None = None
     """Folder for the files that the task writes, if it writes any."""
     progress: bool = False
@@ -112,6 +119,13 @@ class ReportSections:
     """Rows of a table: class, predicted class, how often."""
     errors: Sequence[tuple[str, Sequence[tuple[str, Any, str]]]] = ()
     """Headings, each with images as data URIs, their captions, and these as plain text."""
+    errors_note: str = (
+        "Test images with their class, the predicted class and its probability; one image per class, its most "
+        "confident error."
+    )
+    """What the errors show."""
+    errors_width: float = 6.0
+    """Of an image of an error, in rem; small copies, of 6 rem, show their pixels."""
 
 
 class Task(ABC, Generic[Model]):
@@ -120,8 +134,8 @@ class Task(ABC, Generic[Model]):
     name: ClassVar[str]
     settings_class: ClassVar[type[Settings] | None] = None
     """The task's own settings, a section of the recipe."""
-    label_maps: ClassVar[bool] = False
-    """Whether every pixel has a label."""
+    label_kind: ClassVar[LabelKind] = "image"
+    """What a label is of: a whole image, every pixel, or boxes."""
     model_class: type[Model]
     """What is saved and predicts."""
     columns: ClassVar[Sequence[tuple[str, str]]]
@@ -134,6 +148,8 @@ class Task(ABC, Generic[Model]):
     """Metrics of the validation images that are logged; the first chooses the epoch."""
     unit: ClassVar[str] = "accuracy"
     """What a class's own metric is called."""
+    finds_objects: ClassVar[bool] = False
+    """Whether its models find objects in an image, see :meth:`find_objects`."""
 
     def auto_config(self, config: Config, data: LongTailedData) -> tuple[Config, list[str]]:  # noqa: ARG002
         """Return the configuration with the task's open settings chosen, and the reason of every choice."""
@@ -145,22 +161,17 @@ class Task(ABC, Generic[Model]):
 
     def check(self, config: Config) -> None:
         """Raise LongtailError where method or network do not fit the task."""
-        method = METHODS[config.method]
-        if method.label_maps == ("no" if self.label_maps else "only"):
-            fitting = [name for name in METHODS if METHODS[name].label_maps in self._fitting]
+        if self.label_kind not in METHODS[config.method].label_kinds:
+            fitting = [name for name in METHODS if self.label_kind in METHODS[name].label_kinds]
             raise LongtailError(
                 f"method {config.method}: does not train networks for {self.name}, which {config.data.source} is for; "
                 f"use one of {', '.join(fitting)}"
             )
-        if self.label_maps and config.second_stage != "none":
+        if self.label_kind != "image" and config.second_stage != "none":
             raise LongtailError(
                 f"second_stage {config.second_stage}: re-trains a classifier of whole images, and is not supported for "
                 f"{self.name}; set it to none"
             )
-
-    @property
-    def _fitting(self) -> set[str]:
-        return {"yes", "only"} if self.label_maps else {"yes", "no"}
 
     @abstractmethod
     def build_transforms(self, config: Config, data: LongTailedData, uses: Sequence[str]) -> list[AnyTransform]:
@@ -170,6 +181,9 @@ class Task(ABC, Generic[Model]):
             LongtailError: they do not go together, or do not fit the images.
         """
 
+    def prepare_encoder(self, encoder: Encoder, config: Config, data: LongTailedData) -> None:
+        """Change an encoder with its initial weights into what is trained; called again it changes nothing."""
+
     def sample_adapter(self, config: Config, data: LongTailedData) -> SampleAdapter:  # noqa: ARG002
         """Return what a sample is for the method."""
         return SampleAdapter()
@@ -177,6 +191,9 @@ class Task(ABC, Generic[Model]):
     def teacher_config(self, config: Config) -> Config:
         """Return the configuration without what has no effect on a teacher, so that runs can share it."""
         return config
+
+    def check_teacher(self, encoder: TeacherEncoder, source: str) -> None:
+        """Raise LongtailError if a teacher that is given, as ``source`` says, does not fit the task."""
 
     def model_geometry(self, data: LongTailedData) -> dict[str, Any]:
         """Return the fields of a :class:`ModelConfig` that say how images are brought to the network's size."""
@@ -193,7 +210,7 @@ class Task(ABC, Generic[Model]):
     @abstractmethod
     def predict_split(
         self, model: Model, images: ImageSet, options: InferenceOptions
-    ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterable[tuple[Tensor, Any, Tensor]]:
         """Yield positions, scores and labels of this process's part of a split, see :meth:`Evaluator.update`."""
 
     @abstractmethod
@@ -244,6 +261,52 @@ class Task(ABC, Generic[Model]):
             LongtailError: the request does not fit the task, or a file cannot be read.
         """
 
+    def find_objects(self, model: Model, image: Image.Image, prior: Prior) -> list[dict[str, Any]]:
+        """Return the objects of an image, the highest score first, as JSON holds them; for a web page.
+
+        Each has ``class``, ``score`` in [0, 1], ``box`` (x1, y1, x2, y2 in pixels of the image) and ``color`` as CSS
+        writes it. Only where :attr:`finds_objects`.
+
+        Args:
+            model: what finds them.
+            image: in RGB.
+            prior: class frequencies of the objects where it comes from.
+        """
+        raise NotImplementedError
+
+    def evaluate_results(self, results: Path, annotations: Path, train_annotations: Path | None) -> dict[str, Any]:
+        """Return the metrics of predictions that any program has written to a file, as ``evaluate --json`` holds them.
+
+        Only where :attr:`finds_objects`.
+
+        Args:
+            results: a list of objects in COCO's format for results.
+            annotations: of the images, in COCO's or LVIS's format.
+            train_annotations: of the training images, by which classes are rare, common or frequent.
+
+        Raises:
+            LongtailError: a file cannot be read, or they do not fit together.
+        """
+        raise NotImplementedError
+
+    def export(self, model: Model, path: Path, prior: Prior, images: Sequence[Path], tta: TTA) -> Exported:
+        """Write a model as an ONNX file, and compare it with PyTorch.
+
+        Args:
+            model: what to export, on the CPU.
+            path: the file to write.
+            prior: class frequencies that its predictions assume.
+            images: files to compare on; random images if there are none.
+            tta: test-time augmentation that is part of the file.
+
+        Raises:
+            LongtailError: the extra is missing, an option does not fit the task, or the file's predictions differ from
+                PyTorch's.
+        """
+        from longtail.inference.export import export_onnx
+
+        return export_onnx(model, path, prior, images, tta)
+
     @abstractmethod
     def report(
         self,
@@ -264,15 +327,17 @@ class Task(ABC, Generic[Model]):
         """
 
 
-def check_inference_options(options: InferenceOptions, label_maps: bool, where: Path | str) -> None:
+def check_inference_options(options: InferenceOptions, label_kind: LabelKind, where: Path | str) -> None:
     """Raise LongtailError if there are inference options that are not for such models.
 
     Args:
         options: how the scores of an image are computed.
-        label_maps: whether every pixel has a label.
+        label_kind: what a label is of.
         where: begins the message.
     """
-    if label_maps:
+    if label_kind == "boxes" and options.tta != InferenceOptions().tta:
+        raise LongtailError(f"{where}: --tta {options.tta} is not for models that find boxes; leave it out")
+    if label_kind == "pixels":
         if options.tta in {"crops", "auto"}:
             raise LongtailError(
                 f"{where}: --tta {options.tta} is for models that classify whole images; use --tta flip"

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from longtail.config import Config
-from longtail.data.dataset import ImageSet
+from longtail.data.dataset import ImageSet, LongTailedData
+from longtail.evaluation.class_frequencies import resolve_class_frequencies
 from longtail.inference.model import TrainedModel
 from longtail.inference.model_config import ModelConfig
 from longtail.inference.options import InferenceOptions
@@ -23,7 +24,7 @@ def evaluate_split(
     *,
     options: InferenceOptions | None = None,
     priors: Mapping[str, Sequence[float]] | None = None,
-    outputs: Iterable[tuple[Tensor, Tensor, Tensor]] | None = None,
+    outputs: Iterable[tuple[Tensor, Any, Tensor]] | None = None,
     accuracy_only: bool = False,
 ) -> dict[str, Metrics]:
     """Return the metrics of a split under several priors.
@@ -44,6 +45,31 @@ def evaluate_split(
     for positions, scores, labels in outputs:
         evaluator.update(positions, scores, labels)
     return evaluator.compute()
+
+
+def evaluate_run_under(
+    model: TrainedModel,
+    config: Config,
+    data: LongTailedData,
+    prior: str,
+    options: InferenceOptions | None = None,
+) -> tuple[dict[str, Metrics], str, dict[str, Any]]:
+    """Return the metrics of a run on its test set by prior, the main prior, and no further results.
+
+    Args:
+        model: of the run.
+        config: its settings.
+        data: its data.
+        prior: uniform, train, or a file of class frequencies.
+        options: see :func:`evaluate_split`.
+
+    Raises:
+        LongtailError: the frequencies do not fit.
+    """
+    if prior in {"uniform", "train"}:
+        return evaluate_split(model, data.test, config, options=options), prior, {}
+    frequencies = resolve_class_frequencies(prior, model.config.class_names, model.config.class_counts)
+    return evaluate_split(model, data.test, config, options=options, priors={"given": frequencies}), "given", {}
 
 
 def format_metrics(metrics: dict[str, Metrics], config: ModelConfig, prior: str = "uniform") -> dict[str, Any]:

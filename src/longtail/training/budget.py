@@ -17,6 +17,7 @@ from longtail.errors import LongtailError
 from longtail.inference.kept_features import num_missing_features
 from longtail.nn import Encoder
 from longtail.nn.backbones import input_size
+from longtail.nn.network_name import is_decoder_network
 from longtail.nn.pretrained import normalization
 from longtail.registry import METHODS, TASKS
 from longtail.training.auto_config import fine_tuning_epochs
@@ -129,7 +130,7 @@ def remarks_on_duration(config: Config, data: LongTailedData, encoder: Encoder) 
         data: what it trains on.
         encoder: the network.
     """
-    if TASKS[data.task].label_maps or config.minutes is not None:
+    if TASKS[data.task].label_kind != "image" or config.minutes is not None:
         return []
     sizes = Sizes(len(data.train), 0 if data.val is None else len(data.val), len(data.test))
     speed = measure_speed(encoder, data.image_size, torch.device("cpu"))
@@ -168,9 +169,13 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
         The settings, the reasons, and the data where it had to be loaded to count its images.
 
     Raises:
-        LongtailError: the data cannot be read, or the network is not a pretrained one.
+        LongtailError: the data cannot be read, or the network is not a pretrained one for whole images.
     """
     assert config.minutes is not None
+    if is_decoder_network(config.network):
+        raise LongtailError(
+            f"minutes: is for networks that classify whole images, not for {config.network}; set --epochs instead"
+        )
     if config.pretrained == "none":
         raise LongtailError(
             "minutes: chooses how a pretrained network is tuned; give --pretrained auto, timm or FILE, or set --epochs"

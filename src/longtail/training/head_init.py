@@ -9,12 +9,13 @@ from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.errors import LongtailError
 from longtail.inference.features import encode_split
-from longtail.nn import CosineClassifier, Encoder
+from longtail.methods.base import TrainedClassifier
+from longtail.nn import Encoder
 from longtail.nn.text_tower import text_weights
 
 
 def init_classifier(
-    classifier: CosineClassifier, encoder: Encoder, data: LongTailedData, config: Config, device: torch.device
+    classifier: TrainedClassifier, encoder: Encoder, data: LongTailedData, config: Config, device: torch.device
 ) -> None:
     """Set the weights as ``classifier.init`` asks for.
 
@@ -43,7 +44,7 @@ def init_classifier(
 
 @torch.no_grad()
 def init_from_class_means(
-    classifier: CosineClassifier, encoder: Encoder, data: LongTailedData, device: torch.device, batch_size: int
+    classifier: TrainedClassifier, encoder: Encoder, data: LongTailedData, device: torch.device, batch_size: int
 ) -> None:
     """Set (C, F) weights to the normalised mean of the normalised features of every class.
 

@@ -19,7 +19,8 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.sources import check_source
 from longtail.errors import LongtailError
 from longtail.inference.model_config import ModelConfig, model_folder, read_model_config
-from longtail.nn import CosineClassifier, Encoder
+from longtail.methods.base import TrainedClassifier
+from longtail.nn import Encoder
 from longtail.nn.backbones import input_size
 from longtail.nn.encoder import Normalize
 from longtail.nn.network_name import is_decoder_network, parse_network, resolve_network
@@ -87,7 +88,7 @@ def fit_init(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
         + (f"; new: {shown}" if new else "")
     ]
     here, there = config.network_size or data.image_size, model.network_size or model.image_size
-    if here != there and input_size(config.network) is None and not TASKS[data.task].label_maps:
+    if here != there and input_size(config.network) is None and TASKS[data.task].label_kind == "image":
         remarks.append(
             f"init {config.init}: was trained on images of {there} × {there} pixels, these have {here} × {here}; "
             f"--network_size {there} resizes them"
@@ -133,7 +134,7 @@ def load_encoder(encoder: Encoder, config: Config) -> None:
 
 
 @torch.no_grad()
-def load_class_weights(classifier: CosineClassifier, class_names: tuple[str, ...], config: Config) -> None:
+def load_class_weights(classifier: TrainedClassifier, class_names: tuple[str, ...], config: Config) -> None:
     """Give a classifier the weights of the other run for the classes that both have, if ``init`` names one.
 
     Args:
@@ -201,7 +202,7 @@ def _check_settings(config: Config, model: ModelConfig, out: Path) -> None:
             "--classifier.init class_means"
         )
     own_teacher = config.teacher.source == "train" and METHODS[config.method].needs_teacher(config)
-    if config.tune == "head" and own_teacher and not TASKS[model.task].label_maps:
+    if config.tune == "head" and own_teacher and TASKS[model.task].label_kind == "image":
         raise LongtailError(
             "tune head: the teacher must have the encoder of init; use --teacher.source with the same run, or a method "
             "without a teacher"

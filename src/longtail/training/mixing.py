@@ -5,10 +5,10 @@ from __future__ import annotations
 from longtail.config import Config
 from longtail.data.mixing import Mixer
 from longtail.errors import LongtailError
-from longtail.methods.base import Method
+from longtail.methods.base import LabelKind, Method
 
 
-def build_mixer(config: Config, method: type[Method], class_counts: list[int], label_maps: bool) -> Mixer | None:
+def build_mixer(config: Config, method: type[Method], class_counts: list[int], label_kind: LabelKind) -> Mixer | None:
     """Return what mixes the images of a run's batches; None if nothing does.
 
     Where a teacher is distilled, it sees the mixed images: the student learns its function at the very inputs that it
@@ -18,7 +18,7 @@ def build_mixer(config: Config, method: type[Method], class_counts: list[int], l
         config: settings of the run, without open ones.
         method: what is trained.
         class_counts: (C,) training images per class.
-        label_maps: whether every pixel has a label.
+        label_kind: what a label is of.
 
     Raises:
         LongtailError: mixed images have no meaning for the method, the task or what is tuned.
@@ -27,7 +27,7 @@ def build_mixer(config: Config, method: type[Method], class_counts: list[int], l
     if settings.kind == "none":
         return None
     reason = method.reason_against_mixing(config)
-    if label_maps:
+    if label_kind != "image":
         raise LongtailError(f"mixing.kind {settings.kind}: mixes images with one label each; set it to none")
     if config.tune == "head":
         raise LongtailError(

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from longtail.config import Config
 from longtail.data.loader import Batch
 from longtail.errors import LongtailError
-from longtail.methods.base import Method
+from longtail.methods.base import LabelKind, Method
 
 _PASSES = {"none": 1, "sam": 2, "imbsam": 3, "focal": 3}
 
@@ -61,22 +61,22 @@ def sharpness_class_weights(config: Config, class_counts: list[int]) -> Tensor |
     return None
 
 
-def check_sharpness(config: Config, method: type[Method], class_counts: list[int], label_maps: bool) -> None:
+def check_sharpness(config: Config, method: type[Method], class_counts: list[int], label_kind: LabelKind) -> None:
     """Raise LongtailError where the steps that ``optimizer.sharpness`` asks for do not fit.
 
     Args:
         config: settings of the run.
         method: what is trained.
         class_counts: (C,) training images per class.
-        label_maps: whether every pixel has a label.
+        label_kind: what a label is of.
     """
     kind, weights = config.optimizer.sharpness, sharpness_class_weights(config, class_counts)
     if weights is None:
         return
-    if label_maps or not method.losses_are_per_image():
+    if label_kind != "image" or not method.losses_are_per_image():
+        what = f"method {config.method}" if label_kind == "image" else f"images with labels of {label_kind}"
         raise LongtailError(
-            f"optimizer.sharpness {kind}: weighs the loss of an image by its one class, and "
-            f"{'images with a label for every pixel' if label_maps else f'method {config.method}'} cannot be split up "
+            f"optimizer.sharpness {kind}: weighs the loss of an image by its one class, and {what} cannot be split up "
             "by class; use sam"
         )
     if kind == "imbsam" and not bool((weights * torch.tensor(class_counts)).any()):

@@ -175,6 +175,7 @@ def _load(source: str, data: LongTailedData, distils: bool) -> Teacher:
             f"teacher.source '{source}': expected train, ema, the folder of a run, or timm:NAME; there is no such "
             "folder"
         )
+    TASKS[data.task].check_teacher(teacher.encoder, source)
     if distils and teacher.classifier is None:
         raise LongtailError(
             f"teacher.source '{source}': has no classifier for these classes to distil from; "

@@ -11,7 +11,7 @@ from longtail.data.dataset import LongTailedData
 from longtail.inference.model import TrainedModel
 from longtail.inference.model_config import ModelConfig
 from longtail.methods.base import Method
-from longtail.nn import CosineClassifier, ExpertClassifier, MixtureEnsembleHead
+from longtail.nn import CosineClassifier, ExpertClassifier, MixtureEnsembleHead, RegionClassifier
 from longtail.nn.experts import ExpertBackbone
 from longtail.nn.network_name import resolve_network
 from longtail.nn.tuning import merge_lora
@@ -27,7 +27,7 @@ def modules_to_save(method: Method, ema: Any) -> nn.ModuleDict:
     """Return encoder and classifier of a method, or of its moving average."""
     student = student_modules(method) if ema is None else ema.module
     classifier = student["classifier"]
-    assert isinstance(classifier, CosineClassifier)
+    assert isinstance(classifier, CosineClassifier | RegionClassifier)
     return nn.ModuleDict({"encoder": student["encoder"], "classifier": method.head(classifier)})
 
 
@@ -48,6 +48,8 @@ def build_model(
         keys = (len(classifier.keys), classifier.keys.shape[1])
         weight = classifier.ensemble_weight
         head = {"head": "mixture_ensemble", "mixture_keys": keys, "ensemble_weight": weight}
+    if isinstance(classifier, RegionClassifier):
+        head = {"head": "regions"}
     if isinstance(classifier, ExpertClassifier):
         backbone = encoder.backbone
         assert isinstance(backbone, ExpertBackbone)

@@ -141,17 +141,18 @@ class _Trainer:
         load_encoder(self.encoder, config)
         set_trainable(self.encoder.backbone, config.tune)
         self.method_class.prepare_encoder(self.encoder, config)
+        self.task.prepare_encoder(self.encoder, config, data)
         self.state = torch.get_rng_state()
         self.method_class.check(config, data.class_counts)
-        check_sharpness(config, self.method_class, data.class_counts, self.task.label_maps)
-        self.mixer = build_mixer(config, self.method_class, data.class_counts, self.task.label_maps)
+        check_sharpness(config, self.method_class, data.class_counts, self.task.label_kind)
+        self.mixer = build_mixer(config, self.method_class, data.class_counts, self.task.label_kind)
         self.transforms = self.task.build_transforms(config, data, self.method_class.views(config))
         assert isinstance(config.epochs, int)
         self.epochs = first_stage_epochs(config)
         check_logs(config.log)
         self._check_batch_size()
         # features of the encoder, which are computed once, take the place of the images
-        self.on_features = config.tune == "head" and not self.task.label_maps
+        self.on_features = config.tune == "head" and self.task.label_kind == "image"
         if self.on_features and config.accelerator.batches == "device":
             raise LongtailError(
                 "accelerator.batches device: tune head trains on kept features, not on images; use auto"
@@ -276,6 +277,7 @@ class _Trainer:
             epochs=self.epochs,
             sampler=settings.sampler,
             deferred_from=settings.deferred_from,
+            repeat_threshold=settings.repeat_threshold,
             workers=settings.workers,
             rank=process,
             world=processes,
@@ -336,7 +338,9 @@ class _Trainer:
                     if tracker.step % per_epoch == 0:
                         self._end_epoch(student, log, epoch, learning_rate)
                         self.turn.give()
-                        if epoch == first + 1 and self.fabric.device.type != "cpu":
+                        # on a CPU the duration of whole-image runs has been said, see remarks_on_duration
+                        said = self.fabric.device.type == "cpu" and self.task.label_kind == "image"
+                        if epoch == first + 1 and not said:
                             for line in remark_on_remaining(time.monotonic() - before, self.epochs - epoch - 1):
                                 logger.info("%s", line)
                         before = time.monotonic()
@@ -354,7 +358,7 @@ class _Trainer:
     def _end_epoch(self, student: Student, log: MetricLogger, epoch: int, learning_rate: float) -> None:
         method, ema, tracker = student.method, student.ema, student.tracker
         means = tracker.global_means()
-        entropy = method.conditional_entropy(self.config, means, method.adapter.one_per_image)
+        entropy = method.entropy_estimate(means)
         bits = None if entropy is None else (_entropy(self.data.class_counts) - entropy) / math.log(2)
         unreadable = self.data.train.images.unreadable
         if len(unreadable) > self.num_unreadable:

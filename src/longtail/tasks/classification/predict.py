@@ -17,8 +17,10 @@ from longtail.tasks.classification.console import conformal_line, estimate_lines
 def predict_files(model: Recognizer, files: Sequence[Path], request: PredictionRequest) -> PredictionOutput:
     """Return the most probable classes of image files."""
     if request.out is not None:
-        raise LongtailError(f"--out {request.out}: is for models that label pixels")
-    check_inference_options(request.options, False, "predict")
+        raise LongtailError(f"--out {request.out}: is for models that label pixels or find objects")
+    check_inference_options(request.options, "image", "predict")
+    if request.threshold is not None:
+        raise LongtailError(f"--threshold {request.threshold:g}: is for models that find objects")
     tta = request.options.fixed_tta
     predictions = model.predict(files, prior=request.prior, coverage=request.coverage, tta=tta)
     notes = []
@@ -27,4 +29,4 @@ def predict_files(model: Recognizer, files: Sequence[Path], request: PredictionR
     if predictions.prior is not None:
         estimate = {predictions.prior.method: dataclasses.asdict(predictions.prior)}
         notes += estimate_lines(estimate, predictions.class_names)
-    return prediction_table(files, predictions.top(request.top), predictions.sets, notes)
+    return prediction_table(files, predictions.top(request.top or 3), predictions.sets, notes)

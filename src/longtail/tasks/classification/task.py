@@ -88,7 +88,7 @@ class Classification(Task[Recognizer]):
         self, model: Recognizer, images: ImageSet, options: InferenceOptions
     ) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Yield positions, scores and labels of this process's part of a split."""
-        check_inference_options(options, self.label_maps, self.name)
+        check_inference_options(options, self.label_kind, self.name)
         return predict_split(model, images, options.fixed_tta)
 
     def evaluator(
@@ -106,7 +106,7 @@ class Classification(Task[Recognizer]):
         self, model: Recognizer, config: Config, data: LongTailedData, request: EvaluationRequest
     ) -> tuple[dict[str, Metrics], str, dict[str, Any]]:
         """Return the metrics of a finished run by prior, the main prior, and further results."""
-        check_inference_options(request.options, self.label_maps, "evaluate")
+        check_inference_options(request.options, self.label_kind, "evaluate")
         return evaluate_run(model, config, data, request)
 
     def summary_lines(self, metrics: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from longtail.data.image_io import open_image, to_rgb
+from longtail.data.palette import class_colors
 from longtail.errors import LongtailError
 from longtail.files import atomic_write
-
-
-def palette(classes: int) -> list[tuple[int, int, int]]:
-    """Return an RGB colour per class, hues a golden ratio of the circle apart, so that neighbours differ."""
-    colors = []
-    for index in range(classes):
-        lightness = (0.5, 0.7, 0.35)[index % 3]
-        rgb = colorsys.hls_to_rgb(index * 0.618034 % 1, lightness, 0.75)
-        colors.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
-    return colors
 
 
 def label_image(labels: Tensor, classes: int) -> Image.Image:
@@ -35,7 +25,7 @@ def label_image(labels: Tensor, classes: int) -> Image.Image:
     if classes > 255:
         return Image.fromarray(values.astype(np.uint16))
     image = Image.fromarray(values.astype(np.uint8), mode="P")
-    image.putpalette([0, 0, 0, *(value for color in palette(classes) for value in color)])
+    image.putpalette([0, 0, 0, *(value for color in class_colors(classes) for value in color)])
     return image
 
 
@@ -68,7 +58,7 @@ def _source(path: Path) -> str | None:
 
 def overlay(image: Image.Image, labels: Tensor, classes: int, opacity: float = 0.6) -> Image.Image:
     """Return an image with the colours of its labels over it; unlabelled pixels stay as they are."""
-    colors = torch.tensor(palette(classes), dtype=torch.float32)[labels.clamp(min=0)]
+    colors = torch.tensor(class_colors(classes), dtype=torch.float32)[labels.clamp(min=0)]
     pixels = torch.from_numpy(np.array(to_rgb(image))).float()
     mixed = torch.where((labels >= 0)[..., None], opacity * colors + (1 - opacity) * pixels, pixels)
     return Image.fromarray(mixed.round().to(torch.uint8).numpy())

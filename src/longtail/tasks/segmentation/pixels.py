@@ -49,16 +49,17 @@ class PixelAdapter(SampleAdapter):
         """Return (B, h, w) labels."""
         return downsample_labels(labels)
 
-    def queries(self, features: Tensor, labels: Tensor, ids: Tensor) -> Samples:
-        """Return features, labels and image ids of drawn pixels."""
-        rows, columns, drawn = draw_points(labels, self.pixels_per_image)
-        return Samples(features_at(features, rows, columns), drawn.flatten(), ids.repeat_interleave(drawn.shape[1]))
+    def queries(self, features: Tensor, batch: Batch) -> Samples:
+        """Return features, labels and image ids of drawn pixels; features are of one view."""
+        rows, columns, drawn = draw_points(batch.labels, self.pixels_per_image)
+        ids = batch.ids.repeat_interleave(drawn.shape[1])
+        return Samples(features_at(features, rows, columns), drawn.flatten(), ids)
 
     def keys(self, features: Tensor, batch: Batch) -> Samples:
         """Return drawn pixels, regions, or both."""
         parts = []
         if self.key_kind != "regions":
-            parts.append(self.queries(features, batch.labels, batch.ids)[:3])
+            parts.append(self.queries(features, batch)[:3])
         if self.key_kind != "pixels":
             classes = len(self.draw_counts)
             parts.append((*regions(features, batch.labels, classes), batch.ids.repeat_interleave(classes)))

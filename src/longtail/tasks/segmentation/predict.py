@@ -20,6 +20,8 @@ def predict_files(model: Segmenter, files: Sequence[Path], request: PredictionRe
     """Write the labels of every image as a PNG, and an overlay."""
     if request.prior == "estimate" or request.coverage is not None:
         raise LongtailError("--prior estimate and --coverage are for models that classify whole images")
+    if request.threshold is not None:
+        raise LongtailError(f"--threshold {request.threshold:g}: is for models that find objects")
     out = request.out or Path("segmented")
     model.log_prior(request.prior)  # refused before the first image
     names = model.config.class_names
@@ -35,7 +37,7 @@ def predict_files(model: Segmenter, files: Sequence[Path], request: PredictionRe
         [
             record["path"],
             record["labels"],
-            ", ".join(f"{name} {value:.3f}" for name, value in list(record["shares"].items())[: request.top]),
+            ", ".join(f"{name} {value:.3f}" for name, value in list(record["shares"].items())[: request.top or 3]),
         ]
         for record in records
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from longtail.config import Config
 from longtail.data.loader import Batch
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses import posterior_cross_entropy
+from longtail.methods.base import LabelKind
 from longtail.methods.classifier import ReweightedLoss
 from longtail.nn import Encoder
 
@@ -17,7 +18,7 @@ from longtail.nn import Encoder
 class RegionLoss(ReweightedLoss):
     """Cross-entropy plus a loss over the class probabilities of regions."""
 
-    label_maps: ClassVar[Literal["no", "yes", "only"]] = "only"
+    label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"pixels"})
     loss_name: ClassVar[str]
 
     def __init__(

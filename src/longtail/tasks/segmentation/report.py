@@ -7,9 +7,9 @@ from pathlib import Path
 
 from longtail import plots
 from longtail.data.class_order import frequency_thirds, head_first
+from longtail.data.palette import class_colors
 from longtail.inference.model_config import ModelConfig
 from longtail.tasks.base import Metrics, ReportSections
-from longtail.tasks.segmentation.label_images import palette
 from longtail.tasks.segmentation.overlays import worst_examples
 
 
@@ -47,5 +47,5 @@ def report_sections(
         examples=worst_examples(run, main["worst"]),
         examples_note="Test images with the most wrong pixels of a class: the image, the true labels, the prediction, "
         "and their difference (missed in red, wrongly predicted in blue, errors between other classes in grey).",
-        colors=[(name, f"rgb{color}") for name, color in zip(names, palette(len(names)), strict=True)],
+        colors=[(name, f"rgb{color}") for name, color in zip(names, class_colors(len(names)), strict=True)],
     )

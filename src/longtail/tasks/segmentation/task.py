@@ -14,7 +14,6 @@ from longtail.data.sources.segmentation import SegmentationData
 from longtail.data.sources.segmentation_transform import SegmentationTransform
 from longtail.data.transforms import AnyTransform
 from longtail.errors import LongtailError
-from longtail.evaluation.class_frequencies import resolve_class_frequencies
 from longtail.inference.model_config import ModelConfig
 from longtail.inference.options import InferenceOptions
 from longtail.inference.output import PredictionOutput
@@ -29,7 +28,7 @@ from longtail.tasks.base import (
     ReportSections,
     Task,
 )
-from longtail.tasks.evaluate import evaluate_split
+from longtail.tasks.evaluate import evaluate_run_under
 from longtail.tasks.segmentation.evaluator import SegmentationEvaluator, predict_split
 from longtail.tasks.segmentation.pixels import PixelAdapter
 from longtail.tasks.segmentation.predict import predict_files
@@ -44,7 +43,7 @@ class Segmentation(Task[Segmenter]):
 
     name = "segmentation"
     settings_class = SegmentationSettings
-    label_maps = True
+    label_kind = "pixels"
     model_class = Segmenter
     columns = (
         ("mean_iou", "mean IoU"),
@@ -151,11 +150,7 @@ class Segmentation(Task[Segmenter]):
                 "--test_prior, --coverage and --prior estimate are for models that classify whole images"
             )
         options = None if request.options == InferenceOptions() else request.options
-        if request.prior in {"uniform", "train"}:
-            return evaluate_split(model, data.test, config, options=options), request.prior, {}
-        frequencies = resolve_class_frequencies(request.prior, model.config.class_names, model.config.class_counts)
-        metrics = evaluate_split(model, data.test, config, options=options, priors={"given": frequencies})
-        return metrics, "given", {}
+        return evaluate_run_under(model, config, data, request.prior, options)
 
     def predict_files(self, model: Segmenter, files: Sequence[Path], request: PredictionRequest) -> PredictionOutput:
         """Write label images and overlays of image files."""

@@ -1,0 +1,143 @@
+"""Objects in image files: a table of boxes, drawings, and a result file in COCO's format."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from longtail.data.detection import Detections
+from longtail.data.image_io import open_image, to_rgb
+from longtail.data.palette import class_colors
+from longtail.data.prefetch import prefetch
+from longtail.errors import LongtailError
+from longtail.evaluation.detection_results import to_results
+from longtail.files import atomic_write, write_text
+from longtail.inference.model import Prior
+from longtail.inference.options import InferenceOptions
+from longtail.inference.output import PredictionOutput
+from longtail.tasks.base import PredictionRequest
+from longtail.tasks.detection.detector import Detector
+from longtail.tasks.detection.drawing import draw_detections
+
+THRESHOLD = 0.5
+"""Lowest score of an object that is shown, if nothing else is asked for."""
+RESULTS = "detections.json"
+_MOST = 100  # of an image
+_PAGE_THRESHOLD = 0.05  # of what a web page is sent, which hides a part of it
+
+
+def check_request(prior: str, options: InferenceOptions, coverage: float | None) -> None:
+    """Raise LongtailError if something is asked for that is not for detectors."""
+    if prior == "estimate" or coverage is not None:
+        raise LongtailError("--prior estimate and --coverage: are for models that classify whole images")
+    if options != InferenceOptions():
+        raise LongtailError("--tta, --tta_scales and --sliding_window: are not for models that find objects")
+
+
+def predict_files(model: Detector, files: Sequence[Path], request: PredictionRequest) -> PredictionOutput:
+    """Return the objects of image files; write drawings and a result file if a folder is given."""
+    check_request(request.prior, request.options, request.coverage)
+    threshold = THRESHOLD if request.threshold is None else request.threshold
+    names, most = model.config.class_names, request.top or _MOST
+    opened: list[Image.Image] = []
+
+    def decoded() -> Iterator[Image.Image]:
+        for _, image in prefetch(lambda file: to_rgb(open_image(file)), files):
+            if request.out is not None:
+                opened.append(image)
+            yield image
+
+    records: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    every: list[Detections] = []
+    model.log_prior(request.prior)  # refused before the first image
+    found_in_each = model.find(decoded(), score_threshold=threshold, max_detections=most, prior=request.prior)
+    progress = tqdm(files, unit="image", disable=not request.progress, leave=False)
+    for file, drawing, each in zip(progress, _drawing_names(files), found_in_each, strict=True):
+        detections = _above(each, threshold, most)
+        every.append(detections)
+        objects = _objects(detections, names)
+        record: dict[str, Any] = {"path": str(file), "objects": objects}
+        if request.out is not None:
+            record["drawing"] = str(request.out / drawing)
+            _write_drawing(request.out / drawing, opened.pop(0), detections, names)
+        records.append(record)
+        rows += [[str(file), entry["class"], f"{entry['score']:.3f}", _box_text(entry["box"])] for entry in objects]
+        rows += [] if objects else [[str(file), "nothing found", "", ""]]
+    notes = [f"objects with a score of at least {threshold:g}"]
+    if request.out is not None:
+        ids = _image_ids(files)
+        results = to_results(every, ids, range(1, len(names) + 1))
+        by_id = {image_id: str(file) for image_id, file in zip(ids, files, strict=True)}
+        lines = [json.dumps({**entry, "file_name": by_id[entry["image_id"]]}) for entry in results]
+        write_text(request.out / RESULTS, "[\n" + ",\n".join(lines) + "\n]\n")  # an object a line
+        for record, image_id in zip(records, ids, strict=True):
+            record["image_id"] = image_id
+        notes.append(f"drawings and {RESULTS} (category 1 is {names[0]}): {request.out}")
+    return PredictionOutput(records, ["path", "class", "score", "x1, y1, x2, y2"], rows, notes)
+
+
+def find_objects(model: Detector, image: Image.Image, prior: Prior) -> list[dict[str, Any]]:
+    """Return the objects of one RGB image with the colours of their classes, for a web page."""
+    unsorted = next(model.find([image], score_threshold=_PAGE_THRESHOLD, max_detections=_MOST, prior=prior))
+    detections = _above(unsorted, _PAGE_THRESHOLD, _MOST)
+    names = model.config.class_names
+    css = [f"rgb{color}" for color in class_colors(len(names))]
+    objects = zip(_objects(detections, names), detections.labels.tolist(), strict=True)
+    return [{**entry, "color": css[label]} for entry, label in objects]
+
+
+def _above(detections: Detections, threshold: float, most: int) -> Detections:
+    """Return the detections from a score up, on the CPU, the highest first."""
+    boxes, labels, scores = (tensor.detach().cpu() for tensor in detections[:3])
+    order = scores.argsort(descending=True, stable=True)
+    kept = order[scores[order] >= threshold][:most]
+    masks = None if detections.masks is None else tuple(detections.masks[index] for index in kept.tolist())
+    return Detections(boxes[kept], labels[kept], scores[kept], masks)
+
+
+def _objects(detections: Detections, names: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"class": names[label], "score": score, "box": box}
+        for label, score, box in zip(
+            detections.labels.tolist(), detections.scores.tolist(), detections.boxes.tolist(), strict=True
+        )
+    ]
+
+
+def _box_text(box: Sequence[float]) -> str:
+    return ", ".join(f"{value:.0f}" for value in box)
+
+
+def _image_ids(files: Sequence[Path]) -> list[int]:
+    """Return the numbers in the names of COCO's files (000000012.jpg is 12), or 1, 2, … where not all have such."""
+    stems = [file.stem for file in files]
+    if all(stem.isascii() and stem.isdigit() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
+        return [int(stem) for stem in stems]
+    return list(range(1, len(files) + 1))
+
+
+def _drawing_names(files: Sequence[Path]) -> list[str]:
+    """Return the name of every drawing; a number tells images of one name from several folders apart."""
+    names: list[str] = []
+    taken = Counter[str]()
+    for file in files:
+        taken[file.stem] += 1
+        number = "" if taken[file.stem] == 1 else f"-{taken[file.stem]}"
+        names.append(f"{file.stem}-objects{number}.jpg")
+    return names
+
+
+def _write_drawing(path: Path, image: Image.Image, detections: Detections, names: Sequence[str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{path.parent}: cannot be made: {error.strerror}") from None
+    drawing = draw_detections(image, detections, names)
+    atomic_write(path, lambda partial: drawing.save(partial, "JPEG", quality=90))
