@@ -236,7 +236,7 @@ def product(context: Context) -> None:
     with ThreadPoolExecutor(1) as pool:
         commands = pool.submit(_commands, context)  # most of their time is that of imports
         for name in METHODS:
-            if METHODS[name].label_maps == "only":
+            if "image" not in METHODS[name].label_kinds:
                 continue
             told["methods"][name] = _method(context, name, Path(context.out))
             context.write("product", told)

@@ -116,7 +116,8 @@ class Step:
         if teacher is self.teacher:
             features: Tensor = self.student(torch.cat(batch.views[: self.passes]))
         else:
-            features = self.method.encode(batch.views[: self.passes])
+            seen = batch.views[: self.passes]
+            features = self.method.adapter.encode(self.method.encoder, seen, batch).features
         features.sum().backward()
 
     def step(self, batch: Batch) -> None:

@@ -21,12 +21,15 @@ from longtail.config import Config, load_recipe
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import load_data
 from longtail.experiments.records import Record, markdown, run_record
+from longtail.registry import TASKS
 from longtail.training.auto_config import auto_config
 from longtail.training.run_io import Run, find_finished
 from longtail.training.trainer import fit
 
 Variant = Mapping[str, Any]
 """Changes of a recipe: fields, and sections as dicts."""
+SeedVariant = Callable[[int], Variant]
+"""Changes that depend on the seed."""
 
 
 def cifar(root: str | None, epochs: int = 16, imbalance: float = 100) -> Config:
@@ -76,25 +79,27 @@ def train(config: Config, folder: Path, teachers: Path, data: LongTailedData) ->
 
 def study(
     base: Config,
-    variants: Mapping[str, Variant],
+    variants: Mapping[str, Variant | SeedVariant],
     args: argparse.Namespace,
     *,
     command: str,
     budget: str,
     baseline: str | None = None,
     factors: Mapping[float, Variant] | None = None,
+    record: Callable[[Run], Record] = run_record,
     further: Callable[[str, Run, LongTailedData], Sequence[Record]] = lambda _name, _run, _data: (),
 ) -> list[Record]:
     """Train every variant with every seed, seed by seed, and print the table.
 
     Args:
         base: the recipe.
-        variants: by name.
+        variants: by name; functions of the seed, if another run with the same seed is a part of them.
         args: the options of :func:`parser`.
         command: the command of this study, for the results file.
         budget: network, epochs and batch size of the runs, for the results file.
         baseline: the variant that the others are compared with; every pair if None.
         factors: imbalance factors, with further changes of the recipe for each.
+        record: returns the record of a run.
         further: returns additional records of a run.
     """
     torch.set_num_threads(args.threads)
@@ -104,7 +109,8 @@ def study(
     settings: dict[float | None, Variant] = {None: {}} if factors is None else dict(factors.items())
     cells = itertools.product(settings, range(args.seeds), names)
     for factor, seed, name in cells:
-        config = changed(base, variants[name]).replace(seed=seed)
+        variant = variants[name]
+        config = changed(base, variant(seed) if callable(variant) else variant).replace(seed=seed)
         if factor is not None:
             config = changed(config, settings[factor]).replace(data={"imbalance": factor})
         if data is None or (config.data, seed) != loaded:
@@ -112,9 +118,10 @@ def study(
         where = "" if factor is None else f"-imbalance{factor:g}"
         folder = args.out / (re.sub(r"\W+", "-", name) + f"{where}-seed{seed}")
         run = train(config, folder, args.out / "teachers", data)
-        entry = dataclasses.replace(run_record(run), method=name)
+        entry = dataclasses.replace(record(run), method=name)
         records += [dataclasses.replace(each, imbalance=factor) for each in (entry, *further(name, run, data))]
-        print(f"{name}{where} seed {seed}: {entry.metrics['balanced_accuracy']:.2f}", file=sys.stderr, flush=True)
+        main = TASKS[entry.task].columns[0][0]
+        print(f"{name}{where} seed {seed}: {entry.metrics[main]:.2f}", file=sys.stderr, flush=True)
         if args.json and not args.only:
             write(args.json, command, budget, records, baseline)
     print("\n".join(markdown(records, baseline)))

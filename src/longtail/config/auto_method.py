@@ -15,8 +15,8 @@ def choose_method(config: Config) -> tuple[Config, list[str]]:
 
     Logit adjustment in every case: for a network with random weights on two views of every image, both classified and
     distilled from a teacher that is trained first, which was best at full length; for a pretrained one, and for a
-    network KIND:ENCODER of labels of pixels or boxes, on one view without a teacher. Settings of the classifier that are
-    not the defaults are kept. The evidence: docs/evidence.
+    network KIND:ENCODER of labels of pixels or boxes, on one view without a teacher. Settings of the classifier that
+    are not the defaults are kept. The evidence: docs/evidence.
 
     Args:
         config: settings of the run; with any other method they are returned as they are.

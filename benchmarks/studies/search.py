@@ -1,0 +1,169 @@
+"""What adds to distilled logit adjustment on two views: each setting alone, then the best of them together.
+
+The data are every fourth class of CIFAR-100-LT, so that a small network sees each image as often as at full length in a
+time that two cores have: 16 epochs of the whole set, the budget of the other studies, end long before a network has
+learned its training images, and there whatever regularises can only lose.
+
+A fifth of CIFAR-100's training images is held out before the tail is made; runs are compared on these alone
+(``choose``). ``confirm`` then evaluates the runs that are named with ``--only`` on the test images, once.
+
+Command:
+    python benchmarks/studies/search.py choose --out RUNS --root DATA      (--seeds, --only, --json FILE)
+    python benchmarks/studies/search.py confirm --only "A;B" --out RUNS --root DATA --json FILE
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parser, train, write
+
+from longtail.allocator import reuse_freed_memory
+from longtail.config import Config, load_recipe
+from longtail.data.dataset import ImageSet, LongTailedData
+from longtail.data.images import ArrayImages
+from longtail.data.sources import load_data
+from longtail.experiments.records import Record, markdown, run_record
+from longtail.inference.recognizer import Recognizer
+from longtail.tasks.evaluate import evaluate_split
+
+CLASS_STEP, HELD_OUT, EPOCHS = 4, 0.2, 60
+BUDGET = (
+    f"every {CLASS_STEP}th class of CIFAR-100-LT, {HELD_OUT:.0%} of the images held out; ResNet-8, {EPOCHS} epochs, "
+    "batch 64, crop and mirror, cosine; teacher: ResNet-8 twice as wide, its scores of 120 views cached"
+)
+Variant = dict[str, Any]
+
+
+def merged(*parts: Variant) -> Variant:
+    """Return settings one upon the other, section by section."""
+    result: Variant = {}
+    for name, value in (item for part in parts for item in part.items()):
+        result[name] = {**result.get(name, {}), **value} if isinstance(value, dict) else value
+    return result
+
+
+GML: Variant = {"method": "gml", "gml": {"share_query": False, "distillation_weight": 0.0}}
+DISTILLED: Variant = {"classifier": {"distillation_weight": 1.0}}
+GML_DISTILLED: Variant = merged(GML, {"gml": {"distillation_weight": 1.0}})
+TWO_VIEWS: Variant = {"classifier": {"views": 2, "distillation_weight": 1.0, "distill_every_view": True}}
+BASELINE = "la distilled, two views"
+KNOWN: dict[str, Variant] = {
+    "la": {},
+    "gml": GML,
+    "la distilled": DISTILLED,
+    "gml distilled": GML_DISTILLED,
+    BASELINE: TWO_VIEWS,
+}
+"""Those whose order at full length is known."""
+PRETRAINED_TEACHER: Variant = {"network": "tf_efficientnet_lite0", "tune": "head", "network_size": 96, "epochs": 8}
+"""Its weights are those of ``--weights``; they know ImageNet."""
+ADDED: dict[str, Variant] = {
+    "re-trained classifier (cRT)": {"second_stage": "crt"},
+    "learned scales (LWS)": {"second_stage": "lws"},
+    "re-weighted second stage": {"second_stage": "reweight"},
+    "two teachers": {"teacher": {"count": 2}},
+    "second generation": {"teacher": {"generations": 2}},
+    "teacher on two views": {"teacher": {"views": 2}},
+    "mixup": {"mixing": {"kind": "mixup"}},
+    "CutMix": {"mixing": {"kind": "cutmix"}},
+    "Remix": {"mixing": {"kind": "remix"}},
+    "agreement": {"classifier": {"agreement_weight": 1.0}},
+    "weight decay 0.001": {"optimizer": {"weight_decay": 1e-3}},
+    "weight decay 0.002": {"optimizer": {"weight_decay": 2e-3}},
+    "weight decay 0.005": {"optimizer": {"weight_decay": 5e-3}},
+    "MaxNorm of the head": {"optimizer": {"head_max_norm": 1.0}},
+    "average of the weights": {"optimizer": {"ema_decay": 0.995}},
+    "distillation 3": {"classifier": {"distillation_weight": 3.0}},
+    "Mean Teacher": {"teacher": {"source": "ema", "cache": 0}},
+    "three experts": {"method": "experts"},
+    "pretrained teacher": {"teacher": PRETRAINED_TEACHER},
+    "SAM, half the epochs": {"optimizer": {"sharpness": "sam"}, "epochs": EPOCHS // 2},
+    "ImbSAM, a third of the epochs": {"optimizer": {"sharpness": "imbsam"}, "epochs": EPOCHS // 3},
+    "Focal-SAM, a third of the epochs": {"optimizer": {"sharpness": "focal"}, "epochs": EPOCHS // 3},
+}
+"""Each alone on the baseline."""
+VARIANTS: dict[str, Variant] = {
+    **KNOWN,
+    "gml distilled, two views": merged(GML_DISTILLED, {"classifier": {"every_view": True, "distill_every_view": True}}),
+    "la distilled, one view, twice the epochs": merged(DISTILLED, {"epochs": 2 * EPOCHS}),
+    **{name: merged(TWO_VIEWS, variant) for name, variant in ADDED.items()},
+}
+
+
+def base(root: str | None) -> Config:
+    """Return the recipe of the study."""
+    return load_recipe("cifar100-lt").config.replace(
+        method="la",
+        network="resnet8",
+        epochs=EPOCHS,
+        batch_size=64,
+        precision="bf16-mixed",
+        data={"root": root, "augment": "cifar-plain", "val_fraction": HELD_OUT},
+        schedule={"name": "cosine", "warmup": 0.05},
+        # as many views as any variant shows: a student whose views repeat would learn less for another reason
+        teacher={"network": "resnet8x2", "epochs": EPOCHS, "cache": 2 * EPOCHS},
+    )
+
+
+def some_classes(images: ImageSet) -> ImageSet:
+    """Return the images of every fourth class."""
+    kept = (images.labels % CLASS_STEP == 0).nonzero().flatten()
+    return ImageSet(ArrayImages(images.images.take(kept)), images.labels[kept] // CLASS_STEP, images.ids[kept])
+
+
+def load(config: Config) -> tuple[LongTailedData, ImageSet]:
+    """Return the data, whose test images are the held-out ones, and the real test images."""
+    data = load_data(config.data, config.seed)
+    assert data.val is not None
+    names = data.class_names[::CLASS_STEP]
+    held_out = dataclasses.replace(
+        data, train=some_classes(data.train), val=None, test=some_classes(data.val), class_names=names
+    )
+    return held_out, some_classes(data.test)
+
+
+def on_test_images(run_folder: Path, entry: Record, test: ImageSet, config: Config) -> Record:
+    """Return the record of a run with the metrics of its saved model on the test images."""
+    model = Recognizer.load(run_folder)
+    metrics = evaluate_split(model, test, config)[entry.predicts_under]
+    return dataclasses.replace(entry, metrics={name: metrics[name] for name in entry.metrics})
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("step", choices=["choose", "confirm"])
+    options.add_argument("--weights", help="weights of EfficientNet-Lite0, for the pretrained teacher")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    reuse_freed_memory()
+    names = args.only.split(";") if args.only else list(VARIANTS)
+    recipe = base(args.root)
+    data, test = load(recipe)
+    records: list[Record] = []
+    for seed in range(args.seeds):
+        for name in names:
+            config = recipe.replace(seed=seed, **VARIANTS[name])
+            if config.teacher.tune is not None:
+                config = config.replace(teacher={"pretrained": args.weights})
+            folder = args.out / f"{re.sub(r'[^0-9A-Za-z]+', '-', name)}-seed{seed}"
+            run = train(config, folder, args.out / "teachers", data)
+            entry = dataclasses.replace(run_record(run), method=name)
+            if args.step == "confirm":
+                entry = on_test_images(folder, entry, test, config)
+            records.append(entry)
+            shown = {key: round(value, 1) for key, value in entry.metrics.items() if value is not None}
+            print(name, seed, shown, f"{entry.seconds:.0f} s", file=sys.stderr, flush=True)
+            if args.json:
+                command = f"python benchmarks/studies/search.py {args.step}"
+                write(args.json, command, BUDGET, records, BASELINE)
+    print("\n".join(markdown(records, BASELINE)))
+
+
+if __name__ == "__main__":
+    main()
