@@ -36,7 +36,7 @@ OTHER_PROGRAMS = {
     *("nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint"),  # torchrun
     *("nodes", "ntasks-per-node", "gpus-per-node", "time", "requeue", "signal", "kill-on-bad-exit"),  # SLURM
     "no-deps",  # pip
-    *("weights", "rehearse", "phases", "half.strength"),  # studies, and the method that docs/extending.md adds
+    *("weights", "only", "rehearse", "phases", "half.strength"),  # studies, and the method that docs/extending.md adds
 }
 """Flags on the pages that are not longtail's."""
 

@@ -513,7 +513,7 @@ def test_an_exported_file_finds_the_same(root: Path, tmp_path: Path, command: Co
     fit(settings(root).replace(network=network), tmp_path / "run", quiet=True)
     detector = Detector.load(tmp_path / "run")
     with torch.no_grad():  # an untrained class layer finds nothing with certainty
-        detector.class_layer.weight.normal_(std=0.5)
+        detector.class_layer.weight.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
     detector.save(tmp_path / "run" / "recognizer")
     code, shown, err = command("export", tmp_path / "run", root / "images2", "--prior", "train")
     assert code == 0, err
@@ -530,7 +530,7 @@ def test_an_exported_file_finds_the_same(root: Path, tmp_path: Path, command: Co
         found += len(want.labels)
         assert len(got[1]) == len(want.labels)
         assert detection_difference(tuple(got), tuple(each.numpy() for each in want[:3]), 64) < 1e-3  # type: ignore[arg-type]
-    assert found > 20
+    assert found > 10  # else nothing was compared
     code, _, err = command("predict", tmp_path / "run" / "model.onnx", root / "images2")
     assert code == 2
     assert "finds objects, for use in other programs" in err
