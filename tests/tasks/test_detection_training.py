@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,17 @@ def test_settings_that_do_not_fit(detecting: Config, changes: dict[str, object],
 def test_scales_in_the_wrong_order() -> None:
     with pytest.raises(LongtailError, match=r"detection.scale \(2.0, 1.0\): expected the smaller value first"):
         DetectionSettings(scale=(2.0, 1.0))
+
+
+def test_a_missing_extra_is_found_before_the_training(
+    detecting: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = draw_data(tmp_path)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.delitem(sys.modules, "faster_coco_eval.core", raising=False)
+    with pytest.raises(LongtailError, match=r"needs the extra det: pip install 'longtail\[det\]'"):
+        fit(detecting, tmp_path / "run", data=data, quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_pretrained_stays_as_it_is(detecting: Config, tmp_path: Path) -> None:

@@ -341,6 +341,7 @@ def test_a_corrected_run_is_used_like_a_run(run: Path, root: Path, command: Comm
     config = Detector.load(out).config
     assert config.metrics == {}  # they are those of the detector as it was
     assert config.training_info["calibrated"] is True
+    assert "corrected for rare classes" in (out / "recognizer" / "README.md").read_text()
     assert command("evaluate", out, "--json", tmp_path / "metrics.json", "--quiet") == (0, "", "")
     assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 7
     assert command("predict", out, root / "images2" / "000.png", "--out", tmp_path / "found")[0] == 0

@@ -10,6 +10,8 @@ from pydantic import Field
 from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat, check_tune
 from longtail.errors import LongtailError
 
+_OWN = ("pretrained", "tune", "network_size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
@@ -63,7 +65,7 @@ class Teacher:
                     f"teacher.{name} {getattr(self, name)}: is for a teacher that is trained; set teacher.source to "
                     f"train, or teacher.{name} to 1"
                 )
-        for name in ("pretrained", "tune", "network_size"):
+        for name in _OWN:
             if getattr(self, name) is not None and self.sources != ("train",):
                 raise LongtailError(
                     f"teacher.{name} {getattr(self, name)}: is for a teacher that is trained; set teacher.source to "
@@ -75,6 +77,12 @@ class Teacher:
             raise LongtailError(
                 "teacher.source ema: its scores change in every step and cannot be cached; set teacher.cache to 0"
             )
+
+    @property
+    def own_settings(self) -> dict[str, str | int]:
+        """What a teacher that is trained does not take from its student, by the field of a run's settings."""
+        values = {name: getattr(self, name) for name in _OWN}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def sources(self) -> tuple[str, ...]:

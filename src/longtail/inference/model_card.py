@@ -86,6 +86,8 @@ def _training(config: ModelConfig) -> list[str]:
         lines.append(f"Its classifier was trained in a second stage, on the frozen encoder: {kind}.")
     if "rebalanced" in info:
         lines.append(f"Its classifier was re-trained afterwards: {info['rebalanced']}.")
+    if info.get("calibrated"):
+        lines.append("Its scores were corrected for rare classes afterwards, without training.")
     if config.calibrated_on:
         lines.append(f"Probabilities were {config.calibrated_on}.")
     elif config.temperature != 1:

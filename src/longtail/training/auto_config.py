@@ -30,10 +30,9 @@ def find_weights(config: Config) -> Config:
     """
     own = config.teacher
     if own.pretrained is not None and METHODS[config.method].needs_teacher(config):
-        given = {name: getattr(own, name) for name in ("pretrained", "tune", "network_size")}
         network = config.network if own.network == "auto" else own.network
-        given = {name: value for name, value in given.items() if value is not None}
-        find_weights(dataclasses.replace(config, teacher=Teacher(), settings=()).replace(network=network, **given))
+        plain = dataclasses.replace(config, teacher=Teacher(), settings=())
+        find_weights(plain.replace(network=network, **own.own_settings))
     network, pretrained = config.network, config.pretrained
     if pretrained != "none" and network == "auto":
         network = PRETRAINED_NETWORK

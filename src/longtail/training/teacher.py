@@ -80,8 +80,7 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
     epochs = own.epochs or config.epochs
     classifier = Classifier(scale=config.classifier.scale, init=config.classifier.init, views=own.views)
     before = TeacherConfig()
-    named = {name: getattr(own, name) for name in ("pretrained", "tune", "network_size")}
-    given = {name: value for name, value in named.items() if value is not None}
+    given: dict[str, Any] = own.own_settings
     if own.generations > 1:
         classifier = dataclasses.replace(
             classifier,

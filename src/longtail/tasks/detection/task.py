@@ -14,6 +14,7 @@ from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.detection import DetectionData, DetectionTransform
 from longtail.data.transforms import AnyTransform
 from longtail.errors import LongtailError
+from longtail.evaluation.detection_matches import coco_masks
 from longtail.inference.export import Exported
 from longtail.inference.model import Prior
 from longtail.inference.model_config import ModelConfig
@@ -82,9 +83,10 @@ class Detection(Task[Detector]):
         return config, reasons
 
     def check(self, config: Config) -> None:
-        """Raise LongtailError where method, network or settings do not fit."""
+        """Raise LongtailError where method, network or settings do not fit, or what evaluates a run is missing."""
         super().check(config)
         _check_network(config)
+        coco_masks()  # so that a missing extra is not found after a training
         unsupported = {
             f"tune {config.tune}": config.tune != "full",
             f"init {config.init}": config.init is not None,
