@@ -7,8 +7,13 @@ learned its training images, and there whatever regularises can only lose.
 A fifth of CIFAR-100's training images is held out before the tail is made; runs are compared on these alone
 (``choose``). ``confirm`` then evaluates the runs that are named with ``--only`` on the test images, once.
 
+With ``--pretrained`` the network is EfficientNet-Lite0 with ImageNet weights, all of it tuned on the same photographs
+by the recipe for one's own images, and the question is what adds to plain logit adjustment.
+
 Command:
     python benchmarks/studies/search.py choose --out RUNS --root DATA      (--seeds, --only, --json FILE)
+    python benchmarks/studies/search.py choose --imbalance 10 --only "A;B" --out RUNS --root DATA --json FILE
+    python benchmarks/studies/search.py choose --pretrained --weights FILE --out RUNS --root DATA --json FILE
     python benchmarks/studies/search.py confirm --only "A;B" --out RUNS --root DATA --json FILE
 """
 
@@ -37,6 +42,10 @@ BUDGET = (
     f"every {CLASS_STEP}th class of CIFAR-100-LT, {HELD_OUT:.0%} of the images held out; ResNet-8, {EPOCHS} epochs, "
     "batch 64, crop and mirror, cosine; teacher: ResNet-8 twice as wide, its scores of 120 views cached"
 )
+ON_PHOTOGRAPHS_BUDGET = (
+    f"every {CLASS_STEP}th class of CIFAR-100-LT, {HELD_OUT:.0%} of the images held out; EfficientNet-Lite0 with "
+    "ImageNet weights, all of it tuned where the name says nothing else, 64 pixels, 8 epochs, batch 64, recipe folder"
+)
 Variant = dict[str, Any]
 
 
@@ -52,6 +61,7 @@ GML: Variant = {"method": "gml", "gml": {"share_query": False, "distillation_wei
 DISTILLED: Variant = {"classifier": {"distillation_weight": 1.0}}
 GML_DISTILLED: Variant = merged(GML, {"gml": {"distillation_weight": 1.0}})
 TWO_VIEWS: Variant = {"classifier": {"views": 2, "distillation_weight": 1.0, "distill_every_view": True}}
+GML_TWO_VIEWS: Variant = merged(GML_DISTILLED, {"classifier": {"every_view": True, "distill_every_view": True}})
 BASELINE = "la distilled, two views"
 KNOWN: dict[str, Variant] = {
     "la": {},
@@ -88,15 +98,30 @@ ADDED: dict[str, Variant] = {
     "Focal-SAM, a third of the epochs": {"optimizer": {"sharpness": "focal"}, "epochs": EPOCHS // 3},
 }
 """Each alone on the baseline."""
+ON_PHOTOGRAPHS: dict[str, Variant] = {
+    "la": {},
+    "two views, half the epochs": {"classifier": {"views": 2}, "epochs": 4},
+    "lora": {"tune": "lora"},
+    "last two stages": {"tune": "last:2"},
+    "distilled": {"classifier": {"distillation_weight": 1.0}},
+    "mixup": {"mixing": {"kind": "mixup"}},
+    "re-trained classifier (cRT)": {"second_stage": "crt"},
+    "three experts": {"method": "experts", "experts": {"stages": 1}},
+    "gml": merged(GML, {"gml": {"share_query": True}}),
+    "SAM, half the epochs": {"optimizer": {"sharpness": "sam"}, "epochs": 4},
+}
+"""Each alone on plain logit adjustment, with a pretrained network that is tuned."""
 VARIANTS: dict[str, Variant] = {
     **KNOWN,
-    "gml distilled, two views": merged(GML_DISTILLED, {"classifier": {"every_view": True, "distill_every_view": True}}),
+    "gml distilled, two views": GML_TWO_VIEWS,
+    "gml distilled, two views, product": merged(GML_TWO_VIEWS, {"gml": {"ensemble_weight": 1.0}}),
+    "gml distilled, two views, two experts": merged(GML_TWO_VIEWS, {"gml": {"ensemble_weight": 1.0, "stages": 1}}),
     "la distilled, one view, twice the epochs": merged(DISTILLED, {"epochs": 2 * EPOCHS}),
     **{name: merged(TWO_VIEWS, variant) for name, variant in ADDED.items()},
 }
 
 
-def base(root: str | None) -> Config:
+def base(root: str | None, imbalance: float) -> Config:
     """Return the recipe of the study."""
     return load_recipe("cifar100-lt").config.replace(
         method="la",
@@ -104,11 +129,18 @@ def base(root: str | None) -> Config:
         epochs=EPOCHS,
         batch_size=64,
         precision="bf16-mixed",
-        data={"root": root, "augment": "cifar-plain", "val_fraction": HELD_OUT},
+        data={"root": root, "augment": "cifar-plain", "val_fraction": HELD_OUT, "imbalance": imbalance},
         schedule={"name": "cosine", "warmup": 0.05},
         # as many views as any variant shows: a student whose views repeat would learn less for another reason
         teacher={"network": "resnet8x2", "epochs": EPOCHS, "cache": 2 * EPOCHS},
     )
+
+
+def pretrained_base(root: str | None, weights: str) -> Config:
+    """Return the recipe for one's own images, with a network that is tuned on them, on the images of the study."""
+    teacher = {"network": "tf_efficientnet_lite0", "pretrained": weights, "epochs": 8, "cache": 8}
+    config = load_recipe("folder").config.replace(method="la", network="tf_efficientnet_lite0", pretrained=weights)
+    return dataclasses.replace(config, data=base(root, 100).data).replace(network_size=64, epochs=8, teacher=teacher)
 
 
 def some_classes(images: ImageSet) -> ImageSet:
@@ -138,20 +170,29 @@ def on_test_images(run_folder: Path, entry: Record, test: ImageSet, config: Conf
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("step", choices=["choose", "confirm"])
-    options.add_argument("--weights", help="weights of EfficientNet-Lite0, for the pretrained teacher")
+    options.add_argument("--weights", help="weights of EfficientNet-Lite0, for a pretrained teacher or network")
+    options.add_argument("--pretrained", action="store_true", help="what adds to a pretrained network")
+    options.add_argument("--imbalance", type=float, default=100, help="imbalance factor of CIFAR-100-LT")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     reuse_freed_memory()
-    names = args.only.split(";") if args.only else list(VARIANTS)
-    recipe = base(args.root)
+    if args.pretrained:
+        variants, baseline, budget, kind = ON_PHOTOGRAPHS, "la", ON_PHOTOGRAPHS_BUDGET, "pretrained-"
+        recipe = pretrained_base(args.root, args.weights)
+    else:
+        variants, baseline, budget, kind = VARIANTS, BASELINE, BUDGET, ""
+        recipe = base(args.root, args.imbalance)
+    if args.imbalance != 100:
+        budget, kind = f"imbalance {args.imbalance:g}; {budget}", f"imbalance{args.imbalance:g}-"
+    names = args.only.split(";") if args.only else list(variants)
     data, test = load(recipe)
     records: list[Record] = []
     for seed in range(args.seeds):
         for name in names:
-            config = recipe.replace(seed=seed, **VARIANTS[name])
+            config = recipe.replace(seed=seed, **variants[name])
             if config.teacher.tune is not None:
                 config = config.replace(teacher={"pretrained": args.weights})
-            folder = args.out / f"{re.sub(r'[^0-9A-Za-z]+', '-', name)}-seed{seed}"
+            folder = args.out / f"{kind}{re.sub(r'[^0-9A-Za-z]+', '-', name)}-seed{seed}"
             run = train(config, folder, args.out / "teachers", data)
             entry = dataclasses.replace(run_record(run), method=name)
             if args.step == "confirm":
@@ -161,8 +202,8 @@ def main() -> None:
             print(name, seed, shown, f"{entry.seconds:.0f} s", file=sys.stderr, flush=True)
             if args.json:
                 command = f"python benchmarks/studies/search.py {args.step}"
-                write(args.json, command, BUDGET, records, BASELINE)
-    print("\n".join(markdown(records, BASELINE)))
+                write(args.json, command, budget, records, baseline)
+    print("\n".join(markdown(records, baseline)))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,14 @@ def train_steps(rank: int, world: int, folder: str, name: str) -> None:
         rendezvous = f"file://{folder}/rendezvous{world}"
         torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=world)
     config = load_recipe("digits-lt").config.replace(
-        method=name,
-        gml={"distillation_weight": 1.0, "queue_size": 200, "share_query": False},
+        method=name.removesuffix(", two experts"),
+        gml={
+            "distillation_weight": 1.0,
+            "queue_size": 200,
+            "share_query": False,
+            "ensemble_weight": 1.0,
+            "stages": 2 if name.endswith("experts") else None,
+        },
         classifier={"views": 2, "every_view": True, "distillation_weight": 1.0, "agreement_weight": 1.0},
         experts={"self_distillation_weight": 1.0},
     )
@@ -55,7 +61,7 @@ def train_steps(rank: int, world: int, folder: str, name: str) -> None:
     torch.manual_seed(0)
     student, teacher = (Encoder("conv8-tiny", [0.3], [0.4]) for _ in range(2))
     classifier = CosineClassifier(teacher.num_features, 10)
-    method = METHODS[name](config, student, data.class_counts, teacher, classifier)
+    method = METHODS[config.method](config, student, data.class_counts, teacher, classifier)
     for part in (method, teacher):
         without_batchnorm(part)
     # an uneven number of images a step, so that the processes' shares differ
@@ -85,7 +91,8 @@ def train_steps(rank: int, world: int, folder: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "world"), [("gml", 2), ("experts", 2), pytest.param("gml", 4, marks=pytest.mark.slow)]
+    ("name", "world"),
+    [("gml", 2), ("gml, two experts", 2), ("experts", 2), pytest.param("gml", 4, marks=pytest.mark.slow)],
 )
 def test_the_same_batch_gives_the_same_losses_queues_and_weights(tmp_path: Path, name: str, world: int) -> None:
     train_steps(0, 1, str(tmp_path), name)

@@ -27,11 +27,12 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "query shared": {"gml": {"share_query": True}},
     "one view": {"gml": {"share_key": True, "share_query": True}},
     "all classified": {"classifier": {"every_view": True}},
+    "two experts": {"gml": {"stages": 2, "ensemble_weight": 1.0}},
     "cached": {"teacher": {"cache": 3}},
     "cached, one view": {"teacher": {"cache": 3}, "gml": {"share_query": True}},
     "cached, key shared": {"teacher": {"cache": 2}, "gml": {"share_key": True}},
 }
-SAMPLE = {("paper", 1.0), ("cached, key shared", 0.0)}
+SAMPLE = {("paper", 1.0), ("two experts", 1.0), ("cached, key shared", 0.0)}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_every_layout_trains_and_resumes(
     config = tiny.replace(**changes)
     run = fit(config, tmp_path / "whole", quiet=True)
     images, views = len(load_data(config.data, 0).train), GML.num_student_views(config)
-    assert run.student_passes == 2 * images * views
+    assert run.student_passes == pytest.approx(2 * images * views * GML.pass_cost(config), rel=1e-3)
     assert views == (1 if changes["gml"].get("share_query") else 2)
     fit_in_two(config, tmp_path / "cut", 8, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))

@@ -289,6 +289,7 @@ def _build_classifier(config: ModelConfig, num_features: int) -> Classifier:
         return LinearClassifier(num_features, num_classes)
     if config.head == "experts":
         return ExpertClassifier(num_features, num_classes, config.scale, config.experts)
+    num_features //= config.experts  # of the classifier, and of the mixture
     cosine = CosineClassifier(num_features, num_classes, config.scale)
     if config.head == "cosine":
         return cosine

@@ -34,6 +34,7 @@ from longtail.methods.base import (
 from longtail.methods.ema import EMAEncoder
 from longtail.methods.feature_transfer import FeatureTransfer
 from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP, TeacherEncoder
+from longtail.nn.experts import ExpertBackbone, relative_operations, split_experts
 
 _Self = TypeVar("_Self", bound="GML")
 
@@ -79,6 +80,10 @@ class GMLSettings(Settings):
     ensemble_weight: Weight = 0.0
     """Weight of the mixture's log-likelihood beside the classifier's score at prediction; the saved model then contains
     the keys. 1 is the product of both."""
+    stages: Annotated[int, Field(ge=0)] | None = None
+    """Last stages of the network that the mixture's queries and the classifier each have for themselves: two experts on
+    one stem, with gml.ensemble_weight predicting together. 0: a projection of the features each; all shared if not
+    given."""
     mixture_weight: Weight = 1.0
     """Weight of both GML terms [β]."""
     classifier_weight: Weight = 1.0
@@ -112,9 +117,11 @@ class GML(Method):
         teacher_classifier: nn.Module | None = None,
         adapter: SampleAdapter | None = None,
     ) -> None:
+        self.prepare_encoder(encoder, config)
+        settings = self.settings = config.section(GMLSettings)
+        self.num_experts = num_experts(settings)
         super().__init__(config, encoder, class_counts, teacher, teacher_classifier, adapter)
         class_counts = self.adapter.sample_counts(class_counts)
-        settings = self.settings = config.section(GMLSettings)
         if settings.keys != "teacher":
             self.ema = EMAEncoder([encoder], settings.momentum)
         assert teacher is not None or settings.keys == "momentum"
@@ -129,13 +136,38 @@ class GML(Method):
             width,
             shared=settings.queues != "class",
         )
-        self.query_mlp = ProjectionMLP(encoder.num_features, settings.embedding_dim)
+        self.query_mlp = ProjectionMLP(encoder.num_features // self.num_experts, settings.embedding_dim)
         self.key_mlp = ProjectionMLP(width, settings.embedding_dim)
         self.mixture = GMLLoss(class_counts, settings.temperature, settings.learn_temperature, validate=False)
         if settings.feature_transfer:
             self.feature_transfer = FeatureTransfer(
                 settings.feature_transfer, config.shots.groups(class_counts), self.queues.sizes
             )
+
+    def build_classifier(self, num_features: int) -> TrainedClassifier:
+        """Return the classifier of the features that are its own."""
+        return super().build_classifier(num_features // self.num_experts)
+
+    @classmethod
+    def prepare_encoder(cls, encoder: Encoder, config: Config) -> None:
+        """Give the classifier and the mixture last stages of their own, where they have them."""
+        settings = config.section(GMLSettings)
+        if settings.stages is None or isinstance(encoder.backbone, ExpertBackbone):
+            return
+        scratch = config.pretrained == "none" and config.init is None and config.tune == "full"
+        split_experts(encoder, num_experts(settings), settings.stages, independent=scratch)
+
+    @classmethod
+    def pass_cost(cls, config: Config) -> float:
+        """Return the operations of both experts together, as a multiple of the network's alone; see method experts."""
+        settings, network = config.section(GMLSettings), "resnet32" if config.network == "auto" else config.network
+        if settings.stages is None:
+            return 1.0
+        return relative_operations(network, num_experts(settings), settings.stages)
+
+    def training_scores(self, features: Tensor) -> Tensor:
+        """Return the scores of the features, of those that are the classifier's own."""
+        return super().training_scores(features.chunk(self.num_experts, dim=1)[0])
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
@@ -174,6 +206,8 @@ class GML(Method):
                 "gml.ensemble_weight: the embeddings of the mixture are those of the trained student, not of its "
                 "moving average; leave optimizer.ema_decay out"
             )
+        if settings.stages is not None:
+            cls._check_experts(config, settings)
         if settings.query_all_views and settings.share_query:
             raise LongtailError(
                 "gml.query_all_views: there is one student view with gml.share_query; set gml.share_query to false"
@@ -181,6 +215,23 @@ class GML(Method):
         if settings.feature_transfer:
             sizes = torch.tensor(queue_sizes(class_counts, size, settings.queue_minimum))
             FeatureTransfer(settings.feature_transfer, config.shots.groups(class_counts), sizes)
+
+    @staticmethod
+    def _check_experts(config: Config, settings: GMLSettings) -> None:
+        if settings.ensemble_weight == 0:
+            raise LongtailError(
+                f"gml.stages {settings.stages}: the mixture is an expert only if it predicts too; set "
+                "gml.ensemble_weight to 1, or leave gml.stages out"
+            )
+        if config.tune == "head":
+            raise LongtailError(
+                "gml.stages: tune head trains no stages; use --tune full or last:N, or leave gml.stages out"
+            )
+        if config.teacher.source == "ema":
+            raise LongtailError(
+                "gml.stages: the moving average of teacher.source ema has no classifier of a part of the features; use "
+                "teacher.source train, or leave gml.stages out"
+            )
 
     @classmethod
     def auto_config(
@@ -285,7 +336,7 @@ class GML(Method):
         if settings.feature_transfer:
             slots = self.feature_transfer(slots)
         mixture = self.mixture.terms(
-            self.query_mlp(queries),
+            self.query_mlp(queries.chunk(self.num_experts, dim=1)[-1]),
             labels,
             self.key_mlp(slots.features),
             slots.labels,
@@ -429,6 +480,11 @@ class GML(Method):
         super()._apply(fn, recurse)
         self.queues.apply(fn)
         return self
+
+
+def num_experts(settings: GMLSettings) -> int:
+    """Return 2 where the classifier and the mixture have stages of their own, or 1."""
+    return 1 if settings.stages is None else 2
 
 
 def queue_size(settings: GMLSettings, class_counts: list[int]) -> int:

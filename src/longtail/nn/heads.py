@@ -139,9 +139,11 @@ class RegionClassifier(nn.Module):
 class MixtureEnsembleHead(nn.Module):
     """Ensemble of a classifier and a mixture likelihood with constant keys, by a weighted sum of their scores.
 
+    The features are those of both, or those of the classifier and after them those of the mixture.
+
     Args:
-        classifier: maps features to scores.
-        query_mlp: maps features to unit-norm embeddings (B, D).
+        classifier: maps its features to scores.
+        query_mlp: maps its features to unit-norm embeddings (B, D).
         keys: (K, D), unit norm.
         key_labels: (K,) int64 in [0, C); −1 marks a key to ignore.
         temperature: τ of the mixture, a scalar.
@@ -173,9 +175,13 @@ class MixtureEnsembleHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C) scores of (B, F) features."""
-        scores = self.classifier(features)
+        scores = self.classifier(features[:, : self.classifier.weight.shape[1]])
         likelihood = class_log_likelihood(
-            self.query_mlp(features), self.keys, self.key_labels, scores.shape[1], self.temperature
+            self.query_mlp(features[:, -self.query_mlp.in_features :]),
+            self.keys,
+            self.key_labels,
+            scores.shape[1],
+            self.temperature,
         )
         # a class without keys gets the likelihood of the least likely class that has keys
         smallest = likelihood.masked_fill(likelihood.isinf(), math.inf).amin(dim=1, keepdim=True)
@@ -226,6 +232,7 @@ class ProjectionMLP(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.in_features = in_features
         self.layers = nn.Sequential(
             nn.Linear(in_features, in_features, bias=False),
             nn.BatchNorm1d(in_features),

@@ -36,7 +36,7 @@ def init_classifier(
         if weights.shape != classifier.weight.shape:
             raise LongtailError(
                 f"classifier.init text: the text tower of network '{config.network}' is for features of width "
-                f"{weights.shape[1]}, not {encoder.num_features}; use classifier.init class_means"
+                f"{weights.shape[1]}, not {classifier.weight.shape[1]}; use classifier.init class_means"
             )
         with torch.no_grad():
             classifier.weight.copy_(weights)
@@ -58,5 +58,6 @@ def init_from_class_means(
     encoder.eval()
     sums = torch.zeros_like(classifier.weight)
     for features, labels in encode_split(encoder, data.train, data.image_size, device=device, batch_size=batch_size):
-        sums.index_add_(0, labels, F.normalize(features))
+        own = features[:, : sums.shape[1]]  # those behind them are another expert's
+        sums.index_add_(0, labels, F.normalize(own))
     classifier.weight.copy_(F.normalize(sums))

@@ -51,9 +51,10 @@ def build_model(
     if isinstance(classifier, RegionClassifier):
         head = {"head": "regions"}
     if isinstance(classifier, ExpertClassifier):
-        backbone = encoder.backbone
-        assert isinstance(backbone, ExpertBackbone)
-        head = {"head": "experts", "experts": backbone.num_experts, "expert_stages": backbone.num_stages}
+        head = {"head": "experts"}
+    backbone = encoder.backbone
+    if isinstance(backbone, ExpertBackbone):
+        head |= {"experts": backbone.num_experts, "expert_stages": backbone.num_stages}
     model_config = ModelConfig(
         class_names=data.class_names,
         class_counts=tuple(data.class_counts),
