@@ -122,7 +122,7 @@ def study(
         records += [dataclasses.replace(each, imbalance=factor) for each in (entry, *further(name, run, data))]
         main = TASKS[entry.task].columns[0][0]
         print(f"{name}{where} seed {seed}: {entry.metrics[main]:.2f}", file=sys.stderr, flush=True)
-        if args.json and not args.only:
+        if args.json:
             write(args.json, command, budget, records, baseline)
     print("\n".join(markdown(records, baseline)))
     return records

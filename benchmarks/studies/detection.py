@@ -5,15 +5,19 @@ variants have the same number of steps. The corrections are of the kept model of
 training objects as counts, its power the one with the highest AP on the validation images, and LogN with the logits
 of the training images. The teacher of "gml" is the run of "la" with the same seed, whose time is in its teacher s.
 
+With ``--rare N`` the training images that have platelets are left out but for N, so that platelets are a rare class of
+LVIS's groups (up to 10 images); validation and test images stay. Runs go to another --out.
+
 Command:
     python benchmarks/studies/detection.py --data FOLDER --seeds 3 --weights FILE --out FOLDER
-with --json FILE and --epochs N.
+with --json FILE, --epochs N, --rare N and --only NAMES.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,9 +114,28 @@ def logits(detector: Detector, data: LongTailedData) -> LogitStatistics:
     return statistics
 
 
+def with_rare_platelets(root: Path, kept: int, out: Path) -> Path:
+    """Return a folder in BCCD's layout whose training images have platelets in ``kept`` of them only."""
+    for name in ("Annotations", "JPEGImages"):
+        if not (out / name).exists():
+            (out / name).symlink_to((root / name).resolve(), target_is_directory=True)
+    lists = out / "ImageSets" / "Main"
+    lists.mkdir(parents=True, exist_ok=True)
+    for file in (root / "ImageSets" / "Main").glob("*.txt"):
+        (lists / file.name).write_text(file.read_text())
+    ids = (root / "ImageSets" / "Main" / "train.txt").read_text().split()
+    has = {name: "<name>Platelets</name>" in (root / "Annotations" / f"{name}.xml").read_text() for name in ids}
+    random.Random(0).shuffle(ids)
+    rare = [name for name in ids if has[name]][:kept]
+    chosen = sorted([*rare, *(name for name in ids if not has[name])])
+    (lists / "train.txt").write_text("\n".join(chosen) + "\n")
+    return out
+
+
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--data", required=True, help="folder of BCCD")
+    options.add_argument("--data", type=Path, required=True, help="folder of BCCD")
+    options.add_argument("--rare", type=int, help="training images with platelets that are kept; all if not given")
     options.add_argument("--weights", required=True, help="file of EfficientNet-Lite0's weights")
     options.add_argument("--epochs", type=int, default=15)
     args = options.parse_args()
@@ -126,14 +149,20 @@ def main() -> None:
         "seesaw": {"method": "seesaw"},
         "gml": gml,
     }
-    epochs = args.epochs
-    base = load_recipe("bccd").config.replace(epochs=epochs, pretrained=args.weights, data={"root": args.data})
+    epochs, root, images = args.epochs, args.data, "the training images"
+    command = "python benchmarks/studies/detection.py"
+    if args.rare is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        root = with_rare_platelets(args.data, args.rare, args.out / "data")
+        command += f" --rare {args.rare} --epochs {epochs}"
+        images = f"the training images without platelets and {args.rare} with them"
+    base = load_recipe("bccd").config.replace(epochs=epochs, pretrained=args.weights, data={"root": str(root)})
     study(
         base,
         variants,
         args,
-        command=f"python benchmarks/studies/detection.py --seeds {args.seeds}",
-        budget=f"Faster R-CNN of width 64 on EfficientNet-Lite0, {epochs} epochs of the training images, letterboxed "
+        command=f"{command} --seeds {args.seeds}",
+        budget=f"Faster R-CNN of width 64 on EfficientNet-Lite0, {epochs} epochs of {images}, letterboxed "
         "to 320 × 320 at scales from 0.6 to 1.6, batch 8, AdamW, cosine; AP as COCO defines it on the test images",
         baseline="ce",
         record=record,
