@@ -161,7 +161,7 @@ def main() -> None:
         base,
         variants,
         args,
-        command=f"{command} --seeds {args.seeds}",
+        command=f"{command} --seeds {args.seeds}" + (f" --only {args.only}" if args.only else ""),
         budget=f"Faster R-CNN of width 64 on EfficientNet-Lite0, {epochs} epochs of {images}, letterboxed "
         "to 320 × 320 at scales from 0.6 to 1.6, batch 8, AdamW, cosine; AP as COCO defines it on the test images",
         baseline="ce",
