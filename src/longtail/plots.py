@@ -153,10 +153,11 @@ def _group_legend(axes: Axes, groups: Sequence[str]) -> None:
 def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], label: str) -> Figure:
     """Draw values over epochs."""
     figure, axes = new_axes()
+    marker = "o" if len(epochs) == 1 else None  # a single point has no line
     for index, (name, values) in enumerate(lines.items()):
         # dots and dashes let a line show that lies under another, as the two halves of a GML loss do
         color, style = LINE_COLORS[index % len(LINE_COLORS)], ("-", "--", ":", "-.")[index % 4]
-        axes.plot(epochs, values, style, color=color, label=name.replace("_", " "), linewidth=1.6)
+        axes.plot(epochs, values, style, marker=marker, color=color, label=name.replace("_", " "), linewidth=1.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)

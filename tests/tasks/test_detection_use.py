@@ -343,6 +343,9 @@ def test_a_corrected_run_is_used_like_a_run(run: Path, root: Path, command: Comm
     assert config.training_info["calibrated"] is True
     assert "corrected for rare classes" in (out / "recognizer" / "README.md").read_text()
     assert command("evaluate", out, "--json", tmp_path / "metrics.json", "--quiet") == (0, "", "")
+    code, _, err = command("report", out)
+    assert code == 2
+    assert "since its scores were corrected after the training; use longtail evaluate" in err
     assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 7
     assert command("predict", out, root / "images2" / "000.png", "--out", tmp_path / "found")[0] == 0
     code, _, err = command("calibrate-detector", run, *train, "--power", "0", "--out", same, "--quiet")

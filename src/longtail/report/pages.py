@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from longtail import plots
 from longtail.config import Config, read_config
 from longtail.data.class_order import head_first
-from longtail.errors import LongtailError
 from longtail.experiments.labels import label_runs
 from longtail.experiments.records import (
     Record,
@@ -32,7 +31,7 @@ from longtail.inference.model_config import read_model_config
 from longtail.registry import METHODS, TASKS
 from longtail.report import plots as comparison_plots
 from longtail.training.metric_log import read_metrics
-from longtail.training.run_io import Run, count_unreadable, read_finished
+from longtail.training.run_io import Run, count_unreadable, no_test_metrics, read_finished
 
 
 def _render(name: str, **values: Any) -> str:
@@ -47,7 +46,7 @@ def run_report(folder: Path) -> Path:
     lines = read_metrics(folder / "metrics.jsonl")
     test = next((line for line in reversed(lines) if line["kind"] == "test"), None)
     if test is None:
-        raise LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; use --resume to finish the run")
+        raise no_test_metrics(folder)
     epochs = [line for line in lines if line["kind"] == "epoch"]
     first = next((line for line in reversed(lines) if line["kind"] == "first_stage"), None)
     shown = TASKS[model_config.task].report(folder, model_config, config, test, epochs)

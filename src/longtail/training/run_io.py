@@ -154,5 +154,18 @@ def read_finished(folder: Path) -> Run:
         raise LongtailError(f"{folder}: has no config.yaml: expected the folder of a run")
     run = find_finished(folder, read_config(folder / "config.yaml"))
     if run is None:
-        raise LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; use --resume to finish the run")
+        raise no_test_metrics(folder)
     return run
+
+
+def no_test_metrics(folder: Path) -> LongtailError:
+    """Return the error of a folder whose log has no metrics of the test set."""
+    try:
+        corrected = bool(read_model_config(folder).training_info.get("calibrated"))
+    except LongtailError:
+        corrected = False
+    if corrected:
+        return LongtailError(
+            f"{folder}: has no test metrics, since its scores were corrected after the training; use longtail evaluate"
+        )
+    return LongtailError(f"{folder / 'metrics.jsonl'}: has no test metrics; use --resume to finish the run")
