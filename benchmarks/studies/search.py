@@ -98,6 +98,10 @@ ADDED: dict[str, Variant] = {
     "Focal-SAM, a third of the epochs": {"optimizer": {"sharpness": "focal"}, "epochs": EPOCHS // 3},
 }
 """Each alone on the baseline."""
+TOGETHER: dict[str, Variant] = {
+    "two teachers, three experts": merged(ADDED["two teachers"], ADDED["three experts"]),
+}
+"""Those that gained alone, on the baseline."""
 ON_PHOTOGRAPHS: dict[str, Variant] = {
     "la": {},
     "two views, half the epochs": {"classifier": {"views": 2}, "epochs": 4},
@@ -117,7 +121,7 @@ VARIANTS: dict[str, Variant] = {
     "gml distilled, two views, product": merged(GML_TWO_VIEWS, {"gml": {"ensemble_weight": 1.0}}),
     "gml distilled, two views, two experts": merged(GML_TWO_VIEWS, {"gml": {"ensemble_weight": 1.0, "stages": 1}}),
     "la distilled, one view, twice the epochs": merged(DISTILLED, {"epochs": 2 * EPOCHS}),
-    **{name: merged(TWO_VIEWS, variant) for name, variant in ADDED.items()},
+    **{name: merged(TWO_VIEWS, variant) for name, variant in {**ADDED, **TOGETHER}.items()},
 }
 
 
