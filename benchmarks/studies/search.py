@@ -92,6 +92,7 @@ ADDED: dict[str, Variant] = {
     "distillation 3": {"classifier": {"distillation_weight": 3.0}},
     "Mean Teacher": {"teacher": {"source": "ema", "cache": 0}},
     "three experts": {"method": "experts"},
+    "three experts, equal operations": {"method": "experts", "epochs": 28},
     "pretrained teacher": {"teacher": PRETRAINED_TEACHER},
     "SAM, half the epochs": {"optimizer": {"sharpness": "sam"}, "epochs": EPOCHS // 2},
     "ImbSAM, a third of the epochs": {"optimizer": {"sharpness": "imbsam"}, "epochs": EPOCHS // 3},
@@ -102,6 +103,11 @@ TOGETHER: dict[str, Variant] = {
     "two teachers, three experts": merged(ADDED["two teachers"], ADDED["three experts"]),
 }
 """Those that gained alone, on the baseline."""
+TAUGHT_BY: dict[str, str] = {
+    "taught by three experts": "three experts",
+    "taught by two teachers, three experts": "two teachers, three experts",
+}
+"""The baseline with the run of another variant as its teacher: one network to deploy."""
 ON_PHOTOGRAPHS: dict[str, Variant] = {
     "la": {},
     "two views, half the epochs": {"classifier": {"views": 2}, "epochs": 4},
@@ -122,6 +128,7 @@ VARIANTS: dict[str, Variant] = {
     "gml distilled, two views, two experts": merged(GML_TWO_VIEWS, {"gml": {"ensemble_weight": 1.0, "stages": 1}}),
     "la distilled, one view, twice the epochs": merged(DISTILLED, {"epochs": 2 * EPOCHS}),
     **{name: merged(TWO_VIEWS, variant) for name, variant in {**ADDED, **TOGETHER}.items()},
+    **dict.fromkeys(TAUGHT_BY, TWO_VIEWS),
 }
 
 
@@ -164,6 +171,11 @@ def load(config: Config) -> tuple[LongTailedData, ImageSet]:
     return held_out, some_classes(data.test)
 
 
+def run_name(variant: str, seed: int) -> str:
+    """Return the name of a run's folder."""
+    return f"{re.sub(r'[^0-9A-Za-z]+', '-', variant)}-seed{seed}"
+
+
 def on_test_images(run_folder: Path, entry: Record, test: ImageSet, config: Config) -> Record:
     """Return the record of a run with the metrics of its saved model on the test images."""
     model = Recognizer.load(run_folder)
@@ -196,7 +208,10 @@ def main() -> None:
             config = recipe.replace(seed=seed, **variants[name])
             if config.teacher.tune is not None:
                 config = config.replace(teacher={"pretrained": args.weights})
-            folder = args.out / f"{kind}{re.sub(r'[^0-9A-Za-z]+', '-', name)}-seed{seed}"
+            if name in TAUGHT_BY:
+                source = args.out / run_name(kind + TAUGHT_BY[name], seed)
+                config = config.replace(teacher={"source": str(source), "network": "auto", "epochs": None})
+            folder = args.out / run_name(kind + name, seed)
             run = train(config, folder, args.out / "teachers", data)
             entry = dataclasses.replace(run_record(run), method=name)
             if args.step == "confirm":
