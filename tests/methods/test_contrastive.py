@@ -12,8 +12,10 @@ from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.data.loader import Batch
 from longtail.data.sources import load_data
+from longtail.errors import LongtailError
 from longtail.methods.paco import PaCo
 from longtail.methods.proco import ProCo
+from longtail.registry import METHODS
 from tests.methods.steps import batches, build_method
 
 CONTRASTIVE = ("supcon", "paco", "gpaco", "bcl", "proco")
@@ -24,8 +26,21 @@ def data(tiny: Config) -> LongTailedData:
     return load_data(tiny.data, 0)
 
 
-@pytest.mark.parametrize("name", CONTRASTIVE)
-@pytest.mark.parametrize(("views", "share", "passes"), [(1, True, 1), (2, True, 2), (2, False, 3)])
+@pytest.mark.parametrize("name", ["paco", "gpaco"])
+def test_a_view_without_a_loss_is_refused(tiny: Config, name: str) -> None:
+    with pytest.raises(LongtailError, match=rf"{name}\.share_view false: method {name} has no loss for a view"):
+        METHODS[name].check(tiny.replace(method=name, **{name: {"share_view": False}}), [9, 3])
+
+
+@pytest.mark.parametrize(
+    ("name", "views", "share", "passes"),
+    [
+        (name, *rest)
+        for name in CONTRASTIVE
+        for rest in ((1, True, 1), (2, True, 2), (2, False, 3))
+        if rest[1] or "paco" not in name
+    ],
+)
 def test_views(tiny: Config, data: LongTailedData, name: str, views: int, share: bool, passes: int) -> None:
     config = tiny.replace(method=name, **{name: {"views": views, "share_view": share}})
     method = build_method(config, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.losses import agreement, distillation, posterior_cross_entropy
 from longtail.methods.base import Method
+from longtail.methods.ldam import LDAM
 from longtail.nn import CosineClassifier, ExpertClassifier
 from longtail.registry import METHODS
 from longtail.training.trainer import fit
@@ -97,6 +99,8 @@ def test_every_method_can_be_distilled_into(tiny: Config, data: LongTailedData, 
             assert torch.allclose(each.mean(dim=1), scores, atol=1e-5)
             expected = 0.5 * sum(distillation(each[:, e], teacher_scores).item() for e in range(3)) / 3
         else:
+            if method.predicts_under(config) == "train":  # compared without the prior, of which a teacher is free
+                scores = scores - torch.tensor(data.class_counts).float().div(len(data.train)).log()
             expected = 0.5 * distillation(scores, teacher_scores).item()
     assert terms["distillation"].item() == pytest.approx(expected, rel=1e-4)
 
@@ -199,6 +203,39 @@ def test_settings_that_do_not_fit_are_named(
     config = tiny.replace(**changes)
     with pytest.raises(LongtailError, match=message):
         METHODS[config.method].check(config, counts)
+
+
+def test_the_bayes_optimal_student_of_cross_entropy_has_nothing_to_learn_from_its_teacher(
+    tiny: Config, data: LongTailedData
+) -> None:
+    counts = [*data.class_counts[:-1], 0]
+    method = METHODS["ce"](tiny.replace(method="ce"), new_encoder(), counts)
+    scores = torch.randn(6, 10)
+    posterior = scores + torch.tensor([math.log(n / sum(counts)) if n else 0.0 for n in counts])
+    counted = torch.ones(6, dtype=torch.bool)
+    assert method.distillation_loss(posterior, scores, counted).item() == pytest.approx(0, abs=1e-5)
+    assert method.distillation_loss(scores, scores, counted).item() > 0.01
+    # its own moving average contains the prior as well
+    ema = METHODS["ce"](tiny.replace(method="ce", teacher={"source": "ema"}), new_encoder(), counts)
+    assert ema.distillation_loss(posterior, posterior, counted).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_late_weights_of_ldam_leave_the_size_of_the_gradient(tiny: Config, data: LongTailedData) -> None:
+    counts = data.class_counts
+    method = METHODS["ldam"](tiny.replace(method="ldam"), new_encoder(), counts)
+    by_hand = [(1 - 0.9999) / (1 - 0.9999**n) for n in counts]
+    mean = sum(n * w for n, w in zip(counts, by_hand, strict=True)) / sum(counts)
+    assert isinstance(method, LDAM)
+    assert method.weights.tolist() == pytest.approx([w / mean for w in by_hand], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["la", "experts"])
+def test_scores_are_in_full_precision_under_autocast(tiny: Config, data: LongTailedData, name: str) -> None:
+    method = METHODS[name](tiny.replace(method=name), new_encoder(), data.class_counts)
+    features = torch.randn(8, method.encoder.num_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = method.classifier(features)
+    assert torch.equal(scores, method.classifier(features))
 
 
 def without_class(batch: Batch, label: int, absent: int) -> Batch:

@@ -324,3 +324,52 @@ def test_a_run_with_several_teachers_resumes_with_the_same_bits(
     # in folders of their own: interrupted in the second generation of the first teacher, or later
     fit_in_two(config, tmp_path / "other" / "cut", steps, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "other" / "cut"))
+
+
+def test_the_prior_of_a_given_teacher_is_removed_from_its_scores(tiny: Config, tmp_path: Path) -> None:
+    data = load_data(tiny.data, 0)
+    fit(tiny.replace(method="ce"), tmp_path / "ce", quiet=True)
+    teacher = load_teacher(tiny.replace(teacher={"source": str(tmp_path / "ce")}), data, distils=True)
+    model = Recognizer.load(tmp_path / "ce")
+    images = torch.rand(4, 1, 8, 8)
+    assert teacher.classifier is not None
+    with torch.no_grad():
+        scores = teacher.classifier(teacher.encoder(images))
+        own = model.classifier(model.encoder(images))
+    expected = own.double() - torch.tensor(data.class_counts).double().div(len(data.train)).log()
+    torch.testing.assert_close(scores.double(), expected.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"method": "gml", "classifier": {"views": 2}}, "classifier.views 2: without effect, method gml"),
+        ({"method": "la", "teacher": {"source": "ema"}}, "teacher.source: without effect, as classifier.distillation"),
+        ({"method": "la", "data": {"sampler": "class"}}, "data.sampler class: it shows rare classes more often"),
+    ],
+)
+def test_settings_without_effect_are_named(tiny: Config, changes: dict[str, Any], note: str) -> None:
+    data = load_data(tiny.data, 0)
+    assert any(line.startswith(note) for line in auto_config(tiny.replace(**changes), data)[1])
+    plain = {"method": "ce", "data": {"sampler": "class"}, "classifier": {"views": 2}}
+    assert not any("effect" in line or "sampler" in line for line in auto_config(tiny.replace(**plain), data)[1])
+
+
+def test_cached_scores_are_of_the_view_that_is_shown(tiny: Config) -> None:
+    config = tiny.replace(
+        method="gml",
+        gml={"share_query": False, "distillation_weight": 1.0},
+        classifier={"every_view": True, "distill_every_view": True},
+        teacher={"cache": 2},
+        data={"contrast_augment": "none"},
+    )
+    data = load_data(config.data, 0)
+    with pytest.raises(LongtailError, match=r"teacher\.cache 2: .*data\.contrast_augment none; set both alike"):
+        auto_config(config, data)
+    auto_config(config.replace(data={"contrast_augment": "auto"}), data)
+
+
+def test_equal_views_of_kept_features_are_refused(tiny: Config) -> None:
+    config = tiny.replace(method="la", tune="head", init="run", classifier={"views": 2})
+    with pytest.raises(LongtailError, match=r"classifier\.views 2: with tune head and feature_views 1 all views"):
+        auto_config(config, load_data(tiny.data, 0))

@@ -45,7 +45,8 @@ class Teacher:
     generation_network: Literal["teacher", "student"] = "teacher"
     """Network of the second generation and later ones: the teacher's, or the student's."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the moving average (ema); smaller in the first steps, so that the initial weights are forgotten."""
+    """Decay of the moving average (ema); smaller in the first steps, so that the initial weights count no more than
+    later ones."""
     ema_warmup: Fraction = 0.2
     """Fraction of the training over which the weight of the distillation from a moving average grows (ema)."""
     distillation_temperature: PositiveFloat = 4.0

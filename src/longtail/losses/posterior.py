@@ -71,6 +71,11 @@ class ClassPrior(nn.Module):
         self.register_buffer("log_prior", compute_log_prior(counts))
         self.register_buffer("class_counts", counts.long())
 
+    def subtracted_from(self, scores: Tensor) -> Tensor:
+        """Return (B, C) or (B, C, H, W) scores without the log prior; of a class without images they stay."""
+        log_prior = self.log_prior.masked_fill(self.class_counts == 0, 0.0)
+        return to_full_precision(scores) - broadcast_to_classes(log_prior, scores)
+
 
 def posterior(log_likelihood: Tensor, log_prior: Tensor | None = None) -> Tensor:
     """Return log p(y|x), shape (B, C) or (B, C, H, W).

@@ -349,11 +349,16 @@ class Method(nn.Module, ABC):
     def distillation_loss(self, scores: Tensor, teacher_scores: Tensor, counted: Tensor) -> Tensor:
         """Return the distillation of the teacher, not weighted.
 
+        A teacher's scores are free of the prior, and those of a student that learns the training prior are compared
+        without it; those of its own moving average contain it too.
+
         Args:
             scores: (N, C) of the distilled views, as :meth:`training_scores` returns them.
             teacher_scores: (N, C).
             counted: (N,) bool, the samples to include.
         """
+        if self.predicts_under(self.config) == "train" and self.config.teacher.source != "ema":
+            scores = self.prior.subtracted_from(scores)
         return distillation(scores, teacher_scores, self.config.teacher.distillation_temperature, counted)
 
     def agreement_loss(self, scores: Tensor, counted: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class EMAEncoder(nn.Module):
     """An exponential moving average of modules: what it computes changes little from step to step.
 
     With warm-up, update t = 0, 1, … keeps min(1 − 1/(t + 1), decay) of the average, which is then the mean of the
-    weights so far until there are 1 / (1 − decay) of them, and contains nothing of the initial weights.
+    weights at all updates so far until there are 1 / (1 − decay) of them.
 
     Source: He et al., *Momentum Contrast*, CVPR 2020, arXiv 1911.05722; with warm-up Tarvainen & Valpola, *Mean
     teachers are better role models*, NeurIPS 2017, arXiv 1703.01780.

@@ -48,8 +48,11 @@ class LDAM(ReweightedLoss):
         super().__init__(config, encoder, class_counts, *teacher, **adapter)
         settings = config.section(LDAMSettings)
         self.register_buffer("margins", ldam_margins(self.prior.class_counts, settings.max_margin), persistent=False)
-        weights = effective_number_weights(self.prior.class_counts, settings.beta)
-        self.register_buffer("weights", weights, persistent=False)
+        counts = self.prior.class_counts
+        weights = effective_number_weights(counts, settings.beta)
+        # a mean of 1 over the images, since the authors divide by the sum of a batch's weights: a mean of 1 over the
+        # classes would make the gradient several times smaller from that epoch on
+        self.register_buffer("weights", weights * (counts.sum() / (counts * weights).sum()), persistent=False)
         self.register_buffer("equal_weights", (weights > 0).to(weights), persistent=False)
 
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtail.config import Config, Weight
 from longtail.data.loader import Batch
+from longtail.errors import LongtailError
 from longtail.losses.contrastive import parametric_contrastive_loss
 from longtail.methods.base import ViewUse
 from longtail.methods.contrastive import QueueContrastive, QueueSettings, self_mask
@@ -46,6 +47,17 @@ class GPaCo(QueueContrastive):
     """
 
     settings_class: ClassVar[type[GPaCoSettings]] = GPaCoSettings
+
+    @classmethod
+    def check(cls, config: Config, class_counts: list[int]) -> None:
+        """Raise LongtailError where a student view would be compared with nothing."""
+        super().check(config, class_counts)
+        settings = config.section(cls.settings_class)
+        if not settings.share_view:
+            raise LongtailError(
+                f"{settings.section}.share_view false: method {config.method} has no loss for a view that is not "
+                f"compared; set it to true, and {settings.section}.views for more views"
+            )
 
     @classmethod
     def num_classified_views(cls, config: Config) -> int:

@@ -5,6 +5,7 @@ Legend: B samples, F feature width, C classes, D embedding width, E experts.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -17,6 +18,14 @@ from longtail.losses.reduction import to_full_precision
 
 FOREGROUND_PROBABILITY = 0.01
 """Probability of each class that a :class:`RegionClassifier` without background begins with."""
+
+
+def full_precision(features: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Return a context without autocast: in bfloat16, scores up to 30 would be rounded to steps of 1/8."""
+    kind = features.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 class CosineClassifier(nn.Module):
@@ -38,10 +47,10 @@ class CosineClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C) scores of (B, F) features, or (B, C, H, W) of (B, F, H, W)."""
-        weight = F.normalize(self.weight)
         if features.ndim == 4:
-            return self.scale * F.conv2d(F.normalize(features), weight[:, :, None, None])
-        return self.scale * F.linear(F.normalize(features), weight)
+            return self.scale * F.conv2d(F.normalize(features), F.normalize(self.weight)[:, :, None, None])
+        with full_precision(features):
+            return self.scale * F.linear(F.normalize(features.float()), F.normalize(self.weight))
 
 
 class ExpertClassifier(CosineClassifier):
@@ -73,9 +82,10 @@ class ExpertClassifier(CosineClassifier):
     def expert_scores(self, features: Tensor) -> Tensor:
         """Return (B, E, C) scores of each expert, of (B, E · F) features, with the prior that they contain."""
         width = (self.num_experts, -1)
-        experts = F.normalize(features.unflatten(1, width), dim=2).transpose(0, 1)  # (E, B, F)
-        weight = F.normalize(self.weight.unflatten(1, width), dim=2).permute(1, 2, 0)  # (E, F, C)
-        return self.scale * torch.matmul(experts, weight).transpose(0, 1)
+        with full_precision(features):
+            experts = F.normalize(features.float().unflatten(1, width), dim=2).transpose(0, 1)  # (E, B, F)
+            weight = F.normalize(self.weight.unflatten(1, width), dim=2).permute(1, 2, 0)  # (E, F, C)
+            return self.scale * torch.matmul(experts, weight).transpose(0, 1)
 
     def without_prior(self, scores: Tensor) -> Tensor:
         """Return (B, E, C) scores of each expert free of the prior."""

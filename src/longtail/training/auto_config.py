@@ -99,7 +99,51 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
     contrast = config.data.contrast_augment
     if contrast == "auto":
         contrast = TRANSFORMS[augment].contrast or augment
-    return config.replace(data={"augment": augment, "contrast_augment": contrast}), [*reasons, *method_reasons]
+    config = config.replace(data={"augment": augment, "contrast_augment": contrast})
+    _check_views(config)
+    return config, [*reasons, *method_reasons, *_without_effect(config)]
+
+
+def _check_views(config: Config) -> None:
+    """Raise LongtailError where views would repeat, or a cached score would be of another view than the one shown."""
+    method = METHODS[config.method]
+    views = method.num_classified_views(config)
+    if config.tune == "head" and config.feature_views == 1 and config.classifier.views > 1 and views > 1:
+        raise LongtailError(
+            f"classifier.views {config.classifier.views}: with tune head and feature_views 1 all views of an image are "
+            "the same; set feature_views to 2 or more, or classifier.views to 1"
+        )
+    distilled = method.num_distilled_views(config) if method.distillation_weight(config) else 0
+    uses = method.views(config)[:distilled]
+    if config.teacher.cache and "contrast" in uses and config.data.augment != config.data.contrast_augment:
+        raise LongtailError(
+            f"teacher.cache {config.teacher.cache}: the cached scores are of views by data.augment "
+            f"{config.data.augment}, and a distilled view is one by data.contrast_augment "
+            f"{config.data.contrast_augment}; set both alike, or teacher.cache to 0"
+        )
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Return what is set and does not do what its name promises."""
+    method, name, notes = METHODS[config.method], config.method, []
+    views = config.classifier.views
+    if views > 1 and method.num_student_views(config) == method.num_student_views(
+        config.replace(classifier={"views": 1, "agreement_weight": 0.0})
+    ):
+        notes.append(f"classifier.views {views}: without effect, method {name} chooses its views by its own settings")
+    source = config.teacher.source
+    if source != "train" and not method.needs_teacher(config) and method.distillation_weight(config) == 0:
+        weight = "gml.distillation_weight" if name == "gml" else "classifier.distillation_weight"
+        keys = name == "gml" and source == "ema"
+        if not keys:
+            notes.append(f"teacher.source: without effect, as {weight} is 0 and nothing is learned from a teacher")
+    sampler = config.data.sampler
+    if sampler != "instance" and method.predicts_under(config) == "uniform":
+        notes.append(
+            f"data.sampler {sampler}: it shows rare classes more often, and method {name} corrects for the class "
+            "frequencies of the training set too, so that rare classes are favoured twice; usual with it is method ce"
+        )
+    return notes
 
 
 def fit_network(config: Config, image_size: int | None) -> tuple[Config, list[str]]:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 from longtail.config import Classifier, Config, Mixing, Optimizer, Shots
 from longtail.config import Teacher as TeacherConfig
 from longtail.data.dataset import LongTailedData
 from longtail.distributed import rank
 from longtail.errors import LongtailError
+from longtail.losses import ClassPrior
 from longtail.nn import ClassifierEnsemble, Encoder, EncoderEnsemble, TeacherEncoder
 from longtail.nn.encoder import pretrained_encoder
 from longtail.randomness import mix
@@ -270,4 +271,19 @@ def _from_run(folder: Path, data: LongTailedData, given: bool) -> Teacher:
     same_classes = model.config.class_names == data.class_names
     info = model.config.training_info
     seconds = 0.0 if given else float(info["seconds"] + info["teacher_seconds"])
-    return Teacher(model.encoder, model.classifier if same_classes else None, seconds)
+    classifier: nn.Module | None = model.classifier if same_classes else None
+    if classifier is not None and model.config.predicts_under == "train" and TASKS[data.task].label_kind != "boxes":
+        classifier = _WithoutPrior(classifier, model.config.class_counts)
+    return Teacher(model.encoder, classifier, seconds)
+
+
+class _WithoutPrior(nn.Module):
+    """A classifier whose scores contain the prior that it was trained under, without it, as students compare scores."""
+
+    def __init__(self, classifier: nn.Module, class_counts: Sequence[int]) -> None:
+        super().__init__()
+        self.classifier, self.prior = classifier, ClassPrior(class_counts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return (B, C) scores of (B, F) features, or maps of maps."""
+        return self.prior.subtracted_from(self.classifier(features))
