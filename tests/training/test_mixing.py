@@ -84,6 +84,20 @@ def test_every_method_that_allows_it_learns_from_mixed_images(tiny: Config, data
     assert all(bool(p.grad.isfinite().all()) for p in method.parameters() if p.grad is not None)
 
 
+def test_until_is_a_fraction_of_the_first_stage(tiny: Config, data: LongTailedData) -> None:
+    config = tiny.replace(method="la", epochs=10, second_stage="crt", second_stage_fraction=0.5)
+    mixer = build_mixer(
+        config.replace(mixing={"kind": "mixup", "until": 0.6}), METHODS["la"], data.class_counts, label_kind="image"
+    )
+    assert mixer is not None
+    labels = torch.zeros(50, dtype=torch.int64)
+    mixed = [
+        bool((mixer.draw(torch.arange(50), labels, labels, epoch, (8, 8)).image_weights < 1).any())
+        for epoch in range(5)  # of the first stage; the second one mixes nothing
+    ]
+    assert mixed == [True, True, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
