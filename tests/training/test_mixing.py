@@ -138,7 +138,14 @@ def test_the_command_line_ends_with_2(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "forwards"),  # the student's before the interruption; a step has as many as it has passes
     [
-        ({**TWO_VIEWS, "mixing": {"kind": "cutmix", "probability": 0.7, "until": 0.5}}, 8),
+        (
+            {
+                **TWO_VIEWS,
+                "mixing": {"kind": "cutmix", "probability": 0.7, "until": 0.5},
+                "data": {"sampler": "class"},  # which repeats images
+            },
+            8,
+        ),
         (
             {
                 "mixing": {"kind": "mixup"},
@@ -172,8 +179,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             "classifier": {"distillation_weight": 1},
         },
         {"mixing": {"kind": "remix"}, "gml": {"share_query": False, "distillation_weight": 1.0}},
+        {
+            "method": "la",
+            "mixing": {"kind": "mixup"},
+            "data": {"sampler": "class"},
+            "teacher": {"cache": 2},
+            "classifier": {"distillation_weight": 1},
+        },
     ],
-    ids=["la distilled", "la cached", "gml"],
+    ids=["la distilled", "la cached", "gml", "la cached, repeated images"],
 )
 def test_batches_of_the_device_train_the_same(tiny: Config, tmp_path: Path, changes: dict[str, Any]) -> None:
     config, found = tiny.replace(**changes), []

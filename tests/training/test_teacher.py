@@ -140,8 +140,13 @@ def test_the_cache_contains_the_teachers_outputs_for_the_very_view(
     [
         {"method": "la", "classifier": {"views": 2, "distillation_weight": 1.0}},
         {"gml": {"distillation_weight": 1.0, "share_query": False}, "classifier": {"every_view": True}},
+        {
+            "method": "la",
+            "classifier": {"views": 2, "distillation_weight": 1.0},
+            "data": {"sampler": "class"},
+        },
     ],
-    ids=["la", "gml"],
+    ids=["la", "gml", "la, repeated images"],
 )
 def test_the_cache_contains_the_scores_of_every_distilled_view(
     changes: dict[str, Any], tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +172,9 @@ def test_the_cache_contains_the_scores_of_every_distilled_view(
             features = [teacher.encoder(view) for view in batch.views]
             scores = torch.stack([teacher.classifier(each) for each in features], dim=1)
         torch.testing.assert_close(scores, batch.teacher_scores, rtol=0, atol=1e-4)
+        if config.data.sampler == "class":  # an image that is shown again is given the views of the next epoch
+            assert len(batch.views[0].unique(dim=0)) > len(batch.ids.unique())
+            continue
         positions = torch.tensor([data.train.ids.tolist().index(image) for image in batch.ids.tolist()])
         pixels, view = data.train.images.take(positions), build_transform("digits", 8)
         assert not isinstance(view, PerImageTransform)
