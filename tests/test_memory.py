@@ -55,6 +55,20 @@ def test_a_thousand_pushes_equal_plain_queues(seed: int) -> None:
         assert len(queues) == sum(map(len, plain))
 
 
+def test_a_cleared_queue_is_filled_like_a_new_one() -> None:
+    queues, new = (ClassQueues([3, 1], size=4, minimum=1, dim=1, shared=True) for _ in range(2))
+    ids = torch.arange(3)
+    queues.push(torch.ones(3, 1), torch.zeros(3, dtype=torch.int64), ids)
+    queues.clear()
+    assert len(queues) == 0
+    assert not queues.slots().features.any()
+    assert queues.slots().ids.tolist() == [-1] * 4
+    assert queues.turnovers == 0.75
+    for each in (queues, new):
+        each.push(torch.ones(3, 1) * 2, torch.ones(3, dtype=torch.int64), ids + 10)
+    assert sorted(queues.ids.tolist()) == sorted(new.ids.tolist()) == [10, 11, 12]
+
+
 def test_one_push_of_more_than_fits_keeps_the_newest() -> None:
     queues = ClassQueues([3, 1], size=4, minimum=1, dim=1)
     for start in (0, 100):

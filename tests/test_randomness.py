@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from longtail.randomness import generator, mix, uniform
+from longtail.randomness import draw_ids, generator, mix, uniform
 
 
 def test_a_draw_depends_on_its_name_alone() -> None:
@@ -26,6 +26,19 @@ def test_draws_are_uniform_and_independent() -> None:
     )
     correlation = torch.corrcoef(others.T) - torch.eye(24)
     assert correlation.abs().max() < 0.04
+
+
+def test_every_occurrence_of_an_image_has_draws_of_its_own() -> None:
+    ids = torch.arange(2000).repeat(10)
+    occurrences = torch.arange(10).repeat_interleave(2000)
+    drawn = draw_ids(ids, occurrences)
+    assert torch.equal(drawn[:2000], ids[:2000])
+    assert draw_ids(ids, None) is ids
+    assert len(drawn.unique()) == len(drawn)
+    assert drawn.min() >= 0
+    draws = uniform(drawn, 1, 0, 5).view(10, 2000)
+    assert (torch.corrcoef(draws) - torch.eye(10)).abs().max() < 0.1
+    assert (draws.mean(dim=1) - 0.5).abs().max() < 0.03
 
 
 def test_keys_are_not_interchangeable() -> None:

@@ -174,6 +174,13 @@ class ClassQueues:
         self._ids[slots] = ids[order]
         self._pushed += new[:num_queues]
 
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget all samples; :attr:`turnovers` still counts them. Needs no synchronisation with an accelerator."""
+        self._features.zero_()
+        self._labels.fill_(-1)
+        self._ids.fill_(-1)
+
     def slots(self) -> Slots:
         """Return views of all slots; unfilled ones have label −1. Needs no synchronisation with an accelerator."""
         return Slots(self._features[: self.size], self._labels[: self.size], self._ids[: self.size])

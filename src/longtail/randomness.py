@@ -26,6 +26,9 @@ def mix(*keys: int) -> int:
     return state >> 1
 
 
+_OCCURRENCE = mix(11)  # an independent stream of random draws
+
+
 def generator(*keys: int) -> torch.Generator:
     """Return a CPU generator seeded with the hash of ``keys``."""
     return torch.Generator().manual_seed(mix(*keys))
@@ -38,6 +41,25 @@ def _signed(value: int) -> int:
 def _shift(x: Tensor, bits: int) -> Tensor:
     # int64 shifts are arithmetic; the mask makes them logical
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def draw_ids(ids: Tensor, occurrences: Tensor | None) -> Tensor:
+    """Return what takes the place of image ids in draws, (B,) int64: another number for each occurrence of an image.
+
+    Args:
+        ids: (B,) int64 image ids.
+        occurrences: (B,) int64 how often an image was shown before in the epoch, one that was not keeps its id; None
+            if none was.
+    """
+    if occurrences is None:
+        return ids
+    x = (ids + 1) * _signed(_GOLDEN) + occurrences * _signed(_MIX_2)
+    for salt in (_OCCURRENCE, 1):
+        x = x + salt
+        x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
+        x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
+        x = x ^ _shift(x, 31)
+    return torch.where(occurrences == 0, ids, _shift(x, 1))
 
 
 def uniform(ids: Tensor, draws: int, *keys: int) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from longtail.data import device_loader
 from longtail.data.dataset import ImageSet
-from longtail.data.device_loader import DeviceLoader, reason_against_device
+from longtail.data.device_loader import DeviceLoader, SharedViews, reason_against_device
 from longtail.data.images import ArrayImages
 from longtail.data.loader import Batch, TrainLoader
 from longtail.data.transforms import build_transform
@@ -18,12 +19,12 @@ from longtail.methods.base import view_after_view
 CPU = torch.device("cpu")
 
 
-def _loader(images: int, batch_size: int, views: int = 2, transform: str = "cifar") -> TrainLoader:
+def _loader(images: int, batch_size: int, views: int = 2, transform: str = "cifar", **options: Any) -> TrainLoader:
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (images, 3, 16, 16), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 5, (images,), generator=generator)
     data = ImageSet(ArrayImages(pixels), labels, torch.arange(images) * 7)
-    return TrainLoader(data, batch_size, [build_transform(transform, 16)] * views, seed=11, epochs=3)
+    return TrainLoader(data, batch_size, [build_transform(transform, 16)] * views, seed=11, epochs=3, **options)
 
 
 def _same(made: Batch, expected: Batch) -> None:
@@ -75,6 +76,42 @@ def test_an_epoch_starts_at_any_step() -> None:
     for epoch in (2, 1):
         for (batch, _), other in zip(_through(device, epoch), loader.epoch(epoch), strict=True):
             _same(batch, other)
+
+
+class _Cache:
+    num_fixed_views = 1
+
+    def __init__(self, views: int) -> None:
+        self.views = views
+
+    def rng_keys(self, epoch: int, number: int) -> tuple[int, ...]:
+        return (1, (epoch + number) % self.views)
+
+    def lookup(self, indices: torch.Tensor, epoch: int | torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (indices + 1000 * (torch.as_tensor(epoch) % self.views))[:, None], None
+
+
+@pytest.mark.parametrize("cache", [None, _Cache(3)], ids=["", "cached"])
+@pytest.mark.parametrize("shared", [None, SharedViews(math.inf)], ids=["", "shared"])
+def test_repeated_images_are_those_of_the_loader(cache: Any, shared: SharedViews | None) -> None:
+    loader = _loader(53, 10, sampler="class", cache=cache)
+    device = DeviceLoader(loader, CPU, math.inf, lambda _step: 0.1, shared=shared, view_names=["a", "b"])
+    for epoch, start in ((0, 0), (1, 3)):
+        expected = list(loader.epoch(epoch, start))
+        for (batch, _), other in zip(_through(device, epoch, start), expected, strict=True):
+            _same(batch, other)
+    views = torch.cat([batch.views[0] for batch in loader.epoch(0)])
+    assert len(views.unique(dim=0)) > len(torch.cat(loader.splits(0)).unique())
+
+
+def test_views_of_another_cache_are_not_shared() -> None:
+    shared = SharedViews(math.inf)
+    for views in (2, 5):
+        loader = _loader(53, 10, sampler="class", cache=_Cache(views))
+        device = DeviceLoader(loader, CPU, math.inf, lambda _step: 0.1, shared=shared, view_names=["a", "b"])
+        for (batch, _), other in zip(_through(device, 0), loader.epoch(0), strict=True):
+            _same(batch, other)
+    assert shared.hits > 0  # of the views that are not cached
 
 
 def test_what_the_teacher_computes_comes_with_the_views() -> None:

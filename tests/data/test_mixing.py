@@ -174,19 +174,21 @@ class _Cache:
     def rng_keys(self, epoch: int, number: int) -> tuple[int, ...]:
         return (1, epoch, number)
 
-    def lookup(self, indices: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        features = indices[:, None].float() + epoch
+    def lookup(self, indices: torch.Tensor, epoch: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = (indices.float() + epoch)[:, None]
         scores = torch.cat([features.sin(), features.cos(), 3 * (2 * features).sin()], dim=1) * 5
         return features, torch.stack([scores, -scores], dim=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cache", [None, _Cache()], ids=["", "cached"])
-def test_several_processes_make_the_batches_of_one(kind: str, cache: Any) -> None:
-    alone = list(new_loader(new_mixer(kind, views=2), cache=cache).epoch(2))
+@pytest.mark.parametrize("sampler", ["instance", "class"])
+def test_several_processes_make_the_batches_of_one(kind: str, cache: Any, sampler: str) -> None:
+    alone = list(new_loader(new_mixer(kind, views=2), cache=cache, sampler=sampler).epoch(2))
     for world in (2, 3, 25):
         for rank in range(world):
-            here = new_loader(new_mixer(kind, views=2), cache=cache, rank=rank, world=world).epoch(2)
+            options = {"cache": cache, "rank": rank, "world": world, "sampler": sampler}
+            here = new_loader(new_mixer(kind, views=2), **options).epoch(2)
             for ours, whole in zip(here, alone, strict=True):
                 parts = torch.arange(len(whole)).tensor_split(world)
                 if len(parts[rank]):
@@ -198,8 +200,9 @@ def test_several_processes_make_the_batches_of_one(kind: str, cache: Any) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cache", [None, _Cache()], ids=["", "cached"])
-def test_batches_of_the_device_are_mixed_as_those_of_the_loader(kind: str, cache: Any) -> None:
-    loader = new_loader(new_mixer(kind, views=2), cache=cache)
+@pytest.mark.parametrize("sampler", ["instance", "class"])
+def test_batches_of_the_device_are_mixed_as_those_of_the_loader(kind: str, cache: Any, sampler: str) -> None:
+    loader = new_loader(new_mixer(kind, views=2), cache=cache, sampler=sampler)
     device = DeviceLoader(loader, torch.device("cpu"), math.inf, lambda _step: 0.1)
     for epoch in (0, 1):
         for (_row, size), expected in zip(device.epoch(epoch), loader.epoch(epoch), strict=True):
@@ -228,6 +231,16 @@ def test_an_epoch_is_mixed_the_same_from_any_step() -> None:
     whole = list(new_loader(new_mixer()).epoch(1))
     for ours, expected in zip(new_loader(new_mixer()).epoch(1, start=1), whole[1:], strict=True):
         _equal(ours, expected)
+
+
+def test_occurrences_of_an_image_are_mixed_in_different_ways() -> None:
+    weights: dict[int, list[float]] = {}
+    for batch in new_loader(new_mixer(), sampler="class").epoch(1):
+        assert batch.label_weights is not None
+        for image, weight in zip(batch.ids.tolist(), batch.label_weights.tolist(), strict=True):
+            weights.setdefault(image, []).append(weight)
+    assert max(map(len, weights.values())) > 3
+    assert all(len(set(drawn)) == len(drawn) for drawn in weights.values())
 
 
 def test_batches_beside_the_epochs_are_not_mixed() -> None:

@@ -12,9 +12,11 @@ import torch
 
 from longtail.config import Config
 from longtail.data.device_loader import SharedViews
+from longtail.data.sources import load_data
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.compare import compare
-from longtail.experiments.threads import run_in_threads
+from longtail.experiments.threads import reason_against_threads, run_in_threads
+from longtail.training.auto_config import auto_config
 from longtail.training.checkpoint import load_checkpoint
 from longtail.training.turns import Turn
 from tests.training.runs import equal, weights
@@ -69,6 +71,15 @@ def test_what_cannot_share_the_process_is_trained_in_turn(
     with caplog.at_level(logging.INFO, logger="longtail"):
         compare(config, ["ce"], [0], tmp_path / "runs", quiet=True)
     assert "the runs cannot share one process: the networks of timm may draw random numbers" in caplog.text
+
+
+def test_keys_that_are_drawn_at_random_are_not_drawn_beside_others(small: Config) -> None:
+    data = load_data(small.data, 0)
+    config = auto_config(small, data)[0]
+    assert reason_against_threads(config, data) == ""
+    transfer = config.replace(gml={"feature_transfer": 1})
+    assert "gml.feature_transfer draws random numbers" in reason_against_threads(transfer, data)
+    assert reason_against_threads(transfer.replace(method="la"), data) == ""
 
 
 def test_a_task_starts_when_the_one_before_gives_its_turn() -> None:

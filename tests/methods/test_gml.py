@@ -110,12 +110,16 @@ def test_moving_a_method_moves_teacher_and_queues(tiny: Config, data: LongTailed
 
 def test_the_batch_alone_holds_the_batch(tiny: Config, data: LongTailedData) -> None:
     method = build_gml(tiny.replace(gml={"queues": "batch"}), data)
-    for batch in batches(method, data):
+    together = batches(method, data)
+    assert {len(batch) for batch in together} == {59, 60}  # of at most 64
+    for batch in together:
         method(batch)
-        newest = set(method.queues.ids.tolist())
-        assert set(batch.ids.tolist()) <= newest
-        # batches differ in size by at most one, so at most a few of the last one's are left
-        assert len(method.queues) <= method.config.batch_size
+        assert sorted(method.queues.ids.tolist()) == sorted(batch.ids.tolist())
+    for batch in together:
+        for number, part in enumerate(batch.split(3)):  # whose gradient is accumulated
+            method(part)
+            seen = torch.cat([each.ids for each in batch.split(3)[: number + 1]])
+            assert sorted(method.queues.ids.tolist()) == sorted(seen.tolist())
 
 
 def test_without_self_pairs_no_query_meets_its_own_image(tiny: Config, data: LongTailedData) -> None:

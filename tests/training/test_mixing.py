@@ -84,6 +84,20 @@ def test_every_method_that_allows_it_learns_from_mixed_images(tiny: Config, data
     assert all(bool(p.grad.isfinite().all()) for p in method.parameters() if p.grad is not None)
 
 
+def test_until_is_a_fraction_of_the_first_stage(tiny: Config, data: LongTailedData) -> None:
+    config = tiny.replace(method="la", epochs=10, second_stage="crt", second_stage_fraction=0.5)
+    mixer = build_mixer(
+        config.replace(mixing={"kind": "mixup", "until": 0.6}), METHODS["la"], data.class_counts, label_kind="image"
+    )
+    assert mixer is not None
+    labels = torch.zeros(50, dtype=torch.int64)
+    mixed = [
+        bool((mixer.draw(torch.arange(50), labels, labels, epoch, (8, 8)).image_weights < 1).any())
+        for epoch in range(5)  # of the first stage; the second one mixes nothing
+    ]
+    assert mixed == [True, True, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -124,7 +138,14 @@ def test_the_command_line_ends_with_2(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "forwards"),  # the student's before the interruption; a step has as many as it has passes
     [
-        ({**TWO_VIEWS, "mixing": {"kind": "cutmix", "probability": 0.7, "until": 0.5}}, 8),
+        (
+            {
+                **TWO_VIEWS,
+                "mixing": {"kind": "cutmix", "probability": 0.7, "until": 0.5},
+                "data": {"sampler": "class"},  # which repeats images
+            },
+            8,
+        ),
         (
             {
                 "mixing": {"kind": "mixup"},
@@ -158,8 +179,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             "classifier": {"distillation_weight": 1},
         },
         {"mixing": {"kind": "remix"}, "gml": {"share_query": False, "distillation_weight": 1.0}},
+        {
+            "method": "la",
+            "mixing": {"kind": "mixup"},
+            "data": {"sampler": "class"},
+            "teacher": {"cache": 2},
+            "classifier": {"distillation_weight": 1},
+        },
     ],
-    ids=["la distilled", "la cached", "gml"],
+    ids=["la distilled", "la cached", "gml", "la cached, repeated images"],
 )
 def test_batches_of_the_device_train_the_same(tiny: Config, tmp_path: Path, changes: dict[str, Any]) -> None:
     config, found = tiny.replace(**changes), []

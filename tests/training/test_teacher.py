@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from longtail.config import Config, parse_config, read_config
-from longtail.data.loader import Batch
+from longtail.data.loader import Batch, TrainLoader
 from longtail.data.sources import load_data
 from longtail.data.transforms import PerImageTransform, build_transform
 from longtail.errors import LongtailError
 from longtail.inference.recognizer import Recognizer
 from longtail.methods.base import Method
 from longtail.methods.gml import GML, GMLSettings
-from longtail.nn import build_backbone
+from longtail.nn import Encoder, EncoderEnsemble, TeacherEncoder, build_backbone
 from longtail.training.auto_config import auto_config
 from longtail.training.run_io import read_finished
 from longtail.training.teacher import load_teacher, teacher_config, teacher_folder, teacher_runs
-from longtail.training.teacher_cache import rng_keys
+from longtail.training.teacher_cache import rng_keys, teacher_cache
 from longtail.training.trainer import fit
 from tests.training.runs import equal, fit_in_two, weights
 
@@ -140,8 +140,13 @@ def test_the_cache_contains_the_teachers_outputs_for_the_very_view(
     [
         {"method": "la", "classifier": {"views": 2, "distillation_weight": 1.0}},
         {"gml": {"distillation_weight": 1.0, "share_query": False}, "classifier": {"every_view": True}},
+        {
+            "method": "la",
+            "classifier": {"views": 2, "distillation_weight": 1.0},
+            "data": {"sampler": "class"},
+        },
     ],
-    ids=["la", "gml"],
+    ids=["la", "gml", "la, repeated images"],
 )
 def test_the_cache_contains_the_scores_of_every_distilled_view(
     changes: dict[str, Any], tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +172,9 @@ def test_the_cache_contains_the_scores_of_every_distilled_view(
             features = [teacher.encoder(view) for view in batch.views]
             scores = torch.stack([teacher.classifier(each) for each in features], dim=1)
         torch.testing.assert_close(scores, batch.teacher_scores, rtol=0, atol=1e-4)
+        if config.data.sampler == "class":  # an image that is shown again is given the views of the next epoch
+            assert len(batch.views[0].unique(dim=0)) > len(batch.ids.unique())
+            continue
         positions = torch.tensor([data.train.ids.tolist().index(image) for image in batch.ids.tolist()])
         pixels, view = data.train.images.take(positions), build_transform("digits", 8)
         assert not isinstance(view, PerImageTransform)
@@ -247,6 +255,56 @@ def test_generations_follow_one_another(tiny: Config, tmp_path: Path) -> None:
     same = plain.replace(teacher={"generations": 2})
     assert [next(iter(stage.values())).network for stage in teacher_runs(same, data, tmp_path)] == ["conv8"] * 2
     assert [len(stage) for stage in teacher_runs(same.replace(teacher={"count": 2}), data, tmp_path)] == [2, 2]
+
+
+def test_a_generation_of_the_students_network_is_initialised_and_tuned_as_the_student(
+    tiny: Config, tmp_path: Path
+) -> None:
+    data = load_data(tiny.data, 0)
+    own = {"network": "resnet10t", "pretrained": "timm", "tune": "head", "network_size": 16, "generations": 3}
+
+    def generations(network: str) -> list[tuple[Any, ...]]:
+        config = tiny.replace(teacher={**own, "generation_network": network})
+        stages = [next(iter(stage.values())) for stage in teacher_runs(config, data, tmp_path)]
+        return [(each.network, each.pretrained, each.tune, each.network_size, each.classifier.init) for each in stages]
+
+    given = ("resnet10t", "timm", "head", 16, "class_means")
+    student = (tiny.network, tiny.pretrained, tiny.tune, tiny.network_size, tiny.classifier.init)
+    assert student != given
+    assert generations("student") == [given, student, student]
+    assert generations("teacher") == [given] * 3
+
+
+def test_a_cache_belongs_to_the_resize_and_the_normalisation_of_the_encoder(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace(teacher={"cache": 2})
+    data = load_data(config.data, 0)
+    view = build_transform("digits", 8)
+
+    def loader(draws: Any) -> TrainLoader:
+        return TrainLoader(data.train, 64, [view], config.seed, cache=draws)
+
+    def cached(encoder: TeacherEncoder, settings: Config = config) -> torch.Tensor:
+        cache = teacher_cache(settings, data, encoder.eval(), None, loader, tmp_path, torch.device("cpu"))
+        return torch.from_numpy(cache.features.copy())
+
+    def encoder(mean: float = 0.3, std: float = 0.4, resize: int | None = None) -> Encoder:
+        torch.manual_seed(0)
+        return Encoder("conv8-tiny", [mean], [std], resize=resize)
+
+    plain = cached(encoder())
+    assert torch.equal(cached(encoder()), plain)
+    assert len(list(tmp_path.iterdir())) == 1
+    changed = [encoder(mean=0.1), encoder(std=0.1), encoder(resize=16)]
+    for other in changed:
+        features = cached(other)
+        assert not torch.allclose(features, plain)
+        # of several encoders each counts
+        assert torch.equal(cached(EncoderEnsemble([encoder(), other])), torch.cat([plain, features], dim=2))
+    assert len(list(tmp_path.iterdir())) == 7
+    frozen = config.replace(tune="head")
+    cached(encoder(), frozen)
+    cached(encoder(), frozen.replace(feature_views=3))
+    assert len(list(tmp_path.iterdir())) == 9
 
 
 def test_several_teachers_of_two_generations_are_trained_and_cached(

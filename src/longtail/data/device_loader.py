@@ -2,7 +2,7 @@
 
 The views of the next steps are prepared beside the running ones, on a stream of their own. A batch is what
 :class:`~longtail.data.loader.TrainLoader` makes: its images, their order and their views are functions of (seed, epoch,
-view, image) and do not depend on where they are computed, but for rounding.
+view, image, how often it was shown before) and do not depend on where they are computed, but for rounding.
 
 A batch is read from buffers that stay where they are, at a row that a counter on the device points at. A step can
 therefore be recorded as a CUDA graph, which knows addresses and not values.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from longtail.data.loader import BY_IMAGE, Batch, TrainLoader, mix_batch
-from longtail.data.transforms import PerImageTransform
+from longtail.randomness import draw_ids
 
 PIXELS_AT_ONCE = 2**24  # that are augmented at once, at most: a hundred operations are launched for any number
 _PIXEL_BYTES = 128  # of intermediate results for each of them
@@ -85,6 +85,8 @@ class _Block(NamedTuple):
     epoch: int
     start: int
     splits: Sequence[Tensor]
+    occurrences: Sequence[Tensor] | None
+    """See :meth:`TrainLoader.occurrences`."""
 
 
 class DeviceLoader:
@@ -171,17 +173,19 @@ class DeviceLoader:
 
     def _blocks(self, epoch: int, start: int) -> Iterator[_Block]:
         splits = self.loader.splits(epoch)
+        occurrences = self.loader.occurrences(splits)
         if not self.rows:
             self.rows = self._fitting_rows(splits[start : start + 1])
         for first in range(start, len(splits), self.rows):
-            yield _Block(epoch, first, splits[first : first + self.rows])
+            steps = slice(first, first + self.rows)
+            yield _Block(epoch, first, splits[steps], None if occurrences is None else occurrences[steps])
 
     def _first_of(self, epoch: int) -> _Block | None:
         return next(self._blocks(epoch, 0)) if epoch < self.loader.epochs else None
 
     def _fitting_rows(self, one: Sequence[Tensor]) -> int:
         """Return R, from the size of one step's views, and make the buffers."""
-        made = self._make(_Block(0, 0, one), slice(0, 1))
+        made = self._make(_Block(0, 0, one, None), slice(0, 1))
         step_bytes = sum(map(_bytes, made.values()))
         rows = int(min(BLOCK_BYTES, self.memory / 2) // step_bytes)
         rows = max(1, min(rows, self.loader.steps))
@@ -211,16 +215,17 @@ class DeviceLoader:
     def _make(self, block: _Block, rows: slice) -> dict[str, Tensor]:
         """Return views, labels, ids and the teacher's outputs of some steps, each (steps, B, …)."""
         loader, splits = self.loader, block.splits[rows]
-        # a batch may be smaller by one image than the largest; its last row is never read
-        padded = torch.stack([torch.cat([split, split[: self.largest - len(split)]]) for split in splits])
+        padded = self._pad(splits)
         shape, indices = tuple(padded.shape), padded.flatten()
+        repeats = None if block.occurrences is None else self._pad(block.occurrences[rows]).flatten()
         there = indices.to(self.device)
         pixels, ids = self.pixels[there], self.ids[there]
         views: list[Tensor] = []
-        for number, transform in enumerate(loader.views):
-            assert not isinstance(transform, PerImageTransform)
-            keys = loader.rng_keys(number, block.epoch)
-            make = functools.partial(transform, pixels, ids, keys)
+        for number in range(len(loader.views)):
+            keys: Hashable = loader.rng_keys(number, block.epoch)
+            if repeats is not None and loader.is_fixed(number, block.epoch):
+                keys = tuple(loader.fixed_keys(number, block.epoch, repeats))
+            make = functools.partial(loader.view, number, pixels, ids, block.epoch, repeats)
             if self.shared is None:
                 views.append(make())
             else:
@@ -230,14 +235,15 @@ class DeviceLoader:
                 views.append(self.shared.get((self.view_names[number], keys, block.epoch, order), make))
         batch = Batch(tuple(views), self.labels[there], ids)
         if loader.cache is not None:
-            features, scores = loader.cache.lookup(indices, block.epoch)
+            features, scores = loader.cache.lookup(indices, block.epoch if repeats is None else block.epoch + repeats)
             batch.key_features = features.to(self.device)
             batch.teacher_scores = None if scores is None else scores.to(self.device)
         if loader.mixer is not None:
             sizes = torch.tensor([len(split) for split in splits]).to(self.device)
-            partners = loader.mixer.partners(ids.view(shape), block.epoch, sizes)
+            drawn = draw_ids(ids, None if repeats is None else repeats.to(self.device))
+            partners = loader.mixer.partners(drawn.view(shape), block.epoch, sizes)
             partners += self.largest * torch.arange(len(splits), device=self.device)[:, None]
-            batch = mix_batch(batch, loader.mixer, partners.flatten(), block.epoch)
+            batch = mix_batch(batch, loader.mixer, partners.flatten(), drawn, block.epoch)
         if loader.cache is None and self.teacher_pass is not None:
             batch.key_features, scores = self.teacher_pass(batch)
             if scores is not None:  # (D · B, C), one view after another
@@ -252,6 +258,13 @@ class DeviceLoader:
             if tensor is not None:
                 made[name] = tensor.reshape(*shape, *tensor.shape[1:])
         return made
+
+    def _pad(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return values of the images of some steps, (steps, B).
+
+        A batch may be smaller by one image than the largest; its last row is never read.
+        """
+        return torch.stack([torch.cat([part, part[: self.largest - len(part)]]) for part in parts])
 
     def _swap(self, block: _Block) -> None:
         """Make the prepared block the current one."""

@@ -5,24 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from longtail.data.dataset import ImageSet
 from longtail.data.mixing import Mixer
+from longtail.data.per_image_batches import PerImageBatches, ShownImages, ignore_signals
 from longtail.data.prefetch import prefetch
-from longtail.data.samplers import REPEAT_THRESHOLD, epoch_order
+from longtail.data.samplers import REPEAT_THRESHOLD, epoch_order, occurrence_numbers
 from longtail.data.transforms import AnyTransform, PerImageTransform
 from longtail.data.transforms.batched import to_float
-from longtail.data.transforms.per_image import preserve_rng_state
 from longtail.errors import LongtailError
-from longtail.randomness import mix
+from longtail.randomness import draw_ids, mix
 
 _EVALUATION_PIXELS = 2**22  # of a batch, whose activations must fit into the memory of a laptop
 _VIEW = mix(2)  # a random stream of its own
@@ -59,6 +58,8 @@ class Batch:
     """(B,) the weight of an image's own label in [0, 1], where images are mixed."""
     gradient_weights: Tensor | None = None
     """(B,) factors of the gradient of each image's loss with respect to its scores; the loss itself stays as it is."""
+    part: int = 0
+    """Which part of a batch whose gradient is accumulated in parts this is, from 0."""
     images: Batch | None = None
     """The batch of images, where this is one of parts of them; None where a sample is an image."""
 
@@ -101,8 +102,11 @@ class Batch:
         edges = [len(self) * part // parts for part in range(parts + 1)]
         max_local_batch = None if self.max_local_batch is None else -(-self.max_local_batch // parts)
         return [
-            self._map(lambda tensor, a=a, b=b: tensor[a:b], max_local_batch)  # type: ignore[misc]
-            for a, b in itertools.pairwise(edges)
+            dataclasses.replace(
+                self._map(lambda tensor, a=a, b=b: tensor[a:b], max_local_batch),  # type: ignore[misc]
+                part=number,
+            )
+            for number, (a, b) in enumerate(itertools.pairwise(edges))
         ]
 
 
@@ -114,7 +118,10 @@ BY_IMAGE = (
 
 
 class CachedTeacherViews(Protocol):
-    """The teacher's outputs for fixed views of every image."""
+    """The teacher's outputs for fixed views of every image.
+
+    An image that an epoch shows again is given the fixed views of the next epoch, and so on.
+    """
 
     num_fixed_views: int
     """How many of the student's views, the first, must be views that the teacher saw."""
@@ -123,8 +130,13 @@ class CachedTeacherViews(Protocol):
         """Return the random keys of one of these views in an epoch."""
         ...
 
-    def lookup(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Return (B, F) features of the images' key views and (B, D, C) scores of their distilled views, if any."""
+    def lookup(self, indices: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (B, F) features of the images' key views and (B, D, C) scores of their distilled views, if any.
+
+        Args:
+            indices: (B,) int64 positions of the images.
+            epoch: whose views are meant; (B,) int64 where these differ between the images.
+        """
         ...
 
 
@@ -132,8 +144,8 @@ class TrainLoader:
     """Batches of one epoch after another, whose sizes differ by at most one.
 
     No image is dropped, and no batch is much smaller than the others, as BatchNorm needs. The order is a function of
-    (seed, epoch), so that an epoch can be resumed at any step; a view is a function of (seed, epoch, view, image),
-    whichever process makes it.
+    (seed, epoch), so that an epoch can be resumed at any step; a view is a function of (seed, epoch, view, image, how
+    often the epoch has shown the image before), whichever process makes it.
 
     Args:
         images: the training set.
@@ -183,7 +195,9 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from step ``start`` on."""
-        return self.batches(self.splits(epoch)[start:], epoch)
+        splits = self.splits(epoch)
+        occurrences = self.occurrences(splits)
+        return self.batches(splits[start:], epoch, occurrences=None if occurrences is None else occurrences[start:])
 
     def splits(self, epoch: int) -> list[Tensor]:
         """Return the positions of the images of every batch of ``epoch``, int64, in all processes together."""
@@ -192,26 +206,50 @@ class TrainLoader:
         order = epoch_order(labels, self.sampler, self.seed, epoch, *settings)
         return list(order.tensor_split(self.steps))
 
-    def batches(self, splits: Sequence[Tensor], epoch: int, only: Sequence[int] | None = None) -> Iterator[Batch]:
+    @staticmethod
+    def occurrences(splits: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return how often an epoch has shown each image of its batches before; None if it repeats no image.
+
+        Args:
+            splits: of a whole epoch, see :meth:`splits`.
+        """
+        numbers = occurrence_numbers(torch.cat(list(splits)))
+        return None if numbers is None else list(numbers.split([len(split) for split in splits]))
+
+    def batches(
+        self,
+        splits: Sequence[Tensor],
+        epoch: int,
+        only: Sequence[int] | None = None,
+        occurrences: Sequence[Tensor] | None = None,
+    ) -> Iterator[Batch]:
         """Yield batches of given images, with the views of ``epoch``.
 
         Args:
             splits: positions of the images of each batch, int64.
             epoch: determines the views; a negative one is no epoch of a training.
             only: indices of the views that are wanted; all if not given.
+            occurrences: see :meth:`occurrences`; not for a negative epoch.
         """
         numbers = range(len(self.views)) if only is None else only
         images, mixer = self.images, self.mixer if epoch >= 0 else None
-        local = [split.tensor_split(self.world)[self.rank] for split in splits]
-        # a process without an image of a small batch takes one that gets no label
-        taken = [part if len(part) else split[:1] for part, split in zip(local, splits, strict=True)]
-        partners: list[Tensor] = []
+        rows, partners = [self._rows(len(split)) for split in splits], []
+        repeats = [None] * len(splits) if occurrences is None else occurrences
         if mixer is not None:
-            needed = [self._with_partners(mixer, split, epoch) for split in splits]
-            taken, partners = [indices for indices, _ in needed], [places for _, places in needed]
+            ids = [draw_ids(images.ids[split], repeat) for split, repeat in zip(splits, repeats, strict=True)]
+            needed = [self._with_partners(mixer, *each, epoch) for each in zip(rows, ids, strict=True)]
+            rows, partners = [part for part, _ in needed], [places for _, places in needed]
+        taken = [
+            ShownImages(split[part], None if repeat is None else repeat[part])
+            for split, part, repeat in zip(splits, rows, repeats, strict=True)
+        ]
         batches = (self._per_image_views if self.per_image else self._batched_views)(taken, epoch, numbers)
-        for step, ((indices, views, pixel_labels), part, split) in enumerate(zip(batches, local, splits, strict=True)):
-            features, scores = (None, None) if self.cache is None or epoch < 0 else self.cache.lookup(indices, epoch)
+        for step, ((views, pixel_labels), (indices, repeat), split) in enumerate(
+            zip(batches, taken, splits, strict=True)
+        ):
+            features, scores = None, None
+            if self.cache is not None and epoch >= 0:
+                features, scores = self.cache.lookup(indices, epoch if repeat is None else epoch + repeat)
             labels = images.labels[indices] if pixel_labels is None else pixel_labels
             batch = Batch(
                 views=views,
@@ -224,44 +262,89 @@ class TrainLoader:
                 epoch_fraction=max(epoch, 0) / self.epochs,
             )
             if mixer is not None:
-                batch = mix_batch(batch, mixer, partners[step], epoch)
-            if not len(part):
+                batch = mix_batch(batch, mixer, partners[step], draw_ids(batch.ids, repeat), epoch)
+            if self.rank >= len(split):
                 batch.labels = torch.full_like(batch.labels, -1)
                 batch.mixed_labels = None if batch.mixed_labels is None else batch.labels
             yield batch
 
-    def _with_partners(self, mixer: Mixer, split: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of a process's images of a batch and, after them, of partners that are not among them;
-        and where among all these the partner of each of its images is.
+    def _rows(self, size: int) -> Tensor:
+        """Return which images of a batch are a process's; one that has none takes the first, without a label."""
+        rows = torch.arange(size)
+        return rows.tensor_split(self.world)[self.rank] if self.rank < size else rows[:1]
+
+    @staticmethod
+    def _with_partners(mixer: Mixer, rows: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return a process's images of a batch and, after them, partners that are not among them; and where among all
+        these the partner of each of its images is.
+
+        Args:
+            mixer: mixes them.
+            rows: which images of the batch are the process's, one after another.
+            ids: of all images of the batch, in draws.
+            epoch: from 0.
         """
-        parts = split.tensor_split(self.world)
-        first = sum(map(len, parts[: self.rank])) if len(parts[self.rank]) else 0
-        count = max(1, len(parts[self.rank]))
-        wanted = mixer.partners(self.images.ids[split][None], epoch)[0][first : first + count]
+        first, count = int(rows[0]), len(rows)
+        wanted = mixer.partners(ids[None], epoch)[0][first : first + count]
         elsewhere = (wanted < first) | (wanted >= first + count)
         places = torch.where(elsewhere, count - 1 + elsewhere.cumsum(0), wanted - first)
-        return torch.cat([split[first : first + count], split[wanted[elsewhere]]]), places
+        return torch.cat([rows, wanted[elsewhere]]), places
+
+    def is_fixed(self, number: int, epoch: int) -> bool:
+        """Return whether view ``number`` is one of those that the teacher's cache has."""
+        return self.cache is not None and epoch >= 0 and number < self.cache.num_fixed_views
 
     def rng_keys(self, number: int, epoch: int) -> tuple[int, ...]:
         """Return the random keys of view ``number`` in an epoch."""
-        if self.cache is not None and epoch >= 0 and number < self.cache.num_fixed_views:
+        if self.cache is not None and self.is_fixed(number, epoch):
             return self.cache.rng_keys(epoch, number)
         return (self.seed, _VIEW, epoch, number)
 
-    def _batched_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
-        together = self._augmented_together(splits)
-        groups = [splits[first : first + together] for first in range(0, len(splits), together)]
-        joined = [group[0] if len(group) == 1 else torch.cat(list(group)) for group in groups]
-        taken = _ahead(self.images, self.images.images.take, joined)
-        for (indices, pixels), group in zip(taken, groups, strict=True):
+    def view(self, number: int, pixels: Tensor, ids: Tensor, epoch: int, occurrences: Tensor | None = None) -> Tensor:
+        """Return view ``number`` of images in an epoch, augmented together.
+
+        Args:
+            number: of the view.
+            pixels: (B, …) images.
+            ids: (B,) int64.
+            epoch: determines the view.
+            occurrences: (B,) int64 on the CPU, see :meth:`occurrences`.
+        """
+        transform = self.views[number]
+        assert not isinstance(transform, PerImageTransform)
+        if occurrences is None:
+            return transform(pixels, ids, self.rng_keys(number, epoch))
+        if not self.is_fixed(number, epoch):
+            return transform(pixels, draw_ids(ids, occurrences.to(ids.device)), self.rng_keys(number, epoch))
+        parts, places = [], []
+        for keys, shown in self.fixed_keys(number, epoch, occurrences).items():
+            rows = torch.isin(occurrences, torch.tensor(shown)).nonzero().flatten().to(ids.device)
+            if len(rows):
+                parts.append(transform(pixels[rows], ids[rows], keys))
+                places.append(rows)
+        joined = torch.cat(parts)
+        return torch.empty_like(joined).index_copy_(0, torch.cat(places), joined)
+
+    def fixed_keys(self, number: int, epoch: int, occurrences: Tensor) -> dict[tuple[int, ...], list[int]]:
+        """Return the occurrences of images that a fixed view is shown to, by the random keys of that view."""
+        shown: dict[tuple[int, ...], list[int]] = {}
+        for occurrence in range(int(occurrences.max()) + 1):
+            shown.setdefault(self.rng_keys(number, epoch + occurrence), []).append(occurrence)
+        return shown
+
+    def _batched_views(self, taken: Sequence[ShownImages], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
+        together = self._augmented_together([images.positions for images in taken])
+        groups = [taken[first : first + together] for first in range(0, len(taken), together)]
+        joined = [_join([images.positions for images in group]) for group in groups]
+        decoded = _ahead(self.images, self.images.images.take, joined)
+        for (indices, pixels), group in zip(decoded, groups, strict=True):
             ids, views = self.images.ids[indices], []
+            repeats = [images.occurrences for images in group if images.occurrences is not None]
             for number in numbers:
-                transform = self.views[number]
-                assert not isinstance(transform, PerImageTransform)
-                made = transform(pixels, ids, self.rng_keys(number, epoch))
-                views.append(made.split([len(split) for split in group]))
-            for position, split in enumerate(group):
-                yield split, tuple(view[position] for view in views), None
+                made = self.view(number, pixels, ids, epoch, _join(repeats) if repeats else None)
+                views.append(made.split([len(images.positions) for images in group]))
+            for position in range(len(group)):
+                yield tuple(view[position] for view in views), None
 
     def _augmented_together(self, splits: Sequence[Tensor]) -> int:
         """Return of how many batches the views are made at once.
@@ -273,25 +356,25 @@ class TrainLoader:
         values = self.images.images.take(splits[0][:1])[0].numel() * max(map(len, splits))
         return max(1, GROUPED_VALUES // max(1, values))
 
-    def _per_image_views(self, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
+    def _per_image_views(self, taken: Sequence[ShownImages], epoch: int, numbers: Sequence[int]) -> Iterator[_Views]:
         for transform in self.views:
             assert isinstance(transform, PerImageTransform)
             transform.prepare()
         batches = DataLoader(
-            _PerImageBatches(self, splits, epoch, numbers),
+            PerImageBatches(self, taken, epoch, numbers),
             batch_size=None,
-            num_workers=min(self.workers, len(splits)),
+            num_workers=min(self.workers, len(taken)),
             worker_init_fn=ignore_signals,
         )
         for batch in batches:
             if isinstance(batch, str):  # an error raised in another process would come with its traceback
                 raise LongtailError(batch)
-            views, indices, pixel_labels, unreadable = batch
+            views, pixel_labels, unreadable = batch
             self.images.images.record_unreadable(unreadable)
-            yield indices, tuple(to_float(view) for view in views), pixel_labels
+            yield tuple(to_float(view) for view in views), pixel_labels
 
 
-def mix_batch(batch: Batch, mixer: Mixer, partners: Tensor, epoch: int) -> Batch:
+def mix_batch(batch: Batch, mixer: Mixer, partners: Tensor, ids: Tensor, epoch: int) -> Batch:
     """Return a batch of the first B images, each mixed with its partner.
 
     Args:
@@ -299,12 +382,13 @@ def mix_batch(batch: Batch, mixer: Mixer, partners: Tensor, epoch: int) -> Batch
             any, are of views that are not mixed.
         mixer: mixes them.
         partners: (B,) where in the batch the partner of each is.
+        ids: of all these images in draws, see :func:`longtail.randomness.draw_ids`.
         epoch: from 0.
     """
     own = batch._map(lambda tensor: tensor[: len(partners)], batch.max_local_batch)
     height, width = own.views[0].shape[-2:]
     other_labels = batch.labels[partners]
-    mixture = mixer.draw(own.ids, own.labels, other_labels, epoch, (height, width))
+    mixture = mixer.draw(ids[: len(partners)], own.labels, other_labels, epoch, (height, width))
     views = [
         mixture.views(view, batch.views[number][partners]) if number < mixer.num_views else view
         for number, view in enumerate(own.views)
@@ -321,55 +405,12 @@ def mix_batch(batch: Batch, mixer: Mixer, partners: Tensor, epoch: int) -> Batch
     )
 
 
-def ignore_signals(_worker: int) -> None:
-    """Ignore SIGTERM and SIGINT, which schedulers and terminals send to all processes of a job.
-
-    The training's own process ends its workers after it has saved.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+_Views = tuple[tuple[Tensor, ...], Tensor | None]
+"""Float views of a batch's images, and labels of their pixels where they have some."""
 
 
-_Views = tuple[Tensor, tuple[Tensor, ...], Tensor | None]
-"""Positions of a batch's images, their float views, and labels of their pixels where they have some."""
-
-
-class _PerImageBatches(Dataset[Any]):
-    """Batches as a data set of torch, so that worker processes can make them."""
-
-    def __init__(self, loader: TrainLoader, splits: Sequence[Tensor], epoch: int, numbers: Sequence[int]) -> None:
-        self.loader, self.splits, self.epoch, self.numbers = loader, splits, epoch, numbers
-
-    def __len__(self) -> int:
-        return len(self.splits)
-
-    def __getitem__(self, step: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None, dict[int, str]] | str:
-        """Return uint8 views, positions, labels of pixels, and unreadable images; or the message of an error."""
-        loader, indices = self.loader, self.splits[step]
-        images = loader.images.images
-        views: list[list[Tensor]] = [[] for _ in self.numbers]
-        pixel_labels: list[Tensor] = []
-        try:
-            with preserve_rng_state():
-                for index, image_id in zip(indices.tolist(), loader.images.ids[indices].tolist(), strict=True):
-                    sample = images.open_sample(index)
-                    for view, number in zip(views, self.numbers, strict=True):
-                        transform = loader.views[number]
-                        assert isinstance(transform, PerImageTransform)
-                        pixels, labels = transform(sample, image_id, loader.rng_keys(number, self.epoch))
-                        view.append(pixels)
-                        if labels is not None:
-                            assert len(views) == 1  # labels of another view would be others
-                            pixel_labels.append(labels)
-        except LongtailError as error:
-            return str(error)
-        labels_of_pixels = torch.stack(pixel_labels) if pixel_labels else None
-        return tuple(map(_stack, views)), indices, labels_of_pixels, images.unreadable
-
-
-def _stack(images: Sequence[Tensor]) -> Tensor:
-    """Return a batch, channels last in memory, as the images are and as the networks need it."""
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def evaluation_batch_size(side: int) -> int:

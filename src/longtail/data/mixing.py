@@ -4,9 +4,10 @@ Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412), CutMix (Yun et al., ICCV 2019
 al., ECCV workshops 2020, arXiv 2007.03943). Images are mixed where batches are made, before the student and the teacher
 see them.
 
-What an image is mixed with and how is a function of (seed, epoch, image) and of the images of its step, in all
-processes together. So a resumed run, another number of processes and an accelerator mix as a single process on a CPU
-does. All views of an image are mixed alike: what compares them compares views of one mixed image.
+What an image is mixed with and how is a function of (seed, epoch, image, how often the epoch has shown it before) and
+of the images of its step, in all processes together. So a resumed run, another number of processes and an accelerator
+mix as a single process on a CPU does. All views of an image are mixed alike: what compares them
+compares views of one mixed image.
 
 Legend: B images of a batch, R batches, H and W sides in pixels, C classes, λ share of an image in its mixture.
 """
@@ -95,7 +96,7 @@ class Mixer:
         other image, and none is its own.
 
         Args:
-            ids: (R, B) int64 image ids.
+            ids: (R, B) int64 image ids; those of repeated images differ, see :func:`longtail.randomness.draw_ids`.
             epoch: from 0.
             sizes: (R,) how many of each row are its batch, the first; the others are their own partners. All if None.
         """
@@ -110,7 +111,7 @@ class Mixer:
         """Return how images are mixed in an epoch.
 
         Args:
-            ids: (B,) int64 image ids.
+            ids: (B,) int64 image ids, as in :meth:`partners`.
             labels: (B,) int64 in [0, C).
             partner_labels: (B,) those of the partners.
             epoch: from 0.

@@ -161,6 +161,22 @@ def epoch_order(
     return _draw(torch.bincount(labels), by_class, scheme, seed, epoch, epochs, deferred_from)
 
 
+def occurrence_numbers(order: Tensor) -> Tensor | None:
+    """Return how often an epoch has shown the image at each place before, (N,) int64; None if no image is repeated.
+
+    >>> occurrence_numbers(torch.tensor([3, 0, 3, 1, 3, 0])).tolist()
+    [0, 0, 1, 0, 2, 1]
+
+    Args:
+        order: (N,) int64 positions of images, see :func:`epoch_order`.
+    """
+    counts = torch.bincount(order)
+    if len(order) == 0 or int(counts.max()) == 1:
+        return None
+    images, places = order.sort(stable=True)
+    return torch.empty_like(order).scatter_(0, places, torch.arange(len(order)) - (counts.cumsum(0) - counts)[images])
+
+
 def rarest_classes(image_classes: ImageClasses) -> Tensor:
     """Return the class of each image that the fewest images have, (N,) int64; the most frequent of all if it has none.
 

@@ -23,6 +23,7 @@ from longtail.data.loader import TrainLoader
 from longtail.data.sources import load_data
 from longtail.devices import select_device
 from longtail.errors import StoppedError
+from longtail.methods.gml import GML, GMLSettings
 from longtail.nn.network_name import is_timm_network
 from longtail.registry import METHODS, TASKS
 from longtail.training.auto_config import auto_config
@@ -54,6 +55,8 @@ def reason_against_threads(config: Config, data: LongTailedData) -> str:
     networks = [config.network] + [config.teacher.network] * method.needs_teacher(config)
     if any(is_timm_network(name) for name in networks) or config.tune == "head":
         return "the networks of timm may draw random numbers, whose state belongs to the whole process"
+    if issubclass(method, GML) and config.section(GMLSettings).feature_transfer > 0:
+        return "gml.feature_transfer draws random numbers, whose state belongs to the whole process"
     transforms = task.build_transforms(config, data, method.views(config))
     loader = TrainLoader(data.train, config.batch_size, transforms, config.seed)
     on_device, reason = batches_on_device(config, loader, select_device(config.device))

@@ -65,7 +65,8 @@ class GMLSettings(Settings):
     query_all_views: bool = False
     """Use every student view as a query instead of the query view only."""
     queues: Literal["class", "shared", "batch"] = "class"
-    """Where the keys are kept: a queue per class, one queue shared by all classes, or the current batch only."""
+    """Where the keys are kept: a queue per class, one queue shared by all classes, or the current batch only (with
+    optimizer.grad_accumulation_steps, its parts so far)."""
     keys: Literal["teacher", "momentum", "both"] = "teacher"
     """What computes the keys: the frozen teacher, a moving average of the student, or both, their features
     concatenated."""
@@ -327,11 +328,12 @@ class GML(Method):
         """Return both mixture terms: the keys of the batch are pushed first and take part."""
         settings = self.settings
         assert teacher_output.features is not None
+        if settings.queues == "batch" and batch.part == 0:
+            self.queues.clear()
         # keys before queries: where pixels are drawn, the order of the draws is part of a run's reproducibility
         self.queues.push(*self.adapter.keys(teacher_output.features, batch))
-        queries, labels, ids, _ = self.adapter.queries(
-            features if settings.query_all_views else features[-len(batch) :], batch
-        )
+        queried = features if settings.query_all_views else features[-len(batch) :]
+        queries, labels, ids, _ = self.adapter.queries(queried, batch)
         slots = self.queues.slots()
         if settings.feature_transfer:
             slots = self.feature_transfer(slots)
@@ -341,8 +343,7 @@ class GML(Method):
             self.key_mlp(slots.features),
             slots.labels,
             # without ids no pair counts as one image with itself
-            None if settings.self_pairs == "both" else ids,
-            None if settings.self_pairs == "both" else slots.ids,
+            *((None, None) if settings.self_pairs == "both" else (ids, slots.ids)),
             self_pairs=settings.self_pairs != "none",
         )
         terms = {"mixture": settings.mixture_weight * mixture.mixture}
@@ -414,7 +415,7 @@ class GML(Method):
                     "A teacher that is trained longer, or a fixed temperature: --gml.no_learn_temperature.",
                 )
             )
-        if fill is not None and fill <= 0.9:
+        if fill is not None and fill <= 0.9 and settings.queues != "batch":
             findings.append(
                 Finding(
                     "The queues were never full.",
@@ -450,20 +451,16 @@ class GML(Method):
         steps.
         """
         teacher, settings = self._teacher[0], self.settings
-        if (
-            not self.adapter.one_per_image
-            or settings.queues != "class"
-            or settings.keys != "teacher"
-            or teacher is None
-        ):
+        filled = settings.queues == "class" and settings.keys == "teacher" and self.adapter.one_per_image
+        if not filled or teacher is None:
             return
         rounds: dict[int, list[Tensor]] = {}
         for index, size in enumerate(self.queues.sizes.tolist()):
             positions = torch.nonzero(labels == index).flatten()
             if len(positions) == 0:
                 continue
-            for filled in range(0, size, len(positions)):
-                rounds.setdefault(filled // len(positions), []).append(positions[: size - filled])
+            for start in range(0, size, len(positions)):
+                rounds.setdefault(start // len(positions), []).append(positions[: size - start])
         for number in sorted(rounds, reverse=True):
             for batch in draw(torch.cat(rounds[number]).split(256), number):
                 self.queues.push(teacher(batch.views[-1]), batch.labels, batch.ids, batch.max_local_batch)

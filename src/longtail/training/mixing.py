@@ -6,6 +6,7 @@ from longtail.config import Config
 from longtail.data.mixing import Mixer
 from longtail.errors import LongtailError
 from longtail.methods.base import LabelKind, Method
+from longtail.training.second_stage import first_stage_epochs
 
 
 def build_mixer(config: Config, method: type[Method], class_counts: list[int], label_kind: LabelKind) -> Mixer | None:
@@ -36,12 +37,11 @@ def build_mixer(config: Config, method: type[Method], class_counts: list[int], l
         )
     if reason:
         raise LongtailError(f"mixing.kind {settings.kind}: method {config.method} {reason}")
-    assert isinstance(config.epochs, int)
     return Mixer(
         settings,
         class_counts,
         config.seed,
-        config.epochs,
+        first_stage_epochs(config),
         method.num_classified_views(config),
         config.teacher.distillation_temperature,
     )

@@ -77,7 +77,8 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
     task, own = TASKS[data.task], config.teacher
     task_settings = tuple(settings for settings in config.settings if type(settings) is task.settings_class)
     first = config.network if own.network == "auto" else own.network
-    network = config.network if own.generations > 1 and own.generation_network == "student" else first
+    as_student = own.generations > 1 and own.generation_network == "student"
+    network = config.network if as_student else first
     epochs = own.epochs or config.epochs
     classifier = Classifier(scale=config.classifier.scale, init=config.classifier.init, views=own.views)
     before = TeacherConfig()
@@ -99,7 +100,7 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
             cache=own.cache,
             **given,
         )
-    if own.pretrained not in {None, "none"}:
+    if own.pretrained not in {None, "none"} and not as_student:
         classifier = dataclasses.replace(classifier, init="class_means")
     seeds: dict[str, Any] = {"data": {"contrast_augment": "auto"}}
     if member > 0:
@@ -121,7 +122,7 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
             optimizer=_plain_steps(config.optimizer),
             teacher=before,
             shots=Shots(),
-            **given,
+            **({} if as_student else given),
             **seeds,
         )
     )

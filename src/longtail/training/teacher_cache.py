@@ -2,7 +2,8 @@
 
 Legend: N images, V views, D of them distilled in a step, F feature width, C classes. An epoch e shows the views eD to
 eD + D − 1, modulo V, of every image, drawn from keys that the cache and the student's loader share, so that the student
-can be given the very views that the teacher saw; its key is another one of them, where there are enough.
+can be given the very views that the teacher saw; its key is another one of them, where there are enough. An image that
+an epoch shows again is given the views of the next epoch, and so on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.loader import TrainLoader
 from longtail.errors import LongtailError
 from longtail.files import atomic_write
-from longtail.nn import ClassifierEnsemble, EncoderEnsemble, FrozenEncoder, TeacherEncoder, freeze
+from longtail.nn import ClassifierEnsemble, Encoder, EncoderEnsemble, FrozenEncoder, TeacherEncoder, freeze
 from longtail.randomness import mix
 
 logger = logging.getLogger(__name__)
@@ -55,19 +57,24 @@ class TeacherCache:
 
     def rng_keys(self, epoch: int, number: int) -> tuple[int, ...]:
         """Return what names the draw of one of these views in an epoch."""
-        return rng_keys(self.seed, self._shown(epoch, number))
+        return rng_keys(self.seed, int(self._shown(epoch, number)))
 
-    def _shown(self, epoch: int, number: int) -> int:
+    def _shown(self, epoch: int | np.ndarray[Any, Any], number: int) -> Any:
         return (epoch * self.distilled + number) % self.views
 
-    def lookup(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """Return (B, F) features of the key views and (B, D, C) scores of the distilled views."""
-        positions = indices.numpy()
-        key = self._shown(epoch, 0 if self.share_key else max(self.distilled, (self.views + 1) // 2))
+    def lookup(self, indices: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (B, F) features of the key views and (B, D, C) scores of the distilled views.
+
+        Args:
+            indices: (B,) int64 positions of the images.
+            epoch: whose views are meant; (B,) int64 where these differ between the images.
+        """
+        positions, epochs = indices.numpy(), np.asarray(epoch)
+        key = self._shown(epochs, 0 if self.share_key else max(self.distilled, (self.views + 1) // 2))
         features = torch.from_numpy(self.features[key, positions])
         if self.scores is None:
             return features, None
-        shown = np.array([self._shown(epoch, number) for number in range(self.distilled)])
+        shown = np.stack([self._shown(epochs, number) for number in range(self.distilled)], axis=-1)
         return features, torch.from_numpy(self.scores[shown, positions[:, None]])
 
 
@@ -87,7 +94,7 @@ class _OneView:
     def rng_keys(self, _epoch: int, _number: int) -> tuple[int, ...]:
         return rng_keys(self.seed, self.view)
 
-    def lookup(self, indices: Tensor, _epoch: int) -> tuple[Tensor, None]:
+    def lookup(self, indices: Tensor, _epoch: int | Tensor) -> tuple[Tensor, None]:
         return indices, None  # not the features, which are what is sought, but where they go
 
 
@@ -121,7 +128,15 @@ def teacher_cache(
     weights = hashlib.blake2b(digest_size=8)
     for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    content = [data.fingerprint, config.seed, views, wanted, config.data.augment, data.image_size]
+    content: list[Any] = [data.fingerprint, config.seed, views, wanted, config.data.augment, data.image_size]
+    members = [teacher] if isinstance(teacher, Encoder) else teacher.members
+    content += [
+        [*map(float, member.mean), *map(float, member.std), member.resize]
+        for member in members
+        if isinstance(member, Encoder)
+    ]
+    if config.tune == "head":  # the views are drawn from so many features of the frozen encoder
+        content.append(config.feature_views)
     if isinstance(classifier, ClassifierEnsemble):  # whose scores depend on it
         content.append(classifier.temperature)
     name = hashlib.blake2b(json.dumps(content).encode() + weights.digest(), digest_size=8).hexdigest()

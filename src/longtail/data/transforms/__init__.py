@@ -18,7 +18,7 @@ from longtail.registry import TRANSFORMS
 BatchTransform = Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
 """(images, ids, keys of the draw) to a view, (B, channels, S, S) float32 in [0, 1].
 
-Images are (B, channels, R, R) uint8, ids (B,) int64.
+Images are (B, channels, R, R) uint8, ids (B,) int64; an image that an epoch shows again has another number there.
 """
 
 
@@ -34,7 +34,7 @@ class PerImageTransform(ABC):
 
         Args:
             sample: what :meth:`longtail.data.images.Images.open_sample` returns.
-            image_id: of the image.
+            image_id: of the image, or another number where an epoch shows it again; for draws alone.
             keys: of the draw.
 
         Returns:
