@@ -16,7 +16,7 @@ from longtail.data.paths import find_path, printable
 from longtail.errors import LongtailError
 
 _CLEAN = 2  # times the side that is wanted; what a JPEG file's own scaling loses is then invisible after the reduction
-
+_ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})  # Exif: those that exchange width and height
 
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 """Formats that Pillow decodes where it was built with a library."""
@@ -109,6 +109,16 @@ def read_size(path: Path) -> tuple[int, int]:
     """Return an image file's width and height in pixels from its header; raises as :func:`open_image` does."""
     with image_errors(path), Image.open(path) as image:
         return image.size
+
+
+def read_shown_size(path: Path) -> tuple[int, int]:
+    """Return width and height as :func:`read_size` does, of the image as its Exif tag rotates it."""
+    with image_errors(path), Image.open(path) as image:
+        width, height = image.size
+        # of a PNG file without Exif in its header, asking for it would decode the whole image
+        has_exif = "exif" in image.info or image.format != "PNG"
+        rotated = has_exif and image.getexif().get(_ORIENTATION) in _ROTATED
+    return (height, width) if rotated else (width, height)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,15 @@ from PIL import Image
 
 from longtail.cli.parsing import recipe_with_data
 from longtail.config import Data, Shots, load_recipe
-from longtail.data.detection import DetectionData, DetectionImages, DetectionTransform, read_coco, write_coco
+from longtail.data.detection import (
+    AnnotationProblems,
+    DetectionData,
+    DetectionImages,
+    DetectionTransform,
+    read_coco,
+    read_split,
+    write_coco,
+)
 from longtail.data.detection.data import lvis_groups
 from longtail.data.detection.inspection import find_doubled, find_tiny
 from longtail.data.image_io import to_rgb
@@ -190,16 +198,107 @@ def test_unreadable_headers_of_images_whose_size_is_not_in_the_annotations(tmp_p
     assert [path for path, _ in data.unreadable] == ["images/train/train001.png"]
     code, out, _ = command("split", root, "--out", tmp_path / "split")
     assert code == 0
-    assert "1 images cannot be read, and are left out; the first: " in out
+    assert out.count("1 image cannot be read, and is left out: ") == 1
     assert "its own splits (train, val, test) were joined and divided again" in out
 
 
-def test_another_size_than_the_annotations_say(tmp_path: Path) -> None:
-    root = WRITERS["Pascal VOC"](tmp_path, SPLITS)
-    Image.new("RGB", (33, 20)).save(root / "JPEGImages" / "train000.png")
-    images = load(root).train.images
-    with pytest.raises(LongtailError, match=r"train000\.png: has 33 × 20 pixels, its annotations say "):
-        images.open_sample(0)
+def test_unreadable_images_are_counted_once(tmp_path: Path) -> None:
+    root = WRITERS["YOLO"](tmp_path, SPLITS)
+    (root / "images" / "train" / "train001.png").write_bytes(b"no image")
+    remarks = load(root, max_unreadable_fraction=0.1).remarks
+    (remark,) = (remark for remark in remarks if "train001.png" in remark)
+    assert remark.startswith("1 of 23 images cannot be read")
+    problems = AnnotationProblems()
+    read_split(root, "train", problems)
+    assert problems.remarks() == [
+        f"1 image cannot be read, and is left out: {root}/images/train/train001.png: is not an image that Pillow can "
+        "read; remove or replace it"
+    ]
+
+
+@pytest.mark.parametrize("layout", ["COCO", "Pascal VOC"])
+@pytest.mark.parametrize("kind", ["size", "unreadable"])
+def test_training_images_are_checked_before_training(layout: str, kind: str, tmp_path: Path) -> None:
+    root = WRITERS[layout](tmp_path, SPLITS)
+    path = next(root.rglob("train000.png"))
+    if kind == "size":
+        Image.new("RGB", (33, 20)).save(path)
+        message = r"train000\.png: has 33 × 20 pixels, its annotations say 85 × 59"
+    else:
+        path.write_bytes(b"no image")
+        message = r"train000\.png: is not an image that Pillow can read"
+    with pytest.raises(LongtailError, match=f"1 of 23 images cannot be read.*{message}"):
+        load(root)
+    with pytest.raises(LongtailError, match=message):
+        load(root, unreadable="error")
+    data = load(root, max_unreadable_fraction=0.1)
+    assert len(data.train) == 11
+    assert data.train.ids.tolist() == list(range(1, 12))
+    assert [name for name, _ in data.unreadable] == [path.relative_to(root).as_posix()]
+    assert any(remark.startswith("1 of 23 images cannot be read") for remark in data.remarks)
+
+
+def test_ignored_boxes_of_a_class_without_objects_are_no_background(tmp_path: Path) -> None:
+    """As VisDrone's ignored regions, a class of their own."""
+    root = WRITERS["COCO"](tmp_path, SPLITS)
+    for split in SPLITS:
+        path = root / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        content["categories"].insert(0, {"id": 0, "name": "ignored regions"})
+        image = content["images"][0]
+        content["annotations"].append(
+            {"image_id": image["id"], "category_id": 0, "bbox": [1, 2, 20, 30], "iscrowd": 1, "segmentation": [[0] * 6]}
+        )
+        path.write_text(json.dumps(content))
+    data = load(root)
+    assert data.class_names == NAMES
+    assert data.class_counts == [3, 6, 12]
+    assert data.train.classes is not None
+    assert len(data.train.classes.classes) == 3 + 6 + 12
+    sample = data.train.images.open_sample(0)
+    assert sample.ignored.tolist() == [False] * len(SPLITS["train"][0].objects) + [True]
+    assert sample.boxes[-1].tolist() == [1, 2, 21, 32]
+    assert (sample.labels >= 0).all()
+    targets = DetectionTransform(32, data.max_objects)(sample, 0, (0,))[1]
+    assert targets[:, 4].tolist().count(-2) == 1
+    for part in (data.val, data.test):
+        assert part is not None
+        assert isinstance(part.images, DetectionImages)
+        assert not part.images.annotations.ignored.any()
+    assert any("(train 1, val 1, test 1) are neither objects nor background in training" in r for r in data.remarks)
+
+
+def test_split_writes_the_masks_of_those_that_have_one(tmp_path: Path, command: Command) -> None:
+    root = WRITERS["COCO"](tmp_path / "set", SPLITS)
+    paths = {split: root / "annotations" / f"instances_{split}.json" for split in SPLITS}
+    content = json.loads(paths["train"].read_text())
+    content["annotations"][2]["segmentation"] = []
+    paths["train"].write_text(json.dumps(content))
+    content = json.loads(paths["val"].read_text())
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    paths["val"].write_text(json.dumps(content))
+    without, total = (
+        1 + len(content["annotations"]),
+        sum(len(image.objects) for part in SPLITS.values() for image in part),
+    )
+    code, text, _ = command("split", root, "--out", tmp_path / "split", "--val", "0.2", "--test", "0.2")
+    assert code == 0
+    assert (
+        f"{without} of {total} objects have no mask, and are written without one; the first is of train/train" in text
+    )
+    entries = [
+        entry
+        for split in SPLITS
+        for entry in json.loads((tmp_path / "split" / f"{split}.json").read_text())["annotations"]
+    ]
+    assert len(entries) == total
+    assert sum(not entry["segmentation"] for entry in entries) == without
+    for entry in entries:
+        if entry["segmentation"]:
+            (left, top, width, height), corners = entry["bbox"], entry["segmentation"][0]
+            assert [min(corners[::2]), min(corners[1::2])] == [left, top]
+            assert [max(corners[::2]), max(corners[1::2])] == [left + width, top + height]
 
 
 @pytest.mark.parametrize("rotated", [True, False])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,67 @@ def test_yolo_polygons_give_their_box(tmp_path: Path) -> None:
     assert len(read_yolo(root)["train"].boxes) == 0  # an image without a file has no objects
 
 
+def test_yolo_folders_of_one_split_are_joined(tmp_path: Path) -> None:
+    """As Ultralytics lays out Pascal VOC: images/train2007, images/train2012, …, or train2007/images, …"""
+    root = WRITERS["YOLO"](tmp_path / "a", SPLITS)
+    other = WRITERS["YOLO"](tmp_path / "b", SPLITS)
+    for split, number in (("train", 7), ("val", 3)):
+        for kind, suffix in (("images", "png"), ("labels", "txt")):
+            (root / kind / split).rename(root / kind / f"{split}2007")
+            (root / kind / f"{split}2012").mkdir()
+            for index in range(number, len(SPLITS[split])):
+                name = f"{split}{index:03}.{suffix}"
+                (root / kind / f"{split}2007" / name).rename(root / kind / f"{split}2012" / name)
+            for year in ("2007", "2012"):
+                shutil.copytree(root / kind / f"{split}{year}", other / f"{split}{year}" / kind)
+    shutil.rmtree(other / "images")
+    for folder in (root, other):
+        splits = read_yolo(folder)
+        check_against(splits["train"], SPLITS["train"])
+        check_against(splits["val"], SPLITS["val"])
+        assert all((folder / file).is_file() for file in splits["train"].files)
+
+
+def test_yolo_keypoints_are_not_taken_for_a_polygon(tmp_path: Path) -> None:
+    root = WRITERS["YOLO"](tmp_path, {"train": [Drawn(80, 40, [("red", 8, 4, 16, 12)])]})
+    labels, described = root / "labels" / "train" / "train000.txt", root / "data.yaml"
+    described.write_text("kpt_shape: [2, 3]\nnames: [blue, green, red]\n")
+    labels.write_text("2 .5 .5 .25 .5 .9 .9 2 0 -3 0\n0 .5 .5 .1 .1\n")
+    annotations = read_yolo(root)["train"]
+    torch.testing.assert_close(annotations.boxes, torch.tensor([[30.0, 10, 50, 30], [36, 18, 44, 22]]))
+    labels.write_text("2 .5 .5 .25 .5 .9 .9 0 0\n")
+    with pytest.raises(
+        LongtailError, match=r"train000\.txt, line 1: expected a class, .* and 6 numbers of keypoints, .* got 9 values"
+    ):
+        read_yolo(root)
+    for shape in ("3", "[2]", "[2, 4]", "[0, 3]", "[a, 3]"):
+        described.write_text(f"kpt_shape: {shape}\nnames: [blue, green, red]\n")
+        with pytest.raises(LongtailError, match=r"data\.yaml: kpt_shape: expected \[KEYPOINTS, 2\] or"):
+            read_yolo(root)
+    described.write_text("kpt_shape:\nnames: [blue, green, red]\n")
+    read_yolo(root)
+
+
+@pytest.mark.parametrize("names", ["[yes, no, null]", "{0: yes, 1: no, 2: null}", "{'2': null, '1': no, 0: yes}"])
+def test_yolo_names_that_yaml_takes_for_other_values(names: str, tmp_path: Path) -> None:
+    root = WRITERS["YOLO"](tmp_path, SPLITS)
+    (root / "data.yaml").write_text(f"nc: 3\nnames: {names}\n")
+    assert read_yolo(root)["train"].class_names == ("yes", "no", "null")
+
+
+def test_voc_names_with_spaces_and_flags(tmp_path: Path) -> None:
+    root = write_voc_layout(tmp_path, {"train": SPLITS["train"][:4]})
+    for folder, suffix in (("JPEGImages", "png"), ("Annotations", "xml")):
+        for before, after in (("train000", "my photo 1"), ("train001", "my photo"), ("train002", "my")):
+            (root / folder / f"{before}.{suffix}").rename(root / folder / f"{after}.{suffix}")
+    listed = root / "ImageSets" / "Main" / "train.txt"
+    listed.write_text("my photo 1\nmy photo -1\nmy  0\ntrain003\n")
+    assert read_voc(root)["train"].image_ids == ("my photo 1", "my photo", "my", "train003")
+    listed.write_text("my photo\ntrain003 x\nyour photo -1\n")
+    with pytest.raises(LongtailError, match=r"JPEGImages/your photo\.jpg: there is no such image"):
+        read_voc(root)
+
+
 def test_lvis_says_what_was_looked_for(tmp_path: Path) -> None:
     content = coco_content(SPLITS["train"][:2], ["a", "b"])
     for image in content["images"]:
@@ -195,6 +258,96 @@ def test_masks_are_what_pycocotools_takes(tmp_path: Path) -> None:
     assert [int(reader.annToMask(entry).sum()) for entry in reader.dataset["annotations"]] == [49, 8]
 
 
+def test_masks_that_not_all_objects_have(tmp_path: Path) -> None:
+    """As CVAT writes them, for objects that were drawn as boxes."""
+    content = coco_content(SPLITS["train"], [f"{number}.png" for number in range(12)])
+    entries = content["annotations"]
+    entries[1]["segmentation"], entries[4]["segmentation"] = [], [[1, 2, 3, 4]]
+    entries[6]["segmentation"] = entries[6]["segmentation"][0]  # without the outer brackets
+    del entries[5]["segmentation"]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    problems = AnnotationProblems()
+    assert read_coco(path, problems).masks is None
+    assert problems.remarks() == [
+        "3 objects have no mask, and those of their file are left out; the first: "
+        f"{path}: annotation 2 of {content['images'][0]['file_name']}"
+    ]
+    annotations = read_coco(path, problems := AnnotationProblems(), partial_masks=True)
+    assert annotations.masks is not None
+    assert [index for index, mask in enumerate(annotations.masks) if not mask] == [1, 4, 5]
+    assert annotations.masks[6] == [entries[6]["segmentation"]]
+    assert problems.remarks() == []
+    write_coco(annotations, tmp_path / "b.json")
+    assert read_coco(tmp_path / "b.json", partial_masks=True).masks == annotations.masks
+    assert read_coco(path, problems, masks=False).masks is None
+    assert problems.remarks() == []
+    without = dataclasses.replace(annotations, masks=None)
+    assert concatenate([annotations, without]).masks is None
+    joined = concatenate([without, annotations], partial_masks=True)
+    assert joined.masks == ([],) * len(entries) + annotations.masks
+    for entry in entries:  # none at all is nothing to remark on, but masks that are none are
+        entry["segmentation"] = []
+    path.write_text(json.dumps(content))
+    assert read_coco(path, problems).masks is None
+    assert problems.remarks() == []
+    entries[0]["segmentation"] = [1, 2, 3, 4]
+    path.write_text(json.dumps(content))
+    assert read_coco(path, problems).masks is None
+    assert len(problems.without_mask) == len(entries)
+
+
+def test_fields_that_are_null_or_text_are_read_as_what_they_mean(tmp_path: Path) -> None:
+    content = coco_content(SPLITS["train"], [f"{number}.png" for number in range(12)])
+    entries = content["annotations"]
+    entries[0]["area"], entries[1]["area"] = None, 17
+    del entries[2]["area"]
+    for entry, flag in zip(entries, ["0", "1", False, True, None, 1.0, "false"], strict=False):
+        entry["iscrowd"] = flag
+    entries[8]["id"] = entries[9]["id"] = None
+    content["images"][0]["neg_category_ids"], content["images"][1]["neg_category_ids"] = None, [7]
+    for image in content["images"]:
+        image["not_exhaustive_category_ids"] = None
+    content["images"][2] |= {"file_name": None, "coco_url": "http://x/y/z.png"}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    annotations = read_coco(path)
+    width, height = entries[0]["bbox"][2:]
+    assert annotations.areas[:2].tolist() == [width * height, 17]
+    assert annotations.areas[2] == entries[2]["bbox"][2] * entries[2]["bbox"][3]
+    assert annotations.ignored[:8].tolist() == [False, True, False, True, False, True, False, False]
+    assert annotations.negatives is not None
+    assert annotations.negatives[:3] == (frozenset(), frozenset({1}), frozenset())
+    assert annotations.incomplete is None
+    assert annotations.files[2] == "y/z.png"
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "x",
+        7,
+        [1, 2, 3, 4, 5, 6, 7],
+        [[1, 2], [3, 4], [5, 6]],
+        [[1, 2, 3, 4, 5, None]],
+        [[1, 2, 3, 4, 5, float("nan")]],
+        [[1, 2, 3, 4, 5, 10**400], [0.5, 2, 3, 4, 5, 6]],
+        [1, 2, 3, 4, 5, [6]],
+        {"counts": "x"},
+        {"size": [1, 2], "counts": [1.5]},
+    ],
+)
+def test_what_is_no_mask_is_one_line(mask: Any, tmp_path: Path) -> None:
+    content = coco_content(SPLITS["train"], [f"{number}.png" for number in range(12)])
+    content["annotations"][1]["segmentation"] = mask
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(
+        LongtailError, match=r"a\.json: annotation 2: expected a segmentation of polygons, each x and y"
+    ):
+        read_coco(tmp_path / "a.json")
+    read_coco(tmp_path / "a.json", masks=False)
+
+
 def test_joined_annotations() -> None:
     empty = Annotations(
         files=("x.png",),
@@ -251,6 +404,58 @@ BAD_COCO: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "category": (lambda c: change(c, "categories", 1, "name", to="blue"), "the category blue is there twice; "),
     "size": (lambda c: c["images"][3].pop("width"), "images[3]: expected height and width"),
     "file": (lambda c: c["images"][3].pop("file_name"), "images[3]: expected a file_name or coco_url"),
+    "no size": (
+        lambda c: change(c, "images", 3, "height", to=None),
+        "images[3]: expected whole numbers above 0 as its height and width",
+    ),
+    "fraction": (
+        lambda c: change(c, "images", 3, "height", to=40.5),
+        "images[3]: expected whole numbers above 0 as its height and width",
+    ),
+    "huge": (lambda c: change(c, "images", 3, "height", to=10**400), "images[3]: expected height and width"),
+    "no file": (lambda c: change(c, "images", 3, "file_name", to=None), "images[3]: expected a file_name or coco_url"),
+    "no name": (lambda c: change(c, "categories", 1, "name", to=None), "categories[1]: expected a name"),
+    "image id list": (lambda c: change(c, "images", 1, "id", to=[1]), "images[1]: expected an id, a number or text"),
+    "id list": (
+        lambda c: change(c, "annotations", 1, "id", to=[1]),
+        "annotations[1]: expected a number or text as its id",
+    ),
+    "image list": (
+        lambda c: change(c, "annotations", 1, "image_id", to=[10]),
+        "annotation 2: its image_id [10] is not listed in images; ",
+    ),
+    "class list": (
+        lambda c: change(c, "annotations", 1, "category_id", to={"id": 3}),
+        "annotation 2: its category_id {'id': 3} is not listed in categories; ",
+    ),
+    "negatives": (
+        lambda c: change(c, "images", 1, "neg_category_ids", to=3),
+        "images[1]: expected a list of category ids as its neg_category_ids",
+    ),
+    "negatives list": (
+        lambda c: change(c, "images", 1, "neg_category_ids", to=[3, [3]]),
+        "images[1]: neg_category_ids: the category id [3] is not listed in categories",
+    ),
+    "area": (
+        lambda c: change(c, "annotations", 1, "area", to=-2),
+        "annotation 2: expected an area of at least 0; correct or remove it",
+    ),
+    "area list": (
+        lambda c: change(c, "annotations", 1, "area", to=[2]),
+        "annotation 2: expected a number as its area",
+    ),
+    "text bbox": (
+        lambda c: change(c, "annotations", 4, "bbox", to="1234"),
+        "annotation 5: expected a bbox of 4 numbers",
+    ),
+    "crowd": (
+        lambda c: change(c, "annotations", 1, "iscrowd", to="maybe"),
+        "annotation 2: expected 0 or 1 as its iscrowd",
+    ),
+    "crowd list": (
+        lambda c: change(c, "annotations", 1, "iscrowd", to=[0]),
+        "annotation 2: expected 0 or 1 as its iscrowd",
+    ),
     "list": (lambda c: c.pop("images"), "expected an object with the lists images, annotations, categories"),
 }
 
@@ -267,6 +472,13 @@ def test_what_is_wrong_with_a_json_file_is_one_line(kind: str, tmp_path: Path) -
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"images": [' + "1" * 5000 + "]}"])
+def test_json_that_cannot_be_parsed_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(LongtailError, match=r"a\.json: is no json in COCO's or LVIS's format \(.*\)$"):
+        read_coco(tmp_path / "a.json")
 
 
 def test_a_broken_json_file_is_named_with_its_line(tmp_path: Path) -> None:

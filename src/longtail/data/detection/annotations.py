@@ -55,7 +55,8 @@ class Annotations:
     areas: Tensor
     """(M,) float32, of the mask where there is one, else of the box; metrics divide objects by it."""
     masks: tuple[Mask, ...] | None = None
-    """M masks, where there are masks, as the annotations have them."""
+    """M masks, where there are masks, as the annotations have them. An empty list stands for an object without a mask;
+    it is there only where ``partial_masks`` were asked for, as such masks cannot be compared."""
     class_ids: tuple[int, ...] = ()
     """C ids of the classes in COCO or LVIS annotations; 1 to C if empty."""
     negatives: tuple[frozenset[int], ...] | None = None
@@ -121,30 +122,27 @@ class Annotations:
         )
 
 
-def concatenate(parts: Sequence[Annotations]) -> Annotations:
+def concatenate(parts: Sequence[Annotations], *, partial_masks: bool = False) -> Annotations:
     """Return the annotations of several sets of images as one; ids of images that are not unique then are numbers.
 
     Args:
         parts: at least one, all of the same classes.
+        partial_masks: keep masks where not all parts have them, an empty list as the mask of the other objects.
     """
     first = parts[0]
     assert all(part.class_names == first.class_names for part in parts)
     starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).tolist()
     ids = [image_id for part in parts for image_id in part.image_ids]
 
-    def joined(name: str, lengths: Sequence[int]) -> Any:
+    def joined(name: str, lengths: Sequence[int], empty: Any) -> Any:
         values = [getattr(part, name) for part in parts]
-        if name == "masks" and any(value is None for value in values):
-            return None
         if all(value is None for value in values):
             return None
-        filled = [
-            (frozenset[int](),) * length if value is None else value
-            for value, length in zip(values, lengths, strict=True)
-        ]
+        filled = [(empty,) * length if value is None else value for value, length in zip(values, lengths, strict=True)]
         return tuple(value for part in filled for value in part)
 
-    images = [len(part) for part in parts]
+    images, objects = [len(part) for part in parts], [len(part.boxes) for part in parts]
+    keeps_masks = partial_masks or all(part.masks is not None for part in parts)
     return Annotations(
         files=tuple(file for part in parts for file in part.files),
         sizes=torch.cat([part.sizes for part in parts]),
@@ -155,8 +153,8 @@ def concatenate(parts: Sequence[Annotations]) -> Annotations:
         labels=torch.cat([part.labels for part in parts]),
         ignored=torch.cat([part.ignored for part in parts]),
         areas=torch.cat([part.areas for part in parts]),
-        masks=joined("masks", images),
+        masks=joined("masks", objects, []) if keeps_masks else None,
         class_ids=first.class_ids,
-        negatives=joined("negatives", images),
-        incomplete=joined("incomplete", images),
+        negatives=joined("negatives", images, frozenset[int]()),
+        incomplete=joined("incomplete", images, frozenset[int]()),
     )

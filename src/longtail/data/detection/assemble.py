@@ -31,18 +31,36 @@ class AnnotationProblems:
     """Boxes that leave their image by more than a pixel, which are clipped."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Images whose size had to be read and cannot be, which are left out: path below the root, and the reason."""
+    without_mask: list[str] = field(default_factory=list)
+    """Objects without a mask in a file in which others have one; its masks are left out."""
 
-    def remarks(self) -> list[str]:
-        """Return a sentence on each kind of problem with boxes."""
+    def remarks(self, *, unreadable: bool = True) -> list[str]:
+        """Return a sentence on each kind of problem.
+
+        Args:
+            unreadable: on unreadable images too; who adds them to those found later says it of all of them.
+        """
         kinds = (
-            (self.without_area, "no area, and are left out"),
-            (self.outside, "parts outside of the image, and are clipped"),
+            (self.without_area, "1 box has no area, and is left out", "boxes have no area, and are left out"),
+            (
+                self.outside,
+                "1 box has parts outside of the image, and is clipped",
+                "boxes have parts outside of the image, and are clipped",
+            ),
+            (
+                self.without_mask,
+                "1 object has no mask, and those of its file are left out",
+                "objects have no mask, and those of their file are left out",
+            ),
+            (
+                list(self.unreadable.values()) if unreadable else [],
+                "1 image cannot be read, and is left out",
+                "images cannot be read, and are left out",
+            ),
         )
         return [
-            f"{len(entries):,} boxes have {what}; the first: {entries[0]}".replace("1 boxes have", "1 box has")
-            if len(entries) > 1
-            else f"1 box has {what.replace('are', 'is')}: {entries[0]}"
-            for entries, what in kinds
+            f"{len(entries):,} {several}; the first: {entries[0]}" if len(entries) > 1 else f"{single}: {entries[0]}"
+            for entries, single, several in kinds
             if entries
         ]
 
@@ -61,8 +79,9 @@ class Columns(NamedTuple):
     empty: Array | None = None
     """(M,) bool: boxes that are to be left out as without area, besides those that have none."""
     areas: Array | None = None
-    """(M,) float64; those of the boxes if None."""
+    """(M,) float64; that of the box where it is NaN, and everywhere if None."""
     masks: Sequence[Mask] | None = None
+    """M masks, an empty one where an object has none."""
 
 
 def assemble(
@@ -77,6 +96,7 @@ def assemble(
     class_ids: Sequence[int] = (),
     negatives: Sequence[frozenset[int]] | None = None,
     incomplete: Sequence[frozenset[int]] | None = None,
+    partial_masks: bool = False,
 ) -> Annotations:
     """Return annotations whose boxes are inside their images and have an area.
 
@@ -94,6 +114,7 @@ def assemble(
         class_ids: of the classes.
         negatives: of every image.
         incomplete: of every image.
+        partial_masks: keep masks where some objects have none.
 
     Raises:
         LongtailError: a coordinate is no finite number, or a box is outside of its image.
@@ -124,8 +145,14 @@ def assemble(
     kept = np.flatnonzero(~flat)
     kept = kept[np.argsort(columns.image_index[kept], kind="stable")]
     box_areas = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
-    areas = box_areas if columns.areas is None else columns.areas
-    masks = columns.masks
+    areas = box_areas if columns.areas is None else np.where(np.isnan(columns.areas), box_areas, columns.areas)
+    masks = None if columns.masks is None else tuple(columns.masks[index] for index in kept.tolist())
+    bare = [index for index, mask in zip(kept.tolist(), masks or (), strict=False) if not mask]
+    if len(bare) == len(kept):
+        masks = None
+    elif bare and not partial_masks:
+        problems.without_mask += [describe(index) for index in bare]
+        masks = None
     return Annotations(
         files=tuple(files),
         sizes=torch.from_numpy(sizes.astype(np.int64).reshape(-1, 2)),
@@ -136,7 +163,7 @@ def assemble(
         labels=torch.from_numpy(columns.labels[kept].astype(np.int64)),
         ignored=torch.from_numpy(columns.ignored[kept].astype(bool)),
         areas=torch.from_numpy(areas[kept].astype(np.float32)),
-        masks=None if masks is None else tuple(masks[index] for index in kept.tolist()),
+        masks=masks,
         class_ids=tuple(class_ids),
         negatives=None if negatives is None else tuple(negatives),
         incomplete=None if incomplete is None else tuple(incomplete),

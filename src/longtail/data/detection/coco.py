@@ -17,13 +17,14 @@ import contextlib
 import gc
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longtail.data.detection.annotations import Annotations
+from longtail.data.detection.annotations import Annotations, Mask
 from longtail.data.detection.assemble import AnnotationProblems, Columns, assemble, check_unique
 from longtail.data.paths import printable
 from longtail.errors import LongtailError
@@ -31,65 +32,74 @@ from longtail.files import write_text
 
 Entry = dict[str, Any]
 _PARTS = ("images", "annotations", "categories")
+_LARGEST = 2**31  # pixels of a side; beyond it is no size
+_FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
+_FEWEST_NUMBERS = 6  # of a polygon: three points
+_MASK = "a segmentation of polygons, each x and y in turn, or run-length encoded (size and counts)"
 
 
-def read_coco(path: Path, problems: AnnotationProblems | None = None, *, masks: bool = True) -> Annotations:
+def read_coco(
+    path: Path, problems: AnnotationProblems | None = None, *, masks: bool = True, partial_masks: bool = False
+) -> Annotations:
     """Read a json file in COCO's or LVIS's format.
 
-    Classes are in order of their ids. COCO's ``iscrowd`` is what :attr:`Annotations.ignored` says. Areas are the
-    file's, which are those of the masks, or those of the boxes where it has none. Whether the image files exist is not
-    looked at.
+    Classes are in order of their ids. COCO's ``iscrowd`` is what :attr:`Annotations.ignored` says. An object's area is
+    the file's, which is that of the mask, or that of the box where the file has none. A field that is null is read as
+    one that is missing. Whether the image files exist is not looked at.
 
     Args:
         path: the file.
-        problems: where to say which boxes were clipped or left out.
+        problems: where to say which boxes were clipped or left out, and whether masks were.
         masks: keep the masks, if every object has one; those of LVIS take gigabytes.
+        partial_masks: keep them also if some objects have none, an empty list in its place; they cannot be compared.
 
     Raises:
-        LongtailError: it is no such file; an id or an image is there twice; an annotation is of an unknown image or
-            class; or a box is outside of its image.
+        LongtailError: it is no such file; a field is not what it should be; an id or an image is there twice; an
+            annotation is of an unknown image or class; or a box is outside of its image.
     """
     content = _load(path)
     images, entries, categories = (content[part] for part in _PARTS)
     categories = sorted(categories, key=lambda entry: entry["id"]) if _have_ids(path, categories) else []
     class_ids = [entry["id"] for entry in categories]
-    class_names = [str(name) for name in _column(path, categories, "categories", _get("name"), "a name")]
+    class_names = _column(path, categories, "categories", lambda entry: _text_of(entry, "name"), "a name")
     check_unique(class_ids, str(path), "the category id")
     check_unique(class_names, str(path), "the category")
-    image_ids = _column(path, images, "images", _get("id"), "an id")
+    image_ids = _column(path, images, "images", _id_of, "an id, a number or text")
     check_unique(image_ids, str(path), "the image id")
     files = _column(path, images, "images", _file_of, "a file_name or coco_url")
     check_unique(files, str(path), "the image")
     sizes = _numbers(path, images, "images", lambda entry: (entry["height"], entry["width"]), 2, "height and width")
-    if len(sizes) and sizes.min() < 1:
-        raise LongtailError(f"{path}: images[{int(np.argmin(sizes.min(axis=1)))}]: expected a height and width above 0")
-    ids = [entry["id"] for entry in entries if "id" in entry]
-    check_unique(ids, str(path), "the annotation id")
+    are_sides = ((sizes >= 1) & (sizes < _LARGEST) & (sizes == np.floor(sizes))).all(axis=1)
+    if not are_sides.all():
+        index = int(np.argmin(are_sides))
+        raise LongtailError(f"{path}: images[{index}]: expected whole numbers above 0 as its height and width")
+    ids = _column(path, entries, "annotations", _id_or_none, "a number or text as its id")
+    check_unique([entry_id for entry_id in ids if entry_id is not None], str(path), "the annotation id")
     image_index = _positions(path, entries, "image_id", image_ids, "images")
     labels = _positions(path, entries, "category_id", class_ids, "categories")
-    corners = _numbers(path, entries, "annotations", _get("bbox"), 4, "a bbox of 4 numbers")
+    corners = _numbers(path, entries, "annotations", lambda entry: entry["bbox"], 4, "a bbox of 4 numbers")
     corners[:, 2:] += corners[:, :2]
-    has_areas = bool(entries) and all("area" in entry for entry in entries)
-    areas = _numbers(path, entries, "annotations", lambda entry: (entry["area"],), 1, "an area")[:, 0]
-    segmentations: list[Any] = [entry.get("segmentation") for entry in entries] if masks else []
+    segmentations = _column(path, entries, "annotations", _mask_of, _MASK) if masks else None
     class_of = {class_id: position for position, class_id in enumerate(class_ids)}
+    problems = AnnotationProblems() if problems is None else problems
 
     def describe(index: int) -> str:
-        entry = entries[index]
-        name = f"annotation {entry['id']}" if "id" in entry else f"annotations[{index}]"
-        return f"{path}: {name} of {printable(files[image_index[index]])}"
+        return f"{path}: {_name_of(entries, 'annotations', index)} of {printable(files[image_index[index]])}"
 
+    # where no object has a mask, there is nothing to say, unless what the file has as masks is none
+    if segmentations and not any(segmentations) and any(entry.get("segmentation") for entry in entries):
+        problems.without_mask += map(describe, range(len(entries)))
     return assemble(
         Columns(
             image_index,
             corners,
             labels,
-            np.array([bool(entry.get("iscrowd") or entry.get("ignore")) for entry in entries], dtype=bool),
-            areas=areas if has_areas else None,
-            masks=segmentations if segmentations and all(segmentations) else None,
+            np.array(_column(path, entries, "annotations", _is_ignored, "0 or 1 as its iscrowd"), dtype=bool),
+            areas=_areas(path, entries),
+            masks=segmentations,
         ),
         describe,
-        AnnotationProblems() if problems is None else problems,
+        problems,
         files=files,
         sizes=sizes.astype(np.int64),
         image_ids=image_ids,
@@ -97,6 +107,7 @@ def read_coco(path: Path, problems: AnnotationProblems | None = None, *, masks: 
         class_ids=class_ids,
         negatives=_class_sets(path, images, "neg_category_ids", class_of),
         incomplete=_class_sets(path, images, "not_exhaustive_category_ids", class_of),
+        partial_masks=partial_masks,
     )
 
 
@@ -170,6 +181,8 @@ def _load(path: Path) -> dict[str, list[Entry]]:
         raise LongtailError(
             f"{path}, line {error.lineno}: is no json ({error.msg}, column {error.colno}); is the file complete?"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        raise LongtailError(f"{path}: is no json in COCO's or LVIS's format ({error})") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in _PARTS):
         raise LongtailError(
             f"{path}: expected an object with the lists {', '.join(_PARTS)}, as COCO and LVIS have them"
@@ -202,14 +215,85 @@ def _have_ids(path: Path, categories: list[Entry]) -> bool:
     return True
 
 
-def _get(key: str) -> Callable[[Entry], Any]:
-    return lambda entry: entry[key]
+def _name_of(entries: list[Entry], part: str, index: int) -> str:
+    """Return what an entry is called in messages."""
+    entry_id = entries[index].get("id")
+    if part != "annotations" or not isinstance(entry_id, int | float | str):
+        return f"{part}[{index}]"
+    return f"annotation {printable(str(entry_id))}"
+
+
+def _id_of(entry: Entry) -> Any:
+    if not isinstance(entry.get("id"), int | float | str):
+        raise KeyError
+    return entry["id"]
+
+
+def _id_or_none(entry: Entry) -> Any:
+    return None if entry.get("id") is None else _id_of(entry)
+
+
+def _text_of(entry: Entry, key: str) -> str:
+    if not isinstance(entry.get(key), int | float | str):
+        raise KeyError
+    return str(entry[key])
 
 
 def _file_of(image: Entry) -> str:
-    if "file_name" in image:
-        return str(image["file_name"])
-    return "/".join(str(image["coco_url"]).split("/")[-2:])
+    if image.get("file_name") is not None:
+        return _text_of(image, "file_name")
+    return "/".join(_text_of(image, "coco_url").split("/")[-2:])
+
+
+def _is_ignored(entry: Entry) -> bool:
+    for key in ("iscrowd", "ignore"):
+        value = entry.get(key)
+        if isinstance(value, str):
+            value = _FLAGS[value.strip().lower()]
+        elif value is not None and not isinstance(value, int | float):
+            raise KeyError
+        if value:
+            return True
+    return False
+
+
+def _mask_of(entry: Entry) -> Mask:
+    """Return an object's mask, an empty list if it has none; raise KeyError if it is neither."""
+    mask = entry.get("segmentation")
+    if not mask:
+        return []
+    if isinstance(mask, dict):
+        size, counts = mask.get("size"), mask.get("counts")
+        is_encoded = isinstance(counts, str) or (isinstance(counts, list) and {*map(type, counts)} <= {int})
+        if not is_encoded or not isinstance(size, list) or [*map(type, size)] != [int, int]:
+            raise KeyError
+        return mask
+    if not isinstance(mask, list):
+        raise KeyError
+    polygons = mask if isinstance(mask[0], list) else [mask]  # some tools write the only polygon without its brackets
+    if not all(map(_is_polygon, polygons)) or (len(polygons) > 1 and {*map(len, polygons)} == {2}):  # a list of points
+        raise KeyError
+    # a polygon of one or two points has no area, and four numbers would be taken as a box
+    return [polygon for polygon in polygons if len(polygon) >= _FEWEST_NUMBERS]
+
+
+def _is_polygon(polygon: Any) -> bool:
+    if not isinstance(polygon, list) or len(polygon) % 2 or not {*map(type, polygon)} <= {int, float}:
+        return False
+    try:
+        return math.isfinite(sum(polygon))
+    except OverflowError:
+        return False
+
+
+def _areas(path: Path, entries: list[Entry]) -> np.ndarray[Any, Any]:
+    """Return (M,) float64, NaN where an annotation has no area."""
+    areas = _numbers(path, entries, "annotations", lambda entry: (entry.get("area"),), 1, "a number as its area")[:, 0]
+    wrong = (areas < 0) | np.isinf(areas)
+    if wrong.any():
+        name = _name_of(entries, "annotations", int(np.argmax(wrong)))
+        raise LongtailError(f"{path}: {name}: expected an area of at least 0; correct or remove it")
+    return areas
 
 
 def _column(path: Path, entries: list[Entry], part: str, read: Callable[[Entry], Any], what: str) -> list[Any]:
@@ -220,31 +304,28 @@ def _column(path: Path, entries: list[Entry], part: str, read: Callable[[Entry],
             try:
                 read(entry)
             except KeyError:
-                raise LongtailError(f"{path}: {part}[{index}]: expected {what}") from None
+                raise LongtailError(f"{path}: {_name_of(entries, part, index)}: expected {what}") from None
         raise
 
 
 def _numbers(
-    path: Path, entries: list[Entry], part: str, read: Callable[[Entry], Sequence[float]], width: int, what: str
+    path: Path, entries: list[Entry], part: str, read: Callable[[Entry], Sequence[Any]], width: int, what: str
 ) -> np.ndarray[Any, Any]:
-    """Return (number of entries, width) float64; of a field that not all have, zeros if it is ``area``."""
-    if part == "annotations" and width == 1 and not all("area" in entry for entry in entries):
-        return np.zeros((len(entries), 1))
+    """Return (number of entries, width) float64, NaN in place of null."""
     try:
         rows = [read(entry) for entry in entries]
         values = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.float64)
-        if values.size == len(rows) * width and (not rows or {*map(len, rows)} == {width}):
+        if {*map(type, rows)} <= {list, tuple} and {*map(len, rows)} <= {width}:
             return values.reshape(-1, width)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         pass
     for index, entry in enumerate(entries):
         try:
             row = np.array(read(entry), dtype=np.float64)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             row = np.zeros(0)
         if row.shape != (width,):
-            name = f"annotation {entry['id']}" if part == "annotations" and "id" in entry else f"{part}[{index}]"
-            raise LongtailError(f"{path}: {name}: expected {what}")
+            raise LongtailError(f"{path}: {_name_of(entries, part, index)}: expected {what}")
     raise AssertionError
 
 
@@ -253,23 +334,33 @@ def _positions(
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return (M,) where the ids that annotations name are in ``ids``."""
     place = {entry_id: position for position, entry_id in enumerate(ids)}
-    found = np.array([place.get(entry.get(key), -1) for entry in entries], dtype=np.int64)
+    try:
+        positions = [place.get(entry.get(key), -1) for entry in entries]
+    except TypeError:  # a list or an object, which is no key
+        named = [entry.get(key) for entry in entries]
+        positions = [-1 if isinstance(value, list | dict) else place.get(value, -1) for value in named]
+    found = np.array(positions, dtype=np.int64)
     unknown = np.flatnonzero(found < 0)
     if len(unknown):
-        entry = entries[unknown[0]]
-        name = f"annotation {entry['id']}" if "id" in entry else f"annotations[{unknown[0]}]"
+        name, value = _name_of(entries, "annotations", int(unknown[0])), repr(entries[unknown[0]].get(key))
         more = f" ({len(unknown):,} annotations have such)" if len(unknown) > 1 else ""
         raise LongtailError(
-            f"{path}: {name}: its {key} {entry.get(key)!r} is not listed in {listed}{more}; list it there, or remove "
-            "the annotation"
+            f"{path}: {name}: its {key} {value:.60} is not listed in {listed}{more}; list it there, or remove the "
+            "annotation"
         )
     return found
 
 
 def _class_sets(path: Path, images: list[Entry], key: str, class_of: Mapping[int, int]) -> list[frozenset[int]] | None:
-    if not any(key in image for image in images):
+    given = [image.get(key) for image in images]
+    if all(ids is None for ids in given):
         return None
-    try:
-        return [frozenset(class_of[class_id] for class_id in image.get(key, ())) for image in images]
-    except KeyError as error:
-        raise LongtailError(f"{path}: {key}: the category id {error} is not listed in categories") from None
+    for index, ids in enumerate(given):
+        if ids is not None and not isinstance(ids, list):
+            raise LongtailError(f"{path}: images[{index}]: expected a list of category ids as its {key}")
+        unknown = [class_id for class_id in ids or () if isinstance(class_id, list | dict) or class_id not in class_of]
+        if unknown:
+            raise LongtailError(
+                f"{path}: images[{index}]: {key}: the category id {unknown[0]!r:.60} is not listed in categories"
+            )
+    return [frozenset(class_of[class_id] for class_id in ids or ()) for ids in given]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longtail.data.dataset import IMAGENET_MEAN
 from longtail.data.detection.annotations import Annotations
-from longtail.data.image_io import open_image, to_rgb
+from longtail.data.image_io import open_image, read_shown_size, read_size, to_rgb
 from longtail.data.images import FileImages
 from longtail.data.prefetch import prefetch
 from longtail.data.transforms.batched import to_float
@@ -84,6 +84,12 @@ class DetectionImages(FileImages):
             f"{path}: has {shown.width} × {shown.height} pixels, its annotations say {width} × {height}; expected the "
             "same"
         )
+
+    def check_size(self, index: int) -> None:
+        """Raise LongtailError as :meth:`open` does, as far as the header of the file tells."""
+        path, (height, width) = self.root / self.names[index], self.annotations.sizes[index].tolist()
+        if (width, height) not in (read_size(path), read_shown_size(path)):
+            self.open(index)  # which says what is wrong, if it is: of some PNG files the Exif tag follows the pixels
 
     def open_each(self, positions: Sequence[int]) -> Iterator[Image.Image]:
         """Yield images in RGB, decoded ahead.

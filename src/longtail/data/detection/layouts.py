@@ -24,6 +24,8 @@ _OTHER = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")
 """Beginnings of names of COCO's own files that hold no boxes of all classes."""
 _SPLIT_NAMES = {"train": "training", "val": "validation"}
 
+Masks = Literal["none", "evaluation", "all"]
+
 
 class AnnotatedImages(NamedTuple):
     """Annotated images by split, ``all`` where there are no splits."""
@@ -35,15 +37,17 @@ class AnnotatedImages(NamedTuple):
     layout: str
     """What was found, in one line."""
     problems: AnnotationProblems
+    sizes_read: bool = False
+    """The sizes are those that the images' headers have, so that all of these can be read."""
 
 
-def read_annotated_images(config: Data, *, train_masks: bool = False) -> AnnotatedImages:
+def read_annotated_images(config: Data, *, masks: Masks = "evaluation") -> AnnotatedImages:
     """Read the annotations of a set, and find its images.
 
     Args:
         config: its root, or json files as train, val and test.
-        train_masks: keep masks of training images too, beside those of a test split of its own; training needs boxes
-            alone, and masks of a large set take gigabytes.
+        masks: which to keep. For evaluation these are not those of training images beside a test split, as training
+            needs boxes alone, and masks of a large set take gigabytes; nor those of a file where an object has none.
 
     Raises:
         LongtailError: there is no such layout; a file is broken; an image is missing, there twice, or in two splits.
@@ -62,14 +66,14 @@ def read_annotated_images(config: Data, *, train_masks: bool = False) -> Annotat
         if len(files) == 1:
             files = {"all": files["train"]}
         root = next(iter(files.values())).parent if config.root is None else find_path(Path(config.root))
-        found = _read_json(root, files, problems, train_masks)
+        found = _read_json(root, files, problems, masks)
     else:
         if config.root is None:
             raise LongtailError(
                 f"data.root is missing: which folder holds the images with boxes of {config.source}? "
                 "(--data.root FOLDER)"
             )
-        found = _read_folder(find_path(Path(config.root)), problems, train_masks)
+        found = _read_folder(find_path(Path(config.root)), problems, masks)
     _check_images(found)
     return found
 
@@ -92,7 +96,7 @@ def read_split(path: Path, split: Literal["train", "val"], problems: AnnotationP
         if not len(annotations):
             raise LongtailError(f"{path}: images: expected at least one")
         return annotations
-    found = _read_folder(path, problems, train_masks=False)
+    found = _read_folder(path, problems, "none")
     _check_images(found)
     splits = found.splits
     chosen = split if split in splits else "all" if split == "train" and "all" in splits else None
@@ -101,10 +105,10 @@ def read_split(path: Path, split: Literal["train", "val"], problems: AnnotationP
             f"{path}: has no {_SPLIT_NAMES[split]} images ({found.layout}); name a .json file of them, as longtail "
             "split writes it"
         )
-    return dataclasses.replace(splits[chosen], masks=None)
+    return splits[chosen]
 
 
-def _read_folder(root: Path, problems: AnnotationProblems, train_masks: bool) -> AnnotatedImages:
+def _read_folder(root: Path, problems: AnnotationProblems, masks: Masks) -> AnnotatedImages:
     if not root.is_dir():
         raise LongtailError(f"data.root {root}: there is no such folder")
     if _is_voc(root):
@@ -114,14 +118,15 @@ def _read_folder(root: Path, problems: AnnotationProblems, train_masks: bool) ->
         )
     if find_yolo_folders(root):
         splits = read_yolo(root, problems)
-        return AnnotatedImages(root, splits, f"{root}: YOLO (images, labels; {_sizes(splits)})", problems)
+        layout = f"{root}: YOLO (images, labels; {_sizes(splits)})"
+        return AnnotatedImages(root, splits, layout, problems, sizes_read=True)
     files = _json_files(root)
     if not files:
         raise LongtailError(
             f"{root}: is no layout of images with boxes; expected .json files of COCO or LVIS (here, in annotations/ "
             "or beside the images), Annotations/ and JPEGImages/ (Pascal VOC), or images/ and labels/ (YOLO)"
         )
-    return _read_json(root, _by_split(root, files), problems, train_masks)
+    return _read_json(root, _by_split(root, files), problems, masks)
 
 
 def _is_voc(root: Path) -> bool:
@@ -170,12 +175,12 @@ def _by_split(root: Path, files: Sequence[Path]) -> dict[str, Path]:
     return {split: chosen[split] for split in (*SPLITS, "all") if split in chosen}
 
 
-def _read_json(
-    root: Path, files: Mapping[str, Path], problems: AnnotationProblems, train_masks: bool
-) -> AnnotatedImages:
+def _read_json(root: Path, files: Mapping[str, Path], problems: AnnotationProblems, masks: Masks) -> AnnotatedImages:
     splits: dict[str, Annotations] = {}
     for split, path in files.items():
-        annotations = read_coco(path, problems, masks=train_masks or split != "train" or "test" not in files)
+        is_evaluated = split != "train" or "test" not in files
+        keeps_masks = masks == "all" or (masks == "evaluation" and is_evaluated)
+        annotations = read_coco(path, problems, masks=keeps_masks, partial_masks=masks == "all")
         first = next(iter(splits.values()), None)
         if first is not None:
             annotations = _with_classes(annotations, first, path, next(iter(files.values())))

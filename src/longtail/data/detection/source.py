@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,8 +35,9 @@ _STRIDE = 32  # of the coarsest feature map of most encoders
 def load_boxes(config: Data, seed: int) -> DetectionData:
     """Load images with boxes; see :mod:`longtail.data.detection.layouts` for the layouts.
 
-    Images that are evaluated are decoded once, so that none has to be replaced then; those that cannot be read are left
-    out. Training images are decoded when they are used.
+    Images that are evaluated are decoded once, so that none has to be replaced then; of training images the headers are
+    read, and the images are decoded when they are used. Those that cannot be read, or have another size than the
+    annotations say, are left out.
 
     Args:
         config: its root or json files, the fractions of the splits, and the size of the images.
@@ -51,16 +52,24 @@ def load_boxes(config: Data, seed: int) -> DetectionData:
             "use natural"
         )
     annotated = read_annotated_images(config)
-    remarks = [annotated.layout, *annotated.problems.remarks()]
+    remarks = [annotated.layout, *annotated.problems.remarks(unreadable=False)]
     splits, positions = _split(annotated, config, seed, remarks)
-    splits = _with_trained_classes(splits, remarks)
-    size = config.image_size or _choose_size(splits["train"])
     unreadable = Unreadable(config, sum(map(len, splits.values())) + len(annotated.problems.unreadable))
     unreadable.add(annotated.problems.unreadable)
+
+    def leave_out_unreadable(split: str) -> None:
+        images = DetectionImages(annotated.root, splits[split], _STRIDE)
+        good = _find_readable(images, images.check_size if split == "train" else images.open, unreadable, split)
+        if len(good) < len(images):
+            splits[split], positions[split] = splits[split].select(good), positions[split][good]
+
+    if not annotated.sizes_read:
+        leave_out_unreadable("train")
+    splits = _with_trained_classes(splits, remarks)
+    size = config.image_size or _choose_size(splits["train"])
     for split in ("val", "test"):
         if split in splits:
-            good = _find_readable(DetectionImages(annotated.root, splits[split], size), unreadable, split)
-            splits[split], positions[split] = splits[split].select(good), positions[split][good]
+            leave_out_unreadable(split)
             if not splits[split].object_counts.any():
                 raise LongtailError(f"{split}: there is no object in any image; expected some to evaluate on")
     unreadable.check(remarks)
@@ -172,12 +181,30 @@ def _with_trained_classes(splits: Mapping[str, Annotations], remarks: list[str])
     absent = [printable(names[label]) for label in torch.nonzero(counts == 0).flatten().tolist()]
     shown = ", ".join(absent[:5]) + ("…" if len(absent) > 5 else "")
     remarks.append(f"{len(absent)} of {len(names)} classes have no objects, and are left out ({shown})")
-    return {split: _with_classes(annotations, kept) for split, annotations in splits.items()}
+    ignored = {
+        split: int((counts[annotations.labels] == 0).sum())
+        for split, annotations in splits.items()
+        if (counts[annotations.labels] == 0).any()
+    }
+    if ignored:
+        in_splits = ", ".join(f"{split} {count:,}" for split, count in ignored.items())
+        remarks.append(
+            f"the ignored boxes of these classes ({in_splits}) are neither objects nor background in training, and are "
+            "left out of the evaluation, which ignores by class"
+        )
+    return {split: _with_classes(annotations, kept, split == "train") for split, annotations in splits.items()}
 
 
-def _with_classes(annotations: Annotations, kept: Tensor) -> Annotations:
-    """Return annotations of some of their classes, ascending; objects of others, all of them ignored, are left out."""
-    numbers = torch.full((len(annotations.class_names),), -1, dtype=torch.int64)
+def _with_classes(annotations: Annotations, kept: Tensor, keep_ignored: bool) -> Annotations:
+    """Return annotations of some of their classes.
+
+    Args:
+        annotations: objects of classes that are not kept are all ignored.
+        kept: classes, ascending.
+        keep_ignored: give these objects the first class, since training ignores without regard to the class; otherwise
+            they are left out.
+    """
+    numbers = torch.full((len(annotations.class_names),), 0 if keep_ignored else -1, dtype=torch.int64)
     numbers[kept] = torch.arange(len(kept))
     labels, chosen = numbers[annotations.labels], kept.tolist()
     objects = torch.nonzero(labels >= 0).flatten()
@@ -208,8 +235,10 @@ def _choose_size(train: Annotations) -> int:
     return min(_LARGEST_SIDE, max(1, round(longer / _STRIDE)) * _STRIDE)
 
 
-def _find_readable(images: DetectionImages, unreadable: Unreadable, split: str) -> Tensor:
-    """Return the positions of the images that can be read, and give the others to ``unreadable``.
+def _find_readable(
+    images: DetectionImages, read: Callable[[int], object], unreadable: Unreadable, split: str
+) -> Tensor:
+    """Return the positions of the images that ``read`` can read, and give the others to ``unreadable``.
 
     Raises:
         LongtailError: they are more than ``unreadable`` accepts, or all.
@@ -217,7 +246,7 @@ def _find_readable(images: DetectionImages, unreadable: Unreadable, split: str) 
 
     def reason(index: int) -> str | None:
         try:
-            images.open(index)
+            read(index)
         except LongtailError as error:
             return str(error)
         return None

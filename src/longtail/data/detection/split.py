@@ -23,6 +23,7 @@ from longtail.data.detection.coco import write_coco
 from longtail.data.detection.layouts import read_annotated_images
 from longtail.data.grouped_split import grouped_split
 from longtail.data.listing import SPLITS
+from longtail.data.paths import printable
 from longtail.errors import LongtailError
 from longtail.randomness import generator, mix
 
@@ -87,8 +88,8 @@ def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> 
     Raises:
         LongtailError: the set cannot be read, nothing would be left to train on, or a file cannot be written.
     """
-    annotated = read_annotated_images(config, train_masks=True)
-    whole = concatenate(list(annotated.splits.values()))
+    annotated = read_annotated_images(config, masks="all")
+    whole = concatenate(list(annotated.splits.values()), partial_masks=True)
     split = split_images(whole, val, test, seed)
     chosen = {name: torch.nonzero(split.parts == number).flatten() for number, name in enumerate(SPLITS)}
     if not len(chosen["train"]):
@@ -98,9 +99,13 @@ def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> 
     for name, path in files.items():
         write_coco(whole.select(chosen[name]), path)
     remarks = [annotated.layout, *annotated.problems.remarks()]
-    if annotated.problems.unreadable:
-        reasons = annotated.problems.unreadable.values()
-        remarks.append(f"{len(reasons):,} images cannot be read, and are left out; the first: {next(iter(reasons))}")
+    bare = [index for index, mask in enumerate(whole.masks or ()) if not mask]
+    if bare:
+        image = whole.files[int(whole.image_index[bare[0]])]
+        remarks.append(
+            f"{len(bare):,} of {len(whole.boxes):,} objects have no mask, and are written without one; the first is of "
+            f"{printable(image)}"
+        )
     if len(annotated.splits) > 1:
         remarks.append(f"its own splits ({', '.join(annotated.splits)}) were joined and divided again")
     named = " ".join(f"--data.{name} {shlex.quote(str(path))}" for name, path in files.items())

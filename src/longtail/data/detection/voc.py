@@ -27,6 +27,7 @@ from longtail.data.paths import printable
 from longtail.errors import LongtailError, did_you_mean
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
+_FLAGS = frozenset({"-1", "0", "1"})  # in VOC's list of a class: none, only difficult ones, or some are in the image
 
 
 class VOCObject(NamedTuple):
@@ -67,8 +68,8 @@ def read_voc(
             class is not listed, or a box is outside of its image.
     """
     problems = AnnotationProblems() if problems is None else problems
-    stems = _read_lists(root)
     files = _find_files(root / "JPEGImages") if files is None else files
+    stems = _read_lists(root, files)
     images = {split: [_read_image(root, stem, files) for stem in names] for split, names in stems.items()}
     class_names = read_class_names(root / "classes.txt")
     if class_names is None:
@@ -105,7 +106,7 @@ def read_lines(path: Path) -> list[str]:
         raise LongtailError(f"{path}: cannot be read: is no text in UTF-8 (byte {error.start})") from None
 
 
-def _read_lists(root: Path) -> dict[str, list[str]]:
+def _read_lists(root: Path, files: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the names of the images of every split."""
     folder = root / "ImageSets" / "Main"
     lists = {path.stem: path for path in sorted(folder.glob("*.txt"))} if folder.is_dir() else {}
@@ -120,9 +121,22 @@ def _read_lists(root: Path) -> dict[str, list[str]]:
     splits = {}
     for split in ("train", "val", "test"):
         if split in chosen:
-            splits[split] = [line.split()[0] for line in read_lines(chosen[split]) if line.strip()]
+            splits[split] = [_stem_of(root, line, files) for line in read_lines(chosen[split]) if line.strip()]
             check_unique(splits[split], str(chosen[split]), "the image")
     return splits
+
+
+def _stem_of(root: Path, line: str, files: Mapping[str, str]) -> str:
+    """Return the name in a line of a list: all of it, or what is before the flag of a list of a class."""
+    whole, first = line.strip(), line.split()[0]
+    if whole == first:
+        return whole
+    before, flag = whole.rsplit(maxsplit=1)
+    named = before if flag in _FLAGS else whole
+    for stem in (whole, named, first):
+        if stem in files or (root / "Annotations" / f"{stem}.xml").is_file():
+            return stem
+    return named
 
 
 def _find_files(folder: Path) -> dict[str, str]:

@@ -2,33 +2,33 @@
 
     ROOT/images/{train,val,test}/NAME.jpg     ROOT/labels/{train,val,test}/NAME.txt
                                               or train/images, train/labels, …; or no folders of splits
-    ROOT/data.yaml                            names of the classes: a list, or a mapping from their numbers
-    ROOT/classes.txt                          the same, one on a line
+    ROOT/data.yaml                            names of the classes: a list, or a mapping from their numbers; kpt_shape
+    ROOT/classes.txt                          the names, one on a line
+
+The folders of a split may be several, as train2007 and train2012.
 
 A line of a text file is an object: its class from 0, then the centre's x and y, the width and the height of its box as
-fractions of the image's width and height; or a polygon, x and y in turn, whose box is taken. An image without a file,
-or with an empty one, has no objects.
+fractions of the image's width and height; or a polygon, x and y in turn, whose box is taken. Where data.yaml has
+``kpt_shape``, the number of keypoints and the numbers of each (2 or 3), the keypoints follow the box, and are left out;
+without it they cannot be told from a polygon. An image without a file, or with an empty one, has no objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from PIL import Image
 
-from longtail.data.detection.annotations import Annotations
+from longtail.data.detection.annotations import Annotations, concatenate
 from longtail.data.detection.assemble import AnnotationProblems, Columns, assemble, check_unique
 from longtail.data.detection.voc import read_class_names, read_lines
-from longtail.data.image_io import image_errors, is_image_name
+from longtail.data.image_io import is_image_name, read_shown_size
 from longtail.data.listing import SPLITS, split_of
 from longtail.errors import LongtailError
 
-_ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})  # Exif: those that exchange width and height
 _FAR = 2.0  # fractions beyond it are pixels
 
 
@@ -39,22 +39,27 @@ class SplitFolders(NamedTuple):
     labels: str
 
 
-def find_yolo_folders(root: Path) -> dict[str, SplitFolders]:
+class LabelFormat(NamedTuple):
+    """What the text files hold."""
+
+    class_names: list[str]
+    keypoint_numbers: int = 0
+    """Numbers that follow the box of each object; 0 where there are no keypoints."""
+
+
+def find_yolo_folders(root: Path) -> dict[str, list[SplitFolders]]:
     """Return the folders of every split, ``all`` where there are no splits; empty if it is no such layout."""
+    splits: dict[str, list[SplitFolders]] = {}
     if (root / "images").is_dir() and (root / "labels").is_dir():
-        splits = {
-            split: SplitFolders(f"images/{folder.name}", f"labels/{folder.name}")
-            for folder in sorted((root / "images").iterdir())
-            if folder.is_dir() and (split := split_of(folder.name.rstrip("0123456789"))) is not None
-        }
-        return splits or {"all": SplitFolders("images", "labels")}
-    return {
-        split: SplitFolders(f"{folder.name}/images", f"{folder.name}/labels")
-        for folder in sorted(root.iterdir())
-        if (folder / "images").is_dir()
-        and (folder / "labels").is_dir()
-        and (split := split_of(folder.name)) is not None
-    }
+        for folder in sorted((root / "images").iterdir()):
+            if folder.is_dir() and (split := split_of(folder.name.rstrip("0123456789"))) is not None:
+                splits.setdefault(split, []).append(SplitFolders(f"images/{folder.name}", f"labels/{folder.name}"))
+        return splits or {"all": [SplitFolders("images", "labels")]}
+    for folder in sorted(root.iterdir()):
+        split = split_of(folder.name.rstrip("0123456789"))
+        if split is not None and (folder / "images").is_dir() and (folder / "labels").is_dir():
+            splits.setdefault(split, []).append(SplitFolders(f"{folder.name}/images", f"{folder.name}/labels"))
+    return splits
 
 
 def read_yolo(root: Path, problems: AnnotationProblems | None = None) -> dict[str, Annotations]:
@@ -72,47 +77,61 @@ def read_yolo(root: Path, problems: AnnotationProblems | None = None) -> dict[st
             listed, or a box is outside of its image.
     """
     problems = AnnotationProblems() if problems is None else problems
-    folders, class_names = find_yolo_folders(root), _read_names(root)
+    folders, label_format = find_yolo_folders(root), _read_format(root)
     return {
-        split: _read_split(root, folders[split], class_names, problems)
+        split: concatenate([_read_split(root, each, label_format, problems) for each in folders[split]])
         for split in (*SPLITS, "all")
         if split in folders
     }
 
 
-def _read_names(root: Path) -> list[str]:
+def _read_format(root: Path) -> LabelFormat:
     for path in (root / "data.yaml", root / "data.yml", *sorted(root.glob("*.yaml"))):
         if path.is_file():
-            return _names_of_yaml(path)
+            return _read_yaml(path)
     for path in (root / "classes.txt", root / "labels" / "classes.txt"):
         names = read_class_names(path)
         if names is not None:
-            return names
+            return LabelFormat(names)
     raise LongtailError(f"{root}: expected the names of the classes in data.yaml (names: […]) or classes.txt")
 
 
-def _names_of_yaml(path: Path) -> list[str]:
+def _read_yaml(path: Path) -> LabelFormat:
     expected = "expected names: a list of the classes, or a mapping from 0, 1, … to them"
     try:
-        content = yaml.safe_load("\n".join(read_lines(path)))
+        # all values as text: of the words yes, no, on, off and null yaml makes others
+        content = yaml.load("\n".join(read_lines(path)), Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         raise LongtailError(f"{path}{line}: is no yaml; {expected}") from None
     names: Any = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):
-        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+        if sorted(names) != sorted(map(str, range(len(names)))):
             raise LongtailError(f"{path}: {expected}")
-        names = [names.get(number, names.get(str(number))) for number in range(len(names))]
-    if not isinstance(names, list) or not names:
+        names = [names[str(number)] for number in range(len(names))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise LongtailError(f"{path}: {expected}")
-    class_names = [str(name) for name in names]
-    check_unique(class_names, str(path), "the class")
-    return class_names
+    check_unique(names, str(path), "the class")
+    return LabelFormat(names, _keypoint_numbers(path, content.get("kpt_shape")))
+
+
+def _keypoint_numbers(path: Path, shape: Any) -> int:
+    if shape in (None, "", "~", "null"):
+        return 0
+    sides = shape if isinstance(shape, list) else []
+    if len(sides) != 2 or not all(isinstance(side, str) and side.isdecimal() for side in sides):
+        sides = ["0", "0"]
+    keypoints, numbers = map(int, sides)
+    if keypoints < 1 or numbers not in {2, 3}:
+        raise LongtailError(
+            f"{path}: kpt_shape: expected [KEYPOINTS, 2] or [KEYPOINTS, 3]; correct it, or remove it if there are none"
+        )
+    return keypoints * numbers
 
 
 def _read_split(
-    root: Path, folders: SplitFolders, class_names: Sequence[str], problems: AnnotationProblems
+    root: Path, folders: SplitFolders, label_format: LabelFormat, problems: AnnotationProblems
 ) -> Annotations:
     images = sorted(path for path in (root / folders.images).rglob("*") if is_image_name(path.name))
     names = [path.relative_to(root / folders.images).as_posix() for path in images]
@@ -137,7 +156,7 @@ def _read_split(
     places: list[tuple[int, int]] = []
     for index, stem in enumerate(stems):
         if stem in texts:
-            for line, row in _read_rows(texts[stem], len(class_names)):
+            for line, row in _read_rows(texts[stem], label_format):
                 rows.append(row)
                 places.append((index, line))
     table = np.array(rows, dtype=np.float64).reshape(-1, 5)
@@ -159,13 +178,13 @@ def _read_split(
         files=[f"{folders.images}/{name}" for name in names],
         sizes=sizes,
         image_ids=stems,
-        class_names=class_names,
+        class_names=label_format.class_names,
     )
 
 
-def _read_rows(path: Path, classes: int) -> list[tuple[int, list[float]]]:
+def _read_rows(path: Path, label_format: LabelFormat) -> list[tuple[int, list[float]]]:
     """Return the lines of a text file with their numbers: class, x1, y1, x2, y2 as fractions of the image."""
-    rows = []
+    rows, classes, further = [], len(label_format.class_names), label_format.keypoint_numbers
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -173,7 +192,14 @@ def _read_rows(path: Path, classes: int) -> list[tuple[int, list[float]]]:
             label, *values = map(float, line.split())
         except ValueError:
             values, label = [], 0.0
-        if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        if further:
+            if len(values) not in {4, 4 + further}:
+                raise LongtailError(
+                    f"{path}, line {number}: expected a class, x, y, width, height and {further} numbers of keypoints, "
+                    f"as kpt_shape in data.yaml says, got {len(line.split())} values"
+                )
+            values = values[:4]
+        elif len(values) != 4 and (len(values) < 6 or len(values) % 2):
             raise LongtailError(
                 f"{path}, line {number}: expected a class and x, y, width, height (or a polygon), got "
                 f"'{line.strip()[:40]}'"
@@ -200,15 +226,7 @@ def _read_rows(path: Path, classes: int) -> list[tuple[int, list[float]]]:
 def _read_shown_size(path: Path) -> tuple[int, int] | str:
     """Return height and width of an image as it is shown, which its Exif tag may rotate; or why it cannot be read."""
     try:
-        return _shown_size(path)
+        width, height = read_shown_size(path)
     except LongtailError as error:
         return str(error)
-
-
-def _shown_size(path: Path) -> tuple[int, int]:
-    with image_errors(path), Image.open(path) as image:
-        width, height = image.size
-        # of a PNG file without Exif in its header, asking for it would decode the whole image
-        has_exif = "exif" in image.info or image.format != "PNG"
-        rotated = has_exif and image.getexif().get(_ORIENTATION) in _ROTATED
-    return (width, height) if rotated else (height, width)
+    return height, width
