@@ -40,7 +40,7 @@ def test_no_step_with_a_moving_average_as_the_teacher_does(tiny: Config, name: s
     config = tiny.replace(
         method=name,
         teacher={"source": "ema"},
-        gml={"keys": "momentum", "distillation_weight": 1.0},
+        gml={"keys": "momentum", "distillation_weight": 1.0, "queues": "batch"},
         classifier={"distillation_weight": 1.0, "views": 2, "every_view": True, "distill_every_view": True},
     )
     data = load_data(config.data, 0)
