@@ -31,19 +31,27 @@ from longtail.files import write_text
 
 Entry = dict[str, Any]
 _PARTS = ("images", "annotations", "categories")
+_BEYOND_AREAS = 1e12  # pixels: larger than the objects of any range of areas that is evaluated
 
 
-def read_coco(path: Path, problems: AnnotationProblems | None = None, *, masks: bool = True) -> Annotations:
+def read_coco(
+    path: Path, problems: AnnotationProblems | None = None, *, masks: bool = True, as_written: bool = False
+) -> Annotations:
     """Read a json file in COCO's or LVIS's format.
 
     Classes are in order of their ids. COCO's ``iscrowd`` is what :attr:`Annotations.ignored` says. Areas are the
     file's, which are those of the masks, or those of the boxes where it has none. Whether the image files exist is not
     looked at.
 
+    With ``as_written`` the objects are those that COCO's and LVIS's own code evaluates: no box is clipped or left out;
+    of COCO ``ignore`` is not looked at, which pycocotools overwrites by ``iscrowd``; of LVIS ``iscrowd`` is not, and an
+    object with ``ignore`` has an area beyond all ranges, since lvis-api ignores it without taking it for a crowd.
+
     Args:
         path: the file.
         problems: where to say which boxes were clipped or left out.
         masks: keep the masks, if every object has one; those of LVIS take gigabytes.
+        as_written: see above; otherwise as they can be learned from.
 
     Raises:
         LongtailError: it is no such file; an id or an image is there twice; an annotation is of an unknown image or
@@ -73,6 +81,14 @@ def read_coco(path: Path, problems: AnnotationProblems | None = None, *, masks: 
     areas = _numbers(path, entries, "annotations", lambda entry: (entry["area"],), 1, "an area")[:, 0]
     segmentations: list[Any] = [entry.get("segmentation") for entry in entries] if masks else []
     class_of = {class_id: position for position, class_id in enumerate(class_ids)}
+    negatives = _class_sets(path, images, "neg_category_ids", class_of)
+    crowd, ignore = (np.array([bool(entry.get(key)) for entry in entries], dtype=bool) for key in ("iscrowd", "ignore"))
+    ignored = crowd | ignore
+    if as_written:
+        ignored = crowd if negatives is None else np.zeros_like(crowd)
+        if negatives is not None and ignore.any():
+            areas = areas if has_areas else (corners[:, 2:] - corners[:, :2]).prod(axis=1)
+            areas, has_areas = np.where(ignore, _BEYOND_AREAS, areas), True
 
     def describe(index: int) -> str:
         entry = entries[index]
@@ -84,7 +100,7 @@ def read_coco(path: Path, problems: AnnotationProblems | None = None, *, masks: 
             image_index,
             corners,
             labels,
-            np.array([bool(entry.get("iscrowd") or entry.get("ignore")) for entry in entries], dtype=bool),
+            ignored,
             areas=areas if has_areas else None,
             masks=segmentations if segmentations and all(segmentations) else None,
         ),
@@ -95,8 +111,9 @@ def read_coco(path: Path, problems: AnnotationProblems | None = None, *, masks: 
         image_ids=image_ids,
         class_names=class_names,
         class_ids=class_ids,
-        negatives=_class_sets(path, images, "neg_category_ids", class_of),
+        negatives=negatives,
         incomplete=_class_sets(path, images, "not_exhaustive_category_ids", class_of),
+        as_written=as_written,
     )
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from longtail.data.detection import AnnotationProblems
 from longtail.data.detection.coco import read_coco
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
 from longtail.evaluation.detection_results import read_results
 
 _PRIOR = "as given"
+logger = logging.getLogger(__name__)
 
 
 def evaluate_results(results: Path, annotations: Path, train_annotations: Path | None) -> dict[str, Any]:
     """Return what ``evaluate --json`` holds, see :meth:`longtail.tasks.base.Task.evaluate_results`."""
-    ground_truth = read_coco(annotations)
+    ground_truth = read_coco(annotations, as_written=True)
     names = ground_truth.class_names
     counts = trained = None
     if train_annotations is not None:
-        train = read_coco(train_annotations, masks=False)
+        problems = AnnotationProblems()
+        train = read_coco(train_annotations, problems, masks=False)
+        for remark in problems.remarks():
+            logger.info(remark)
         if set(names) - set(train.class_names):
             missing = sorted(set(names) - set(train.class_names))[0]
             raise LongtailError(f"{train_annotations}: has no category '{missing}', which {annotations} has")
