@@ -167,6 +167,26 @@ def test_logn(command: Command, tmp_path: Path, train: Path, detr: Path) -> None
     assert not torch.equal(before.weight[:-1], after.weight[:-1])
 
 
+def test_logn_leaves_outputs_without_a_category(command: Command, tmp_path: Path, train: Path) -> None:
+    """As torchvision's labels of COCO that are no category."""
+    model, weights, out = spread(build(CLASSES + 3)), tmp_path / "wide.pth", tmp_path / "out"
+    layer = model.roi_heads.box_predictor.cls_score
+    with torch.no_grad():
+        layer.bias[-2:] = -50
+    torch.save(model.state_dict(), weights)
+    code, printed, errors = command(
+        *("calibrate-detector", NAME, "--weights", weights, "--classes", CLASSES + 3, "--annotations", train),
+        *("--images", train.parent, "--method", "logn", "--statistics_images", "2", "--out", out),
+    )
+    assert (code, errors) == (0, "")
+    assert "2 outputs have no category" in printed
+    after = torch.load(out / "wide.pth", weights_only=True)
+    unchanged = [0, CLASSES + 1, CLASSES + 2]
+    for name, before in (("weight", layer.weight), ("bias", layer.bias)):
+        assert torch.equal(after[f"roi_heads.box_predictor.cls_score.{name}"][unchanged], before[unchanged])
+        assert not torch.equal(after[f"roi_heads.box_predictor.cls_score.{name}"][1], before[1])
+
+
 def test_a_result_file(command: Command, tmp_path: Path, train: Path, validation: Path) -> None:
     results = tmp_path / "results.json"
     rng = np.random.default_rng(0)
@@ -206,6 +226,22 @@ def test_a_result_file(command: Command, tmp_path: Path, train: Path, validation
     )
     assert (code, errors) == (0, "")
     assert "search" in json.loads((out / "calibration.json").read_text())
+    # ids of another program, beside the names of the classes
+    ids = {label: 70 + label for label in range(CLASSES)}
+    for entry in entries:
+        label = entry["category_id"] - 1
+        entry |= {"category_id": ids[label], "category_name": f"class {label}"}
+    results.write_text(json.dumps(entries))
+    assert (
+        command(
+            *("calibrate-detector", results, "--annotations", train, "--power", "0.5", "--out", out, "--overwrite")
+        )[0]
+        == 0
+    )
+    again = json.loads((out / "results.json").read_text())
+    assert [entry["score"] for entry in again] == [entry["score"] for entry in got]
+    assert again[0]["category_id"] == 70
+    del entries[0]["category_name"]
     entries[0]["category_id"] = 77
     results.write_text(json.dumps(entries))
     code, _, errors = command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,79 @@ def test_statistics_of_training_images_and_logn(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = logn_correction(full, "first").apply(runner.model.class_layer(colour))
         torch.testing.assert_close(twin.class_layer(colour), expected)
+
+
+def test_logn_leaves_outputs_without_a_category(tmp_path: Path) -> None:
+    train = read_coco(coco(tmp_path, "train", [[0] * 4] * 5 + [[1]], ids=(1, 2, 3)))
+    two = dataclasses.replace(train, class_names=train.class_names[:2], class_ids=train.class_ids[:2])
+    model = Colours()
+    with torch.no_grad():
+        model.class_layer.bias[3] = -50  # no object has raised it
+    statistics = logit_statistics(DetectorRunner(model), train, tmp_path)
+    has_category = torch.tensor([True, True, False])
+    twin = longtail.calibrate_detector(model, two, method="logn", statistics=statistics, class_order="id")
+    assert torch.equal(twin.class_layer.weight[[0, 3]], model.class_layer.weight[[0, 3]])
+    assert torch.equal(twin.class_layer.bias[[0, 3]], model.class_layer.bias[[0, 3]])
+    assert float(twin.class_layer.bias[1].detach()) > -10
+    values = torch.rand(7, 3)
+    with torch.no_grad():
+        expected = logn_correction(statistics, "first", has_category).apply(model.class_layer(values))
+        torch.testing.assert_close(twin.class_layer(values), expected)
+
+
+class Few(Colours):
+    """Returns no more than so many."""
+
+    def find(self, batch: list[Image.Image], score_threshold: float = 0.0, max_detections: int = 100) -> Any:
+        for found in super().find(batch, score_threshold):
+            yield Detections(*(part[:max_detections] for part in found[:3]))
+
+
+class Unlimited(Colours):
+    """Has no limit to set."""
+
+    def find(self, batch: list[Image.Image]) -> Any:  # type: ignore[override]
+        return super().find(batch)
+
+
+def test_as_many_objects_as_lvis_evaluates(tmp_path: Path) -> None:
+    """300 of an image, where a detector returns 100 by itself; not where another number was given."""
+    train = read_coco(coco(tmp_path, "train", [[0], [1], [2]]))
+    validation = read_coco(coco(tmp_path, "val", [[0] * 150]))
+    federated = dataclasses.replace(validation, negatives=(frozenset(),), incomplete=(frozenset(),))
+
+    def ap(model: Any, annotations: Any, limit: int | None = None) -> Any:
+        runner = DetectorRunner(model, max_detections=limit)
+        return choose_power(runner, train, annotations, tmp_path, [0.0]).metrics[0.0]["ap"]
+
+    assert ap(Few(), federated) == ap(Unlimited(), federated) == pytest.approx(100)
+    assert ap(Few(), validation) == ap(Few(), federated, 100) == pytest.approx(100 * 67 / 101)
+    model = fasterrcnn(60).eval()
+    model.roi_heads.box_predictor, model.roi_heads.score_thresh, model.roi_heads.nms_thresh = Distinct(61), 0.0, 1.0
+    for runner, expected in ((DetectorRunner(model), 100), (DetectorRunner(model).up_to(300), 300)):
+        ((found,),) = runner.detect(images(1), [None])
+        assert len(found.scores) == expected
+
+
+def test_post_processing_of_transformers_keeps_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    process = transformers.DeformableDetrImageProcessor(size={"height": 64, "width": 64}, do_pad=False)
+    model = spread(transformers_model("DeformableDetr"))
+    for runner, expected in ((DetectorRunner(model, process), 12 * 5), (DetectorRunner(model, process).up_to(7), 7)):
+        ((found,),) = runner.detect(images(1), [None])
+        assert len(found.scores) == expected
+    seen: list[int] = []
+    original = type(process).post_process_object_detection
+
+    def post_process(self: Any, outputs: Any, threshold: float, target_sizes: Any, top_k: int = 100) -> Any:
+        seen.append(top_k)
+        return original(self, outputs, threshold, target_sizes, top_k)
+
+    monkeypatch.setattr(type(process), "post_process_object_detection", post_process)
+    list(DetectorRunner(model, process).detect(images(1), [None]))
+    list(DetectorRunner(model, process).up_to(300).detect(images(1), [None]))
+    assert seen == [100, 300]
 
 
 def test_missing_images_and_processors_are_one_line(tmp_path: Path) -> None:

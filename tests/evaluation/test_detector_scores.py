@@ -13,6 +13,7 @@ from longtail.evaluation.detector_scores import (
     Background,
     LogitStatistics,
     Normalization,
+    class_outputs,
     logn,
     logn_correction,
     norcal,
@@ -151,6 +152,25 @@ def test_logn_is_its_formula_over_statistics_in_batches(background: Background) 
     torch.testing.assert_close(logn(values, statistics, background), logn_loop(values, over, background))
     array = logn(values.numpy(), statistics, background)
     assert isinstance(array, np.ndarray)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_logn_leaves_outputs_without_a_category(background: Background) -> None:
+    """They neither say what the smallest mean is nor are raised to it."""
+    over = logits(background, 101, seed=1)
+    classes = class_outputs(over.shape[1], background)
+    over[:, classes][:, 2] -= 1000
+    statistics, rest = LogitStatistics(over.shape[1]), LogitStatistics(over.shape[1] - 1)
+    statistics.update(over)
+    kept = [index for index in range(over.shape[1]) if index != classes.start + 2]
+    rest.update(over[:, kept])
+    has_category = torch.tensor([index != 2 for index in range(len(COUNTS))])
+    correction, expected = logn_correction(statistics, background, has_category), logn_correction(rest, background)
+    torch.testing.assert_close(correction.scale[kept], expected.scale)
+    torch.testing.assert_close(correction.shift[kept], expected.shift)
+    assert [float(part[classes][2]) for part in correction] == [1, 0]
+    with pytest.raises(LongtailError, match="LogN: 0 of 4 outputs have a category"):
+        logn_correction(statistics, background, torch.zeros(len(COUNTS), dtype=torch.bool))
 
 
 def test_logn_of_a_constant_logit_is_finite() -> None:

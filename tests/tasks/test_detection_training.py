@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from longtail.losses import compute_log_prior, posterior_cross_entropy
 from longtail.losses.seesaw import seesaw_loss
 from longtail.methods.base import Method
 from longtail.nn import Encoder, RegionClassifier
-from longtail.nn.detection import DetectionNetwork
+from longtail.nn.detection import DetectionNetwork, FasterRCNN, Regions
 from longtail.registry import METHODS, TASKS
 from longtail.tasks.detection.detector import Detector, select_detections
+from longtail.tasks.detection.evaluator import DetectionEvaluator, FoundRegions
 from longtail.tasks.detection.regions import RegionAdapter, class_shift
 from longtail.tasks.detection.settings import DetectionSettings
 from longtail.training.auto_config import auto_config
@@ -143,6 +145,19 @@ def test_settings_that_do_not_fit(detecting: Config, changes: dict[str, object],
 def test_scales_in_the_wrong_order() -> None:
     with pytest.raises(LongtailError, match=r"detection.scale \(2.0, 1.0\): expected the smaller value first"):
         DetectionSettings(scale=(2.0, 1.0))
+
+
+def test_a_step_has_room_for_an_object() -> None:
+    """torchvision draws the whole part of regions · fraction, which may be none."""
+    with pytest.raises(
+        LongtailError, match=r"detection.objects 0.05: of 8 regions .* expected at least 0.125, or more"
+    ):
+        DetectionSettings(regions_per_image=8, objects=0.05)
+    for regions in range(8, 300):
+        with pytest.raises(LongtailError, match=r"detection\.objects") as error:
+            DetectionSettings(regions_per_image=regions, objects=0.999 / regions)
+        least = str(error.value).partition("expected at least ")[2].partition(",")[0]
+        DetectionSettings(regions_per_image=regions, objects=float(least))
 
 
 def test_a_missing_extra_is_found_before_the_training(
@@ -287,7 +302,7 @@ def test_what_is_found_is_in_pixels_of_the_stored_image(detecting: Config, tmp_p
     image.save(tmp_path / "wide.png")
     found = next(detector.find([tmp_path / "wide.png"], score_threshold=0.001))
     square, scales = letterbox(image, 64)
-    inside = detector.detect(detector.preprocess(image), score_threshold=0.001)[0]
+    inside = detector.detect(detector.preprocess(image), score_threshold=0.001, sizes=[image.size])[0]
     assert square.size == (64, 64)
     expected = (inside.boxes / torch.tensor(scales * 2)).clamp(max=torch.tensor([90.0, 45.0] * 2))
     assert torch.allclose(found.boxes, expected, atol=1e-4)
@@ -295,6 +310,39 @@ def test_what_is_found_is_in_pixels_of_the_stored_image(detecting: Config, tmp_p
     both = list(detector.find([image, image.resize((30, 60))], score_threshold=0.001, batch_size=1))
     assert torch.equal(both[0].boxes, found.boxes)
     assert (both[1].boxes[:, 2] <= 30).all()
+
+
+def test_boxes_in_the_padding_take_no_place(detecting: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of 64 × 20 pixels in a square: more regions below it than detections are kept, and one in it."""
+    detector = saved_detector(tmp_path, detecting)
+    corners = torch.cartesian_prod(torch.arange(1.0, 61, 4), torch.arange(21.0, 61, 4))
+    padding = torch.cat([corners, corners + 2], dim=1)
+    half = torch.tensor([[8.0, 4, 24, 50]])  # of which a part is in the image
+    boxes = torch.cat([padding, half])
+
+    def propose(self: FasterRCNN, images: torch.Tensor) -> Regions:
+        features = torch.zeros(len(images) * len(boxes), detector.encoder.num_features)
+        return Regions(features, boxes.repeat(len(images), 1), (len(boxes),) * len(images))
+
+    monkeypatch.setattr(FasterRCNN, "propose", propose)
+    image = Image.new("RGB", (32, 10))
+    limits: dict[str, Any] = {"score_threshold": 0.001, "nms_threshold": 0.5, "max_detections": 100}
+    assert len(padding) > 100
+    kept = [next(detector.find(image, **limits)), next(detector.find_corrected([image], [None], **limits))[0]]
+    data = draw_data(tmp_path / "evaluated", test=1)
+    evaluator = TASKS["detection"].evaluator(detector, data.test, detecting, {"uniform": None}, False)
+    assert isinstance(evaluator, DetectionEvaluator)
+    evaluator.update(
+        torch.tensor([0]), FoundRegions(detector.regions(torch.zeros(1, 3, 64, 64)), (image.size,)), torch.zeros(1, 0)
+    )
+    kept += evaluator.found["uniform"].values()
+    for found in kept:
+        assert found.boxes.tolist() == [[4, 2, 12, 10]] * 3  # of each class
+    # of a square that is a whole image all are objects
+    assert len(detector.detect(torch.zeros(1, 3, 64, 64), **limits)[0].boxes) == 100
+    # and what has no area in the image is left out at last
+    outside = Detections(padding, torch.zeros(len(padding)).long(), torch.ones(len(padding)))
+    assert len(detector.to_stored(outside, image.size).boxes) == 0
 
 
 def test_selection_of_detections() -> None:

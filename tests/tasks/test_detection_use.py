@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
 from longtail.config import Config, load_recipe
@@ -26,6 +27,7 @@ from longtail.evaluation.detection import detection_metrics
 from longtail.evaluation.detection_results import read_results, to_results
 from longtail.evaluation.detector_scores import norcal_correction
 from longtail.experiments.evaluate import evaluate
+from longtail.inference.model_config import ModelConfig
 from longtail.inference.options import InferenceOptions
 from longtail.report import run_report
 from longtail.serve import build_app
@@ -214,6 +216,49 @@ def test_predict_writes_tables_drawings_and_results(run: Path, root: Path, comma
     assert none.rows == [[str(images / "000.png"), "nothing found", "", ""]]
     other = predict_files(Detector.load(run), [images / "000.png"], PredictionRequest(prior="train"))
     assert len(other.rows) == 2
+
+
+@pytest.mark.usefixtures("sees_rectangles")
+def test_what_predict_writes_is_evaluated(run: Path, root: Path, command: Command, tmp_path: Path) -> None:
+    """With the ids of other annotations too, whose images and classes have another order; the model may have none."""
+    images, config = root / "images2", run / "recognizer" / "config.json"
+    saved = config.read_text(encoding="utf-8")
+    content = json.loads((root / "test.json").read_text(encoding="utf-8"))
+    for image in content["images"]:
+        image["id"] = 6 - image["id"]
+    for annotation in content["annotations"]:
+        annotation["image_id"], annotation["category_id"] = 6 - annotation["image_id"], 4 - annotation["category_id"]
+    for category in content["categories"]:
+        category["id"] = 4 - category["id"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content), encoding="utf-8")
+    found = []
+    for class_ids in ([4, 2, 8], []):
+        config.write_text(json.dumps({**json.loads(saved), "class_ids": class_ids}), encoding="utf-8")
+        out = tmp_path / f"out{len(class_ids)}"
+        code, shown, err = command("predict", run, images, "--out", out, "--threshold", "0.001")
+        assert code == 0, err
+        entry = json.loads((out / "detections.json").read_text(encoding="utf-8"))[0]
+        assert (entry["category_name"], entry["category_id"]) == ("red", 4 if class_ids else 1)
+        assert f"category {entry['category_id']} is red" in shown
+        assert entry["file_name"] == str(images / "000.png")
+        for truth in (root / "test.json", other):
+            code, _, err = command(
+                *("evaluate", out / "detections.json", "--annotations", truth, "--json", tmp_path / "m.json")
+            )
+            assert code == 0, err
+            metrics = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
+            found.append(metrics["per_class"][metrics["class_names"].index("red")])
+    config.write_text(saved, encoding="utf-8")
+    assert found == [found[0]] * 4
+    assert found[0] > 90
+
+
+def test_a_model_knows_the_ids_of_its_classes(run: Path) -> None:
+    config = json.loads((run / "recognizer" / "config.json").read_text(encoding="utf-8"))
+    assert config["class_ids"] == [1, 2, 3]
+    del config["class_ids"]  # as models of earlier versions
+    assert TypeAdapter(ModelConfig).validate_python(config).class_ids == ()
 
 
 @pytest.mark.usefixtures("sees_rectangles")

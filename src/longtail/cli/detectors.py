@@ -135,7 +135,7 @@ def _correct_model(
             statistics = logit_statistics(
                 runner_of(stored.model), train, train_images, options.statistics_images, progress=counter.add
             )
-            correction = logn_correction(statistics, head.background)
+            correction = logn_correction(statistics, head.background, class_map.categories >= 0)
             record["proposals"] = statistics.count
         else:
             counts = category_counts(train, options.counts)

@@ -77,6 +77,7 @@ def _evaluate_results(options: Evaluate) -> None:
     ):
         if getattr(options, name) != Evaluate.__dataclass_fields__[name].default:
             raise LongtailError(f"--{name}: needs a run, not a file of results; leave it out")
+    show_messages(options.quiet)
     from longtail.registry import TASKS
 
     task = next(TASKS[name] for name in TASKS if TASKS[name].finds_objects)

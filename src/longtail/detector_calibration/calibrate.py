@@ -21,7 +21,7 @@ from longtail.detector_calibration.heads import ClassHead, corrected_copy, find_
 from longtail.detector_calibration.running import DetectorRunner
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
-from longtail.evaluation.detection_matches import coco_masks
+from longtail.evaluation.detection_matches import MAX_DETECTIONS_FEDERATED, coco_masks
 from longtail.evaluation.detector_scores import (
     LogitCorrection,
     LogitStatistics,
@@ -68,7 +68,8 @@ def calibrate_detector(
         model: of torchvision (Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS, SSD, SSDlite), of transformers (the
             DETR family), or longtail's own; the device does not matter.
         counts: NorCal: training annotations, or training images or objects of each class, by name or in the order of
-            the detector's classes without the background. Classes with 0 count as the most frequent.
+            the detector's classes without the background. Classes with 0 count as the most frequent. LogN: annotations,
+            if given, say which outputs have a category; others are left as they are.
         method: ``norcal`` or ``logn``.
         power: NorCal: exponent of the counts; :func:`choose_power` finds one on validation images.
         statistics: LogN: of the logits over training images, see :func:`logit_statistics`.
@@ -99,7 +100,8 @@ def make_correction(
     if method == "logn":
         if statistics is None:
             raise LongtailError("LogN: needs the statistics of the logits on training images; see logit_statistics")
-        return logn_correction(statistics, head.background)
+        class_map = map_classes(head, counts, class_order) if isinstance(counts, Annotations) else None
+        return logn_correction(statistics, head.background, None if class_map is None else class_map.categories >= 0)
     if counts is None or power is None:
         missing = "counts of the training images of each class" if counts is None else "power, for example 0.5"
         raise LongtailError(f"NorCal: needs {missing}")
@@ -235,12 +237,15 @@ def evaluate_corrections(
 ) -> list[dict[str, Any]]:
     """Return :data:`METRICS` of a detector on validation images under each correction, with None as it is.
 
-    The arguments are those of :func:`choose_power`.
+    The arguments are those of :func:`choose_power`. On federated annotations (LVIS) the detector finds up to 300
+    objects in an image, as their evaluation counts, unless ``runner`` has another number.
     """
     coco_masks()  # so that a missing extra is not found after hours
     class_map = map_classes(runner.head, validation, class_order)
     train_map = map_classes(runner.head, train, class_order)
     found: list[list[Detections]] = [[] for _ in corrections]
+    if validation.negatives is not None:  # whose evaluation counts more of an image than detectors return by themselves
+        runner = runner.up_to(MAX_DETECTIONS_FEDERATED)
     files = find_images(validation, images)
     for by_correction in runner.detect(files.open_each(range(len(files))), corrections):
         for detections, (boxes, classes, scores, _) in zip(found, by_correction, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from longtail.data.detection import Annotations
 from longtail.detector_calibration.calibrate import PowerSearch, box_metrics
 from longtail.errors import LongtailError
-from longtail.evaluation.detection_results import load_results, read_results
+from longtail.evaluation.detection_results import load_results, match_classes, read_results
 from longtail.evaluation.detector_scores import scale_scores
 
 LIMITS = (
@@ -38,11 +38,10 @@ class ResultFile:
 
     def __init__(self, path: Path, annotations: Annotations) -> None:
         self.path = path
-        self.entries = load_results(path, annotations.category_ids)
+        self.entries = load_results(path)
         if not self.entries:
             raise LongtailError(f"{path}: is empty; expected a list of detections, as COCO's result files hold it")
-        place = {class_id: label for label, class_id in enumerate(annotations.category_ids)}
-        self.labels = torch.tensor([place[entry["category_id"]] for entry in self.entries])
+        self.labels = torch.tensor(match_classes(path, self.entries, annotations))
         """(D,) int64 in [0, K)."""
         self.scores = torch.tensor([float(entry["score"]) for entry in self.entries], dtype=torch.float64)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import signature
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ class DetectorRunner:
         processor: the image processor of a model of transformers.
         score_threshold: detections with lower scores are left out; the detector's own if None, and 0 for
             transformers, whose post-processing has none of its own.
-        max_detections: of an image; the detector's own if None.
+        max_detections: of an image; the detector's own if None, but see :meth:`up_to`.
         batch_size: images in a pass.
 
     Raises:
@@ -63,6 +64,21 @@ class DetectorRunner:
                 "processor: a model of transformers needs its image processor to run on images "
                 "(AutoImageProcessor.from_pretrained; preprocessor_config.json in the folder of the model)"
             )
+
+    def up_to(self, max_detections: int) -> DetectorRunner:
+        """Return one that finds up to so many objects in an image; the same one where a number was given.
+
+        A detector of another kind whose ``find`` takes no ``max_detections`` finds as many as it does.
+        """
+        has_limit = self._is_torchvision or self._is_transformers
+        if not has_limit:
+            find = self.model.find_corrected if hasattr(self.model, "find_corrected") else self.model.find
+            has_limit = "max_detections" in signature(find).parameters
+        if self.max_detections is not None or not has_limit:
+            return self
+        other = copy.copy(self)
+        other.max_detections = max_detections
+        return other
 
     def detect(
         self, images: Iterable[Image.Image], corrections: Sequence[LogitCorrection | None]
@@ -180,10 +196,13 @@ class DetectorRunner:
         sizes = torch.tensor([(image.height, image.width) for image in batch], device=outputs.logits.device)
 
         def finish(logits: Tensor) -> list[Detections]:
-            found = self.processor.post_process_object_detection(
+            post_process = self.processor.post_process_object_detection
+            takes_limit = self.max_detections is not None and "top_k" in signature(post_process).parameters
+            found = post_process(
                 SimpleNamespace(logits=logits, pred_boxes=outputs.pred_boxes),
                 threshold=0.0 if self.score_threshold is None else self.score_threshold,
                 target_sizes=sizes,
+                **({"top_k": self.max_detections} if takes_limit else {}),
             )
             return self._detections(found)
 

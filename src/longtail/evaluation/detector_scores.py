@@ -30,8 +30,9 @@ and standard deviation σ_c of the logit of class c over the proposals of traini
 
     z'_c = (z_c − μ_c + β) / σ_c,    β = min_k μ_k over the classes without the background,
 
-and the logit of the background as it is. The paper's proposals are those of its training steps; here they are those of
-inference (all boxes, anchors or queries of which the detector computes class scores), which need no annotations.
+and the logits of the background, and of outputs that no category uses, as they are. The paper's proposals are those of
+its training steps; here they are those of inference (all boxes, anchors or queries of which the detector computes class
+scores), which need no annotations.
 
 Legend: P proposals, C classes without the background, L = C or C + 1 outputs.
 """
@@ -206,21 +207,34 @@ class LogitStatistics:
         return (self._squares / max(self.count, 1)).sqrt()
 
 
-def logn_correction(statistics: LogitStatistics, background: Background) -> LogitCorrection:
+def logn_correction(
+    statistics: LogitStatistics, background: Background, has_category: Tensor | None = None
+) -> LogitCorrection:
     """Return LogN as a correction of L logits.
 
+    Args:
+        statistics: of the logits of training proposals.
+        background: which of the L outputs is the background; None for sigmoids.
+        has_category: (C,) bool, whether an output stands for a category; all do if not given. The others, as COCO's
+            labels without a category, have logits that no object has raised: they take no part in β, and stay as they
+            are.
+
     Raises:
-        LongtailError: there are fewer than two proposals.
+        LongtailError: there are fewer than two proposals, no output has a category, or they are another number.
     """
     if statistics.count < 2:
         raise LongtailError(f"LogN: needs the logits of at least 2 proposals, got {statistics.count}; use more images")
     classes = class_outputs(len(statistics.mean), background)
     mean = statistics.mean[classes]
     deviation = statistics.deviation[classes].clamp(min=SMALLEST_DEVIATION)
-    return LogitCorrection(
-        with_background(1 / deviation, background, 1.0),
-        with_background((mean.min() - mean) / deviation, background),
-    )
+    used = torch.ones_like(mean, dtype=torch.bool) if has_category is None else has_category.to(mean.device)
+    if used.shape != mean.shape or not bool(used.any()):
+        raise LongtailError(
+            f"LogN: {int(used.sum())} of {len(used)} outputs have a category; expected some of {len(mean)}"
+        )
+    scale = torch.where(used, 1 / deviation, 1.0)
+    shift = torch.where(used, (mean[used].min() - mean) / deviation, 0.0)
+    return LogitCorrection(with_background(scale, background, 1.0), with_background(shift, background))
 
 
 def logn(logits: Scores, statistics: LogitStatistics, background: Background) -> Scores:

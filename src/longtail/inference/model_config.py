@@ -29,6 +29,9 @@ class ModelConfig:
     """(C,) training images per class; labelled training pixels where every pixel has a label."""
     image_counts: tuple[int, ...] = ()
     """(C,) training images of each class, where ``class_counts`` counts something else and they matter."""
+    class_ids: tuple[int, ...] = ()
+    """(C,) ids of the classes in the training annotations, where they have ids (COCO, LVIS); empty otherwise, and in
+    models that were saved without them."""
     network: str
     task: str = "classification"
     """Name of the task in :data:`longtail.registry.TASKS`."""

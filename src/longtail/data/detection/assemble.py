@@ -97,6 +97,7 @@ def assemble(
     negatives: Sequence[frozenset[int]] | None = None,
     incomplete: Sequence[frozenset[int]] | None = None,
     partial_masks: bool = False,
+    as_written: bool = False,
 ) -> Annotations:
     """Return annotations whose boxes are inside their images and have an area.
 
@@ -115,6 +116,7 @@ def assemble(
         negatives: of every image.
         incomplete: of every image.
         partial_masks: keep masks where some objects have none.
+        as_written: keep every box as it is, whether it has an area or is inside of its image.
 
     Raises:
         LongtailError: a coordinate is no finite number, or a box is outside of its image.
@@ -128,9 +130,13 @@ def assemble(
     flat = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
     if columns.empty is not None:
         flat |= columns.empty
+    flat &= not as_written
     problems.without_area += [describe(index) for index in np.flatnonzero(flat).tolist()]
     limits = sizes.astype(np.float64).reshape(-1, 2)[columns.image_index][:, [1, 0]]
-    away = ~flat & ((boxes[:, 2:] <= 0) | (boxes[:, :2] >= limits)).any(axis=1)
+    start = 0.0
+    if as_written:  # as if images had no end
+        start, limits = -np.inf, np.full_like(limits, np.inf)
+    away = ~flat & ((boxes[:, 2:] <= start) | (boxes[:, :2] >= limits)).any(axis=1)
     if away.any():
         index = int(np.argmax(away))
         box, (width, height) = ", ".join(f"{value:g}" for value in boxes[index]), limits[index]
@@ -139,9 +145,9 @@ def assemble(
             f"{describe(index)}: its box (x1, y1, x2, y2 = {box}) is outside of its image, {width:g} × {height:g} "
             f"pixels{more}; correct or remove it"
         )
-    beyond = ~flat & ((boxes[:, :2] < -_ROUNDING) | (boxes[:, 2:] > limits + _ROUNDING)).any(axis=1)
+    beyond = ~flat & ((boxes[:, :2] < start - _ROUNDING) | (boxes[:, 2:] > limits + _ROUNDING)).any(axis=1)
     problems.outside += [describe(index) for index in np.flatnonzero(beyond).tolist()]
-    clipped = np.clip(boxes, 0, np.concatenate([limits, limits], axis=1))
+    clipped = np.clip(boxes, start, np.concatenate([limits, limits], axis=1))
     kept = np.flatnonzero(~flat)
     kept = kept[np.argsort(columns.image_index[kept], kind="stable")]
     box_areas = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])

@@ -36,10 +36,16 @@ _LARGEST = 2**31  # pixels of a side; beyond it is no size
 _FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
 _FEWEST_NUMBERS = 6  # of a polygon: three points
 _MASK = "a segmentation of polygons, each x and y in turn, or run-length encoded (size and counts)"
+_BEYOND_AREAS = 1e12  # pixels: larger than the objects of any range of areas that is evaluated
 
 
 def read_coco(
-    path: Path, problems: AnnotationProblems | None = None, *, masks: bool = True, partial_masks: bool = False
+    path: Path,
+    problems: AnnotationProblems | None = None,
+    *,
+    masks: bool = True,
+    partial_masks: bool = False,
+    as_written: bool = False,
 ) -> Annotations:
     """Read a json file in COCO's or LVIS's format.
 
@@ -47,11 +53,16 @@ def read_coco(
     the file's, which is that of the mask, or that of the box where the file has none. A field that is null is read as
     one that is missing. Whether the image files exist is not looked at.
 
+    With ``as_written`` the objects are those that COCO's and LVIS's own code evaluates: no box is clipped or left out;
+    of COCO ``ignore`` is not looked at, which pycocotools overwrites by ``iscrowd``; of LVIS ``iscrowd`` is not, and an
+    object with ``ignore`` has an area beyond all ranges, since lvis-api ignores it without taking it for a crowd.
+
     Args:
         path: the file.
         problems: where to say which boxes were clipped or left out, and whether masks were.
         masks: keep the masks, if every object has one; those of LVIS take gigabytes.
         partial_masks: keep them also if some objects have none, an empty list in its place; they cannot be compared.
+        as_written: see above; otherwise as they can be learned from.
 
     Raises:
         LongtailError: it is no such file; a field is not what it should be; an id or an image is there twice; an
@@ -82,6 +93,15 @@ def read_coco(
     segmentations = _column(path, entries, "annotations", _mask_of, _MASK) if masks else None
     class_of = {class_id: position for position, class_id in enumerate(class_ids)}
     problems = AnnotationProblems() if problems is None else problems
+    negatives = _class_sets(path, images, "neg_category_ids", class_of)
+    crowd = _flags(path, entries, "iscrowd")
+    ignore = _flags(path, entries, "ignore")
+    areas = _areas(path, entries)
+    ignored = crowd | ignore
+    if as_written:
+        ignored = crowd if negatives is None else np.zeros_like(crowd)
+        if negatives is not None:
+            areas = np.where(ignore, _BEYOND_AREAS, areas)
 
     def describe(index: int) -> str:
         return f"{path}: {_name_of(entries, 'annotations', index)} of {printable(files[image_index[index]])}"
@@ -94,8 +114,8 @@ def read_coco(
             image_index,
             corners,
             labels,
-            np.array(_column(path, entries, "annotations", _is_ignored, "0 or 1 as its iscrowd"), dtype=bool),
-            areas=_areas(path, entries),
+            ignored,
+            areas=areas,
             masks=segmentations,
         ),
         describe,
@@ -105,9 +125,10 @@ def read_coco(
         image_ids=image_ids,
         class_names=class_names,
         class_ids=class_ids,
-        negatives=_class_sets(path, images, "neg_category_ids", class_of),
+        negatives=negatives,
         incomplete=_class_sets(path, images, "not_exhaustive_category_ids", class_of),
         partial_masks=partial_masks,
+        as_written=as_written,
     )
 
 
@@ -245,16 +266,18 @@ def _file_of(image: Entry) -> str:
     return "/".join(_text_of(image, "coco_url").split("/")[-2:])
 
 
-def _is_ignored(entry: Entry) -> bool:
-    for key in ("iscrowd", "ignore"):
+def _flags(path: Path, entries: list[Entry], key: str) -> np.ndarray[Any, Any]:
+    """Return (M,) bool, False where an annotation does not say."""
+
+    def flag(entry: Entry) -> bool:
         value = entry.get(key)
         if isinstance(value, str):
-            value = _FLAGS[value.strip().lower()]
-        elif value is not None and not isinstance(value, int | float):
+            return _FLAGS[value.strip().lower()]
+        if value is not None and not isinstance(value, int | float):
             raise KeyError
-        if value:
-            return True
-    return False
+        return bool(value)
+
+    return np.array(_column(path, entries, "annotations", flag, f"0 or 1 as its {key}"), dtype=bool)
 
 
 def _mask_of(entry: Entry) -> Mask:

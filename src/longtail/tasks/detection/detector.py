@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from longtail.data.detection import Detections, letterbox
 from longtail.data.image_io import to_rgb
@@ -155,6 +155,7 @@ class Detector(TrainedModel):
         nms_threshold: float = 0.5,
         max_detections: int = 100,
         prior: Prior = "uniform",
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[Detections]:
         """Return what is found in (B, channels, S, S) letterboxed images in [0, 1], in pixels of these.
 
@@ -165,11 +166,14 @@ class Detector(TrainedModel):
                 probable one is left out.
             max_detections: most of an image.
             prior: see :meth:`probabilities`.
+            sizes: width and height of each image as it is stored: boxes are clipped to the part of the square that the
+                image takes, and those in the padding left out, before suppression and the choice of the best; if not
+                given, the squares are taken as images.
 
         Raises:
             LongtailError: the prior does not fit.
         """
-        return self.select(self.regions(images), score_threshold, nms_threshold, max_detections, prior)
+        return self.select(self.regions(images), score_threshold, nms_threshold, max_detections, prior, sizes)
 
     def select(
         self,
@@ -178,6 +182,7 @@ class Detector(TrainedModel):
         nms_threshold: float = 0.5,
         max_detections: int = 100,
         prior: Prior = "uniform",
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[Detections]:
         """Return the detections among regions, as :meth:`detect` does; several priors then need one pass.
 
@@ -187,13 +192,15 @@ class Detector(TrainedModel):
             nms_threshold: see :meth:`detect`.
             max_detections: see :meth:`detect`.
             prior: see :meth:`probabilities`.
+            sizes: see :meth:`detect`.
 
         Raises:
             LongtailError: the prior does not fit.
         """
         probabilities = self.probabilities(regions.scores, prior)
+        shown = None if sizes is None else [self._shown_size(size) for size in sizes]
         return select_detections(
-            regions.boxes, probabilities, regions.counts, score_threshold, nms_threshold, max_detections
+            regions.boxes, probabilities, regions.counts, score_threshold, nms_threshold, max_detections, shown
         )
 
     def find(
@@ -219,7 +226,7 @@ class Detector(TrainedModel):
             LongtailError: a file cannot be read, or the prior does not fit.
         """
         for squares, sizes in self._batches(images, batch_size):
-            found = self.detect(squares, score_threshold, nms_threshold, max_detections, prior)
+            found = self.detect(squares, score_threshold, nms_threshold, max_detections, prior, sizes)
             for size, detections in zip(sizes, found, strict=True):
                 yield self.to_stored(detections, size)
 
@@ -254,7 +261,7 @@ class Detector(TrainedModel):
                 else:
                     scores = correct(raw.scores) / self.config.temperature
                 regions = raw._replace(scores=scores)
-                found.append(self.select(regions, score_threshold, nms_threshold, max_detections))
+                found.append(self.select(regions, score_threshold, nms_threshold, max_detections, sizes=sizes))
             for index, size in enumerate(sizes):
                 yield tuple(self.to_stored(by_image[index], size) for by_image in found)
 
@@ -274,16 +281,23 @@ class Detector(TrainedModel):
     def to_stored(self, detections: Detections, size: tuple[int, int]) -> Detections:
         """Return detections in pixels of the image, of those in pixels of the letterboxed one; on the CPU.
 
+        Those of which nothing is in the image are left out.
+
         Args:
             detections: of :meth:`detect`.
             size: width and height of the image.
         """
-        factor = self.config.image_size / max(size)
         limits = torch.tensor(size * 2, dtype=torch.float32)
-        # the sides of a letterboxed image are whole pixels
-        scales = limits / torch.tensor([max(1, round(side * factor)) for side in size] * 2)
+        scales = limits / torch.tensor(self._shown_size(size) * 2)
         boxes = torch.minimum((detections.boxes.cpu() * scales).clamp(min=0), limits)
-        return Detections(boxes, detections.labels.cpu(), detections.scores.cpu())
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        return Detections(boxes[kept], detections.labels.cpu()[kept], detections.scores.cpu()[kept])
+
+    def _shown_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the width and height that an image has in the square, whole pixels as :func:`letterbox` makes them."""
+        factor = self.config.image_size / max(size)
+        width, height = (max(1, round(side * factor)) for side in size)
+        return width, height
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return an image letterboxed, (1, channels, S, S) in [0, 1]."""
@@ -302,6 +316,7 @@ def select_detections(
     score_threshold: float,
     nms_threshold: float,
     max_detections: int,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Detections]:
     """Return the detections of each image: probable classes of regions, without those that another one suppresses.
 
@@ -312,10 +327,18 @@ def select_detections(
         score_threshold: see :meth:`Detector.detect`.
         nms_threshold: see :meth:`Detector.detect`.
         max_detections: see :meth:`Detector.detect`.
+        sizes: width and height of each image, in the pixels of the boxes, which are clipped to it; not clipped if not
+            given.
     """
     found = []
-    for own_boxes, own in zip(boxes.split(list(counts)), probabilities.split(list(counts)), strict=True):
-        rows, labels = torch.nonzero(own > score_threshold, as_tuple=True)
+    parts = zip(boxes.split(list(counts)), probabilities.split(list(counts)), strict=True)
+    for image, (own_boxes, own) in enumerate(parts):
+        is_probable = own > score_threshold
+        if sizes is not None:
+            width, height = sizes[image]
+            own_boxes = clip_boxes_to_image(own_boxes, (height, width))
+            is_probable &= (own_boxes[:, 2:] > own_boxes[:, :2]).all(dim=1, keepdim=True)
+        rows, labels = torch.nonzero(is_probable, as_tuple=True)
         scores = own[rows, labels]
         if len(scores) > MOST_CANDIDATES:
             scores, best = scores.topk(MOST_CANDIDATES)

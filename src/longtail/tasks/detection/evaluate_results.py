@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from longtail.data.detection import AnnotationProblems
 from longtail.data.detection.coco import read_coco
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
 from longtail.evaluation.detection_results import read_results
 
 _PRIOR = "as given"
+logger = logging.getLogger(__name__)
 
 
 def evaluate_results(results: Path, annotations: Path, train_annotations: Path | None) -> dict[str, Any]:
     """Return what ``evaluate --json`` holds, see :meth:`longtail.tasks.base.Task.evaluate_results`."""
-    ground_truth = read_coco(annotations)
+    problems = AnnotationProblems()
+    ground_truth = read_coco(annotations, problems, as_written=True)
     names = ground_truth.class_names
     counts = trained = None
     if train_annotations is not None:
-        train = read_coco(train_annotations, masks=False)
+        train = read_coco(train_annotations, problems, masks=False)
         if set(names) - set(train.class_names):
             missing = sorted(set(names) - set(train.class_names))[0]
             raise LongtailError(f"{train_annotations}: has no category '{missing}', which {annotations} has")
         position = [train.class_names.index(name) for name in names]
         counts, trained = (values[position].tolist() for values in (train.image_counts, train.object_counts))
+    for remark in problems.remarks():
+        logger.info(remark)
     detections = read_results(results, ground_truth)
     metrics = detection_metrics(detections, ground_truth, image_counts=counts)
     if ground_truth.masks is not None and any(each.masks is not None for each in detections):

@@ -68,20 +68,25 @@ class DetectionEvaluator(Evaluator):
         }
         federated = self.annotations.negatives is not None
         self.max_detections = MAX_DETECTIONS_FEDERATED if federated else MAX_DETECTIONS
-        self._found: dict[str, dict[int, Detections]] = {name: {} for name in self.priors}
+        self.found: dict[str, dict[int, Detections]] = {name: {} for name in self.priors}
+        """What was found by this process, by prior and position of the image."""
 
     def update(self, positions: Tensor, scores: FoundRegions, labels: Tensor) -> None:  # noqa: ARG002
         """Add what was found in B images; ``labels`` is not looked at."""
         for name, prior in self.priors.items():
             found = self.model.select(
-                scores.regions, score_threshold=SCORE_THRESHOLD, max_detections=self.max_detections, prior=prior
+                scores.regions,
+                score_threshold=SCORE_THRESHOLD,
+                max_detections=self.max_detections,
+                prior=prior,
+                sizes=scores.sizes,
             )
             for position, detections, size in zip(positions.tolist(), found, scores.sizes, strict=True):
-                self._found[name][position] = self.model.to_stored(detections, size)
+                self.found[name][position] = self.model.to_stored(detections, size)
 
     def compute(self) -> dict[str, Metrics]:
         """Return the metrics over all processes, by prior."""
-        gathered = gather_objects(self._found)
+        gathered = gather_objects(self.found)
         metrics = {}
         for name in self.priors:
             found: dict[int, Detections] = {}

@@ -73,13 +73,14 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
     notes = [f"objects with a score of at least {threshold:g}"]
     if request.out is not None:
         ids = _image_ids(files)
-        results = to_results(every, ids, range(1, len(names) + 1))
-        by_id = {image_id: str(file) for image_id, file in zip(ids, files, strict=True)}
-        lines = [json.dumps({**entry, "file_name": by_id[entry["image_id"]]}) for entry in results]
+        class_ids = model.config.class_ids or tuple(range(1, len(names) + 1))
+        # with paths and names, as the ids of annotations that the file is evaluated on may be others
+        results = to_results(every, ids, class_ids, [str(file) for file in files], names)
+        lines = [json.dumps(entry) for entry in results]
         write_text(request.out / RESULTS, "[\n" + ",\n".join(lines) + "\n]\n")  # an object a line
         for record, image_id in zip(records, ids, strict=True):
             record["image_id"] = image_id
-        notes.append(f"drawings and {RESULTS} (category 1 is {names[0]}): {request.out}")
+        notes.append(f"drawings and {RESULTS} (category {class_ids[0]} is {names[0]}): {request.out}")
     return PredictionOutput(records, ["path", "class", "score", "x1, y1, x2, y2"], rows, notes)
 
 

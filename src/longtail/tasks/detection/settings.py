@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -46,3 +47,10 @@ class DetectionSettings(Settings):
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:
             raise LongtailError(f"detection.scale {self.scale}: expected the smaller value first")
+        if int(self.regions_per_image * self.objects) < 1:
+            least = math.ceil(1e4 / self.regions_per_image) / 1e4
+            raise LongtailError(
+                f"detection.objects {self.objects:g}: of {self.regions_per_image} regions of an image that is less "
+                f"than one, so that no object is learned; expected at least {least:g}, or more "
+                "detection.regions_per_image"
+            )

@@ -137,10 +137,14 @@ class Detection(Task[Detector]):
             )
 
     def model_geometry(self, data: LongTailedData) -> dict[str, Any]:
-        """Return the side of the letterboxed images, and the training images of each class."""
+        """Return the side of the letterboxed images, the training images of each class, and the ids of the classes."""
         assert isinstance(data, DetectionData)
-        counts = tuple(data.image_counts)
-        return {"image_size": data.image_size, "stored_size": data.image_size, "image_counts": counts}
+        return {
+            "image_size": data.image_size,
+            "stored_size": data.image_size,
+            "image_counts": tuple(data.image_counts),
+            "class_ids": data.annotations.class_ids,
+        }
 
     def predict_split(
         self,
