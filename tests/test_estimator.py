@@ -206,7 +206,7 @@ def test_scores_add_up() -> None:
         ({"weight_decay": -1}, "weight_decay: expected a number of at least 0"),
         ({"method": "gml", "queue_size": 0}, "queue_size: expected an integer of at least 1"),
         ({"method": "gml", "queue_size": 3}, "size: expected at least 10 classes × 2 slots, got 3"),
-        ({"prior": "none"}, "prior 'none': expected uniform, train, forward, backward or a file"),
+        ({"prior": "none"}, "prior 'none': expected uniform, train, or a file"),
     ],
 )
 def test_parameters_out_of_range(change: dict[str, Any], message: str) -> None:

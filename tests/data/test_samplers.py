@@ -152,6 +152,7 @@ def test_an_epoch_is_resumed_where_it_was(scheme: str, drawn: int) -> None:
     sampler = make(scheme=scheme, replicas=2, rank=1)
     sampler.set_epoch(9)
     whole = list(sampler)
+    sampler.set_epoch(9)
     iterator = iter(sampler)
     assert [next(iterator) for _ in range(drawn)] == whole[:drawn]
     state = json.loads(json.dumps(sampler.state_dict()))
@@ -164,7 +165,8 @@ def test_an_epoch_is_resumed_where_it_was(scheme: str, drawn: int) -> None:
     assert [next(rest) for _ in range(3 if drawn < 249 else 0)] == whole[drawn : drawn + (3 if drawn < 249 else 0)]
     assert resumed.state_dict()["drawn"] == state["drawn"] + (6 if drawn < 249 else 0)
     assert list(rest) == whole[drawn + (3 if drawn < 249 else 0) :]
-    assert list(resumed) == whole  # the next epoch is whole again
+    resumed.set_epoch(9)
+    assert list(resumed) == whole  # once more, it is whole again
     resumed.load_state_dict(state)
     resumed.set_epoch(10)  # of another epoch nothing was drawn
     assert len(list(resumed)) == len(whole)
@@ -197,10 +199,26 @@ def test_resumed_by_another_number_of_replicas() -> None:
 
 def test_the_state_belongs_to_the_latest_iterator() -> None:
     sampler = make()
-    first, second = iter(sampler), iter(sampler)
+    first = iter(sampler)
+    sampler.set_epoch(0)
+    second = iter(sampler)
     assert [next(first) for _ in range(5)] == [next(second) for _ in range(3)] + [next(second), next(second)]
     next(first)
     assert sampler.state_dict()["drawn"] == 5
+
+
+def test_without_set_epoch_the_next_iterator_is_of_the_next_epoch() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    sampler, chosen = ClassAwareSampler(labels), ClassAwareSampler(labels)
+    for epoch in range(3):
+        chosen.set_epoch(epoch)
+        assert list(sampler) == list(chosen)
+    assert sampler.state_dict() == chosen.state_dict()
+    chosen.set_epoch(2)  # once more the same one
+    again = list(chosen)
+    other = ClassAwareSampler(labels)
+    other.set_epoch(2)
+    assert again == list(other)
 
 
 def test_a_state_of_something_else_is_refused() -> None:
@@ -281,7 +299,9 @@ def test_a_sampler_is_one_of_torchs() -> None:
     assert isinstance(sampler, DistributedSampler)  # Lightning and Fabric replace others by their own
     assert (sampler.num_replicas, sampler.rank, sampler.total_size, sampler.num_samples) == (2, 1, 500, 250)
     assert list(pickle.loads(pickle.dumps(sampler))) == list(copy.deepcopy(sampler)) == list(sampler)
+    sampler.set_epoch(0)
     batches = list(DataLoader(list(range(500)), batch_size=32, sampler=sampler))  # type: ignore[arg-type]
+    sampler.set_epoch(0)
     assert torch.cat(batches).tolist() == list(sampler)
 
 

@@ -32,7 +32,7 @@ def test_names() -> None:
     assert sum(forward) == pytest.approx(1)
     with pytest.raises(LongtailError, match=r"^imbalance 0\.5: expected at least 1$"):
         resolve("forward", imbalance=0.5)
-    with pytest.raises(LongtailError, match=r"^--test_prior 'unifrom': expected uniform, train, forward, backward or"):
+    with pytest.raises(LongtailError, match=r"^--test_prior 'unifrom': expected uniform, train, or"):
         resolve("unifrom", where="--test_prior")
 
 

@@ -188,6 +188,7 @@ def test_all_take_the_same_kinds_of_counts(name: str) -> None:
         ([0, 0], "all are 0"),
         ([], "expected shape"),
         ([[1, 2]], "expected shape"),
+        ({2: 50, 0: 10, 1: 3}, "in order, got a mapping"),
     ):
         with pytest.raises(ValueError, match=f"^class_counts: .*{message}"):
             take(wrong)

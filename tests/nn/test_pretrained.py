@@ -227,7 +227,7 @@ BAD_FILES = [
     ("w.safetensors", "wider", "another model than test_efficientnet"),
     ("w.pth", "part", "are missing, blocks.2"),
     ("w.pth", "no tensors", "holds no weights"),
-    ("weights", "folder", "is a folder, expected none, timm, or a file of weights"),
+    ("weights", "folder", "is a folder, expected none, auto, timm, or a file of weights"),
 ]
 
 

@@ -31,7 +31,7 @@ def test_features_have_a_quarter_of_the_resolution(height: int, width: int) -> N
         ("upernet:", "none", "expected upernet:ENCODER or upernet:ENCODER:WIDTH"),
         ("upernet:resnet18:0", "none", "expected upernet:ENCODER or upernet:ENCODER:WIDTH"),
         ("upernet:resnet181", "none", "there is no encoder 'resnet181'; perhaps you meant"),
-        ("upernet:resnet18", "none.pth", "pretrained 'none.pth': expected none, timm, or a file of weights"),
+        ("upernet:resnet18", "none.pth", "pretrained 'none.pth': expected none, auto, timm, or a file of weights"),
         ("upernet:mit_b0", "none.pth", "expected none or timm; 'mit_b0' is no timm model"),
         ("upernet:vit_tiny_patch16_224", "none", "choose another encoder"),
     ],

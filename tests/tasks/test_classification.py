@@ -255,8 +255,8 @@ def test_on_the_command_line(run: Path, tmp_path: Path, command: Command) -> Non
     for prior, message in (
         (
             "unifrom",
-            "prior 'unifrom': expected uniform, train, forward, backward or a file of class frequencies; there is "
-            "no such file",
+            "prior 'unifrom': expected uniform, train, or a file of class frequencies (a test set also takes forward "
+            "and backward); there is no such file",
         ),
         (tmp_path / "0.png", "cannot be read"),
     ):

@@ -14,15 +14,20 @@ def check_folder(path: Path) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise LongtailError(f"{path}: cannot be written: {place} is not a folder that you may write to; choose another")
+        raise LongtailError(
+            f"{path.absolute()}: cannot be written: {place.absolute()} is not a folder that you may write to; choose "
+            "another"
+        )
 
 
 def check_output(path: Path | None, flag: str = "--json", suffix: str | None = None) -> None:
-    """Raise LongtailError if a file cannot be written, or its name has another ending."""
+    """Raise LongtailError if a file cannot be written, or its name has another ending; JSON takes no other file's."""
     if path is None:
         return
     if suffix is not None and path.suffix.lower() != suffix:
         raise LongtailError(f"{flag} {path}: expected a name that ends in {suffix}")
+    if flag == "--json" and path.suffix.lower() not in {".json", ".jsonl", ""}:
+        raise LongtailError(f"{flag} {path}: expected a name that ends in .json, since the file is overwritten")
     if path.is_dir():
         raise LongtailError(f"{flag} {path}: is a folder, expected a file")
     check_folder(path.parent)

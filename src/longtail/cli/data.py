@@ -119,6 +119,11 @@ def split(arguments: list[str]) -> None:
     out = options.out or Path("split.csv" if table else "split")
     if table:
         check_output(out, "--out", ".csv")
+        sources = (settings.train, settings.val, settings.test)
+        if any(source is not None and Path(source).resolve() == out.resolve() for source in sources):
+            raise LongtailError(
+                f"--out {out}: is the table that is split, and would be overwritten; choose another name"
+            )
     elif out.suffix:
         raise LongtailError(f"--out {out}: expected the name of a folder, which gets a file for every split")
     else:

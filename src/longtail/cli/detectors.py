@@ -107,7 +107,7 @@ def _correct_model(
         logit_statistics,
         map_classes,
     )
-    from longtail.detector_calibration.heads import corrected_copy, find_class_head
+    from longtail.detector_calibration.heads import corrected_copy, find_class_head, removes_prior
     from longtail.detector_calibration.running import DetectorRunner, on_device
     from longtail.detector_calibration.storage import export_detector, load_detector, write_folder
     from longtail.devices import select_device
@@ -167,6 +167,8 @@ def _correct_model(
                     runner_of(model), [None], train, validation, images, options.class_order, counter.add
                 )
             _print_metrics(options, "detector", {"as it is": record["before"], "corrected": record["after"]})
+            if removes_prior(stored.model) and not options.quiet:
+                print("as it is: with the training prior removed, NorCal of power 1, whose place a correction takes")
     export = options.export
     inside = export is not None and export.parent.resolve() == options.out.resolve()
     if export is not None and not inside:

@@ -221,7 +221,8 @@ def report(arguments: list[str]) -> None:
             f"--out {options.out}: is for several runs; the page of one is {options.runs[0]}/report.html"
         )
     page = options.out or Path("comparison.html")
-    check_output(page, "--out")
+    if len(options.runs) > 1:
+        check_output(page, "--out")
     check_output(options.json)
 
     from longtail.experiments.compare import as_json

@@ -16,7 +16,11 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model: longtail train [RECIPE] [OPTIONS]. The defaults below are the recipe's."""
+    """Train a model: longtail train [RECIPE | DATA] [OPTIONS].
+
+    DATA is a folder, a list, a table or hub:NAME; with --data DATA a recipe trains on it. The defaults below are the
+    recipe's: without a name those of digits-lt; longtail train folder --help has those for your own images.
+    """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     out: Path | None = None
@@ -248,7 +252,7 @@ class CalibrateDetector:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Several methods × seeds under one recipe: longtail compare [RECIPE] [OPTIONS]."""
+    """Several methods × seeds under one recipe: longtail compare [RECIPE | DATA] [OPTIONS]."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     methods: str = "ce,la,gml"
@@ -304,8 +308,9 @@ class Embed:
     data: Data
     model: str = "resnet50"
     """A timm model, or the folder of a run, whose encoder is used."""
-    pretrained: str = "timm"
-    """Weights of a timm model: timm (its own, downloaded at first use), a file of them, or none."""
+    pretrained: str = "auto"
+    """Weights of a timm model: auto (from the Hub's local cache, an installed package or the Hub), timm (its own,
+    downloaded at first use), a file of them, or none."""
     out: Path = Path("embeddings.npz")
     """The file."""
     batch_size: int = 64

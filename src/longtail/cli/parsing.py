@@ -99,11 +99,13 @@ def recipe_with_data(arguments: Sequence[str], default: str) -> tuple[Recipe, li
     have labels of pixels or boxes. A folder or a table in place of the recipe's name is taken as ``--data``.
     """
     from longtail.config import load_recipe, recipe_names
-    from longtail.data.source_spec import source_of
+    from longtail.data.source_spec import TABLES, source_of
 
     name, rest = split_recipe(arguments, default)
-    if name not in recipe_names() and Path(name).suffix not in {".yaml", ".yml"} and Path(name).exists():
-        name, rest = default, ["--data", *arguments]
+    if name not in recipe_names() and Path(name).suffix not in {".yaml", ".yml"}:
+        is_data = name.startswith("hub:") or "/" in name or Path(name).suffix.lower() in TABLES
+        if is_data or Path(name).exists():
+            name, rest = default, ["--data", *arguments]
     recipe, named = load_recipe(name), len(rest) < len(arguments)
     for place, argument in enumerate(rest):
         if argument != "--data" and not argument.startswith("--data="):

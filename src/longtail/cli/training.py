@@ -52,6 +52,8 @@ def train(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """Train several methods with several seeds under one recipe."""
     recipe, rest = recipe_with_data(arguments, "digits-lt")
+    if any(argument == "--method" or argument.startswith("--method=") for argument in rest):
+        raise LongtailError("--method: is for longtail train; a comparison takes --methods, such as --methods la,gml")
     options, config = parse_with_config(Compare, "compare", rest, recipe.config)
     for flag, number in (("seeds", options.seeds), ("jobs", options.jobs)):
         if number is not None and number < 1:

@@ -28,7 +28,8 @@ def choose_method(config: Config) -> tuple[Config, list[str]]:
     if named and kind not in {"hf-hub", "local-dir"}:
         return config, [f"method la: logit adjustment, for a network {kind}:ENCODER"]
     if config.pretrained != "none" or config.init is not None or config.tune != "full":
-        return config, ["method la: logit adjustment, for a network with pretrained weights"]
+        kind = "pretrained weights" if config.pretrained != "none" or config.init is not None else f"tune {config.tune}"
+        return config, [f"method la: logit adjustment, for a network with {kind}"]
     plain = Classifier()
     changes = {
         name: value

@@ -228,7 +228,8 @@ class Config:
     network_size: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which images are resized before they enter the network; their own size if not given."""
     epochs: Positive | Literal["auto"] = 100
-    """Passes over the training set; auto: as many as make 20,000 steps, between 30 and 200."""
+    """Passes over the training set; auto: as many as make 20,000 steps, between 30 and 200, or for a pretrained network
+    1,000 steps, between 3 and 30."""
     minutes: PositiveFloat | None = None
     """Time that the whole command may take: the speed of this machine is measured, and tune, the size of images and
     epochs are chosen to fit, as far as they are the recipe's own (pretrained networks that classify whole images)."""

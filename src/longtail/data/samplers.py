@@ -343,7 +343,7 @@ class ClassAwareSampler(DistributedSampler[int]):
         here = _place() if num_replicas is None or rank is None else (num_replicas, rank)
         _check_place(*here, self._size)
         super().__init__(range(self._size), *here, seed=seed, drop_last=True)  # type: ignore[arg-type]
-        self._progress, self._begun = _Progress(0), False
+        self._progress, self._begun, self._chosen = _Progress(0), False, False
 
     def _find_place(self) -> None:
         """Ask the process group again, which may be younger than this sampler."""
@@ -359,11 +359,15 @@ class ClassAwareSampler(DistributedSampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        """Return the indices of this replica: of a whole epoch, or of its rest after :meth:`load_state_dict`."""
+        """Return the indices of this replica: of a whole epoch, or of its rest after :meth:`load_state_dict`.
+
+        Without :meth:`set_epoch` each iterator after the first is of the next epoch.
+        """
         self._find_place()
         if self._begun:
             self._progress = _Progress(0)
-        self._begun = True
+            self.epoch += not self._chosen
+        self._begun, self._chosen = True, False
         return self._indices(self._progress, self.epoch, self.num_replicas, self.rank)
 
     def _indices(self, progress: _Progress, epoch: int, num_replicas: int, rank: int) -> Iterator[int]:
@@ -392,7 +396,7 @@ class ClassAwareSampler(DistributedSampler[int]):
             raise LongtailError(f"epoch: expected at least 0, got {epoch}")
         if epoch != self.epoch:
             self._progress, self._begun = _Progress(0), False
-        self.epoch = epoch
+        self.epoch, self._chosen = epoch, True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, how many of its images all replicas have drawn, and what the draw depends on."""

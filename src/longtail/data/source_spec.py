@@ -11,6 +11,8 @@ from longtail.registry import SOURCES
 
 _KINDS = frozenset({"folder", "list", "hub", "masks", "boxes"})
 """Sources that are no data set of their own: which files they read follows from a path."""
+TABLES = frozenset({".txt", ".lst", ".csv", ".tsv", ".parquet", ".json"})
+"""Endings of lists, tables and annotations."""
 
 
 def named_sets() -> list[str]:
@@ -40,7 +42,7 @@ def source_of(text: str) -> dict[str, Any]:
         return {"source": "masks", "root": str(path)}
     if path.is_dir():
         return {"source": "hub" if next(path.rglob("*.parquet"), None) is not None else "folder", "root": str(path)}
-    if path.suffix.lower() in {".txt", ".lst", ".csv", ".tsv", ".parquet", ".json"}:
+    if path.suffix.lower() in TABLES:
         return {"source": "list", "train": str(path)}
     raise LongtailError(
         f"data '{text}': there is no such folder or set{did_you_mean(text, named_sets())}; expected a named set, a "

@@ -75,8 +75,8 @@ def resolve_class_frequencies(
             return long_tailed_frequencies(class_counts, spec, imbalance)
         if not find_path(Path(spec)).is_file():
             raise LongtailError(
-                f"{where} '{spec}': expected uniform, train, forward, backward or a file of class frequencies; "
-                "there is no such file"
+                f"{where} '{spec}': expected uniform, train, or a file of class frequencies (a test set also takes "
+                "forward and backward); there is no such file"
             )
         return resolve_class_frequencies(
             Path(spec), class_names, class_counts, where=where, ignore_unknown=ignore_unknown

@@ -17,8 +17,9 @@ from longtail.errors import LongtailError
 from longtail.files import atomic_write
 from longtail.inference.features import encode_split
 from longtail.nn import Encoder
+from longtail.nn.backbones import check_network
 from longtail.nn.network_name import timm_settings
-from longtail.nn.pretrained import normalization
+from longtail.nn.pretrained import find_pretrained, normalization
 from longtail.registry import TASKS
 from longtail.tasks.loading import load_model
 
@@ -32,7 +33,7 @@ def embed(
     out: Path,
     *,
     seed: int = 0,
-    pretrained: str = "timm",
+    pretrained: str = "auto",
     batch_size: int = 64,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def embed(
         model: a timm model, or the folder of a run, whose encoder is used.
         out: the file.
         seed: of the split and the tail, as in training, and of a network without pretrained weights.
-        pretrained: weights of a timm model: timm (downloaded at first use), a file, or none.
+        pretrained: weights of a timm model: auto (from the Hub's local cache, an installed package or the Hub), timm
+            (its own, downloaded at first use), a file, or none.
         batch_size: images per pass.
         device: auto, cpu or cuda.
 
@@ -106,6 +108,8 @@ def _encoder(model: str, pretrained: str, data: LongTailedData) -> tuple[Encoder
                 f"{model}: expects images of {trained.config.channels} channels, these have {len(data.mean)}"
             )
         return trained.encoder, trained.config.image_size
+    check_network(model)
+    pretrained = find_pretrained(model) if pretrained == "auto" else pretrained
     settings = timm_settings(model)
     mean, std = (list(data.mean), list(data.std)) if settings is None else normalization(model, len(data.mean))
     encoder = Encoder(model, mean, std, pretrained=pretrained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "cou
     Raises:
         ValueError: counts that are negative, not finite, not one-dimensional, or all zero.
     """
+    if isinstance(class_counts, Mapping):  # a Counter, whose keys would be taken as the counts
+        raise ValueError(f"{name}: expected one {noun} for each class in order, got a mapping; give a list")
     if not isinstance(class_counts, Tensor):
         class_counts = torch.tensor(
             class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts), dtype=torch.float64

@@ -212,11 +212,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
     if path.is_dir():
         raise LongtailError(
-            f"pretrained '{path}': is a folder, expected none, timm, or a file of weights; a model in the Hub's layout "
-            f"is --network local-dir:{path}"
+            f"pretrained '{path}': is a folder, expected none, auto, timm, or a file of weights; a model in the Hub's "
+            f"layout is --network local-dir:{path}"
         )
     if not path.is_file():
-        raise LongtailError(f"pretrained '{path}': expected none, timm, or a file of weights; there is no such file")
+        raise LongtailError(
+            f"pretrained '{path}': expected none, auto, timm, or a file of weights; there is no such file"
+        )
     try:
         weights: Any
         if path.suffix == ".safetensors":

@@ -33,6 +33,9 @@ from longtail.report import plots as comparison_plots
 from longtail.training.metric_log import read_metrics
 from longtail.training.run_io import Run, count_unreadable, no_test_metrics, read_finished
 
+_FOR_ANY_DATA = frozenset({"folder", "masks", "boxes"})
+"""Recipes for a user's own images."""
+
 
 def _render(name: str, **values: Any) -> str:
     pages = Environment(loader=PackageLoader("longtail.report", "."), autoescape=True, trim_blocks=True)
@@ -52,7 +55,7 @@ def run_report(folder: Path) -> Path:
     shown = TASKS[model_config.task].report(folder, model_config, config, test, epochs)
     page = _render(
         "run.html.j2",
-        title=f"{config.recipe} · {config.method} · seed {config.seed}",
+        title=f"{_data_name(config)} · {config.method} · seed {config.seed}",
         model=model_config,
         figures=[(title, Markup(plots.svg(figure))) for title, figure in [*shown.figures, *_curves(config, epochs)]],
         shown=shown,
@@ -64,6 +67,12 @@ def run_report(folder: Path) -> Path:
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _data_name(config: Config) -> str:
+    """Return the recipe of a run or, where it is one for any images, the name of what it was trained on."""
+    own = config.data.root or config.data.train or config.data.name
+    return Path(own).resolve().name if own is not None and config.recipe in _FOR_ANY_DATA else config.recipe
 
 
 def _curves(config: Config, epochs: Sequence[Mapping[str, Any]]) -> list[tuple[str, Figure]]:

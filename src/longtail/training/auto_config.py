@@ -137,6 +137,11 @@ def _without_effect(config: Config) -> list[str]:
         keys = name == "gml" and source == "ema"
         if not keys:
             notes.append(f"teacher.source: without effect, as {weight} is 0 and nothing is learned from a teacher")
+    if config.tune != "full" and config.pretrained == "none" and config.init is None:
+        notes.append(
+            f"tune {config.tune}: what is not tuned keeps its random weights; --pretrained auto or --init RUN gives it "
+            "others"
+        )
     sampler = config.data.sampler
     if sampler != "instance" and method.predicts_under(config) == "uniform":
         notes.append(

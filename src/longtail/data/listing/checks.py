@@ -69,7 +69,7 @@ def _check_files(listing: Listing) -> None:
         shown = printable(", ".join(examples)) + ("…" if count > 3 else "")
         listing.errors.append(
             f"{', '.join(by_split)}: {count:,} of {total:,} files are missing below {printable(listing.root)} "
-            f"({shown}): {reason}"
+            f"({shown}): {reason}; the folder that the names begin in is --data.root FOLDER"
         )
 
 

@@ -69,7 +69,7 @@ def refusal(config: Data, reasons: Collection[str], total: int) -> str | None:
         return first
     if len(reasons) > config.max_unreadable_fraction * total:
         files = SOURCES[config.source].listing is not None  # of which there can be a table
-        advice = " (longtail inspect --fix FILE.csv writes a table of the good ones)" if files else ""
+        advice = " (longtail inspect DATA --fix FILE.csv writes a table of the good ones)" if files else ""
         return (
             f"{len(reasons):,} of {total:,} images cannot be read, more than data.max_unreadable_fraction "
             f"{config.max_unreadable_fraction:g} accepts{advice}; the first: {first}"
