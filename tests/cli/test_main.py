@@ -317,3 +317,24 @@ def test_a_shell_completes(command: Command) -> None:
         code, _, err = command("completion", *arguments)
         assert code == 2
         assert "bash, zsh, fish" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "phtos/"), "data 'phtos/': there is no such folder or set"),
+        (("compare", "digits-lt", "--method", "la"), "--method: is for longtail train; a comparison takes --methods"),
+        (("inspect", "digits-lt", "--json", "table.csv"), "--json table.csv: expected a name that ends in .json"),
+    ],
+)
+def test_what_a_new_user_may_mistake(command: Command, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = command(*arguments)
+    assert (code, message in err, len(err.splitlines())) == (2, True, 1), err
+
+
+def test_the_table_that_is_split_is_not_overwritten(command: Command, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("path,label\na.png,x\n")
+    code, _, err = command("split", table, "--data.root", tmp_path, "--out", table)
+    assert (code, "is the table that is split" in err) == (2, True), err
+    assert table.read_text() == "path,label\na.png,x\n"
