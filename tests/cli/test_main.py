@@ -319,6 +319,17 @@ def test_a_shell_completes(command: Command) -> None:
         assert "bash, zsh, fish" in err
 
 
+def test_help_fills_its_lines(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, shown, _ = command("inspect", "--help")
+    assert code == 0
+    text = " ".join(shown.replace("│", " ").split())
+    assert "or a kind of your own data: folder (one sub-folder per class)" in text
+    # no line of the help of a field ends where that of the source does
+    ragged = [line for line in shown.splitlines() if line.strip("│ ") == "bccd; or a kind"]
+    assert not ragged
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

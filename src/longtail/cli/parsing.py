@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,13 +28,33 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str], default: 
         keywords["default"] = default
     output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(output):
+        with contextlib.redirect_stderr(output), _joined_lines():
             options: Options = tyro.cli(kind, **keywords)
     except SystemExit as stop:
         if stop.code in {0, None}:
             raise
         raise LongtailError(_one_line(output.getvalue(), command)) from None
     return options
+
+
+@contextlib.contextmanager
+def _joined_lines() -> Iterator[None]:
+    """Let help be wrapped to the terminal: tyro joins lines of a docstring only where they are not indented."""
+    import docstring_parser  # of tyro
+
+    parse_from_object, auto = docstring_parser.parse_from_object, docstring_parser.DocstringStyle.AUTO
+
+    def without_indentation(obj: Any, style: docstring_parser.DocstringStyle = auto) -> docstring_parser.Docstring:
+        parsed = parse_from_object(obj, style)
+        for field in parsed.params:
+            field.description = None if field.description is None else inspect.cleandoc(field.description)
+        return parsed
+
+    docstring_parser.parse_from_object = without_indentation
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = parse_from_object
 
 
 def _one_line(box: str, command: str) -> str:
