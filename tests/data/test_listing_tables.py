@@ -206,7 +206,7 @@ def test_missing_files_are_one_message_without_the_rest_of_the_folder(root: Path
     errors = listed(root, text).errors
     assert errors == [
         f"train, test: 8 of 8 files are missing below {root} (gone/0.png, gone/1.png, gone/2.png…): "
-        f"{root} has no 'gone'"
+        f"{root} has no 'gone'; the folder that the names begin in is --data.root FOLDER"
     ]
     (root / "broken.png").symlink_to("nowhere.png")
     errors = listed(root, table(rows=[*ROWS, ("broken.png", "cat")])).errors

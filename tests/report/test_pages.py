@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 from longtail.config import Config
 from longtail.errors import LongtailError
+from longtail.experiments.records import recommendation
 from longtail.report import run_report, runs_report
 from longtail.training.metric_log import read_metrics
 from longtail.training.trainer import fit
@@ -114,6 +116,8 @@ def test_runs_that_do_not_go_together(tiny: Config, tmp_path: Path) -> None:
     # the same run twice is labelled by its folder
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     records = runs_report([tmp_path / "one", tmp_path / "copy"], tmp_path / "page.html")
+    advice = recommendation(records)
+    assert f"<b>{advice[0].upper()}{advice[1:]}.</b>" in html.unescape((tmp_path / "page.html").read_text())
     assert [Path(record.method).name for record in records] == ["one", "copy"]
 
 

@@ -23,7 +23,7 @@ FOREGROUND_PROBABILITY = 0.01
 def full_precision(features: Tensor) -> contextlib.AbstractContextManager[None]:
     """Return a context without autocast: in bfloat16, scores up to 30 would be rounded to steps of 1/8."""
     kind = features.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
@@ -50,7 +50,7 @@ class CosineClassifier(nn.Module):
         if features.ndim == 4:
             return self.scale * F.conv2d(F.normalize(features), F.normalize(self.weight)[:, :, None, None])
         with full_precision(features):
-            return self.scale * F.linear(F.normalize(features.float()), F.normalize(self.weight))
+            return self.scale * F.linear(F.normalize(to_full_precision(features)), F.normalize(self.weight))
 
 
 class ExpertClassifier(CosineClassifier):
@@ -83,7 +83,7 @@ class ExpertClassifier(CosineClassifier):
         """Return (B, E, C) scores of each expert, of (B, E · F) features, with the prior that they contain."""
         width = (self.num_experts, -1)
         with full_precision(features):
-            experts = F.normalize(features.float().unflatten(1, width), dim=2).transpose(0, 1)  # (E, B, F)
+            experts = F.normalize(to_full_precision(features).unflatten(1, width), dim=2).transpose(0, 1)  # (E, B, F)
             weight = F.normalize(self.weight.unflatten(1, width), dim=2).permute(1, 2, 0)  # (E, F, C)
             return self.scale * torch.matmul(experts, weight).transpose(0, 1)
 
