@@ -67,9 +67,10 @@ def _check_files(listing: Listing) -> None:
         total = sum(len(listing.splits[split]) for split in by_split)
         examples = [name for names in by_split.values() for name in names][:3]
         shown = printable(", ".join(examples)) + ("…" if count > 3 else "")
+        hint = "; the folder that the names begin in is --data.root FOLDER" if count == total else ""
         listing.errors.append(
             f"{', '.join(by_split)}: {count:,} of {total:,} files are missing below {printable(listing.root)} "
-            f"({shown}): {reason}; the folder that the names begin in is --data.root FOLDER"
+            f"({shown}): {reason}{hint}"
         )
 
 
