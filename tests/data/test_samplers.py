@@ -316,6 +316,7 @@ def test_with_the_stateful_loader_of_torchdata(workers: int) -> None:
     sampler = make(scheme="class", replicas=2, rank=0)
     sampler.set_epoch(4)
     whole = [batch.tolist() for batch in loader(sampler)]
+    sampler.set_epoch(4)
     assert [index for batch in whole for index in batch] == list(sampler)
     for taken in (0, 1, 3, len(whole)):
         sampler = make(scheme="class", replicas=2, rank=0)
@@ -329,6 +330,7 @@ def test_with_the_stateful_loader_of_torchdata(workers: int) -> None:
         resumed.load_state_dict(state)
         rest = [batch.tolist() for batch in resumed]
         assert rest == whole[taken:]
+        resumed_sampler.set_epoch(4)
         assert [batch.tolist() for batch in resumed] == whole
 
 

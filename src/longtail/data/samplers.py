@@ -365,8 +365,9 @@ class ClassAwareSampler(DistributedSampler[int]):
         """
         self._find_place()
         if self._begun:
+            # loaders make iterators that they do not use
+            self.epoch += not self._chosen and self._progress.yielded > 0
             self._progress = _Progress(0)
-            self.epoch += not self._chosen
         self._begun, self._chosen = True, False
         return self._indices(self._progress, self.epoch, self.num_replicas, self.rank)
 
