@@ -402,7 +402,7 @@ def test_the_prior_of_a_given_teacher_is_removed_from_its_scores(tiny: Config, t
     ("changes", "note"),
     [
         ({"method": "gml", "classifier": {"views": 2}}, "classifier.views 2: without effect, method gml"),
-        ({"method": "la", "teacher": {"source": "ema"}}, "teacher.source: without effect, as classifier.distillation"),
+        ({"method": "la", "teacher": {"source": "ema"}}, "teacher.source: without effect, method la learns nothing"),
         ({"method": "la", "data": {"sampler": "class"}}, "data.sampler class: it shows rare classes more often"),
     ],
 )

@@ -220,7 +220,9 @@ def recommendation(records: Sequence[Record]) -> str:
     if seeds == 1:
         return f"best: {best} ({title} {scores[best]:.1f}); one seed, so differences may be chance: --seeds 3"
     if taken == best:
-        return f"take {best}: best {title}, {scores[best]:.1f}"
+        rivals = ", ".join(method for method in scores if method != best and as_good(method))
+        doubt = f", but not shown to be better than {rivals}" if rivals else ""
+        return f"take {best}: best {title}, {scores[best]:.1f}{doubt}"
     compared = f"not shown to be worse than {best} ({scores[best]:.1f}), and cheaper"
     return f"take {taken}: {title} {scores[taken]:.1f}, {compared}"
 

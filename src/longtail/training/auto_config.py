@@ -133,10 +133,10 @@ def _without_effect(config: Config) -> list[str]:
         notes.append(f"classifier.views {views}: without effect, method {name} chooses its views by its own settings")
     source = config.teacher.source
     if source != "train" and not method.needs_teacher(config) and method.distillation_weight(config) == 0:
-        weight = "gml.distillation_weight" if name == "gml" else "classifier.distillation_weight"
-        keys = name == "gml" and source == "ema"
-        if not keys:
-            notes.append(f"teacher.source: without effect, as {weight} is 0 and nothing is learned from a teacher")
+        notes.append(
+            f"teacher.source: without effect, method {name} learns nothing from a teacher here; with "
+            "classifier.distillation_weight 1 (gml: gml.distillation_weight) it is distilled"
+        )
     if config.tune != "full" and config.pretrained == "none" and config.init is None:
         notes.append(
             f"tune {config.tune}: what is not tuned keeps its random weights; --pretrained auto or --init RUN gives it "
