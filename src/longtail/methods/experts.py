@@ -57,6 +57,22 @@ class ExpertsSettings(Settings):
             )
 
 
+def give_experts(encoder: Encoder, config: Config, count: int, stages: int) -> None:
+    """Split an encoder into experts, unless it is: independent ones from random weights, else copies of its own."""
+    if isinstance(encoder.backbone, ExpertBackbone):
+        return
+    scratch = config.pretrained == "none" and config.init is None and config.tune == "full"
+    split_experts(encoder, count, stages, independent=scratch)
+
+
+def operations_of_experts(config: Config, count: int, stages: int) -> float:
+    """Return the operations of a network with experts, as a multiple of those of the network alone.
+
+    A network that is still to be chosen is taken to be ResNet-32; those that are chosen have as many stages.
+    """
+    return relative_operations("resnet32" if config.network == "auto" else config.network, count, stages)
+
+
 class ProductOfExperts(Method):
     """Experts with several strengths of the log prior, and their product as the prediction.
 
@@ -104,20 +120,14 @@ class ProductOfExperts(Method):
     @classmethod
     def prepare_encoder(cls, encoder: Encoder, config: Config) -> None:
         """Give the encoder its experts."""
-        if isinstance(encoder.backbone, ExpertBackbone):
-            return
         settings = config.section(ExpertsSettings)
-        scratch = config.pretrained == "none" and config.init is None and config.tune == "full"
-        split_experts(encoder, len(settings.strengths), settings.stages, independent=scratch)
+        give_experts(encoder, config, len(settings.strengths), settings.stages)
 
     @classmethod
     def pass_cost(cls, config: Config) -> float:
-        """Return the operations of all experts together, as a multiple of the network's alone.
-
-        A network that is still to be chosen is taken to be ResNet-32; those that are chosen have as many stages.
-        """
-        settings, network = config.section(ExpertsSettings), "resnet32" if config.network == "auto" else config.network
-        return relative_operations(network, len(settings.strengths), settings.stages)
+        """Return the operations of all experts together, as a multiple of the network's alone."""
+        settings = config.section(ExpertsSettings)
+        return operations_of_experts(config, len(settings.strengths), settings.stages)
 
     @classmethod
     def losses_are_per_image(cls) -> bool:

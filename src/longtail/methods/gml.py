@@ -32,9 +32,9 @@ from longtail.methods.base import (
     view_after_view,
 )
 from longtail.methods.ema import EMAEncoder
+from longtail.methods.experts import give_experts, operations_of_experts
 from longtail.methods.feature_transfer import FeatureTransfer
 from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP, TeacherEncoder
-from longtail.nn.experts import ExpertBackbone, relative_operations, split_experts
 
 _Self = TypeVar("_Self", bound="GML")
 
@@ -153,18 +153,14 @@ class GML(Method):
     def prepare_encoder(cls, encoder: Encoder, config: Config) -> None:
         """Give the classifier and the mixture last stages of their own, where they have them."""
         settings = config.section(GMLSettings)
-        if settings.stages is None or isinstance(encoder.backbone, ExpertBackbone):
-            return
-        scratch = config.pretrained == "none" and config.init is None and config.tune == "full"
-        split_experts(encoder, num_experts(settings), settings.stages, independent=scratch)
+        if settings.stages is not None:
+            give_experts(encoder, config, num_experts(settings), settings.stages)
 
     @classmethod
     def pass_cost(cls, config: Config) -> float:
-        """Return the operations of both experts together, as a multiple of the network's alone; see method experts."""
-        settings, network = config.section(GMLSettings), "resnet32" if config.network == "auto" else config.network
-        if settings.stages is None:
-            return 1.0
-        return relative_operations(network, num_experts(settings), settings.stages)
+        """Return the operations of both experts together, as a multiple of the network's alone."""
+        settings = config.section(GMLSettings)
+        return 1.0 if settings.stages is None else operations_of_experts(config, num_experts(settings), settings.stages)
 
     def training_scores(self, features: Tensor) -> Tensor:
         """Return the scores of the features, of those that are the classifier's own."""
