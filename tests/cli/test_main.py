@@ -228,6 +228,24 @@ def test_predict_names_a_bad_file(command: Command, tmp_path: Path) -> None:
         code, _, err = command("predict", run, tmp_path / path)
         assert code == 2
         assert f"{path}: {message}" in err
+    folder = tmp_path / "some"
+    folder.mkdir()
+    (folder / "b.png").write_bytes(b"not an image")
+    for name in ("a.png", "c.png"):
+        save_image(folder / name, (8, 8), mode="L")
+    code, out, err = command("predict", run, folder, "--json", tmp_path / "p.json")
+    assert code == 1
+    assert "a.png" in out
+    assert "c.png" in out
+    assert "b.png" not in out
+    assert "b.png: is not an image" in err
+    assert "1 of 3 images cannot be read" in err
+    records = json.loads((tmp_path / "p.json").read_text())
+    assert [Path(record["path"]).name for record in records] == ["a.png", "c.png", "b.png"]
+    assert "is not an image" in records[-1]["error"]
+    code, _, err = command("predict", run, tmp_path / "bad.png", folder / "b.png")
+    assert code == 2
+    assert "none of 2 images can be read" in err
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "holds no images" in command("predict", run, empty)[2]

@@ -292,6 +292,9 @@ def test_an_exported_file_predicts_the_same_without_torch(run: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 8
+    (tmp_path / "new" / "2.png").write_bytes(b"not an image")
+    code, shown_table, err = command("predict", tmp_path / "m.onnx", tmp_path / "new")
+    assert (code, len(shown_table.splitlines()), "2.png: is not an image" in err) == (1, 7, True)
 
 
 @pytest.mark.parametrize("flags", [["--sliding_window", "64"], ["--tta_scales", "1", "1.5"], ["--out", "out"]])

@@ -269,6 +269,20 @@ def test_images_of_one_name_have_drawings_of_their_own(run: Path, root: Path, tm
     assert sorted(path.name for path in tmp_path.glob("*.jpg")) == ["000-objects-2.jpg", "000-objects.jpg"]
 
 
+@pytest.mark.usefixtures("sees_rectangles")
+def test_predict_leaves_out_unreadable_images(run: Path, root: Path, tmp_path: Path) -> None:
+    files = [root / "images2" / "000.png", tmp_path / "001.png", root / "images2" / "002.png"]
+    (tmp_path / "001.png").write_bytes(b"not an image")
+    output = predict_files(Detector.load(run), files, PredictionRequest(out=tmp_path))
+    alone = [predict_files(Detector.load(run), [file], PredictionRequest()) for file in (files[0], files[2])]
+    assert [record["objects"] for record in output.records] == [each.records[0]["objects"] for each in alone]
+    assert [Path(record["drawing"]).name for record in output.records] == ["000-objects.jpg", "002-objects.jpg"]
+    assert {entry["image_id"] for entry in json.loads((tmp_path / "detections.json").read_text())} <= {0, 2}
+    assert list(output.unreadable) == [files[1]]
+    with pytest.raises(LongtailError, match=r"001\.png: is not an image"):
+        predict_files(Detector.load(run), [files[1]], PredictionRequest())
+
+
 def test_predict_refuses(run: Path, root: Path, command: Command) -> None:
     for flags, message in (
         (["--threshold", "1.5"], "expected a score from 0 to 1"),

@@ -310,6 +310,9 @@ def test_on_the_command_line(segmenting: Config, scenes: Path, tmp_path: Path, c
     assert (code, "labels pixels; a new classifier is supported for whole images only" in err) == (2, True)
     code, _, err = command("predict", out, scenes / "classes.txt", "--out", tmp_path / "seen")
     assert (code, "is not an image" in err) == (2, True)
+    some = (scenes / "classes.txt", scenes / "images" / "test" / "00.png")
+    code, shown, err = command("predict", out, *some, "--out", tmp_path / "seen")
+    assert (code, "00.png" in shown, "classes.txt: is not an image" in err) == (1, True, True)
 
 
 def test_a_page_with_the_worst_classes(segmenting: Config, scenes: Path, tmp_path: Path) -> None:

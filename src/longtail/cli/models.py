@@ -11,10 +11,11 @@ from longtail.cli.checks import check_folder, check_output, check_run
 from longtail.cli.console import print_metrics, print_table, show_messages
 from longtail.cli.options import Evaluate, Export, Predict, Report, Serve
 from longtail.cli.parsing import parse
+from longtail.data.paths import printable
 from longtail.errors import LongtailError
 from longtail.files import write_json_output
 from longtail.inference.options import InferenceOptions
-from longtail.inference.output import PredictionOutput, prediction_table
+from longtail.inference.output import PredictionOutput, prediction_table, readable_files
 
 if TYPE_CHECKING:
     from longtail.tasks.base import Task
@@ -86,7 +87,7 @@ def _evaluate_results(options: Evaluate) -> None:
 
 
 def predict(arguments: list[str]) -> None:
-    """Predict image files."""
+    """Predict image files; exit with code 1 where some of them cannot be read."""
     options = parse(Predict, "predict", arguments)
     inference = options.inference_options
     check_output(options.json)
@@ -102,12 +103,20 @@ def predict(arguments: list[str]) -> None:
     if options.out is not None:
         check_folder(options.out)
     output = _predict_onnx(options, inference) if is_onnx else _predict_run(options, inference)
+    unreadable = sorted(output.unreadable.items())
     if options.json:
-        write_json_output(options.json, list(output.records))
+        unread = [{"path": str(path), "error": reason} for path, reason in unreadable]
+        write_json_output(options.json, [*output.records, *unread])
     if not options.quiet:
         print_table(output.header, output.rows)
         for note in output.notes:
             print(note)
+    if unreadable:
+        for _, reason in unreadable:
+            print(f"longtail: error: {printable(reason)}", file=sys.stderr)
+        every = f"{len(unreadable) + len(output.records)} images"
+        print(f"longtail: {len(unreadable)} of {every} cannot be read and are not in the table", file=sys.stderr)
+        sys.exit(1)
 
 
 def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOutput:
@@ -158,13 +167,14 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
             f"export RUN --tta {inference.tta}"
         )
     files = find_images(options.images)
-    probabilities = model.change_prior(model.predict(files), options.prior)
+    unreadable: dict[Path, str] = {}
+    probabilities = model.change_prior(model.predict(files, unreadable=unreadable), options.prior)
     order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top or 3]
     top = [
         [(model.class_names[c], float(row[c])) for c in classes]
         for row, classes in zip(probabilities, order, strict=True)
     ]
-    return prediction_table(files, top)
+    return prediction_table(readable_files(files, unreadable), top, unreadable=unreadable)
 
 
 def export(arguments: list[str]) -> None:

@@ -116,7 +116,10 @@ class Rebalance:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict(InferenceFlags):
-    """Classes and probabilities of images, the labels of their pixels as PNG files, or the objects in them."""
+    """Classes and probabilities of images, the labels of their pixels as PNG files, or the objects in them.
+
+    Images that cannot be read are named at the end, and the exit code is 1 then.
+    """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or of a model."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
 from longtail.data.paths import find_path, printable
 from longtail.errors import LongtailError
+
+Read = TypeVar("Read")
 
 _CLEAN = 2  # times the side that is wanted; what a JPEG file's own scaling loses is then invisible after the reduction
 _ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})  # Exif: those that exchange width and height
@@ -62,6 +64,23 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         else:
             raise LongtailError(f"{path}: there is no such file or folder")
     return files
+
+
+def read_or_record(read: Callable[[Path], Read], path: Path, unreadable: dict[Path, str] | None) -> Read | None:
+    """Return ``read(path)``, or None where the file cannot be read and there is a mapping that takes the reason.
+
+    Args:
+        read: opens and decodes a file, or raises LongtailError.
+        path: the file.
+        unreadable: takes the path and the reason; if None, the error is raised.
+    """
+    try:
+        return read(path)
+    except LongtailError as error:
+        if unreadable is None:
+            raise
+        unreadable[path] = str(error)
+        return None
 
 
 def open_image(path: Path) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from longtail.data.image_io import open_image, open_square, resize_center_crop, to_rgb
+from longtail.data.image_io import open_image, open_square, read_or_record, resize_center_crop, to_rgb
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
 
@@ -55,19 +55,29 @@ class ONNXModel:
         self.tta: str = info.get("tta", "none")
         """Test-time augmentation that is part of the file."""
 
-    def predict(self, images: Iterable[Path | str | Image.Image], batch_size: int = 256) -> Array:
+    def predict(
+        self,
+        images: Iterable[Path | str | Image.Image],
+        batch_size: int = 256,
+        unreadable: dict[Path, str] | None = None,
+    ) -> Array:
         """Return probabilities, (N, C), or (N, C, H, W).
 
         Args:
             images: files or Pillow images, of any size.
             batch_size: images at a time.
+            unreadable: takes the path of every file that cannot be read, with the reason; there is no prediction for
+                it then. If not given, such a file is an error.
 
         Raises:
             LongtailError: a file cannot be read.
         """
         probabilities, batch = [], []
         for image in images:
-            batch.append(self._preprocess(image if isinstance(image, Image.Image) else self._open(Path(image))))
+            opened = image if isinstance(image, Image.Image) else read_or_record(self._open, Path(image), unreadable)
+            if opened is None:
+                continue
+            batch.append(self._preprocess(opened))
             if len(batch) == batch_size:
                 probabilities.append(self._run(batch))
                 batch = []

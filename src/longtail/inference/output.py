@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from longtail.errors import LongtailError
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,21 @@ class PredictionOutput:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
     """Lines below the table."""
+    unreadable: Mapping[Path, str] = field(default_factory=dict)
+    """Reason for each file that could not be read; there is no record of it."""
+
+
+def readable_files(files: Sequence[Path], unreadable: Mapping[Path, str]) -> list[Path]:
+    """Return the files that could be read.
+
+    Raises:
+        LongtailError: none of them could.
+    """
+    readable = [file for file in files if file not in unreadable]
+    if not readable and unreadable:
+        more = "" if len(unreadable) == 1 else f"; none of {len(files)} images can be read"
+        raise LongtailError(f"{next(iter(unreadable.values()))}{more}")
+    return readable
 
 
 def prediction_table(
@@ -25,6 +42,7 @@ def prediction_table(
     top: Sequence[Sequence[tuple[str, float]]],
     sets: Sequence[Sequence[str]] | None = None,
     notes: Sequence[str] = (),
+    unreadable: Mapping[Path, str] | None = None,
 ) -> PredictionOutput:
     """Return the table of the most probable classes of images, and of their conformal sets if there are some."""
     records: list[dict[str, Any]] = []
@@ -44,4 +62,4 @@ def prediction_table(
         records.append(record)
         rows.append(row)
     header = ["path", "class", "probability", "next", *(["set"] if sets is not None else [])]
-    return PredictionOutput(records, header, rows, notes)
+    return PredictionOutput(records, header, rows, notes, unreadable or {})

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from longtail.data.image_io import open_image, open_square
+from longtail.data.image_io import open_image, open_square, read_or_record
 from longtail.data.images import to_square
 from longtail.data.transforms.batched import center, to_float
 from longtail.errors import LongtailError
@@ -171,6 +171,7 @@ class Recognizer(TrainedModel):
         batch_size: int = 256,
         coverage: float | None = None,
         tta: TTA = "none",
+        unreadable: dict[Path, str] | None = None,
     ) -> Predictions:
         """Return class probabilities.
 
@@ -184,6 +185,8 @@ class Recognizer(TrainedModel):
                 not given.
             tta: test-time augmentation, see :meth:`scores`: ``none``, ``flip`` (2 times the computation) or ``crops``
                 (10 times).
+            unreadable: takes the path of every file that cannot be read, with the reason; there is no prediction for
+                it then. If not given, such a file is an error.
 
         Raises:
             LongtailError: a file cannot be read, the prior does not fit, or there were no validation images, which
@@ -193,7 +196,8 @@ class Recognizer(TrainedModel):
         estimate = isinstance(prior, str) and prior == "estimate"
         log_prior = None if estimate else self.log_prior(prior)
         thresholds = None if coverage is None else self.conformal_thresholds(coverage, tta)
-        parts = [self.scores(batch, tta).cpu() for batch in self._batches(images, batch_size, self.input_size(tta))]
+        batches = self._batches(images, batch_size, self.input_size(tta), unreadable)
+        parts = [self.scores(batch, tta).cpu() for batch in batches]
         scores = torch.cat(parts) if parts else torch.empty(0, len(self.config.class_names))
         estimated = None
         if estimate:
@@ -255,7 +259,13 @@ class Recognizer(TrainedModel):
             )
         return conformal_thresholds(stats.true_probability, stats.labels, len(self.config.class_names), coverage)
 
-    def _batches(self, images: ImageLike | Iterable[ImageLike], batch_size: int, side: int) -> Iterable[Tensor]:
+    def _batches(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        batch_size: int,
+        side: int,
+        unreadable: dict[Path, str] | None = None,
+    ) -> Iterable[Tensor]:
         size = self.config.image_size
         if isinstance(images, Tensor) and images.ndim == 4:
             for part in images.split(batch_size):
@@ -268,7 +278,9 @@ class Recognizer(TrainedModel):
         if isinstance(images, str | Path | Image.Image | np.ndarray | Tensor):
             images = [images]
         batch: list[Image.Image] = []
-        for image in self._opened(images, 2 * batch_size):
+        for image in self._opened(images, 2 * batch_size, unreadable):
+            if image is None:
+                continue
             batch.append(image)
             if len(batch) == batch_size:
                 yield self._preprocess(batch, side).to(self.device)
@@ -276,16 +288,18 @@ class Recognizer(TrainedModel):
         if batch:
             yield self._preprocess(batch, side).to(self.device)
 
-    def _opened(self, images: Iterable[ImageLike], ahead: int) -> Iterator[Image.Image]:
+    def _opened(
+        self, images: Iterable[ImageLike], ahead: int, unreadable: dict[Path, str] | None
+    ) -> Iterator[Image.Image | None]:
         """Yield the images in order; threads decode up to ``ahead`` of them while earlier ones are classified."""
         if isinstance(images, Sequence) and len(images) == 1:
-            yield self._open(images[0])
+            yield self._open(images[0], unreadable)
             return
-        pending: collections.deque[Future[Image.Image]] = collections.deque()
+        pending: collections.deque[Future[Image.Image | None]] = collections.deque()
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
             for image in images:
-                pending.append(pool.submit(self._open, image))
+                pending.append(pool.submit(self._open, image, unreadable))
                 if len(pending) > ahead:
                     yield pending.popleft().result()
             while pending:
@@ -293,11 +307,14 @@ class Recognizer(TrainedModel):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _open(self, image: ImageLike) -> Image.Image:
-        # a file becomes a square as the training images did
+    def _open(self, image: ImageLike, unreadable: dict[Path, str] | None) -> Image.Image | None:
         if isinstance(image, str | Path):
-            return open_square(Path(image), self.config.stored_size, self.config.channels)
+            return read_or_record(self._open_file, Path(image), unreadable)
         return to_pillow(image)
+
+    def _open_file(self, path: Path) -> Image.Image:
+        # a file becomes a square as the training images did
+        return open_square(path, self.config.stored_size, self.config.channels)
 
     def _preprocess(self, images: list[Image.Image], side: int) -> Tensor:
         pixels = torch.stack([to_square(image, self.config.stored_size, self.config.channels) for image in images])

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from longtail.data.detection import Detections
-from longtail.data.image_io import open_image, to_rgb
+from longtail.data.image_io import open_image, read_or_record, to_rgb
 from longtail.data.palette import class_colors
 from longtail.data.prefetch import prefetch
 from longtail.errors import LongtailError
@@ -20,7 +20,7 @@ from longtail.evaluation.detection_results import to_results
 from longtail.files import atomic_write, write_text
 from longtail.inference.model import Prior
 from longtail.inference.options import InferenceOptions
-from longtail.inference.output import PredictionOutput
+from longtail.inference.output import PredictionOutput, readable_files
 from longtail.tasks.base import PredictionRequest
 from longtail.tasks.detection.detector import Detector
 from longtail.tasks.detection.drawing import draw_detections
@@ -45,43 +45,48 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
     check_request(request.prior, request.options, request.coverage)
     threshold = THRESHOLD if request.threshold is None else request.threshold
     names, most = model.config.class_names, request.top or _MOST
-    opened: list[Image.Image] = []
+    unreadable: dict[Path, str] = {}
+    opened: list[tuple[Path, str, Image.Image | None]] = []  # with its drawing's name, of those not yet written
 
     def decoded() -> Iterator[Image.Image]:
-        for _, image in prefetch(lambda file: to_rgb(open_image(file)), files):
-            if request.out is not None:
-                opened.append(image)
-            yield image
+        images = prefetch(lambda file: read_or_record(_open_rgb, file, unreadable), files)
+        for drawing, (file, image) in zip(_drawing_names(files), images, strict=True):
+            if image is not None:
+                opened.append((file, drawing, None if request.out is None else image))
+                yield image
 
     records: list[dict[str, Any]] = []
     rows: list[list[str]] = []
     every: list[Detections] = []
     model.log_prior(request.prior)  # refused before the first image
     found_in_each = model.find(decoded(), score_threshold=threshold, max_detections=most, prior=request.prior)
-    progress = tqdm(files, unit="image", disable=not request.progress, leave=False)
-    for file, drawing, each in zip(progress, _drawing_names(files), found_in_each, strict=True):
+    readable: list[Path] = []
+    for each in tqdm(found_in_each, total=len(files), unit="image", disable=not request.progress, leave=False):
+        file, drawing, image = opened.pop(0)
+        readable.append(file)
         detections = _above(each, threshold, most)
         every.append(detections)
         objects = _objects(detections, names)
         record: dict[str, Any] = {"path": str(file), "objects": objects}
-        if request.out is not None:
+        if request.out is not None and image is not None:
             record["drawing"] = str(request.out / drawing)
-            _write_drawing(request.out / drawing, opened.pop(0), detections, names)
+            _write_drawing(request.out / drawing, image, detections, names)
         records.append(record)
         rows += [[str(file), entry["class"], f"{entry['score']:.3f}", _box_text(entry["box"])] for entry in objects]
         rows += [] if objects else [[str(file), "nothing found", "", ""]]
+    readable_files(files, unreadable)  # an error if there is none
     notes = [f"objects with a score of at least {threshold:g}"]
     if request.out is not None:
-        ids = _image_ids(files)
+        ids = _image_ids(readable)
         class_ids = model.config.class_ids or tuple(range(1, len(names) + 1))
         # with paths and names, as the ids of annotations that the file is evaluated on may be others
-        results = to_results(every, ids, class_ids, [str(file) for file in files], names)
+        results = to_results(every, ids, class_ids, [str(file) for file in readable], names)
         lines = [json.dumps(entry) for entry in results]
         write_text(request.out / RESULTS, "[\n" + ",\n".join(lines) + "\n]\n")  # an object a line
         for record, image_id in zip(records, ids, strict=True):
             record["image_id"] = image_id
         notes.append(f"drawings and {RESULTS} (category {class_ids[0]} is {names[0]}): {request.out}")
-    return PredictionOutput(records, ["path", "class", "score", "x1, y1, x2, y2"], rows, notes)
+    return PredictionOutput(records, ["path", "class", "score", "x1, y1, x2, y2"], rows, notes, unreadable)
 
 
 def find_objects(model: Detector, image: Image.Image, prior: Prior) -> list[dict[str, Any]]:
@@ -92,6 +97,10 @@ def find_objects(model: Detector, image: Image.Image, prior: Prior) -> list[dict
     css = [f"rgb{color}" for color in class_colors(len(names))]
     objects = zip(_objects(detections, names), detections.labels.tolist(), strict=True)
     return [{**entry, "color": css[label]} for entry, label in objects]
+
+
+def _open_rgb(file: Path) -> Image.Image:
+    return to_rgb(open_image(file))
 
 
 def _above(detections: Detections, threshold: float, most: int) -> Detections:

@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from longtail.data.image_io import open_image
+from longtail.data.image_io import open_image, read_or_record
 from longtail.errors import LongtailError
-from longtail.inference.output import PredictionOutput
+from longtail.inference.output import PredictionOutput, readable_files
 from longtail.tasks.base import PredictionRequest
 from longtail.tasks.segmentation.label_images import write_segmentation
 from longtail.tasks.segmentation.segmenter import Segmenter
@@ -26,13 +26,18 @@ def predict_files(model: Segmenter, files: Sequence[Path], request: PredictionRe
     model.log_prior(request.prior)  # refused before the first image
     names = model.config.class_names
     records: list[dict[str, Any]] = []
+    unreadable: dict[Path, str] = {}
     for file in tqdm(files, unit="image", disable=not request.progress, leave=False):
-        labels = next(model.segment(open_image(file), request.prior, request.options))
+        image = read_or_record(open_image, file, unreadable)
+        if image is None:
+            continue
+        labels = next(model.segment(image, request.prior, request.options))
         counts = labels.flatten().bincount(minlength=len(names))
         present = [index for index in counts.argsort(descending=True).tolist() if counts[index]]
         label_file, overlay_file = write_segmentation(out, file, labels, len(names))
         shares = {names[index]: float(counts[index]) / labels.numel() for index in present}
         records.append({"path": str(file), "labels": str(label_file), "overlay": str(overlay_file), "shares": shares})
+    readable_files(files, unreadable)  # an error if there is none
     rows = [
         [
             record["path"],
@@ -42,4 +47,4 @@ def predict_files(model: Segmenter, files: Sequence[Path], request: PredictionRe
         for record in records
     ]
     notes = [f"labels (value 1 is {names[0]}) and overlays: {out}"]
-    return PredictionOutput(records, ["path", "labels", "largest shares"], rows, notes)
+    return PredictionOutput(records, ["path", "labels", "largest shares"], rows, notes, unreadable)
