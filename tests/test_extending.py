@@ -244,7 +244,7 @@ def test_the_setting_of_a_method_has_its_effect(plugin: Any, tmp_path: Path) -> 
     assert "tempered − la" in table
     for wrong, message in (
         (("--tempered.strenght", "1"), "--tempered.strength"),
-        (("--tempered.strength", "-1"), "tempered.strength: Input should be greater than or equal to 0, got -1.0"),
+        (("--tempered.strength", "-1"), "--tempered.strength -1.0: expected a value greater than or equal to 0"),
         (("--tempered.strength", "much"), "--tempered.strength"),
     ):
         assert message in refused("train", *with_plugin, "--method", "tempered", *wrong, "--out", tmp_path / "other")

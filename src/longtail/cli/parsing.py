@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from longtail.cli.parse_errors import one_line
 from longtail.errors import LongtailError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str], default: 
     except SystemExit as stop:
         if stop.code in {0, None}:
             raise
-        raise LongtailError(_one_line(output.getvalue(), command)) from None
+        raise LongtailError(one_line(output.getvalue(), command)) from None
     return options
 
 
@@ -57,24 +57,6 @@ def _joined_lines() -> Iterator[None]:
         docstring_parser.parse_from_object = parse_from_object
 
 
-def _one_line(box: str, command: str) -> str:
-    """Return the first paragraph of tyro's message, and the flags that it suggests."""
-    # on a terminal without box-drawing characters tyro uses hyphens
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    lines = ["" if not line.strip("-") else line for line in lines]
-    while lines and not lines[0]:
-        lines.pop(0)
-    message = " ".join(lines[: next((i for i, line in enumerate(lines) if not line), len(lines))])
-    message = message.split(" Got errors:")[0].rstrip(".")
-    hint = ""
-    if any(line.startswith("Perhaps you meant") for line in lines):
-        flags = dict.fromkeys(line.split()[0].rstrip(",") for line in lines if line.startswith("--"))
-        wrong = next((word.rstrip(",") for word in message.split() if word.startswith("--")), "")
-        close = difflib.get_close_matches(wrong, flags, n=3, cutoff=0.5) or list(flags)[:3]
-        hint = f"; perhaps you meant {' or '.join(close)}?"
-    return f"{message}{hint} (longtail {command} --help lists all)"
-
-
 def parse_with_config(
     kind: type[Options], command: str, arguments: Sequence[str], config: Config
 ) -> tuple[Options, Config]:
@@ -87,7 +69,7 @@ def parse_with_config(
 
     import tyro
 
-    from longtail.config import Config, parse_config, settings_types
+    from longtail.config import FLAGS, Config, parse_config, settings_types
 
     sections = settings_types()
     fields = [(name, section, dataclasses.field(default_factory=section)) for name, section in sorted(sections.items())]
@@ -103,7 +85,7 @@ def parse_with_config(
     options = parse(special, command, arguments, special(config=default))
     values = dataclasses.asdict(options.config)
     values.pop("settings")
-    return options, parse_config(values, "flags")
+    return options, parse_config(values, FLAGS)
 
 
 def split_recipe(arguments: Sequence[str], default: str) -> tuple[str, list[str]]:

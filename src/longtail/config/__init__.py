@@ -4,6 +4,7 @@ from longtail.config.auto_method import choose_method
 from longtail.config.optimization import Mixing, Optimizer, Schedule
 from longtail.config.recipes import About, Recipe, load_header, load_recipe, read_config, recipe_names
 from longtail.config.schema import (
+    FLAGS,
     Classifier,
     Config,
     Data,
@@ -19,6 +20,7 @@ from longtail.config.teacher import Teacher
 from longtail.config.types import Fraction, Positive, PositiveFloat, Weight
 
 __all__ = [
+    "FLAGS",
     "About",
     "Classifier",
     "Config",

@@ -322,6 +322,8 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+FLAGS = "flags"
+"""In place of a file's name: the values came from the command line."""
 _CORE_FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.name != "settings"}
 _CORE_SECTIONS: dict[str, type] = {
     "data": Data,
@@ -376,7 +378,7 @@ def parse_config(values: dict[str, Any], where: str = "config") -> Config:
 
     Args:
         values: as :meth:`Config.to_dict` returns them; what is missing takes its default.
-        where: begins the message of an error, the name of a file for one.
+        where: begins the message of an error: the name of a file for one, or :data:`FLAGS`.
 
     Raises:
         LongtailError: a field does not exist, or its value has the wrong type or range.
@@ -413,11 +415,23 @@ def validate(kind: Any, values: Any, where: str, prefix: str = "") -> Any:
         name = prefix + ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
         if first["type"] == "unexpected_keyword_argument":
             raise LongtailError(f"{where}: there is no field '{name}'{did_you_mean(name, field_names())}") from None
+        by_flags = where == FLAGS
         if isinstance(first.get("ctx", {}).get("error"), LongtailError):
-            raise LongtailError(f"{where}: {first['ctx']['error']}") from None
-        raise LongtailError(f"{where}: {name}: {first['msg']}, got {first['input']!r}") from None
+            raise LongtailError(f"{'' if by_flags else f'{where}: '}{first['ctx']['error']}") from None
+        expected = _expected(first["msg"])
+        if by_flags:
+            raise LongtailError(f"--{name} {first['input']}: {expected}") from None
+        raise LongtailError(f"{where}: {name}: {expected}, got {first['input']!r}") from None
+
+
+def _expected(message: str) -> str:
+    """Return a message of pydantic in the form of ours: what was expected."""
+    wanted = message.removeprefix("Input should be ").split(", unable to ")[0]
+    if wanted == message:
+        return message
+    return f"expected {'a value ' if wanted.startswith(('greater', 'less')) else ''}{wanted}"
 
 
 def validate_section(section: Any, where: str) -> Any:
     """Return a dataclass that came from flags with every type and range checked."""
-    return validate(type(section), dataclasses.asdict(section), "flags", f"{where}.")
+    return validate(type(section), dataclasses.asdict(section), FLAGS, f"{where}.")

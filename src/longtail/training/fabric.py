@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from longtail.config import Config
+from longtail.devices import select_device
 from longtail.errors import LongtailError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def build_fabric(config: Config) -> Fabric:
     try:
         fabric = Fabric(**options)
     except (RuntimeError, ValueError) as error:
+        select_device(config.device)  # says more plainly why there is no such device
         raise LongtailError(f"device {config.device}: cannot be used: {' '.join(str(error).split())}") from None
     if world > 1:
         fabric.launch()
