@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,6 +306,20 @@ def test_a_cache_belongs_to_the_resize_and_the_normalisation_of_the_encoder(tiny
     cached(encoder(), frozen)
     cached(encoder(), frozen.replace(feature_views=3))
     assert len(list(tmp_path.iterdir())) == 9
+
+
+def test_a_cache_has_the_precision_of_the_training(tiny: Config, tmp_path: Path) -> None:
+    cached: dict[Path, str] = {}
+    for precision in ("32-true", "bf16-mixed"):
+        config = tiny.replace(precision=precision, teacher={"cache": 2}, gml={"distillation_weight": 1.0}, epochs=1)
+        fit(config, tmp_path / precision, quiet=True, teachers=tmp_path / "teachers")
+        files = set((tmp_path / "teachers" / "cache").glob("*-features.npy")) - set(cached)
+        cached |= dict.fromkeys(files, precision)
+    exact, rounded = (torch.from_numpy(np.load(file)) for file in cached)
+    assert list(cached.values()) == ["32-true", "bf16-mixed"]
+    # not only the weights differ, as these teachers were trained apart: the features themselves are rounded
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(exact, exact.bfloat16().float())
 
 
 def test_several_teachers_of_two_generations_are_trained_and_cached(

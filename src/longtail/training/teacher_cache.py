@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def teacher_cache(
     make_loader: Callable[[object], TrainLoader],
     folder: Path,
     device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     share_key: bool = False,
     distilled: int = 1,
     write: bool = True,
@@ -120,6 +122,7 @@ def teacher_cache(
         make_loader: gives a loader of the classification view, whose draws the argument names.
         folder: where caches are kept.
         device: where the teacher is.
+        autocast: gives the context of ``config.precision``, in which the teacher of a run without a cache works too.
         share_key: whether the key view is the classification view.
         distilled: D.
         write: whether this process is the one that writes.
@@ -129,6 +132,7 @@ def teacher_cache(
     for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     content: list[Any] = [data.fingerprint, config.seed, views, wanted, config.data.augment, data.image_size]
+    content.append(config.precision)
     members = [teacher] if isinstance(teacher, Encoder) else teacher.members
     content += [
         [*map(float, member.mean), *map(float, member.std), member.resize]
@@ -166,7 +170,8 @@ def teacher_cache(
             for path in partial.values():
                 path.unlink(missing_ok=True)
             raise LongtailError(f"{folder}: {gib:.2f} GiB cannot be written: {error.strerror}") from None
-        _fill(arrays, config, data, freeze(teacher).to(device), classifier, make_loader, device)
+        with autocast():
+            _fill(arrays, config, data, freeze(teacher).to(device), classifier, make_loader, device)
         for kind, array in arrays.items():
             array.flush()
             _move(partial[kind], paths[kind])

@@ -297,6 +297,7 @@ class _Trainer:
                 lambda draws: self._loader(draws, views=1),
                 teachers / "cache",
                 device,
+                self.fabric.autocast,
                 share_key=self.method_class.shares_key_view(self.config),
                 distilled=self.method_class.num_distilled_views(self.config),
                 write=write,
