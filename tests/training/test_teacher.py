@@ -165,8 +165,11 @@ def test_the_cache_contains_the_scores_of_every_distilled_view(
     seen = seen[-3 * 6 :]  # the teacher's steps come first
     data = load_data(config.data, 0)
     teacher = Recognizer.load(teacher_folder(run.config, data, tmp_path / "teachers"))
+    kept = {path.name.rpartition("-")[2] for path in (tmp_path / "teachers" / "cache").iterdir()}
+    assert kept == ({"scores.npy"} if config.method == "la" else {"scores.npy", "features.npy"})
     for number, batch in enumerate(seen):
         assert batch.teacher_scores is not None
+        assert (batch.key_features is None) == (config.method == "la")
         assert batch.teacher_scores.shape[1:] == (2, 10)
         assert not torch.allclose(batch.views[0], batch.views[1])
         with torch.no_grad():
@@ -286,6 +289,7 @@ def test_a_cache_belongs_to_the_resize_and_the_normalisation_of_the_encoder(tiny
 
     def cached(encoder: TeacherEncoder, settings: Config = config) -> torch.Tensor:
         cache = teacher_cache(settings, data, encoder.eval(), None, loader, tmp_path, torch.device("cpu"))
+        assert cache.features is not None
         return torch.from_numpy(cache.features.copy())
 
     def encoder(mean: float = 0.3, std: float = 0.4, resize: int | None = None) -> Encoder:

@@ -52,7 +52,7 @@ class Teacher:
     distillation_temperature: PositiveFloat = 4.0
     """Temperature of the distillation [T]."""
     cache: Annotated[int, Field(ge=0)] = 0
-    """Number of fixed views per image whose teacher features are computed once and cached on disk; 0: no cache."""
+    """Number of fixed views per image whose teacher outputs are computed once and cached on disk; 0: no cache."""
 
     def __post_init__(self) -> None:
         if not self.sources or (len(self.sources) > 1 and {"train", "ema"} & set(self.sources)):

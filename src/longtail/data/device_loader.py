@@ -236,7 +236,7 @@ class DeviceLoader:
         batch = Batch(tuple(views), self.labels[there], ids)
         if loader.cache is not None:
             features, scores = loader.cache.lookup(indices, block.epoch if repeats is None else block.epoch + repeats)
-            batch.key_features = features.to(self.device)
+            batch.key_features = None if features is None else features.to(self.device)
             batch.teacher_scores = None if scores is None else scores.to(self.device)
         if loader.mixer is not None:
             sizes = torch.tensor([len(split) for split in splits]).to(self.device)

@@ -130,7 +130,7 @@ class CachedTeacherViews(Protocol):
         """Return the random keys of one of these views in an epoch."""
         ...
 
-    def lookup(self, indices: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor | None]:
+    def lookup(self, indices: Tensor, epoch: int | Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return (B, F) features of the images' key views and (B, D, C) scores of their distilled views, if any.
 
         Args:

@@ -253,6 +253,11 @@ class Method(nn.Module, ABC):
         return cls.distillation_weight(config) > 0 and config.teacher.source != "ema"
 
     @classmethod
+    def needs_teacher_features(cls, config: Config) -> bool:  # noqa: ARG003
+        """Return whether :meth:`teacher_outputs` has features too, not scores alone."""
+        return False
+
+    @classmethod
     def num_student_views(cls, config: Config) -> int:
         """Return how many views of an image go through the student, forward and backward, in a step."""
         return config.classifier.views

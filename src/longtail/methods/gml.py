@@ -266,6 +266,11 @@ class GML(Method):
         return config.section(GMLSettings).keys != "momentum" or super().needs_teacher(config)
 
     @classmethod
+    def needs_teacher_features(cls, config: Config) -> bool:  # noqa: ARG003
+        """Return True: keys are made of them."""
+        return True
+
+    @classmethod
     def num_student_views(cls, config: Config) -> int:
         """Return 2, the classification view and the query view, or 1 where they are shared."""
         return 1 if config.section(GMLSettings).share_query else 2

@@ -37,10 +37,12 @@ _CACHED = mix(5)  # an independent stream of random draws
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """Memory-mapped features (V, N, F) and, where there is a classifier to distil from, scores (V, N, C)."""
+    """Memory-mapped features (V, N, F), scores (V, N, C), or both."""
 
-    features: np.memmap
+    features: np.memmap | None
+    """Where the method compares with them."""
     scores: np.memmap | None
+    """Where there is a classifier to distil from."""
     seed: int
     share_key: bool
     distilled: int = 1
@@ -49,7 +51,9 @@ class TeacherCache:
     @property
     def views(self) -> int:
         """V."""
-        return len(self.features)
+        held = self.scores if self.features is None else self.features
+        assert held is not None
+        return len(held)
 
     @property
     def num_fixed_views(self) -> int:
@@ -63,20 +67,22 @@ class TeacherCache:
     def _shown(self, epoch: int | np.ndarray[Any, Any], number: int) -> Any:
         return (epoch * self.distilled + number) % self.views
 
-    def lookup(self, indices: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (B, F) features of the key views and (B, D, C) scores of the distilled views.
+    def lookup(self, indices: Tensor, epoch: int | Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return (B, F) features of the key views and (B, D, C) scores of the distilled views, None if not kept.
 
         Args:
             indices: (B,) int64 positions of the images.
             epoch: whose views are meant; (B,) int64 where these differ between the images.
         """
         positions, epochs = indices.numpy(), np.asarray(epoch)
-        key = self._shown(epochs, 0 if self.share_key else max(self.distilled, (self.views + 1) // 2))
-        features = torch.from_numpy(self.features[key, positions])
-        if self.scores is None:
-            return features, None
-        shown = np.stack([self._shown(epochs, number) for number in range(self.distilled)], axis=-1)
-        return features, torch.from_numpy(self.scores[shown, positions[:, None]])
+        features, scores = None, None
+        if self.features is not None:
+            key = self._shown(epochs, 0 if self.share_key else max(self.distilled, (self.views + 1) // 2))
+            features = torch.from_numpy(self.features[key, positions])
+        if self.scores is not None:
+            shown = np.stack([self._shown(epochs, number) for number in range(self.distilled)], axis=-1)
+            scores = torch.from_numpy(self.scores[shown, positions[:, None]])
+        return features, scores
 
 
 def rng_keys(seed: int, view: int) -> tuple[int, ...]:
@@ -108,6 +114,7 @@ def teacher_cache(
     folder: Path,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    keeps_features: bool = True,
     share_key: bool = False,
     distilled: int = 1,
     write: bool = True,
@@ -123,6 +130,7 @@ def teacher_cache(
         folder: where caches are kept.
         device: where the teacher is.
         autocast: gives the context of ``config.precision``, in which the teacher of a run without a cache works too.
+        keeps_features: whether the method compares with the teacher's features.
         share_key: whether the key view is the classification view.
         distilled: D.
         write: whether this process is the one that writes.
@@ -144,7 +152,9 @@ def teacher_cache(
     if isinstance(classifier, ClassifierEnsemble):  # whose scores depend on it
         content.append(classifier.temperature)
     name = hashlib.blake2b(json.dumps(content).encode() + weights.digest(), digest_size=8).hexdigest()
-    shapes: dict[str, tuple[int, int, int]] = {"features": (views, len(data.train), teacher.num_features)}
+    shapes: dict[str, tuple[int, int, int]] = {}
+    if keeps_features:
+        shapes["features"] = (views, len(data.train), teacher.num_features)
     if wanted:
         shapes["scores"] = (views, len(data.train), len(data.class_names))
     paths = {kind: folder / f"{name}-{kind}.npy" for kind in shapes}
@@ -178,7 +188,7 @@ def teacher_cache(
     opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _there(paths) else {}
     if not opened:
         raise LongtailError(f"{folder}: the teacher's cache is not there; do all processes see the same folder?")
-    return TeacherCache(opened["features"], opened.get("scores"), config.seed, share_key, distilled)
+    return TeacherCache(opened.get("features"), opened.get("scores"), config.seed, share_key, distilled)
 
 
 def _move(made: Path, path: Path) -> None:
@@ -208,7 +218,8 @@ def _fill(
             assert batch.key_features is not None
             positions = batch.key_features.numpy()
             features = teacher(batch.views[0].to(device))
-            arrays["features"][view, positions] = features.float().cpu().numpy()
+            if "features" in arrays:
+                arrays["features"][view, positions] = features.float().cpu().numpy()
             if "scores" in arrays:
                 assert classifier is not None
                 arrays["scores"][view, positions] = classifier(features).float().cpu().numpy()

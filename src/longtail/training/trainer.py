@@ -298,6 +298,7 @@ class _Trainer:
                 teachers / "cache",
                 device,
                 self.fabric.autocast,
+                keeps_features=self.method_class.needs_teacher_features(self.config),
                 share_key=self.method_class.shares_key_view(self.config),
                 distilled=self.method_class.num_distilled_views(self.config),
                 write=write,
