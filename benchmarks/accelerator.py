@@ -6,6 +6,7 @@ product     train, a stop by SIGTERM and --resume, predict; every method, with l
 speed       milliseconds a step (la, gml, the teacher), beside its networks alone; views a second; runs side by side
 mixture     gml with both views classified and distilled, beside la on two views, distilled: equal operations
 generation  a ResNet-56 distilled on two views teaches the ResNet-32
+best        what gained in the search on two cores (docs/evidence/search.md), alone and together
 rows        imbalance 50 and 10, and CIFAR-10 where it is in the pack
 longer      400 epochs
 wide        ResNet-32, four times as wide
@@ -596,6 +597,28 @@ def generation(context: Context) -> None:
     train_variants(context, "generation", {"la distilled on two views by the second teacher": student}, {})
 
 
+def best(context: Context) -> None:
+    """What gained in the search on two cores."""
+    changes: dict[str, dict[str, Any]] = {
+        "two teachers": {"teacher": {"count": 2}},
+        "weight decay 0.001": {"optimizer": {"weight_decay": 1e-3}},
+        "average of the weights": {"optimizer": {"ema_decay": 0.999}},
+        "three experts": {"method": "experts"},
+    }
+    steady = {**changes["weight decay 0.001"]["optimizer"], **changes["average of the weights"]["optimizer"]}
+    variants = {
+        name: context.recipe(**{"method": "la", "classifier": TWO_VIEWS, **change})
+        for name, change in {
+            "two teachers, weight decay 0.001, average of the weights": {
+                "teacher": {"count": 2},
+                "optimizer": steady,
+            },
+            **changes,
+        }.items()
+    }
+    train_variants(context, "best", variants, {**dict.fromkeys(variants, 5.0), "three experts": 7.0})
+
+
 def rows(context: Context) -> None:
     """The paper's other rows."""
     variants: dict[str, Config] = {}
@@ -649,7 +672,7 @@ def parts(context: Context) -> None:
 
 
 PHASES: dict[str, Callable[[Context], None]] = {
-    each.__name__: each for each in (product, speed, mixture, generation, rows, longer, wide, parts, compiled)
+    each.__name__: each for each in (product, speed, mixture, generation, best, rows, longer, wide, parts, compiled)
 }
 
 
