@@ -100,6 +100,9 @@ ADDED: dict[str, Variant] = {
 }
 """Each alone on the baseline."""
 TOGETHER: dict[str, Variant] = {
+    "two teachers, weight decay 0.001, average of the weights": merged(
+        ADDED["two teachers"], ADDED["weight decay 0.001"], ADDED["average of the weights"]
+    ),
     "two teachers, three experts": merged(ADDED["two teachers"], ADDED["three experts"]),
 }
 """Those that gained alone, on the baseline."""
