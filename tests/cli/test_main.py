@@ -144,7 +144,7 @@ def test_a_folder_in_place_of_a_recipe(command: Command, photos: Path, tmp_path:
     assert "source: folder" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
     code, _, err = command("train", tmp_path / "missing", *settings)
     assert code == 2
-    assert "is not known" in err
+    assert "missing': there is no such folder or set" in err
 
 
 def test_a_folder_of_images(command: Command, photos: Path, tmp_path: Path) -> None:
@@ -167,7 +167,6 @@ def test_a_folder_of_images(command: Command, photos: Path, tmp_path: Path) -> N
         (["train", "--data.imblance", "3"], "perhaps you meant --data.imbalance"),
         (["train", "--epoch", "3"], "perhaps you meant --epochs"),
         (["train", "--overw"], "perhaps you meant --overwrite"),
-        (["train", "--epochs", "ten"], "--epochs"),
         (["train", "--epochs", "-3"], "--epochs -3: expected a value greater than or equal to 1"),
         (
             ["train", "--epochs", "ten"],
@@ -192,7 +191,6 @@ def test_a_folder_of_images(command: Command, photos: Path, tmp_path: Path) -> N
         (["train", "--json", "."], "is a folder, expected a file"),
         (["compare", "--methods", "ce,lb"], "'lb' is not known"),
         (["compare", "--seeds", "0"], "--seeds 0"),
-        (["evaluate"], "RUN"),
         (["evaluate", "nowhere"], "nowhere: there is no such run folder"),
         (["evaluate", "."], "contains no model"),
         (["predict", "."], "IMAGES"),
@@ -258,6 +256,8 @@ def test_predict_names_a_bad_file(command: Command, tmp_path: Path) -> None:
     code, _, err = command("predict", run, tmp_path / "bad.png", folder / "b.png")
     assert code == 2
     assert "none of 2 images can be read" in err
+    code, _, err = command("predict", run, tmp_path / "bad.png", "--prior", "estimate")
+    assert (code, "bad.png: is not an image" in err) == (2, True)
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "holds no images" in command("predict", run, empty)[2]

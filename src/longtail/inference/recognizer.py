@@ -201,6 +201,8 @@ class Recognizer(TrainedModel):
         scores = torch.cat(parts) if parts else torch.empty(0, len(self.config.class_names))
         estimated = None
         if estimate:
+            if unreadable and not parts:
+                raise LongtailError(next(iter(unreadable.values())))
             estimated = self.estimate_prior(scores)
             log_prior = self.log_prior(self.corrected_frequencies(estimated))
         in_set = None if thresholds is None else posterior(scores).exp() >= thresholds.to(scores)

@@ -139,8 +139,8 @@ def teacher_cache(
     weights = hashlib.blake2b(digest_size=8)
     for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
         weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    content: list[Any] = [data.fingerprint, config.seed, views, wanted, config.data.augment, data.image_size]
-    content.append(config.precision)
+    content: list[Any] = [data.fingerprint, config.seed, views, wanted, config.precision]
+    content += [config.data.augment, data.image_size]
     members = [teacher] if isinstance(teacher, Encoder) else teacher.members
     content += [
         [*map(float, member.mean), *map(float, member.std), member.resize]
