@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -594,9 +595,57 @@ def test_an_exported_file_finds_the_same(root: Path, tmp_path: Path, command: Co
         assert len(got[1]) == len(want.labels)
         assert detection_difference(tuple(got), tuple(each.numpy() for each in want[:3]), 64) < 1e-3  # type: ignore[arg-type]
     assert found > 10  # else nothing was compared
-    code, _, err = command("predict", tmp_path / "run" / "model.onnx", root / "images2")
-    assert code == 2
-    assert "finds objects, for use in other programs" in err
+    _predict_finds_the_same(root, tmp_path, command)
+
+
+def _predict_finds_the_same(root: Path, folder: Path, command: Command) -> None:
+    """``predict`` with the exported file: as with the run, and one line for what it cannot do."""
+    (folder / "images").mkdir()
+    for file in sorted((root / "images2").iterdir())[:4]:
+        shutil.copy(file, folder / "images")
+    objects = []
+    for model in (folder / "run", folder / "run" / "model.onnx"):
+        code, _, err = command(
+            *("predict", model, folder / "images", "--prior", "train", "--threshold", "0.1", "--json", folder / "json")
+        )
+        assert code == 0, err
+        objects.append(json.loads((folder / "json").read_text()))
+    assert sum(len(record["objects"]) for record in objects[0]) > 10
+    for want, got in zip(*objects, strict=True):
+        assert want["path"] == got["path"]
+        assert len(want["objects"]) == len(got["objects"])
+        assert detection_difference(_arrays(want), _arrays(got), 64) < 1e-3
+    with Image.open(root / "images2" / "000.png") as image:
+        image.resize((100, 50)).save(folder / "wide.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    code, shown, err = command(
+        *("predict", folder / "run" / "model.onnx", folder / "wide.png", folder / "broken.png", "--threshold", "0.05"),
+        *("--top", "2", "--json", folder / "json"),
+    )
+    assert code == 1
+    assert "broken.png" in err
+    assert "the frequencies of training" in shown
+    found, unread = json.loads((folder / "json").read_text())
+    assert set(unread) == {"path", "error"}
+    assert len(found["objects"]) == 2
+    for entry in found["objects"]:
+        x1, y1, x2, y2 = entry["box"]
+        assert 0 <= x1 < x2 <= 100
+        assert 0 <= y1 < y2 <= 50
+    for flags, message in (
+        (["--threshold", "0.01"], "gives scores from 0.05 up"),
+        (["--prior", "0.2,0.3,0.5"], "has train inside"),
+        (["--out", folder / "out"], "--out needs the run"),
+    ):
+        code, _, err = command("predict", folder / "run" / "model.onnx", folder / "wide.png", *flags)
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def _arrays(record: dict[str, Any]) -> Any:
+    objects = record["objects"]
+    return tuple(np.array([entry[name] for entry in objects]) for name in ("box", "class", "score"))
 
 
 def test_difference_of_detections() -> None:

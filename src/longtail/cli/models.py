@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,18 @@ from longtail.data.paths import printable
 from longtail.errors import LongtailError
 from longtail.files import write_json_output
 from longtail.inference.options import InferenceOptions
-from longtail.inference.output import PredictionOutput, prediction_table, readable_files
+from longtail.inference.output import (
+    OBJECT_THRESHOLD,
+    OBJECTS_HEADER,
+    PredictionOutput,
+    object_records,
+    object_rows,
+    prediction_table,
+    readable_files,
+)
 
 if TYPE_CHECKING:
+    from longtail.inference.onnx_model import ONNXModel
     from longtail.tasks.base import Task
 
 
@@ -148,13 +158,11 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
     model = ONNXModel(options.run)
     if model.label_maps:
         raise LongtailError(f"{options.run}: labels pixels, for use in other programs; predict with its run instead")
-    if model.finds_objects:
-        raise LongtailError(f"{options.run}: finds objects, for use in other programs; predict with its run instead")
     unsupported = {
         "--out": options.out is not None,
         "--coverage": options.coverage is not None,
         "--prior estimate": options.prior == "estimate",
-        "--threshold": options.threshold is not None,
+        "--threshold": options.threshold is not None and not model.finds_objects,
         "--sliding_window": inference.sliding_window is not None,
         "--tta_scales": inference.tta_scales != (1.0,),
     }
@@ -167,6 +175,8 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
             f"export RUN --tta {inference.tta}"
         )
     files = find_images(options.images)
+    if model.finds_objects:
+        return _find_with_onnx(model, files, options)
     unreadable: dict[Path, str] = {}
     probabilities = model.change_prior(model.predict(files, unreadable=unreadable), options.prior)
     order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top or 3]
@@ -175,6 +185,35 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
         for row, classes in zip(probabilities, order, strict=True)
     ]
     return prediction_table(readable_files(files, unreadable), top, unreadable=unreadable)
+
+
+def _find_with_onnx(model: ONNXModel, files: Sequence[Path], options: Predict) -> PredictionOutput:
+    """Return the objects that an exported file finds; the class frequencies are those inside it."""
+    threshold = OBJECT_THRESHOLD if options.threshold is None else options.threshold
+    if threshold < model.score_threshold:
+        raise LongtailError(
+            f"--threshold {threshold:g}: {options.run} gives scores from {model.score_threshold:g} up; "
+            "predict with its run"
+        )
+    if options.prior not in {"uniform", model.prior}:
+        inside = model.prior if isinstance(model.prior, str) else "other frequencies"
+        raise LongtailError(
+            f"--prior {options.prior}: {options.run} has {inside} inside, which cannot be changed after "
+            f"suppression; use longtail export RUN --prior {options.prior}"
+        )
+    unreadable: dict[Path, str] = {}
+    objects = []
+    for found in model.find(files, unreadable):
+        count = min(int((found.scores >= threshold).sum()), options.top or len(found.scores))
+        boxes, labels, scores = (array[:count].tolist() for array in found)
+        objects.append(object_records(boxes, labels, scores, model.class_names))
+    readable = readable_files(files, unreadable)
+    records = [{"path": str(file), "objects": each} for file, each in zip(readable, objects, strict=True)]
+    rows = [row for file, each in zip(readable, objects, strict=True) for row in object_rows(file, each)]
+    notes = [f"objects with a score of at least {threshold:g}"]
+    if model.prior != "uniform":
+        notes.append(f"scores under {'the frequencies of training' if model.prior == 'train' else 'given frequencies'}")
+    return PredictionOutput(records, OBJECTS_HEADER, rows, notes, unreadable)
 
 
 def export(arguments: list[str]) -> None:

@@ -1,20 +1,35 @@
-"""Prediction with an exported ONNX file, without torch. Legend: N images, C classes, H, W sides in pixels."""
+"""Prediction with an exported ONNX file, without torch.
+
+Legend: N images, C classes, K objects of an image, H, W sides in pixels.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from longtail.data.image_io import open_image, open_square, read_or_record, resize_center_crop, to_rgb
+from longtail.data.letterbox import boxes_in_image, letterbox
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
 
 Array = np.ndarray[Any, Any]
+
+
+class Objects(NamedTuple):
+    """What a model finds in an image, the highest score first."""
+
+    boxes: Array
+    """(K, 4) float32 x1, y1, x2, y2 in pixels of the image."""
+    labels: Array
+    """(K,) int64 in [0, C)."""
+    scores: Array
+    """(K,) float32."""
 
 
 class ONNXModel:
@@ -54,6 +69,9 @@ class ONNXModel:
         self.prior: str | list[float] = info["prior"]
         self.tta: str = info.get("tta", "none")
         """Test-time augmentation that is part of the file."""
+        self.score_threshold: float = info.get("score_threshold", 0.0)
+        """Lowest score of an object that the file returns, where it finds objects."""
+        self._fill: tuple[int, int, int] = tuple(info.get("fill", (0, 0, 0)))
 
     def predict(
         self,
@@ -61,7 +79,7 @@ class ONNXModel:
         batch_size: int = 256,
         unreadable: dict[Path, str] | None = None,
     ) -> Array:
-        """Return probabilities, (N, C), or (N, C, H, W).
+        """Return probabilities, (N, C), or (N, C, H, W); of a model that finds objects use :meth:`find`.
 
         Args:
             images: files or Pillow images, of any size.
@@ -86,6 +104,30 @@ class ONNXModel:
         return (
             np.concatenate(probabilities) if probabilities else np.empty((0, len(self.class_names)), dtype=np.float32)
         )
+
+    def find(
+        self, images: Iterable[Path | str | Image.Image], unreadable: dict[Path, str] | None = None
+    ) -> Iterator[Objects]:
+        """Yield the objects of images, image by image, of a model that finds objects.
+
+        Args:
+            images: files or Pillow images, of any size.
+            unreadable: see :meth:`predict`.
+
+        Raises:
+            LongtailError: a file cannot be read, or the model finds no objects.
+        """
+        if not self.finds_objects:
+            raise LongtailError("find: this model classifies; use predict")
+        for each in images:
+            opened = each if isinstance(each, Image.Image) else read_or_record(open_image, Path(each), unreadable)
+            if opened is None:
+                continue
+            image, side = to_rgb(opened), self.shape[0]
+            square = np.array(letterbox(image, side, self._fill)[0])
+            boxes, labels, scores = self._session.run(None, {"images": square[None]})
+            moved, kept = boxes_in_image(boxes, image.size, side)
+            yield Objects(moved[kept], labels[kept], scores[kept])
 
     def change_prior(self, probabilities: Array, prior: ClassFrequencies) -> Array:
         """Return (N, C) probabilities as they would be under other class frequencies than those in the file.

@@ -37,6 +37,37 @@ def readable_files(files: Sequence[Path], unreadable: Mapping[Path, str]) -> lis
     return readable
 
 
+OBJECT_THRESHOLD = 0.5
+"""Lowest score of an object that is shown, if nothing else is asked for."""
+OBJECTS_HEADER = ("path", "class", "score", "x1, y1, x2, y2")
+
+
+def object_records(
+    boxes: Sequence[Sequence[float]], labels: Sequence[int], scores: Sequence[float], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the objects of an image as ``--json`` holds them: class, score and box.
+
+    Args:
+        boxes: K of x1, y1, x2, y2 in pixels of the image.
+        labels: K classes in [0, C).
+        scores: K of them.
+        names: C names.
+    """
+    return [
+        {"class": names[label], "score": score, "box": list(box)}
+        for label, score, box in zip(labels, scores, boxes, strict=True)
+    ]
+
+
+def object_rows(file: Path, objects: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the rows of an image in the table of objects, under :data:`OBJECTS_HEADER`."""
+    rows = [
+        [str(file), each["class"], f"{each['score']:.3f}", ", ".join(f"{value:.0f}" for value in each["box"])]
+        for each in objects
+    ]
+    return rows or [[str(file), "nothing found", "", ""]]
+
+
 def prediction_table(
     files: Sequence[Path],
     top: Sequence[Sequence[tuple[str, float]]],

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from longtail.data.detection import DetectionSample, DetectionTransform, letterbox
-from longtail.data.detection.images import FILL
+from longtail.data.letterbox import FILL
 from tests.data.detection.drawn import COLORS, NAMES, Drawn, drawn_images
 
 SIZE = 96

@@ -11,16 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from longtail.data.dataset import IMAGENET_MEAN
 from longtail.data.detection.annotations import Annotations
 from longtail.data.image_io import open_image, read_shown_size, read_size, to_rgb
 from longtail.data.images import FileImages
+from longtail.data.letterbox import letterbox
 from longtail.data.prefetch import prefetch
 from longtail.data.transforms.batched import to_float
 from longtail.errors import LongtailError
-
-FILL = tuple(round(255 * value) for value in IMAGENET_MEAN)
-"""Colour of what is outside of an image."""
 
 
 class DetectionSample(NamedTuple):
@@ -122,21 +119,3 @@ class DetectionImages(FileImages):
         """Return the images at ``indices`` letterboxed, (B, 3, size, size) float32 in [0, 1]."""
         squares = [np.array(letterbox(self.open_with_fallback(index), size)[0]) for index in indices.tolist()]
         return to_float(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2))
-
-
-def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, tuple[float, float]]:
-    """Return an image scaled to fit a square, in its upper left corner, and the scales of its width and height.
-
-    Args:
-        image: in RGB.
-        size: S.
-    """
-    factor = size / max(image.size)
-    width, height = (max(1, round(side * factor)) for side in image.size)
-    scales = (width / image.width, height / image.height)
-    scaled = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
-    if (width, height) == (size, size):
-        return scaled, scales
-    canvas = Image.new("RGB", (size, size), FILL)
-    canvas.paste(scaled, (0, 0))
-    return canvas, scales

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from longtail.data.detection.images import FILL, DetectionSample
+from longtail.data.detection.images import DetectionSample
+from longtail.data.letterbox import FILL
 from longtail.data.transforms import PerImageTransform
 from longtail.data.transforms.per_image import image_tensor
 from longtail.randomness import generator
@@ -33,7 +34,7 @@ class DetectionTransform(PerImageTransform):
     The image is scaled to fit the square, with its aspect kept, times a random scale. What is larger than the square
     then is cropped at a random place, with the centre of an object in it if there is one; what is smaller is at a
     random place if the scale is below 1 (zoomed out), and in the upper left corner otherwise, as
-    :func:`~longtail.data.detection.images.letterbox` has it. The rest has the mean colour. An object of
+    :func:`~longtail.data.letterbox.letterbox` has it. The rest has the mean colour. An object of
     which a crop leaves less than ``min_visible`` is ignored.
 
     Args:

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from longtail.data.detection import Detections, letterbox
+from longtail.data.detection import Detections
 from longtail.data.image_io import to_rgb
+from longtail.data.letterbox import boxes_in_image, letterbox, size_in_square
 from longtail.inference.model import Classifier, Prior, TrainedModel
 from longtail.inference.model_card import ModelCardText
 from longtail.inference.model_config import ModelConfig
@@ -198,7 +199,7 @@ class Detector(TrainedModel):
             LongtailError: the prior does not fit.
         """
         probabilities = self.probabilities(regions.scores, prior)
-        shown = None if sizes is None else [self._shown_size(size) for size in sizes]
+        shown = None if sizes is None else [size_in_square(size, self.config.image_size) for size in sizes]
         return select_detections(
             regions.boxes, probabilities, regions.counts, score_threshold, nms_threshold, max_detections, shown
         )
@@ -287,17 +288,9 @@ class Detector(TrainedModel):
             detections: of :meth:`detect`.
             size: width and height of the image.
         """
-        limits = torch.tensor(size * 2, dtype=torch.float32)
-        scales = limits / torch.tensor(self._shown_size(size) * 2)
-        boxes = torch.minimum((detections.boxes.cpu() * scales).clamp(min=0), limits)
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        moved = boxes_in_image(detections.boxes.float().cpu().numpy(), size, self.config.image_size)
+        boxes, kept = (torch.from_numpy(array) for array in moved)
         return Detections(boxes[kept], detections.labels.cpu()[kept], detections.scores.cpu()[kept])
-
-    def _shown_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the width and height that an image has in the square, whole pixels as :func:`letterbox` makes them."""
-        factor = self.config.image_size / max(size)
-        width, height = (max(1, round(side * factor)) for side in size)
-        return width, height
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return an image letterboxed, (1, channels, S, S) in [0, 1]."""

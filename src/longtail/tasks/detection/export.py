@@ -17,8 +17,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, nms, roi_align
 
 import longtail
-from longtail.data.detection.images import FILL
 from longtail.data.image_io import open_image
+from longtail.data.letterbox import FILL
 from longtail.errors import LongtailError
 from longtail.inference.export import Exported, serialize, silent_export, write_bytes
 from longtail.inference.model import Prior

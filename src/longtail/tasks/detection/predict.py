@@ -20,13 +20,18 @@ from longtail.evaluation.detection_results import to_results
 from longtail.files import atomic_write, write_text
 from longtail.inference.model import Prior
 from longtail.inference.options import InferenceOptions
-from longtail.inference.output import PredictionOutput, readable_files
+from longtail.inference.output import (
+    OBJECT_THRESHOLD,
+    OBJECTS_HEADER,
+    PredictionOutput,
+    object_records,
+    object_rows,
+    readable_files,
+)
 from longtail.tasks.base import PredictionRequest
 from longtail.tasks.detection.detector import Detector
 from longtail.tasks.detection.drawing import draw_detections
 
-THRESHOLD = 0.5
-"""Lowest score of an object that is shown, if nothing else is asked for."""
 RESULTS = "detections.json"
 _MOST = 100  # of an image
 _PAGE_THRESHOLD = 0.05  # of what a web page is sent, which hides a part of it
@@ -43,7 +48,7 @@ def check_request(prior: str, options: InferenceOptions, coverage: float | None)
 def predict_files(model: Detector, files: Sequence[Path], request: PredictionRequest) -> PredictionOutput:
     """Return the objects of image files; write drawings and a result file if a folder is given."""
     check_request(request.prior, request.options, request.coverage)
-    threshold = THRESHOLD if request.threshold is None else request.threshold
+    threshold = OBJECT_THRESHOLD if request.threshold is None else request.threshold
     names, most = model.config.class_names, request.top or _MOST
     unreadable: dict[Path, str] = {}
     opened: list[tuple[Path, str, Image.Image | None]] = []  # with its drawing's name, of those not yet written
@@ -72,8 +77,7 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
             record["drawing"] = str(request.out / drawing)
             _write_drawing(request.out / drawing, image, detections, names)
         records.append(record)
-        rows += [[str(file), entry["class"], f"{entry['score']:.3f}", _box_text(entry["box"])] for entry in objects]
-        rows += [] if objects else [[str(file), "nothing found", "", ""]]
+        rows += object_rows(file, objects)
     readable_files(files, unreadable)  # an error if there is none
     notes = [f"objects with a score of at least {threshold:g}"]
     if request.out is not None:
@@ -86,7 +90,7 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
         for record, image_id in zip(records, ids, strict=True):
             record["image_id"] = image_id
         notes.append(f"drawings and {RESULTS} (category {class_ids[0]} is {names[0]}): {request.out}")
-    return PredictionOutput(records, ["path", "class", "score", "x1, y1, x2, y2"], rows, notes, unreadable)
+    return PredictionOutput(records, OBJECTS_HEADER, rows, notes, unreadable)
 
 
 def find_objects(model: Detector, image: Image.Image, prior: Prior) -> list[dict[str, Any]]:
@@ -113,16 +117,8 @@ def _above(detections: Detections, threshold: float, most: int) -> Detections:
 
 
 def _objects(detections: Detections, names: Sequence[str]) -> list[dict[str, Any]]:
-    return [
-        {"class": names[label], "score": score, "box": box}
-        for label, score, box in zip(
-            detections.labels.tolist(), detections.scores.tolist(), detections.boxes.tolist(), strict=True
-        )
-    ]
-
-
-def _box_text(box: Sequence[float]) -> str:
-    return ", ".join(f"{value:.0f}" for value in box)
+    boxes, labels, scores = (tensor.tolist() for tensor in detections[:3])
+    return object_records(boxes, labels, scores, names)
 
 
 def _image_ids(files: Sequence[Path]) -> list[int]:
