@@ -1,7 +1,8 @@
-"""Atomic writing of files: a file is written completely or not at all."""
+"""Reading of text files, and atomic writing: a file is written completely or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from longtail.errors import LongtailError
+
+_LONGEST_NAME = 240  # bytes of a file's name that its temporary file has; most file systems allow 255
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -23,10 +26,16 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         LongtailError: the file cannot be written; an existing file is unchanged.
     """
-    if path.exists() and not path.is_file():  # a device such as /dev/stdout, which cannot be replaced
+    try:
+        path = Path(os.path.realpath(path)) if path.is_symlink() and not _is_device(path) else path
+        is_device = _is_device(path)
+    except OSError as error:
+        raise LongtailError(f"{path}: cannot be written: {error.strerror}") from None
+    if is_device:  # such as /dev/stdout, which cannot be replaced
         write(path)
         return
-    partial = path.with_name(f".{path.name}.partial")
+    name = os.fsdecode(os.fsencode(path.name)[-_LONGEST_NAME:])
+    partial = path.with_name(f".{name}.partial")
     try:
         write(partial)
         with partial.open("rb") as file:
@@ -38,8 +47,36 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         finally:
             os.close(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what torch and safetensors raise
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise LongtailError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _is_device(path: Path) -> bool:
+    """Return whether a path is no regular file, or leads to one by way of /dev or /proc, as /dev/stdout does."""
+    if path.exists() and not path.is_file():
+        return True
+    for _ in range(40):  # as many links as Linux follows
+        if str(path.absolute()).startswith(("/dev/", "/proc/")):
+            return True
+        if not path.is_symlink():
+            return False
+        path = path.parent / path.readlink()
+    return False
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file.
+
+    Raises:
+        LongtailError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise LongtailError(f"{path}: cannot be read: is no text in UTF-8 (byte {error.start})") from None
 
 
 def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:

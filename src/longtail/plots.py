@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from longtail.files import atomic_write
+
 GROUP_COLORS = {"many": "#4477aa", "medium": "#b8860b", "few": "#cc5566"}
 GROUP_COLORS |= {
     name: color
@@ -166,5 +168,5 @@ def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], label: s
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, dpi=140, facecolor="white")
+    """Write a figure as PNG, atomically."""
+    atomic_write(path, lambda partial: figure.savefig(partial, dpi=140, facecolor="white", format="png"))

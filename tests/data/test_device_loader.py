@@ -138,3 +138,14 @@ def test_what_stands_in_the_way_is_named() -> None:
     assert "more than accelerator.memory allows" in reason_against_device(loader, 31 * 3 * 16 * 16 - 1)
     shared = TrainLoader(loader.images, 8, loader.views, seed=0, world=2)
     assert "several processes" in reason_against_device(shared, math.inf)
+
+
+def test_the_measured_step_of_a_resumed_epoch_is_not_shared() -> None:
+    """Its views would be those of the first step of a training beside it."""
+    shared = SharedViews(math.inf)
+    for epoch, start in ((1, 4), (0, 0)):
+        loader = _loader(10, 10)  # one step in an epoch
+        device = DeviceLoader(loader, CPU, math.inf, lambda _step: 0.1, shared=shared, view_names=["a", "b"])
+        start = min(start, len(loader.splits(epoch)) - 1)
+        for (batch, _), other in zip(_through(device, epoch, start), loader.epoch(epoch, start), strict=True):
+            _same(batch, other)

@@ -129,3 +129,19 @@ def test_a_batch_without_positives_adds_nothing(tiny: Config, data: LongTailedDa
     assert method.metrics_to_log()["with_positives"].item() == 0
     torch.stack(list(terms.values())).sum().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in method.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_moving_average_moves_as_far_in_a_step_of_several_parts(
+    tiny: Config, data: LongTailedData, parts: int
+) -> None:
+    config = tiny.replace(method="paco", paco={"momentum": 0.9}, optimizer={"grad_accumulation_steps": parts})
+    method = build_method(config, data)
+    average = next(parameter for name, parameter in method.ema.named_parameters() if "weight" in name)
+    name = next(name for name, parameter in method.encoder.named_parameters() if parameter.shape == average.shape)
+    before, student = average.detach().clone(), method.encoder.get_parameter(name)
+    with torch.no_grad():
+        student.add_(1.0)
+    for _ in range(parts):
+        method.ema.update([method.encoder, method.embed])
+    torch.testing.assert_close(average, before + 0.1, rtol=1e-4, atol=1e-4)

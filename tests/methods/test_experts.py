@@ -286,3 +286,14 @@ def test_a_prepared_encoder_stays_as_it_is(experts: Config) -> None:
     backbone = encoder.backbone
     ProductOfExperts.prepare_encoder(encoder, experts)
     assert encoder.backbone is backbone
+
+
+def test_distillation_without_adjustment_is_free_of_the_prior(experts: Config, data: LongTailedData) -> None:
+    """A student that is its teacher under the training prior has nothing to learn from it."""
+    config = experts.replace(classifier={"logit_adjustment": False, "distillation_weight": 1.0})
+    method = build_method(config, data)
+    teacher_scores = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    scores = (teacher_scores + torch.tensor(log_prior(data)))[:, None].expand(-1, 3, -1)
+    counted = torch.ones(6, dtype=torch.bool)
+    assert method.distillation_loss(scores, teacher_scores, counted).item() == pytest.approx(0, abs=1e-5)
+    assert method.distillation_loss(scores.flip(2), teacher_scores, counted).item() > 0.1

@@ -80,3 +80,19 @@ def test_regions_are_means_of_classes_in_images() -> None:
             else:
                 assert classes[row] == -1
     assert math.isfinite(means.sum().item())
+
+
+def test_maps_in_half_precision_give_the_same_features() -> None:
+    """As autocast leaves them: counts beyond 256 and positions are not rounded."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 8, 60, 80, generator=generator).bfloat16()
+    labels = torch.zeros(2, 240, 320, dtype=torch.int64)
+    labels[:, :, 300:] = 1
+    means, classes = regions(maps, labels, 2)
+    expected, _ = regions(maps.float(), labels, 2)
+    assert classes.tolist() == [0, 1, 0, 1]
+    torch.testing.assert_close(means.float(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(expected[0], maps[0, :, :, :75].float().mean(dim=(1, 2)), rtol=1e-4, atol=1e-4)
+    rows, columns = (torch.randint(size, (2, 40), generator=generator) for size in (240, 320))
+    got = features_at(maps, rows, columns).float()
+    torch.testing.assert_close(got, features_at(maps.float(), rows, columns), rtol=1e-5, atol=1e-5)

@@ -157,6 +157,8 @@ def test_what_does_not_fit_is_refused(segmenting: Config, tmp_path: Path, tiny: 
         ({"method": "gml", "gml": {"share_query": False}}, "gml.share_query false: is not supported for segmentation"),
         ({"method": "gml", "gml": {"ensemble_weight": 1.0}}, "gml.ensemble_weight: is not supported for segmentation"),
         ({"method": "gml", "teacher": {"cache": 2}}, "teacher.cache: is not supported for segmentation"),
+        ({"method": "gml", "gml": {"queues": "batch"}}, "gml.queues batch: is not supported for segmentation"),
+        ({"classifier": {"init": "class_means"}}, "classifier.init class_means: is not supported for segmentation"),
     ):
         with pytest.raises(LongtailError, match=message):
             fit(segmenting.replace(**changes), tmp_path / "run", quiet=True)

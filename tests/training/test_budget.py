@@ -198,3 +198,10 @@ def test_durations_read_as_a_person_says_them() -> None:
         "60 min",
         "5 h 33 min",
     ]
+
+
+def test_several_processes_measure_no_time(folder: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LongtailError, match="minutes 5: what fits is measured by one process"):
+        choose_settings(folder.replace(minutes=5), tmp_path / "run", time.monotonic(), resume=False)
+    assert choose_settings(folder, tmp_path / "run", time.monotonic(), resume=False)[0] == folder

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from longtail.config import Config
+from longtail.config import Config, Optimizer
+from longtail.errors import LongtailError
 from longtail.nn import Encoder
 from longtail.nn.tuning import layer_depths, set_trainable
 from longtail.registry import METHODS
@@ -105,3 +106,8 @@ def test_the_limit_holds_after_every_step(tiny: Config, tmp_path: Path, batches:
     fit(config, tmp_path / "run", quiet=True)
     weight = load_checkpoint(tmp_path / "run" / "last.ckpt")["method"]["classifier.weight"]
     assert weight.norm(dim=1).tolist() == pytest.approx([0.9] * 10, rel=1e-5)
+
+
+def test_nesterov_needs_a_momentum() -> None:
+    with pytest.raises(LongtailError, match=r"optimizer.nesterov: needs a momentum, got optimizer.momentum 0"):
+        Optimizer(nesterov=True, momentum=0.0)

@@ -22,9 +22,10 @@ from longtail.inference.recognizer import Recognizer
 from longtail.methods.base import Method
 from longtail.methods.gml import GML, GMLSettings
 from longtail.nn import Encoder, EncoderEnsemble, TeacherEncoder, build_backbone
+from longtail.training import teacher as teacher_module
 from longtail.training.auto_config import auto_config
 from longtail.training.run_io import read_finished
-from longtail.training.teacher import load_teacher, teacher_config, teacher_folder, teacher_runs
+from longtail.training.teacher import load_teacher, teacher_config, teacher_folder, teacher_runs, train_once
 from longtail.training.teacher_cache import rng_keys, teacher_cache
 from longtail.training.trainer import fit
 from tests.training.runs import equal, fit_in_two, weights
@@ -450,3 +451,13 @@ def test_equal_views_of_kept_features_are_refused(tiny: Config) -> None:
     config = tiny.replace(method="la", tune="head", init="run", classifier={"views": 2})
     with pytest.raises(LongtailError, match=r"classifier\.views 2: with tune head and feature_views 1 all views"):
         auto_config(config, load_data(tiny.data, 0))
+
+
+def test_processes_agree_on_whether_a_teacher_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that another job has just written: what process 0 finds holds for all."""
+    trained: list[int] = []
+    monkeypatch.setattr(teacher_module, "gather_objects", lambda _own: [True, False])
+    for process in (0, 1):
+        monkeypatch.setattr(teacher_module, "rank", lambda process=process: process)
+        train_once(tmp_path / "teacher", lambda: trained.append(1))
+    assert trained == []

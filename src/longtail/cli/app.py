@@ -99,8 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"longtail: {stop}; {hint}", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
-        print("longtail: interrupted; use --resume to continue from the last checkpoint", file=sys.stderr)
+        resumes = args[:1] == ["train"]
+        hint = "; use --resume to continue from the last checkpoint" if resumes else ""
+        print(f"longtail: interrupted{hint}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # the reader of the output has gone (head, for one), which is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # a name that is too long, or a full disk under the output
+        reason = error.strerror or " ".join(str(error).split())
+        place = "" if error.filename is None else f"{printable(str(error.filename))}: "
+        print(f"longtail: error: {place}{reason}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # what it still holds would fail again when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)

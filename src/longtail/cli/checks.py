@@ -24,12 +24,12 @@ def check_output(path: Path | None, flag: str = "--json", suffix: str | None = N
     """Raise LongtailError if a file cannot be written, or its name has another ending; JSON takes no other file's."""
     if path is None:
         return
+    if path.is_dir():
+        raise LongtailError(f"{flag} {path}: is a folder, expected a file")
     if suffix is not None and path.suffix.lower() != suffix:
         raise LongtailError(f"{flag} {path}: expected a name that ends in {suffix}")
     if flag == "--json" and path.suffix.lower() not in {".json", ".jsonl", ""}:
         raise LongtailError(f"{flag} {path}: expected a name that ends in .json, since the file is overwritten")
-    if path.is_dir():
-        raise LongtailError(f"{flag} {path}: is a folder, expected a file")
     check_folder(path.parent)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def inspect(arguments: list[str]) -> None:
         if options.fix:
             print(
                 f"fixed: {options.fix} lists the {inspection.fixed:,} images that can be read; "
-                f"longtail train --data {options.fix} --data.root {inspection.root}"
+                f"longtail train --data {shlex.quote(str(options.fix))} --data.root {shlex.quote(str(inspection.root))}"
             )
     if inspection.errors:
         sys.stdout.flush()

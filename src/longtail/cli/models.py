@@ -42,6 +42,8 @@ def evaluate(arguments: list[str]) -> None:
     if options.train_annotations is not None:
         raise LongtailError("--train_annotations: is for a file of results, with --annotations")
     check_run(options.run)
+    if options.imbalance != Evaluate.imbalance and options.test_prior not in {"forward", "backward"}:
+        raise LongtailError(f"--imbalance {options.imbalance:g}: is for --test_prior forward or backward")
     show_messages(options.quiet)
     from longtail.experiments.evaluate import evaluate as evaluate_run
     from longtail.inference.model_config import read_model_config
@@ -271,7 +273,9 @@ def report(arguments: list[str]) -> None:
         )
     page = options.out or Path("comparison.html")
     if len(options.runs) > 1:
-        check_output(page, "--out")
+        check_output(page, "--out", ".html")
+        if len({run.resolve() for run in options.runs}) < len(options.runs):
+            raise LongtailError("report: a run is given twice; expected the folders of different runs")
     check_output(options.json)
 
     from longtail.experiments.compare import as_json

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat, Weight
+from longtail.errors import LongtailError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class Optimizer:
     """focal: a class with the share π of the training images has the weight (1 − π)^γ [γ]."""
     sharpness_weight: Weight = 0.8
     """focal: weight of the sharpness beside the loss [λ]."""
+
+    def __post_init__(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            raise LongtailError("optimizer.nesterov: needs a momentum, got optimizer.momentum 0")
 
 
 @dataclass(frozen=True, kw_only=True)

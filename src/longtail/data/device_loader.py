@@ -185,7 +185,7 @@ class DeviceLoader:
 
     def _fitting_rows(self, one: Sequence[Tensor]) -> int:
         """Return R, from the size of one step's views, and make the buffers."""
-        made = self._make(_Block(0, 0, one, None), slice(0, 1))
+        made = self._make(_Block(0, 0, one, None), slice(0, 1), share=False)  # the views of another step than it says
         step_bytes = sum(map(_bytes, made.values()))
         rows = int(min(BLOCK_BYTES, self.memory / 2) // step_bytes)
         rows = max(1, min(rows, self.loader.steps))
@@ -212,7 +212,7 @@ class DeviceLoader:
             yield
         self._prepared = (block.epoch, block.start)
 
-    def _make(self, block: _Block, rows: slice) -> dict[str, Tensor]:
+    def _make(self, block: _Block, rows: slice, share: bool = True) -> dict[str, Tensor]:
         """Return views, labels, ids and the teacher's outputs of some steps, each (steps, B, …)."""
         loader, splits = self.loader, block.splits[rows]
         padded = self._pad(splits)
@@ -226,7 +226,7 @@ class DeviceLoader:
             if repeats is not None and loader.is_fixed(number, block.epoch):
                 keys = tuple(loader.fixed_keys(number, block.epoch, repeats))
             make = functools.partial(loader.view, number, pixels, ids, block.epoch, repeats)
-            if self.shared is None:
+            if self.shared is None or not share:
                 views.append(make())
             else:
                 first = block.start + rows.start

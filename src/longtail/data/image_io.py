@@ -12,13 +12,15 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
-from longtail.data.paths import find_path, printable
+from longtail.data.paths import find_path, printable, visible_files
 from longtail.errors import LongtailError
 
 Read = TypeVar("Read")
 
 _CLEAN = 2  # times the side that is wanted; what a JPEG file's own scaling loses is then invisible after the reduction
 _ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})  # Exif: those that exchange width and height
+
+_DAMAGED_EXIF = "Corrupt EXIF data"  # the pixels are as good without
 
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 """Formats that Pillow decodes where it was built with a library."""
@@ -55,7 +57,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     for given in paths:
         path = find_path(given)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and is_image_name(p.name))
+            inside = sorted(p for p in visible_files(path) if is_image_name(p.name))
             if not inside:
                 raise LongtailError(f"{path}: holds no images")
             files += inside
@@ -136,8 +138,29 @@ def read_shown_size(path: Path) -> tuple[int, int]:
         width, height = image.size
         # of a PNG file without Exif in its header, asking for it would decode the whole image
         has_exif = "exif" in image.info or image.format != "PNG"
-        rotated = has_exif and image.getexif().get(_ORIENTATION) in _ROTATED
+        rotated = has_exif and _orientation(image) in _ROTATED
     return (height, width) if rotated else (width, height)
+
+
+def transposed(image: Image.Image) -> Image.Image:
+    """Return a copy of an image as its Exif tag rotates it; as it is stored where the Exif data are damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _DAMAGED_EXIF)
+            return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's reader raises errors of many kinds
+        image = image.copy()
+        image.info.pop("exif", None)
+        return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation in the Exif data; 1, not rotated, where they have none or are damaged."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # see above
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 @contextlib.contextmanager
@@ -151,6 +174,7 @@ def image_errors(path: Path | str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", _DAMAGED_EXIF)
             yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise LongtailError(f"{name}: cannot be read: {error.strerror}") from None
@@ -160,7 +184,9 @@ def image_errors(path: Path | str) -> Iterator[None]:
         raise LongtailError(f"{name}: {what}; remove or replace it") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise LongtailError(f"{name}: is larger than Pillow decodes safely ({error}); shrink it") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged file, Pillow's decoders raise errors of many kinds
+        if isinstance(error, LongtailError | MemoryError):
+            raise
         raise LongtailError(f"{name}: is damaged ({' '.join(str(error).split())}); remove or replace it") from None
 
 
@@ -183,7 +209,7 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
         image: any Pillow image; 16-bit and float images are scaled to 8 bits.
         channels: 3 for RGB, 1 for grey.
     """
-    image = ImageOps.exif_transpose(image)
+    image = transposed(image)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion clips 16-bit values to white
         values = np.asarray(image, dtype=np.float64)

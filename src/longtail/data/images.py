@@ -326,6 +326,7 @@ class EncodedImages(LazyImages):
         channels: see :class:`LazyImages`.
         labels: see :class:`LazyImages`.
         max_unreadable_fraction: see :class:`LazyImages`.
+        numbers: (N,) numbers of the rows in the table, for messages; 0 to N − 1 if not given.
     """
 
     def __init__(
@@ -337,22 +338,40 @@ class EncodedImages(LazyImages):
         channels: int = 3,
         labels: Tensor | None = None,
         max_unreadable_fraction: float = 0.0,
+        numbers: Tensor | None = None,
     ) -> None:
         super().__init__(size, channels, labels, max_unreadable_fraction)
-        self.read_row, self.count, self.name = read_row, count, name
+        self.read_row, self.count, self.name, self.numbers = read_row, count, name, numbers
 
     def __len__(self) -> int:
         return self.count
 
     def open(self, index: int) -> Image.Image:
         """Return the image of row ``index``."""
-        with image_errors(f"{self.name}, row {index}"), Image.open(io.BytesIO(self.read_row(index))) as image:
+        place = self._place(index)
+        with image_errors(place), Image.open(io.BytesIO(self._content(index, place))) as image:
             image.load()
         return image
 
     def open_square(self, index: int) -> Image.Image:
         """Return the image of row ``index`` as a square."""
-        return open_square(io.BytesIO(self.read_row(index)), self.size, self.channels, f"{self.name}, row {index}")
+        place = self._place(index)
+        return open_square(io.BytesIO(self._content(index, place)), self.size, self.channels, place)
+
+    def _place(self, index: int) -> str:
+        return f"{self.name}, row {index if self.numbers is None else int(self.numbers[index])}"
+
+    def _content(self, index: int, place: str) -> bytes:
+        """Return the encoded image of a row.
+
+        Raises:
+            LongtailError: it has none, or names a file that cannot be read.
+        """
+        with image_errors(place):
+            content = self.read_row(index)
+        if not content:
+            raise LongtailError(f"{place}: has no image; remove or replace the row")
+        return content
 
     def signature(self, index: int) -> bytes:
         """Return the number of bytes of a row's image, as text."""

@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from longtail.config import Data, Shots
 from longtail.data.dataset import DataDetails, LongTailedData
 from longtail.data.images import FileImages, Images
-from longtail.data.imbalance import gini, imbalance_factor
+from longtail.data.imbalance import gini, imbalance_factor, resolve_profile
 from longtail.data.listing import Listing
 from longtail.data.sources import load_data, read_listing
 from longtail.data.sources.from_listing import split_listing
@@ -158,6 +158,8 @@ def _inspect_files(
     inspection.splits = {split: len(entries) for split, entries in listing.splits.items()}
     inspection.errors, inspection.remarks = list(listing.errors), list(listing.remarks)
     inspection.root = str(listing.root)
+    if resolve_profile(config.profile, balanced=False) != "natural":
+        inspection.remarks.append(f"data.profile {config.profile}: training takes fewer images; all are counted here")
     files = (
         (f"{split}: {name}" if split != "all" else name, split, (listing.root / name).read_bytes)
         for split, entries in listing.splits.items()
@@ -291,8 +293,8 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
     """Return a file's digest, its width and height, and why it cannot be read as an image."""
     try:
         content = file[2]()
-    except OSError as error:
-        return None, None, f"cannot be read: {error.strerror}"
+    except (OSError, ValueError) as error:  # the latter for a name with a null character
+        return None, None, f"cannot be read: {getattr(error, 'strerror', None) or error}"
     digest = hashlib.blake2b(content, digest_size=16).digest()
     if not content:
         return None, None, "is empty"

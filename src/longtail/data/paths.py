@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -35,6 +36,32 @@ def _escape(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, through links to folders too, without those whose name begins with a dot."""
+
+    def walk(place: str, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+        try:
+            with os.scandir(place) as entries:
+                listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError:
+            return
+        for entry in listed:
+            try:
+                if not entry.is_dir():
+                    if entry.is_file():
+                        yield Path(entry.path)
+                    continue
+                status = entry.stat()
+            except OSError:  # a circular link
+                continue
+            identity = (status.st_dev, status.st_ino)
+            if identity not in above:  # a link to a folder above it
+                yield from walk(entry.path, above | {identity})
+
+    status = folder.stat()
+    yield from walk(str(folder), frozenset({(status.st_dev, status.st_ino)}))
 
 
 def find_path(path: Path) -> Path:

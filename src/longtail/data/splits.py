@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def write_split(
     source = SOURCES[config.source]
     if source.listing is None and source.write_split is None:
         raise LongtailError(f"{config.source}: has its own splits; a folder, a list or a table can be split")
-    if min(val, test) < 0 or val + test >= 1 or val + test == 0:
+    if not (val >= 0 and test >= 0 and 0 < val + test < 1):
         raise LongtailError(
             f"--val {val:g} and --test {test:g}: expected fractions from 0 whose sum is above 0 and below 1"
         )
@@ -102,7 +103,7 @@ def write_split(
         "root": str(listing.root),
         "images": dict(zip(SPLITS, counts, strict=True)),
         "short": [names[index] for index in short],
-        "data": f"--data {out} --data.root {listing.root}",
+        "data": f"--data {shlex.quote(str(out))} --data.root {shlex.quote(str(listing.root))}",
         **summary,
     }
 

@@ -70,8 +70,8 @@ def resolve_class_frequencies(
             total = sum(class_counts)
             return [float(count / total) for count in class_counts]
         if spec in {"forward", "backward"}:
-            if not imbalance >= 1:
-                raise LongtailError(f"imbalance {imbalance:g}: expected at least 1")
+            if not 1 <= imbalance < math.inf:
+                raise LongtailError(f"imbalance {imbalance:g}: expected a number from 1 up")
             return long_tailed_frequencies(class_counts, spec, imbalance)
         if not find_path(Path(spec)).is_file():
             raise LongtailError(

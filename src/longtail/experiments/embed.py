@@ -12,6 +12,7 @@ import torch
 from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.sources import load_data
+from longtail.data.sources.unreadable import log_unreadable
 from longtail.devices import select_device
 from longtail.errors import LongtailError
 from longtail.files import atomic_write
@@ -53,7 +54,8 @@ def embed(
         device: auto, cpu or cuda.
 
     Returns:
-        Number of images by split, ``width`` and ``classes``.
+        Number of images by split, ``width``, ``classes`` and, if some images cannot be read and are left out, their
+        paths under ``unreadable``.
 
     Raises:
         LongtailError: the data or the model cannot be loaded or used, or the file cannot be written.
@@ -68,6 +70,7 @@ def embed(
     kind = TASKS[data.task].label_kind
     if kind != "image":
         raise LongtailError(f"{config.source}: has labels of {kind}; embeddings are of whole images")
+    log_unreadable(data)
     with torch.random.fork_rng(devices=[]):  # networks are built on the CPU; the caller's random state stays
         torch.default_generator.manual_seed(seed)
         encoder, resize = _encoder(model, pretrained, data)
@@ -86,6 +89,8 @@ def embed(
         arrays[split] = _embeddings(encoder, images, data.image_size, resize, batch_size, where)
         arrays[f"{split}_labels"] = images.labels.numpy()
         summary[split] = len(images)
+    if data.unreadable:
+        summary["unreadable"] = [path for path, _ in data.unreadable]
     summary["width"] = arrays["train"].shape[1]
 
     def write(partial: Path) -> None:
@@ -99,6 +104,8 @@ def embed(
 def _encoder(model: str, pretrained: str, data: LongTailedData) -> tuple[Encoder, int | None]:
     """Return an encoder, and the side in pixels that it wants images to have, if another than theirs."""
     if Path(model).is_dir():
+        if pretrained != "auto":
+            raise LongtailError(f"--pretrained {pretrained}: {model} is a run, which has its own weights; leave it out")
         trained = load_model(model)
         kind = TASKS[trained.config.task].label_kind
         if kind != "image":

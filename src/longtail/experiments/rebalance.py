@@ -16,6 +16,7 @@ from longtail.inference.kept_features import feature_data
 from longtail.registry import TASKS
 from longtail.tasks.evaluate import evaluate_split
 from longtail.tasks.loading import load_run
+from longtail.training.run_io import write_unreadable
 from longtail.training.second_stage import HeadMethod, HeadSettings, retrain_classifier
 
 RebalanceMethod = HeadMethod
@@ -51,6 +52,8 @@ def rebalance(
             raise LongtailError(f"--{name} {getattr(settings, name)}: expected at least {low}")
     if settings.tau is not None and not 0 <= settings.tau <= 10:
         raise LongtailError(f"--tau {settings.tau}: expected a value between 0 (no change) and 10")
+    if settings.tau is not None and settings.method != "tau":
+        raise LongtailError(f"--tau {settings.tau}: is for --method tau, not {settings.method}")
     if out.exists() and any(out.iterdir()):
         raise LongtailError(f"{out}: is not empty; choose another --out")
     # the random state of the caller stays as it is
@@ -85,6 +88,7 @@ def rebalance(
     rebalanced.config = dataclasses.replace(rebalanced.config, metrics=metrics["uniform"])
     rebalanced.save(out / "recognizer")
     task.save_examples(out, source.test, metrics[rebalanced.config.predicts_under])
+    write_unreadable(out, source)
     write_text(out / "config.yaml", config.to_yaml())
     write_text(out / "metrics.jsonl", json.dumps({"kind": "test", "step": 0, **metrics}) + "\n")
     return metrics

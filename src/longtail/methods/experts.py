@@ -160,14 +160,22 @@ class ProductOfExperts(Method):
             return {}
         product = self.classifier.without_prior(scores).mean(dim=1)
         counted = (batch.labels >= 0).repeat(len(scores) // len(batch))
-        return {"self_distillation": weight * self.distillation_loss(scores, product, counted)}
+        return {"self_distillation": weight * self._distill(self.classifier.without_prior(scores), product, counted)}
 
     def distillation_loss(self, scores: Tensor, teacher_scores: Tensor, counted: Tensor) -> Tensor:
         """Return the mean over the experts of the distillation of the same scores into each."""
+        scores = self.classifier.without_prior(scores)
+        if self.predicts_under(self.config) == "train" and self.config.teacher.source != "ema":
+            # all of it: without logit adjustment no expert has a strength of its own
+            scores = self.prior.subtracted_from(scores.flatten(0, 1)).view(scores.shape)
+        return self._distill(scores, teacher_scores, counted)
+
+    def _distill(self, scores: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        """Return the distillation of (N, C) scores into the (N, E, C) scores of the experts."""
         experts = scores.shape[1]
         return distillation(
-            self.classifier.without_prior(scores).flatten(0, 1),
-            teacher_scores.repeat_interleave(experts, dim=0),
+            scores.flatten(0, 1),
+            target.repeat_interleave(experts, dim=0),
             self.config.teacher.distillation_temperature,
             counted.repeat_interleave(experts),
         )

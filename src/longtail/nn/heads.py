@@ -47,10 +47,11 @@ class CosineClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return (B, C) scores of (B, F) features, or (B, C, H, W) of (B, F, H, W)."""
-        if features.ndim == 4:
-            return self.scale * F.conv2d(F.normalize(features), F.normalize(self.weight)[:, :, None, None])
         with full_precision(features):
-            return self.scale * F.linear(F.normalize(to_full_precision(features)), F.normalize(self.weight))
+            directions, weight = F.normalize(to_full_precision(features)), F.normalize(self.weight)
+            if features.ndim == 4:
+                return self.scale * F.conv2d(directions, weight[:, :, None, None])
+            return self.scale * F.linear(directions, weight)
 
 
 class ExpertClassifier(CosineClassifier):

@@ -7,6 +7,7 @@ from pathlib import Path
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import load_data
+from longtail.data.sources.unreadable import log_unreadable
 from longtail.devices import select_device
 from longtail.errors import LongtailError
 from longtail.inference.model import TrainedModel
@@ -41,6 +42,7 @@ def load_run(run: Path, data_root: str | None = None) -> tuple[TrainedModel, Con
     if data_root is not None:
         config = config.replace(data={"root": data_root})
     data = load_data(config.data, config.seed)
+    log_unreadable(data)
     source = config.data.root or config.data.source
     if data.class_names != model.config.class_names:
         raise LongtailError(f"{run}: the classes of {source} are not those of the run")

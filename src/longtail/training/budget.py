@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,11 @@ def choose_settings(
     """
     if config.minutes is None:
         return config, [], None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LongtailError(
+            f"minutes {config.minutes:g}: what fits is measured by one process, and several would choose differently; "
+            "set epochs instead"
+        )
     if resume and (out / "config.yaml").is_file():
         there = read_config(out / "config.yaml")
         if there.minutes == config.minutes:

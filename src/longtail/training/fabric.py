@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+_WAIT = datetime.timedelta(days=2)
+"""How long a process waits for another, which may compute features or a teacher's outputs alone for hours."""
+
+
 def build_fabric(config: Config) -> Fabric:
     """Return Fabric for the processes that torchrun started; a single process where it started none.
 
@@ -22,7 +27,9 @@ def build_fabric(config: Config) -> Fabric:
     Raises:
         LongtailError: the device cannot be used, or ``batch_size`` has fewer than two images a process.
     """
-    from lightning_fabric import Fabric  # imported here, since it adds seconds to the start-up of every command
+    # imported here, since it adds seconds to the start-up of every command
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -34,7 +41,8 @@ def build_fabric(config: Config) -> Fabric:
                 f"batch_size {config.batch_size}: expected at least {2 * world}, two for each of {world} processes"
             )
         # BatchNorm statistics are synchronised on accelerators; on a CPU every process keeps its own
-        options |= {"devices": local, "num_nodes": world // local, "strategy": "ddp"}
+        strategy = DDPStrategy(timeout=_WAIT)
+        options |= {"devices": local, "num_nodes": world // local, "strategy": strategy}
     else:
         options["devices"] = 1
     try:

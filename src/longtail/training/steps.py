@@ -214,7 +214,8 @@ class DeviceSteps:
             self._graphs[size].replay()
             return
         if self.record and self._launched.get(size, 0) >= _WARM_UP:
-            graph = self._recorded(size)
+            with self.student.turn.taken():
+                graph = self._recorded(size)
             if graph is not None:
                 self._graphs[size] = graph
                 graph.replay()

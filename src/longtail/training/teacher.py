@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longtail.config import Classifier, Config, Mixing, Optimizer, Shots
 from longtail.config import Teacher as TeacherConfig
 from longtail.data.dataset import LongTailedData
-from longtail.distributed import rank
+from longtail.distributed import gather_objects, rank
 from longtail.errors import LongtailError
 from longtail.losses import ClassPrior
 from longtail.nn import ClassifierEnsemble, Encoder, EncoderEnsemble, TeacherEncoder
@@ -238,7 +238,8 @@ def train_once(folder: Path, train: Callable[[], object], training: str = "", fo
         found: what to log where it is there.
     """
     with _exclusive(folder):
-        there = (folder / "recognizer" / "config.json").is_file()
+        # what process 0 finds once it holds the lock, for which the others wait here
+        there = gather_objects((folder / "recognizer" / "config.json").is_file())[0]
         if message := found if there else training:
             logger.info("%s", message)
         if not there:

@@ -25,6 +25,7 @@ from longtail.data.image_io import read_size
 from longtail.data.listing import split_of
 from longtail.data.paths import printable
 from longtail.errors import LongtailError, did_you_mean
+from longtail.files import read_lines
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 _FLAGS = frozenset({"-1", "0", "1"})  # in VOC's list of a class: none, only difficult ones, or some are in the image
@@ -90,20 +91,6 @@ def read_class_names(path: Path) -> list[str] | None:
         raise LongtailError(f"{path}: expected the names of the classes, each on a line of its own; it is empty")
     check_unique(names, str(path), "the class")
     return names
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file.
-
-    Raises:
-        LongtailError: it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise LongtailError(f"{path}: cannot be read: is no text in UTF-8 (byte {error.start})") from None
 
 
 def _read_lists(root: Path, files: Mapping[str, str]) -> dict[str, list[str]]:

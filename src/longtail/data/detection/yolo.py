@@ -24,10 +24,12 @@ import yaml
 
 from longtail.data.detection.annotations import Annotations, concatenate
 from longtail.data.detection.assemble import AnnotationProblems, Columns, assemble, check_unique
-from longtail.data.detection.voc import read_class_names, read_lines
+from longtail.data.detection.voc import read_class_names
 from longtail.data.image_io import is_image_name, read_shown_size
 from longtail.data.listing import SPLITS, split_of
+from longtail.data.paths import visible_files
 from longtail.errors import LongtailError
+from longtail.files import read_lines
 
 _FAR = 2.0  # fractions beyond it are pixels
 
@@ -133,15 +135,15 @@ def _keypoint_numbers(path: Path, shape: Any) -> int:
 def _read_split(
     root: Path, folders: SplitFolders, label_format: LabelFormat, problems: AnnotationProblems
 ) -> Annotations:
-    images = sorted(path for path in (root / folders.images).rglob("*") if is_image_name(path.name))
+    images = sorted(path for path in visible_files(root / folders.images) if is_image_name(path.name))
     names = [path.relative_to(root / folders.images).as_posix() for path in images]
     stems = [name.rpartition(".")[0] for name in names]
     check_unique(stems, str(root / folders.images), "the image")
     labels = root / folders.labels
     texts = {
         path.relative_to(labels).as_posix().rpartition(".")[0]: path
-        for path in labels.rglob("*.txt")
-        if path.name != "classes.txt"
+        for path in (visible_files(labels) if labels.is_dir() else ())
+        if path.suffix == ".txt" and path.name != "classes.txt"
     }
     lost = sorted(set(texts) - set(stems))
     if lost:

@@ -99,7 +99,10 @@ class _Folders:
 
     def _find_folder(self, folder: str) -> str | None:
         found = find_path(self.root / folder)
-        return found.relative_to(self.root).as_posix() if found.is_dir() else None
+        if not found.is_dir():
+            return None
+        below = not Path(folder).is_absolute()  # else its place may be anywhere
+        return found.relative_to(self.root).as_posix() if below else found.as_posix()
 
     def _read(self, folder: str) -> tuple[set[str], dict[str, str]]:
         """Return the names in a folder that are no broken links, and those beyond ASCII by their composed form."""

@@ -173,7 +173,17 @@ def read_splits(
     parsed = parse_labels([table.label_texts for table in tables.values()])
     for (split, table), labels_of in zip(tables.items(), parsed, strict=True):
         remarks += table.remarks
-        raw |= {split: (table.files, list(labels_of))} if table.splits is None else _by_split(table, labels_of)
+        rows = {split: (table.files, list(labels_of))} if table.splits is None else _by_split(table, labels_of)
+        if split != "train" and set(rows) != {split}:
+            raise LongtailError(
+                f"{table.path}: is given as data.{split}, but its column of splits has rows of "
+                f"{', '.join(each for each in rows if each != split)}; expected {split} alone"
+            )
+        for twice in [each for each in rows if each in raw]:
+            raise LongtailError(
+                f"{table.path}: has rows of {twice}, which data.{twice} gives too; leave one of them out"
+            )
+        raw |= rows
     if "train" not in raw:
         raise LongtailError(f"{', '.join(map(str, sources.values()))}: there is no training split")
     _check_kinds(raw)

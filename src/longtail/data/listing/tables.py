@@ -198,7 +198,9 @@ def column_texts(values: Sequence[Any], where: str, column: str, expected: str) 
         if isinstance(value, bool):
             value = int(value)
         text = str(int(value)) if isinstance(value, float) and not missing and value.is_integer() else str(value)
-        if missing or not text.strip() or text.strip().casefold() == "nan":
+        # what longtail split writes are names, and one may be nan
+        is_nan = text.strip().casefold() == "nan" and _key(column) != "class_name"
+        if missing or not text.strip() or is_nan:
             shown = "nothing" if missing or not text.strip() else f"'{text}'"
             raise LongtailError(
                 f"{where}, row {row}: column '{column}' holds {shown}, expected {expected}; add it, or remove the row"

@@ -15,6 +15,9 @@ def _read_folder(config: Data) -> Listing:
     """Read one sub-folder per class."""
     if config.root is None:
         raise LongtailError("data.root is missing: which folder holds the images? (--data.root FOLDER)")
+    for name in ("train", "val", "test", "image_column", "label_column", "split_column"):
+        if getattr(config, name) is not None:
+            raise LongtailError(f"data.{name}: is for lists and tables, and {config.root} is a folder; leave it out")
     root = find_path(Path(config.root))
     listing = read_folder(root, class_depth=config.class_depth, skip_empty=config.skip_empty)
     listing.check_headers = True

@@ -190,15 +190,21 @@ class DatasetRows:
         return [self.declared_names[label] for label in labels.tolist()]
 
     def encoded_images(self, positions: Sequence[int]) -> list[bytes]:
-        """Return the encoded images of some rows."""
+        """Return the encoded images of some rows; nothing for a row without one."""
         cells = self._encoded[list(positions)][self._image_column].to_pylist()
-        return [cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes() for cell in cells]
+        return [_encoded_image(cell) for cell in cells]
 
     def pixels(self, positions: Tensor, size: int) -> Tensor:
         """Return the images of B rows as (B, 3, size, size) uint8."""
         encoded = self.encoded_images(positions.tolist())
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return torch.stack(list(pool.map(lambda cell: to_square(Image.open(io.BytesIO(cell)), size), encoded)))
+
+
+def _encoded_image(cell: Mapping[str, Any] | None) -> bytes:
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        return b""
+    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
 def number_labels(rows: Mapping[str, DatasetRows], remarks: list[str]) -> tuple[dict[str, Tensor], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,20 +146,29 @@ def _hold_out(parts: dict[str, _Part], classes: int, config: Data, seed: int) ->
 
 def _short_sides(train: _Part, where: str) -> list[int]:
     """Return the shorter sides in pixels of the first training images."""
-    encoded = train.rows.encoded_images(train.positions[:SAMPLE].tolist())
-    images = EncodedImages(encoded.__getitem__, len(encoded), where, 8)
-    return [min(images.open(index).size) for index in range(len(encoded))]
+    positions = train.positions[:SAMPLE]
+    images = EncodedImages(_reader(train), len(positions), where, 8, numbers=positions)
+    sides: list[int] = []
+    failure: LongtailError | None = None
+    for index in range(len(positions)):
+        try:
+            sides.append(min(images.open(index).size))
+        except LongtailError as error:  # what is done about it is decided when all are opened
+            failure = failure or error
+    if not sides and failure is not None:
+        raise failure
+    return sides
+
+
+def _reader(part: _Part) -> Callable[[int], bytes]:
+    return lambda index: part.rows.encoded_images([int(part.positions[index])])[0]
 
 
 def _open(part: _Part, policy: SizePolicy, where: str, unreadable: Unreadable) -> ImageSet:
     """Decode the images of a split where they fit into memory, otherwise when they are needed."""
-    rows, positions, labels = part.rows, part.positions, part.labels
-
-    def read_row(index: int) -> bytes:
-        return rows.encoded_images([int(positions[index])])[0]
-
+    positions, labels = part.positions, part.labels
     fraction = 0.0 if unreadable.refuses else unreadable.config.max_unreadable_fraction
-    encoded = EncodedImages(read_row, len(positions), where, policy.stored, 3, labels, fraction)
+    encoded = EncodedImages(_reader(part), len(positions), where, policy.stored, 3, labels, fraction, positions)
     if not policy.in_memory:
         return ImageSet(encoded, labels, positions)
     squares, reasons = decode_readable(encoded, torch.arange(len(positions)))

@@ -22,19 +22,20 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from longtail.config import Data, Shots
 from longtail.data.class_order import frequency_thirds
 from longtail.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailedData
-from longtail.data.image_io import is_image_name, open_image, read_size, to_rgb
+from longtail.data.image_io import is_image_name, open_image, read_size, to_rgb, transposed
 from longtail.data.images import FileImages
 from longtail.data.listing import SPLITS, find_split_folders
-from longtail.data.paths import find_path
+from longtail.data.paths import find_path, visible_files
 from longtail.data.sources import Source
 from longtail.data.sources.unreadable import Unreadable
 from longtail.errors import LongtailError
+from longtail.files import read_lines
 
 CAMVID_CLASSES = (
     "sky",
@@ -237,10 +238,7 @@ def _class_names(root: Path, default_names: Callable[[Path], tuple[str, ...] | N
     path = root / "classes.txt"
     if not path.is_file():
         return default_names(root)
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise LongtailError(f"{path}: cannot be read: {error}") from None
+    names = [line.strip() for line in read_lines(path) if line.strip()]
     repeated = next((name for name, count in Counter(names).items() if count > 1), None)
     if repeated is not None or len(names) < 2:
         what = f"'{repeated}' is listed twice" if repeated is not None else f"found {len(names)}"
@@ -253,7 +251,7 @@ def _ade20k_classes(root: Path) -> tuple[str, ...]:
     path = root / "objectInfo150.txt"
     if not path.is_file():
         return tuple(f"class {number}" for number in range(1, 151))
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    lines = read_lines(path)[1:]
     return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip())
 
 
@@ -301,8 +299,8 @@ def _files_by_stem(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     files: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        if is_image_name(path.name) and not path.name.startswith("."):
+    for path in sorted(visible_files(folder)):
+        if is_image_name(path.name):
             name = path.relative_to(folder)
             stem = str(name.with_suffix(""))
             if stem in files:
@@ -380,7 +378,7 @@ def _count_pixels(
         image, mask = root / pair[0], root / pair[1]
         try:
             opened, size = open_image(mask), read_size(image)
-            rotated = ImageOps.exif_transpose(open_image(image)).size if decode or opened.size != size else size
+            rotated = transposed(open_image(image)).size if decode or opened.size != size else size
         except LongtailError as error:
             return str(error)
         if opened.size not in {size, rotated}:

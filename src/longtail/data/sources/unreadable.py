@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from longtail.config import Data
+from longtail.data.dataset import LongTailedData
 from longtail.data.images import LazyImages
 from longtail.errors import LongtailError
 from longtail.registry import SOURCES
+
+logger = logging.getLogger(__name__)
 
 
 class Unreadable:
@@ -52,6 +56,13 @@ class Unreadable:
                 f"{len(self.found):,} of {self.total:,} images cannot be read, and are left out (unreadable.csv in the "
                 f"run's folder lists them); the first: {self.found[0][1]}"
             )
+
+
+def log_unreadable(data: LongTailedData) -> None:
+    """Log how many images were left out of a set, and why the first one was."""
+    if data.unreadable:
+        count = f"{len(data.unreadable):,} images" if len(data.unreadable) > 1 else "1 image"
+        logger.info("%s cannot be read, and left out; the first: %s", count, data.unreadable[0][1])
 
 
 def refusal(config: Data, reasons: Collection[str], total: int) -> str | None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtail.data.loader import Batch
+from longtail.losses.reduction import to_full_precision
 from longtail.methods.base import SampleAdapter, Samples
 from longtail.nn.segmentation import STRIDE, downsample_labels, upsample_scores
 
@@ -102,11 +103,10 @@ def draw_points(labels: Tensor, points: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def features_at(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return (B · P, F) features of pixels, between those of the squares around them, of (B, F, h, w) maps."""
+    maps = to_full_precision(maps)  # half precision would move positions by a pixel
     height, width = maps.shape[-2:]
     grid = torch.stack([(columns + 0.5) / (STRIDE * width), (rows + 0.5) / (STRIDE * height)], dim=-1)
-    found = F.grid_sample(
-        maps, 2 * grid[:, None].to(maps.dtype) - 1, mode="bilinear", padding_mode="border", align_corners=False
-    )
+    found = F.grid_sample(maps, 2 * grid[:, None] - 1, mode="bilinear", padding_mode="border", align_corners=False)
     return found[:, :, 0].transpose(1, 2).flatten(0, 1)
 
 
@@ -118,6 +118,7 @@ def regions(maps: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]
         labels: (B, H, W) int64 in [0, C), −1 where unlabelled.
         classes: C.
     """
+    maps = to_full_precision(maps)  # in bfloat16 a count ends at 256
     batch, width = maps.shape[:2]
     squares = downsample_labels(labels).flatten(1)
     # a class more than there are takes what is unlabelled

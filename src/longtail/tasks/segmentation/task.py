@@ -84,10 +84,12 @@ class Segmentation(Task[Segmenter]):
             "classifier.views above 1": config.classifier.views > 1,
             "teacher.views above 1": config.teacher.views > 1,
             "classifier.every_view": config.classifier.every_view,
+            f"classifier.init {config.classifier.init}": config.classifier.init != "random",
         }
         if config.method == "gml":
             gml = config.section(GMLSettings)
             unsupported |= {
+                "gml.queues batch": gml.queues == "batch",
                 "gml.share_query false": not gml.share_query,
                 "gml.share_key false": not gml.share_key,
                 f"gml.keys {gml.keys}": gml.keys != "teacher",
@@ -113,7 +115,10 @@ class Segmentation(Task[Segmenter]):
     def teacher_config(self, config: Config) -> Config:
         """Return the configuration without what only the mixture uses."""
         plain = SegmentationSettings()
-        return config.replace(segmentation={"pixels_per_image": plain.pixels_per_image, "keys": plain.keys})
+        return config.replace(
+            segmentation={"pixels_per_image": plain.pixels_per_image, "keys": plain.keys},
+            classifier={"init": "random"},  # there are no class means of pixels to begin with
+        )
 
     def model_geometry(self, data: LongTailedData) -> dict[str, Any]:
         """Return the size of most images; the network takes any."""
