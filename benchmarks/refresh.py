@@ -103,7 +103,7 @@ def priors(results: dict[str, Any]) -> str:
     for title, values in rows.items():
         cells = [f"{mean:.1f} ± {deviation or 0:.1f}" for mean, deviation in (values[name] for name in columns)]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    lines += ["", "| intervals that hold the truth, % of the classes | map | em | bbse |", "| --- | --- | --- | --- |"]
+    lines += ["", "| coverage of the 95 % intervals, % of the classes | map | em | bbse |", "| --- | --- | --- | --- |"]
     for title, values in rows.items():
         cells = [f"{values[f'held by {method}'][0]:.0f}" for method in ("map", "em", "bbse")]
         lines.append(f"| {title} | {' | '.join(cells)} |")

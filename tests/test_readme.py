@@ -19,11 +19,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from longtail import ClassQueues, GMLLoss, ProjectionMLP, Recognizer
+from longtail import ClassQueues, CosineClassifier, GMLLoss, ProjectionMLP, Recognizer
 from longtail.cli import options
 from longtail.cli.app import COMMANDS
 from longtail.config import field_names
 from longtail.experiments.records import Record, markdown
+from longtail.losses import LogitAdjustedLoss
 from tests.conftest import TINY, Command
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,8 @@ OTHER_PROGRAMS = {
     *("nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint"),  # torchrun
     *("nodes", "ntasks-per-node", "gpus-per-node", "time", "requeue", "signal", "kill-on-bad-exit"),  # SLURM
     "no-deps",  # pip
-    *("weights", "only", "rehearse", "phases", "half.strength"),  # studies, and the method that docs/extending.md adds
+    *("weights", "only", "rehearse", "phases", "prepare", "pack"),  # studies and benchmarks
+    "half.strength",  # the method that docs/extending.md adds
 }
 """Flags on the pages that are not longtail's."""
 
@@ -92,6 +94,8 @@ def test_the_loop_runs_and_learns() -> None:
     student, teacher = nn.Linear(12, 16), nn.Linear(12, 64).requires_grad_(False)
     space = {
         "GMLLoss": GMLLoss,
+        "LogitAdjustedLoss": LogitAdjustedLoss,
+        "classifier": CosineClassifier(16, 3),
         "ClassQueues": ClassQueues,
         "class_counts": counts,
         "student": student,
@@ -100,7 +104,7 @@ def test_the_loop_runs_and_learns() -> None:
         "key_mlp": ProjectionMLP(64, 8),
     }
     space["optimizer"] = torch.optim.SGD(
-        [p for part in ("student", "query_mlp", "key_mlp") for p in space[part].parameters()],  # type: ignore[attr-defined]
+        [p for part in ("student", "classifier", "query_mlp", "key_mlp") for p in space[part].parameters()],  # type: ignore[attr-defined]
         lr=0.1,
     )
     losses: list[float] = []

@@ -73,7 +73,9 @@ def main() -> None:
                 records.append(with_metrics(plain, run.test_metrics["uniform"], "ce + post-hoc la"))
             if method.startswith("gml"):
                 records += [
-                    with_metrics(plain, ensemble_metrics(folder, args.root, weight), f"{method}, joined at {weight:g}")
+                    with_metrics(
+                        plain, ensemble_metrics(folder, args.root, weight), f"{method}, ensemble, weight {weight:g}"
+                    )
                     for weight in ENSEMBLE_WEIGHTS
                 ]
             for name, rebalance_method in heads.items():
@@ -86,7 +88,7 @@ def main() -> None:
                 accuracy = metrics["balanced_accuracy"]
                 print(f"{method} + {name} seed {seed}: {accuracy:.2f}", file=sys.stderr, flush=True)
     command = f"python benchmarks/studies/decoupled.py {args.study} --seeds {args.seeds}"
-    budget = "the encoders of the studies above; heads: 4 augmented views of every image, 10 passes or 2,000 steps"
+    budget = "the encoders of that study; heads: 4 augmented views of every image, 10 passes or 2,000 steps"
     baseline = "la" if args.study == "plain" else "la distilled"
     print("\n".join(markdown(records, baseline)))
     if args.json:

@@ -31,12 +31,12 @@ PARTS: dict[str, Variant] = {
     "gml": {"method": "gml"},
     "gml distilled": FULL,
     "gml: no logit adjustment": {**FULL, "classifier": {"logit_adjustment": False}},
-    "gml: plain queue": gml(queues="shared"),
+    "gml: shared queue": gml(queues="shared"),
 }
 
 # extensions, to improve on logit adjustment with distillation
 IDEAS: dict[str, Variant] = {
-    "gml: borrowed spread": gml(feature_transfer=4),
+    "gml: feature transfer": gml(feature_transfer=4),
     "gml: both keys": {**gml(keys="both"), "teacher": {"cache": 0}},
 }
 

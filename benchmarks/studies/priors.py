@@ -28,8 +28,8 @@ from longtail.experiments.evaluate import evaluate
 BUDGET = "ResNet-20, logit adjustment, 40 epochs, batch 128, crop and mirror, one-cycle; 50 validation images a class."
 COLUMNS = {
     "uniform": "uniform",
-    "target": "the truth",
-    "target, corrected": "the truth, scores corrected",
+    "target": "true frequencies",
+    "target, corrected": "true frequencies, scores corrected",
     "estimate": "map",
     "em": "em",
     "bbse": "bbse",

@@ -103,9 +103,27 @@ TOGETHER: dict[str, Variant] = {
     "two teachers, weight decay 0.001, average of the weights": merged(
         ADDED["two teachers"], ADDED["weight decay 0.001"], ADDED["average of the weights"]
     ),
+    "weight decay 0.001, average of the weights": merged(ADDED["weight decay 0.001"], ADDED["average of the weights"]),
     "two teachers, three experts": merged(ADDED["two teachers"], ADDED["three experts"]),
 }
 """Those that gained alone, on the baseline."""
+ONE_VIEW = "la distilled, one view, twice the epochs"
+ON_ONE_VIEW: dict[str, Variant] = {
+    **{name: variant for name, variant in ADDED.items() if name not in {"agreement", "pretrained teacher"}},
+    **TOGETHER,
+    "weight decay 0.01": {"optimizer": {"weight_decay": 1e-2}},
+    "weight decay 0.005, mixup": merged(ADDED["weight decay 0.005"], ADDED["mixup"]),
+    "three experts, equal operations": {"method": "experts", "epochs": 55},
+    "SAM, half the epochs": {"optimizer": {"sharpness": "sam"}, "epochs": EPOCHS},
+    "ImbSAM, a third of the epochs": {"optimizer": {"sharpness": "imbsam"}, "epochs": 2 * EPOCHS // 3},
+    "Focal-SAM, a third of the epochs": {"optimizer": {"sharpness": "focal"}, "epochs": 2 * EPOCHS // 3},
+}
+"""Each alone, and those that gained together, on one view with twice the epochs: the operations of the baseline."""
+TWICE_THE_OPERATIONS: dict[str, Variant] = {
+    "la distilled, two views, twice the epochs": merged(TWO_VIEWS, {"epochs": 2 * EPOCHS}),
+    "la distilled, one view, four times the epochs": merged(DISTILLED, {"epochs": 4 * EPOCHS}),
+}
+"""Whether a longer training changes which of the two is better."""
 TAUGHT_BY: dict[str, str] = {
     "taught by three experts": "three experts",
     "taught by two teachers, three experts": "two teachers, three experts",
@@ -114,7 +132,11 @@ TAUGHT_BY: dict[str, str] = {
 ON_PHOTOGRAPHS: dict[str, Variant] = {
     "la": {},
     "two views, half the epochs": {"classifier": {"views": 2}, "epochs": 4},
+    "learning rate 0.0003": {"optimizer": {"learning_rate": 3e-4}},
+    "learning rate 0.002": {"optimizer": {"learning_rate": 2e-3}},
     "lora": {"tune": "lora"},
+    "adapter": {"tune": "adapter"},
+    "lora, learning rate 0.003": {"tune": "lora", "optimizer": {"learning_rate": 3e-3}},
     "last two stages": {"tune": "last:2"},
     "distilled": {"classifier": {"distillation_weight": 1.0}},
     "mixup": {"mixing": {"kind": "mixup"}},
@@ -129,9 +151,17 @@ VARIANTS: dict[str, Variant] = {
     "gml distilled, two views": GML_TWO_VIEWS,
     "gml distilled, two views, product": merged(GML_TWO_VIEWS, {"gml": {"ensemble_weight": 1.0}}),
     "gml distilled, two views, two experts": merged(GML_TWO_VIEWS, {"gml": {"ensemble_weight": 1.0, "stages": 1}}),
-    "la distilled, one view, twice the epochs": merged(DISTILLED, {"epochs": 2 * EPOCHS}),
+    ONE_VIEW: merged(DISTILLED, {"epochs": 2 * EPOCHS}),
     **{name: merged(TWO_VIEWS, variant) for name, variant in {**ADDED, **TOGETHER}.items()},
     **dict.fromkeys(TAUGHT_BY, TWO_VIEWS),
+    **{
+        f"{ONE_VIEW}, {name}": merged(DISTILLED, {"epochs": 2 * EPOCHS}, variant)
+        for name, variant in ON_ONE_VIEW.items()
+    },
+    **{
+        name: merged(variant, {"teacher": {"cache": 4 * EPOCHS}})  # no view twice here either
+        for name, variant in TWICE_THE_OPERATIONS.items()
+    },
 }
 
 
@@ -204,6 +234,7 @@ def main() -> None:
     if args.imbalance != 100:
         budget, kind = f"imbalance {args.imbalance:g}; {budget}", f"imbalance{args.imbalance:g}-"
     names = args.only.split(";") if args.only else list(variants)
+    baseline = next((name for name in (baseline, ONE_VIEW) if name in names), names[0])
     data, test = load(recipe)
     records: list[Record] = []
     for seed in range(args.seeds):
