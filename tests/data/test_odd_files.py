@@ -114,7 +114,8 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mon
 
 def test_overlays_and_label_images_do_not_overwrite_each_other(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    labels, written = torch.zeros(8, 8, dtype=torch.int64), []
+    written: list[Path] = []
+    labels = torch.zeros(8, 8, dtype=torch.int64)
     for name in ("a-overlay.png", "a.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
         written += write_segmentation(out, tmp_path / name, labels, 2)
@@ -213,4 +214,4 @@ def test_a_full_disk_under_the_output_is_one_line(tmp_path: Path) -> None:
 
 def test_atomic_write_of_a_folder_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match="cannot be written"):
-        atomic_write(tmp_path / "none" / "x.txt", lambda partial: partial.write_text("x"))  # type: ignore[arg-type, return-value]
+        atomic_write(tmp_path / "none" / "x.txt", lambda partial: partial.write_text("x"))  # type: ignore[arg-type]

@@ -137,6 +137,7 @@ def test_the_moving_average_moves_as_far_in_a_step_of_several_parts(
 ) -> None:
     config = tiny.replace(method="paco", paco={"momentum": 0.9}, optimizer={"grad_accumulation_steps": parts})
     method = build_method(config, data)
+    assert isinstance(method, PaCo)
     average = next(parameter for name, parameter in method.ema.named_parameters() if "weight" in name)
     name = next(name for name, parameter in method.encoder.named_parameters() if parameter.shape == average.shape)
     before, student = average.detach().clone(), method.encoder.get_parameter(name)
