@@ -6,8 +6,8 @@ product     train, a stop by SIGTERM and --resume, predict; every method, with l
 speed       milliseconds a step (la, gml, the teacher), beside its networks alone; views a second; runs side by side
 mixture     gml with both views classified and distilled, beside la on two views, distilled: equal operations
 generation  a ResNet-56 distilled on two views teaches the ResNet-32
-best        what gained in the search on two cores (docs/evidence/search.md): weight decay, mixup, one view and twice the
-            epochs at the operations of two views, two teachers with averaged weights, experts
+best        what gained in the search on two cores (docs/evidence/search.md): weight decay, mixup, one view and twice
+            the epochs at the operations of two views, two teachers with averaged weights, experts
 rows        imbalance 50 and 10, and CIFAR-10 where it is in the pack
 longer      400 epochs
 wide        ResNet-32, four times as wide
