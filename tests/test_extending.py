@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def test_the_setting_of_a_method_has_its_effect(plugin: Any, tmp_path: Path) -> 
     ):
         assert message in refused("train", *with_plugin, "--method", "tempered", *wrong, "--out", tmp_path / "other")
     recipe.write_text("base: digits-lt\ntempered:\n  strenght: 1.0\n")
-    assert "'tempered.strenght'; perhaps you meant tempered.strength?" in refused("train", recipe, *with_plugin)
+    assert "'tempered.strenght'; perhaps you meant tempered.strength" in refused("train", recipe, *with_plugin)
 
 
 def test_a_data_set(plugin: Any, tmp_path: Path) -> None:
@@ -340,7 +341,8 @@ def test_a_task(plugin: Any, tmp_path: Path) -> None:
     assert "calibration under the uniform prior" in ran("evaluate", run, *with_plugin)  # what it inherits
     assert "Accuracy by class" in page
     assert "worst class" in ran("report", run, *with_plugin)
-    ran("report", run, run, *with_plugin, "--out", tmp_path / "page.html")
+    shutil.copytree(run, run.with_name("other"))
+    ran("report", run, run.with_name("other"), *with_plugin, "--out", tmp_path / "page.html")
     assert "worst class" in (tmp_path / "page.html").read_text()
     assert "worst-class-digits" in ran("inspect", "worst-class-digits", *with_plugin)
     # its models are those of classification

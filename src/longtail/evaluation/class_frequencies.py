@@ -71,7 +71,7 @@ def resolve_class_frequencies(
             return [float(count / total) for count in class_counts]
         if spec in {"forward", "backward"}:
             if not 1 <= imbalance < math.inf:
-                raise LongtailError(f"imbalance {imbalance:g}: expected a number from 1 up")
+                raise LongtailError(f"imbalance {imbalance:g}: expected at least 1")
             return long_tailed_frequencies(class_counts, spec, imbalance)
         if not find_path(Path(spec)).is_file():
             raise LongtailError(
