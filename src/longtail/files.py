@@ -27,8 +27,8 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         LongtailError: the file cannot be written; an existing file is unchanged.
     """
     try:
-        path = Path(os.path.realpath(path)) if path.is_symlink() and not _is_device(path) else path
         is_device = _is_device(path)
+        path = Path(os.path.realpath(path)) if path.is_symlink() and not is_device else path  # a link stays one
     except OSError as error:
         raise LongtailError(f"{path}: cannot be written: {error.strerror}") from None
     if is_device:  # such as /dev/stdout, which cannot be replaced

@@ -178,9 +178,8 @@ class Method(nn.Module, ABC):
         self.prior = ClassPrior(class_counts)
         self.classifier = self.build_classifier(encoder.num_features)
         if config.teacher.source == "ema" and self.distillation_weight(config) > 0:
-            # the teacher is asked once for each part of a batch, between two steps of the optimizer
-            decay = config.teacher.ema_decay ** (1 / config.optimizer.grad_accumulation_steps)
-            self.mean_teacher = EMAEncoder([encoder, self.classifier], decay, warm_up=True)
+            parts = config.optimizer.grad_accumulation_steps
+            self.mean_teacher = EMAEncoder([encoder, self.classifier], config.teacher.ema_decay, parts, warm_up=True)
         # not sub-modules: the teacher never changes and stays out of checkpoints
         self._teacher = (None if teacher is None else freeze(teacher), teacher_classifier)
 

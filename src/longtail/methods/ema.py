@@ -22,6 +22,7 @@ class EMAEncoder(nn.Module):
     Args:
         modules: applied one after the other.
         decay: of the average, in [0, 1).
+        parts: updates in a step of the optimizer, one for each part of a batch, which move the average as far as one.
         warm_up: average over the updates so far at first.
 
     Attributes:
@@ -30,9 +31,9 @@ class EMAEncoder(nn.Module):
 
     updates: Tensor
 
-    def __init__(self, modules: list[nn.Module], decay: float, warm_up: bool = False) -> None:
+    def __init__(self, modules: list[nn.Module], decay: float, parts: int = 1, warm_up: bool = False) -> None:
         super().__init__()
-        self.decay, self.warm_up = decay, warm_up
+        self.decay, self.warm_up = decay ** (1 / parts), warm_up
         if warm_up:
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.average = nn.Sequential(*(copy.deepcopy(module) for module in modules))

@@ -158,9 +158,9 @@ class ProductOfExperts(Method):
         weight = self.settings.self_distillation_weight
         if weight == 0:
             return {}
-        product = self.classifier.without_prior(scores).mean(dim=1)
+        scores = self.classifier.without_prior(scores)
         counted = (batch.labels >= 0).repeat(len(scores) // len(batch))
-        return {"self_distillation": weight * self._distill(self.classifier.without_prior(scores), product, counted)}
+        return {"self_distillation": weight * self._distill(scores, scores.mean(dim=1), counted)}
 
     def distillation_loss(self, scores: Tensor, teacher_scores: Tensor, counted: Tensor) -> Tensor:
         """Return the mean over the experts of the distillation of the same scores into each."""
@@ -171,7 +171,7 @@ class ProductOfExperts(Method):
         return self._distill(scores, teacher_scores, counted)
 
     def _distill(self, scores: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-        """Return the distillation of (N, C) scores into the (N, E, C) scores of the experts."""
+        """Return the mean over the experts of the distillation of a target, (N, C), into their scores, (N, E, C)."""
         experts = scores.shape[1]
         return distillation(
             scores.flatten(0, 1),

@@ -124,9 +124,7 @@ class GML(Method):
         super().__init__(config, encoder, class_counts, teacher, teacher_classifier, adapter)
         class_counts = self.adapter.sample_counts(class_counts)
         if settings.keys != "teacher":
-            # updated for each part of a batch, between two steps of the optimizer
-            momentum = settings.momentum ** (1 / config.optimizer.grad_accumulation_steps)
-            self.ema = EMAEncoder([encoder], momentum)
+            self.ema = EMAEncoder([encoder], settings.momentum, config.optimizer.grad_accumulation_steps)
         assert teacher is not None or settings.keys == "momentum"
         width = (settings.keys != "teacher") * encoder.num_features
         width += teacher.num_features if teacher is not None and settings.keys != "momentum" else 0

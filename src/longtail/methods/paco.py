@@ -116,9 +116,8 @@ class PaCo(GPaCo):
         self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
     ) -> None:
         super().__init__(config, encoder, class_counts, *teacher, **adapter)
-        # updated for each part of a batch, between two steps of the optimizer
-        momentum = config.section(PaCoSettings).momentum ** (1 / config.optimizer.grad_accumulation_steps)
-        self.ema = EMAEncoder([self.encoder, self.embed], momentum)
+        momentum, parts = config.section(PaCoSettings).momentum, config.optimizer.grad_accumulation_steps
+        self.ema = EMAEncoder([self.encoder, self.embed], momentum, parts)
 
     @classmethod
     def views(cls, config: Config) -> tuple[ViewUse, ...]:
