@@ -180,11 +180,12 @@ def base(root: str | None, imbalance: float) -> Config:
     )
 
 
-def pretrained_base(root: str | None, weights: str) -> Config:
+def pretrained_base(root: str | None, weights: str, imbalance: float) -> Config:
     """Return the recipe for one's own images, with a network that is tuned on them, on the images of the study."""
     teacher = {"network": "tf_efficientnet_lite0", "pretrained": weights, "epochs": 8, "cache": 8}
-    config = load_recipe("folder").config.replace(method="la", network="tf_efficientnet_lite0", pretrained=weights)
-    return dataclasses.replace(config, data=base(root, 100).data).replace(network_size=64, epochs=8, teacher=teacher)
+    config = load_recipe("folder").config.replace(network="tf_efficientnet_lite0", pretrained=weights)
+    config = dataclasses.replace(config, data=base(root, imbalance).data)
+    return config.replace(method="la", tune="full", network_size=64, epochs=8, teacher=teacher)
 
 
 def some_classes(images: ImageSet) -> ImageSet:
@@ -227,12 +228,12 @@ def main() -> None:
     reuse_freed_memory()
     if args.pretrained:
         variants, baseline, budget, kind = ON_PHOTOGRAPHS, "la", ON_PHOTOGRAPHS_BUDGET, "pretrained-"
-        recipe = pretrained_base(args.root, args.weights)
+        recipe = pretrained_base(args.root, args.weights, args.imbalance)
     else:
         variants, baseline, budget, kind = VARIANTS, BASELINE, BUDGET, ""
         recipe = base(args.root, args.imbalance)
     if args.imbalance != 100:
-        budget, kind = f"imbalance {args.imbalance:g}; {budget}", f"imbalance{args.imbalance:g}-"
+        budget, kind = f"imbalance {args.imbalance:g}; {budget}", f"imbalance{args.imbalance:g}-{kind}"
     names = args.only.split(";") if args.only else list(variants)
     baseline = next((name for name in (baseline, ONE_VIEW) if name in names), names[0])
     data, test = load(recipe)

@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 def base(root: str | None, cache: Path) -> Config:
     """Return the recipe for one's own images, on CIFAR-100-LT."""
     cifar = load_recipe("cifar100-lt").config.data
-    config = load_recipe("folder").config.replace(network="tf_efficientnet_lite0")
+    config = load_recipe("folder").config.replace(method="la", network="tf_efficientnet_lite0")
     return dataclasses.replace(config, data=cifar).replace(
         data={"root": root, "augment": "cifar-plain", "cache": str(cache)}
     )

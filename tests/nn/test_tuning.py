@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ from torch import nn
 
 from longtail.errors import LongtailError
 from longtail.nn import build_backbone
-from longtail.nn.tuning import Adapted, freeze_batch_norm, layer_depths, merge_lora, set_trainable
+from longtail.nn.backbones import is_suited_to_lora
+from longtail.nn.tuning import Adapted, freeze_batch_norm, layer_depths, lora_share, merge_lora, set_trainable
 
 
 def trained(backbone: nn.Module) -> set[str]:
@@ -177,10 +177,13 @@ def test_a_new_decoder_is_trained_in_full() -> None:
     }
 
 
-def test_lora_without_peft_names_the_extra(backbone: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(LongtailError, match=r"tune lora: needs the extra peft: pip install 'longtail\[peft\]'"):
-        set_trainable(backbone, "lora")
+def test_the_share_of_parameters_with_updates() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4))
+    # not the first convolution, not the one in groups, not the normalisation
+    assert lora_share(network) == 20 / (112 + 20 + 40 + 8)
+    for name in ("tf_efficientnet_lite0", "resnet18", "test_vit", "convnext_atto"):
+        assert is_suited_to_lora(name), name
+    assert not is_suited_to_lora("test_nfnet")  # of standardised weights, which an update beside them would not see
 
 
 @pytest.mark.parametrize("network", ["test_vit", "test_convnext", "resnet18", "tf_efficientnet_lite0"])

@@ -33,7 +33,7 @@ SIDES = sides_up_to(224)
 
 @pytest.fixture
 def folder() -> Config:
-    return choose_method(load_recipe("folder").config)[0].replace(network="tf_efficientnet_lite0")
+    return choose_method(load_recipe("folder").config)[0].replace(network="tf_efficientnet_lite0", tune="lora")
 
 
 @pytest.mark.parametrize("minutes", [3, 5, 10, 20, 30, 60, 120])
@@ -44,15 +44,15 @@ def test_the_time_is_used_and_kept_to(folder: Config, minutes: int) -> None:
 
 def test_more_time_is_never_spent_on_less(folder: Config) -> None:
     choices = [choose(folder, SIZES, SPEED, 60 * minutes, SIDES) for minutes in (1, 2, 5, 8, 12, 20, 40, 90, 180)]
-    assert [choice.tune for choice in choices] == sorted((choice.tune for choice in choices), reverse=True)
-    pixels = [choice.side**2 * choice.epochs for choice in choices if choice.tune == "full"]
+    assert [choice.tune for choice in choices] == sorted(choice.tune for choice in choices)  # head before lora
+    pixels = [choice.side**2 * choice.epochs for choice in choices if choice.tune == "lora"]
     assert pixels == sorted(pixels)
     assert all(choice.epochs >= 3 for choice in choices)
 
 
 def test_a_small_set_ends_early(folder: Config) -> None:
     chosen = choose(folder, Sizes(140, 0, 30), SPEED, 3600, SIDES)
-    assert (chosen.tune, chosen.side, chosen.epochs) == ("full", 224, 30)
+    assert (chosen.tune, chosen.side, chosen.epochs) == ("lora", 224, 30)
     assert chosen.seconds < 600
 
 
@@ -66,6 +66,10 @@ def test_too_little_time_takes_what_is_fastest(folder: Config) -> None:
     chosen = choose(folder, SIZES, SPEED, 1, SIDES)
     assert (chosen.tune, chosen.side, chosen.feature_views) == ("head", 96, 1)
     assert chosen.seconds > 1
+    # a way of tuning that was asked for is kept
+    for tune, epochs in (("head", 6), ("full", 3)):
+        chosen = choose(folder.replace(tune=tune), SIZES, SPEED, 1, SIDES, head=False)
+        assert (chosen.tune, chosen.side, chosen.epochs) == (tune, 96, epochs)
 
 
 def test_images_are_not_enlarged_beyond_the_largest_side(folder: Config) -> None:
@@ -126,7 +130,7 @@ def test_settings_that_differ_from_the_recipes_are_kept(photos: Path, tmp_path: 
         minutes=600.0, network="test_resnet", pretrained=str(tmp_path / "weights.pth"), data={"root": str(photos)}
     )
     chosen, reasons, _ = fit_to_minutes(config, time.monotonic())
-    assert (chosen.tune, chosen.epochs, chosen.data.image_size) == ("full", 30, 224)
+    assert (chosen.tune, chosen.epochs, chosen.data.image_size) == ("lora", 30, 224)
     assert "more time would gain little" in reasons[0]
     chosen, _, _ = fit_to_minutes(config.replace(tune="norm", epochs=4), time.monotonic())
     assert (chosen.tune, chosen.epochs) == ("norm", 4)

@@ -14,14 +14,14 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from longtail.config import Config, choose_method, load_recipe, parse_config
+from longtail.config import Config, choose_method, load_recipe, parse_config, read_config
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.inference.model_config import read_model_config
 from longtail.inference.recognizer import Recognizer
 from longtail.nn import build_backbone, pretrained
 from longtail.nn.text_tower import text_weights
-from longtail.training.auto_config import auto_config, find_weights
+from longtail.training.auto_config import auto_config, choose_tune, find_weights
 from longtail.training.trainer import fit
 from tests.conftest import Command
 from tests.nn.clip_model import save_clip
@@ -93,7 +93,7 @@ def test_a_network_without_weights_is_refused() -> None:
 
 @pytest.mark.parametrize("tune", ["all", "last", "last:0", "last:x", "head:1", "lora:", "lora:0", "adapter:-1"])
 def test_an_unknown_way_of_tuning_is_refused(tune: str) -> None:
-    with pytest.raises(LongtailError, match=r"tune '.*': expected full, norm, last:N, lora, lora:R"):
+    with pytest.raises(LongtailError, match=r"tune '.*': expected auto, full, norm, last:N, lora, lora:R"):
         parse_config({"tune": tune})
 
 
@@ -132,7 +132,14 @@ def tuned(photos: Path, file: Path, network: str, tune: str, **changes: Any) -> 
     torch.manual_seed(3)
     torch.save(timm.create_model(network).state_dict(), file)
     config = load_recipe("folder").config.replace(
-        network=network, pretrained=str(file), tune=tune, epochs=2, batch_size=4, checkpoint_seconds=0.0, **changes
+        method="la",
+        network=network,
+        pretrained=str(file),
+        tune=tune,
+        epochs=2,
+        batch_size=4,
+        checkpoint_seconds=0.0,
+        **changes,
     )
     return config.replace(data={"root": str(photos), "image_size": 32, "workers": 0, "cache": "none"})
 
@@ -145,6 +152,34 @@ from longtail.inference.recognizer import Recognizer
 images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 torch.save(Recognizer.load(sys.argv[1]).scores(images), sys.argv[2])
 """
+
+
+@pytest.mark.parametrize(
+    ("changes", "tune"),
+    [
+        ({"network": "resnet18"}, "lora"),
+        ({"network": "test_vit", "tune": "norm"}, "norm"),
+        ({"network": "test_nfnet"}, "full"),  # hardly a layer that has low-rank updates
+        ({"network": "upernet:resnet18"}, "full"),
+        ({"network": "resnet8", "pretrained": "none"}, "full"),
+        ({"network": "resnet18", "pretrained": "none", "init": "runs/photos"}, "full"),
+    ],
+)
+def test_low_rank_updates_are_the_default_of_pretrained_networks(changes: dict[str, Any], tune: str) -> None:
+    config, reasons = choose_tune(load_recipe("folder").config.replace(**{"pretrained": "timm", **changes}))
+    assert config.tune == tune
+    assert len(reasons) == (tune == "lora")
+
+
+def test_a_run_records_how_it_was_tuned(photos: Path, tmp_path: Path, command: Command) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
+    flags = ["--network", "test_resnet", "--epochs", "1", "--batch_size", "8", "--data.image_size", "16"]
+    for initial, tune in ((tmp_path / "w.pth", "lora"), ("none", "full")):
+        out = tmp_path / tune
+        code, _, error = command("train", photos, *flags, "--method", "la", "--pretrained", initial, "--out", out)
+        assert code == 0
+        assert read_config(out / "config.yaml").tune == tune
+        assert ("tune lora: low-rank updates" in error) == (tune == "lora")
 
 
 @pytest.mark.slow
@@ -196,17 +231,6 @@ def test_lora_with_a_moving_average(photos: Path, tmp_path: Path, monkeypatch: p
     fit_in_two(config, tmp_path / "cut", 2, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert not any("lora" in name for name in weights(tmp_path / "whole"))
-
-
-def test_lora_without_peft_is_one_line(
-    photos: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    flags = ["--network", "resnet8", "--pretrained", "none", "--tune", "lora", "--epochs", "1", "--quiet"]
-    code, _, error = command("train", "--data", photos, *flags, "--out", tmp_path / "run")
-    assert (code, error.count("\n")) == (2, 1)
-    assert "tune lora: needs the extra peft: pip install 'longtail[peft]'" in error
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_a_pretrained_teacher_gets_a_classifier_first(tiny: Config, tmp_path: Pa
     assert not (tmp_path / "other").exists()
     with pytest.raises(LongtailError, match=r"teacher.tune head: is for a teacher that is trained; set teacher.source"):
         tiny.replace(teacher={"source": "ema", "tune": "head"})
-    with pytest.raises(LongtailError, match=r"teacher.tune 'heads': expected full, norm"):
+    with pytest.raises(LongtailError, match=r"teacher.tune 'heads': expected auto, full, norm"):
         tiny.replace(teacher={"tune": "heads"})
 
 

@@ -27,8 +27,9 @@ def choose_method(config: Config) -> tuple[Config, list[str]]:
     kind, named, _ = config.network.partition(":")
     if named and kind not in {"hf-hub", "local-dir"}:
         return config, [f"method la: logit adjustment, for a network {kind}:ENCODER"]
-    if config.pretrained != "none" or config.init is not None or config.tune != "full":
-        kind = "pretrained weights" if config.pretrained != "none" or config.init is not None else f"tune {config.tune}"
+    has_weights = config.pretrained != "none" or config.init is not None
+    if has_weights or config.tune not in {"auto", "full"}:
+        kind = "pretrained weights" if has_weights else f"tune {config.tune}"
         return config, [f"method la: logit adjustment, for a network with {kind}"]
     plain = Classifier()
     changes = {

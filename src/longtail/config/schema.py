@@ -219,9 +219,9 @@ class Config:
     its network. The schedule is new: for a training that goes on for longer, or with more classes."""
     tune: str = "full"
     """What is trained of the encoder: full, norm (normalisation layers and biases), last:N (the last N blocks of a timm
-    model), lora or lora:R (low-rank updates of rank R, default 8; extra peft), adapter or adapter:W (bottlenecks of
-    width W, default 64, in every block of a timm model), or head (nothing: features are computed once, and only the
-    classifier is trained)."""
+    model), lora or lora:R (low-rank updates of rank R, default 8), adapter or adapter:W (bottlenecks of width W,
+    default 64, in every block of a timm model), or head (nothing: features are computed once, and only the classifier
+    is trained); auto: lora for a pretrained network of whole images, otherwise full."""
     feature_views: Positive = 1
     """Views of every training image whose features tune head computes and keeps: the image itself, and augmented
     ones."""

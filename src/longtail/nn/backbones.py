@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longtail.errors import LongtailError
 from longtail.nn.network_name import format_network, is_decoder_network, parse_network, resolve_network, timm_settings
 from longtail.nn.pretrained import check_timm_network, pretrained_cfg_overlay, wrap_timm_errors
-from longtail.nn.tuning import add_adapters
+from longtail.nn.tuning import add_adapters, lora_share
 
 
 class _Block(nn.Module):
@@ -229,6 +229,20 @@ def with_input_size(network: str, size: int) -> str:
             f"--network_size {near}"
         )
     return format_network(name, arguments)
+
+
+@functools.lru_cache
+def is_suited_to_lora(network: str) -> bool:
+    """Return whether most parameters of a timm model are in layers that low-rank updates are for.
+
+    Args:
+        network: see :func:`build_backbone`.
+
+    Raises:
+        LongtailError: there is no such network.
+    """
+    with torch.device("meta"):
+        return lora_share(build_backbone(network)) > 0.5
 
 
 def with_adapters(network: str, width: int) -> str:

@@ -34,7 +34,7 @@ def set_trainable(backbone: nn.Module, tune: str) -> None:
             ``adapter`` or ``adapter:W`` (the adapters that the network was built with, see :func:`add_adapters`).
 
     Raises:
-        LongtailError: the network has no blocks, or fewer than N; no adapters; or LoRA has no layer or no package.
+        LongtailError: the network has no blocks, or fewer than N; no adapters; or no layer for LoRA.
     """
     if tune == "full":
         return
@@ -100,14 +100,12 @@ def add_lora(backbone: nn.Module, rank: int) -> None:
         rank: of the updates; they start at zero and are not scaled.
 
     Raises:
-        LongtailError: the extra ``peft`` is not installed, or the network has no such layer.
+        LongtailError: the network has no such layer.
 
     Source: Hu et al., *LoRA*, ICLR 2022, arXiv 2106.09685; implemented by the package peft.
     """
-    try:
-        import peft
-    except ImportError:
-        raise LongtailError("tune lora: needs the extra peft: pip install 'longtail[peft]'") from None
+    import peft  # imported here, since it takes seconds
+
     names = _lora_layers(backbone)
     if not names:
         raise LongtailError("tune lora: this network has no linear layer or plain convolution; use full, norm or head")
@@ -117,6 +115,13 @@ def add_lora(backbone: nn.Module, rank: int) -> None:
     decoder = getattr(backbone, "decoder", None)
     if isinstance(decoder, nn.Module):
         decoder.requires_grad_(True)
+
+
+def lora_share(backbone: nn.Module) -> float:
+    """Return the share of a network's parameters, from 0 to 1, in the layers that :func:`add_lora` updates."""
+    updated = [backbone.get_submodule(name) for name in _lora_layers(backbone)]
+    count, total = (sum(p.numel() for layer in layers for p in layer.parameters()) for layers in (updated, [backbone]))
+    return count / total
 
 
 def _lora_layers(backbone: nn.Module) -> list[str]:

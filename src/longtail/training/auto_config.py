@@ -1,4 +1,4 @@
-"""Settings that a recipe leaves to the data: network, epochs, queue, augmentation, each chosen with a reason."""
+"""Settings that a recipe leaves open: network, tuning, epochs, queue, augmentation, each chosen with a reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from longtail.config import Config, Teacher
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import check_source
 from longtail.errors import LongtailError
-from longtail.nn.backbones import check_network, input_size, with_adapters, with_input_size
+from longtail.nn.backbones import check_network, input_size, is_suited_to_lora, with_adapters, with_input_size
 from longtail.nn.network_name import is_decoder_network, parse_network
 from longtail.nn.pretrained import PRETRAINED_NETWORK, check_pretrained, find_pretrained
 from longtail.nn.text_tower import find_text_tower
@@ -59,6 +59,25 @@ def fine_tuning_epochs(images: int, batch_size: int) -> int:
     return max(3, min(30, round(_AUTO_FINE_TUNING_STEPS / -(-images // batch_size))))
 
 
+def choose_tune(config: Config) -> tuple[Config, list[str]]:
+    """Return ``config`` with ``tune auto`` replaced, and the reason.
+
+    Low-rank updates for a pretrained network that classifies whole images, which were better than all of its weights
+    and take less time (docs/evidence/search.md, «A pretrained network»), where most of its parameters are in layers
+    that have them; otherwise all of the network.
+
+    Args:
+        config: settings of the run; ``pretrained`` is resolved. With any other ``tune`` they are returned as they are.
+    """
+    if config.tune != "auto":
+        return config, []
+    whole_images = not is_decoder_network(config.network)
+    if config.pretrained == "none" or not whole_images or not is_suited_to_lora(config.network):
+        return config.replace(tune="full"), []
+    reason = "tune lora: low-rank updates, for a network with pretrained weights; --tune full trains all of it"
+    return config.replace(tune="lora"), [reason]
+
+
 def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
     """Return ``config`` with every setting chosen that was left open, and the reason of every choice.
 
@@ -73,7 +92,8 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
         config = config.replace(network=network)
         reasons.append(f"network {network}: images of {size} × {size} pixels")
     config, network_reasons = fit_network(config, size)
-    reasons += network_reasons
+    config, tune_reasons = choose_tune(config)
+    reasons += [*network_reasons, *tune_reasons]
     if config.epochs == "auto" and config.pretrained != "none":
         steps = -(-images // config.batch_size)
         config = config.replace(epochs=fine_tuning_epochs(images, config.batch_size))

@@ -20,8 +20,9 @@ from longtail.nn import Encoder
 from longtail.nn.backbones import input_size
 from longtail.nn.network_name import is_decoder_network
 from longtail.nn.pretrained import normalization
+from longtail.nn.tuning import set_trainable
 from longtail.registry import METHODS, TASKS
-from longtail.training.auto_config import fine_tuning_epochs
+from longtail.training.auto_config import choose_tune, fine_tuning_epochs
 from longtail.training.duration import Sizes, Speed, expected_seconds, format_duration, measure_speed
 
 _REFERENCE = 128  # side in pixels at which the speed is measured first
@@ -52,19 +53,23 @@ def sides_up_to(largest: int) -> list[int]:
     return [side for side in _SIDES if side <= largest] or [largest]
 
 
-def choose(config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Sequence[int]) -> Choice:
+def choose(
+    config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Sequence[int], head: bool = True
+) -> Choice:
     """Return the settings that make the most of a time.
 
-    All of the network is tuned where that leaves enough epochs; otherwise only the classifier is trained, on features
-    that are computed once. Enough are 6 epochs and 600 steps; more than twice as many gain less than larger images do.
-    Of what uses the time well, the largest images are taken.
+    The network is tuned where that leaves enough epochs; otherwise only the classifier is trained, on features that are
+    computed once. Enough are 6 epochs and 600 steps; more than twice as many gain less than larger images do. Of what
+    uses the time well, the largest images are taken.
 
     Args:
-        config: settings of the run; ``epochs`` is chosen.
+        config: settings of the run; ``tune`` is how the network is tuned, ``epochs`` is chosen.
         sizes: images of each split.
         speed: of the network at the smallest side.
         seconds: the time.
         sides: in pixels, in order.
+        head: whether ``tune head`` is a choice; where it is not, the fewest epochs at the smallest side are taken if
+            nothing fits.
     """
 
     def choice(tune: str, side: int, epochs: int, views: int = 1) -> Choice:
@@ -73,9 +78,17 @@ def choose(config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Se
         return Choice(tune, side, epochs, views, expected)
 
     def fitting(epochs: range) -> list[Choice]:
-        choices = [choice("full", side, number) for side in sides for number in epochs]
+        choices = [choice(config.tune, side, number) for side in sides for number in epochs]
         return [each for each in choices if each.seconds <= seconds]
 
+    def head_only() -> Choice:
+        number, views = fine_tuning_epochs(sizes.train, config.batch_size), range(1, _MOST_FEATURE_VIEWS + 1)
+        heads = [choice("head", side, number, each) for side in sides for each in views]
+        fits = [each for each in heads if each.seconds <= seconds]
+        return max(fits, key=lambda each: each.seconds) if fits else min(heads, key=lambda each: each.seconds)
+
+    if config.tune == "head":
+        return head_only()
     steps = -(-sizes.train // config.batch_size)
     enough = min(_MOST_EPOCHS, max(_USUAL_EPOCHS, -(-_USUAL_STEPS // steps)))
     twice = min(_MOST_EPOCHS, 2 * enough)
@@ -89,10 +102,7 @@ def choose(config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Se
     few = fitting(range(_LEAST_EPOCHS, enough))
     if few:
         return max(few, key=lambda each: (each.epochs, each.seconds))
-    epochs = fine_tuning_epochs(sizes.train, config.batch_size)
-    heads = [choice("head", side, epochs, views) for side in sides for views in range(1, _MOST_FEATURE_VIEWS + 1)]
-    fits = [each for each in heads if each.seconds <= seconds]
-    return max(fits, key=lambda each: each.seconds) if fits else min(heads, key=lambda each: each.seconds)
+    return head_only() if head else choice(config.tune, sides[0], _LEAST_EPOCHS)
 
 
 def choose_settings(
@@ -177,7 +187,8 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     Raises:
         LongtailError: the data cannot be read, or the network is not a pretrained one for whole images.
     """
-    assert config.minutes is not None
+    minutes = config.minutes
+    assert minutes is not None
     if is_decoder_network(config.network):
         raise LongtailError(
             f"minutes: is for networks that classify whole images, not for {config.network}; set --epochs instead"
@@ -190,19 +201,22 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     side = None if data is None else data.image_size
     sizes = Sizes(counts["train"], counts.get("val", 0), counts["test"])
     device = select_device(config.device)
+    default = load_recipe(config.recipe if config.recipe in recipe_names() else "folder").config
+    tune_is_open = config.tune == default.tune
+    config, _ = choose_tune(config)
     encoder = Encoder(config.network, *normalization(config.network, 3), pretrained=config.pretrained)
+    set_trainable(encoder.backbone, config.tune)
     METHODS[config.method].prepare_encoder(encoder, config)
     own = input_size(config.network)  # of a network that takes images of one size
     largest = _LARGEST_OF_SMALL if side is not None and side <= 64 else side or _SIDES[-1]
     sides = sides_up_to(largest) if own is None else [own]
     reference = min(_REFERENCE, sides[-1]) if own is None else own
     measured = measure_speed(encoder, reference, device)
-    left = config.minutes * 60 - (time.monotonic() - started) - _REPORT
-    chosen = choose(config, sizes, measured.at((sides[0] / reference) ** 2), left, sides)
-    default = load_recipe(config.recipe if config.recipe in recipe_names() else "folder").config
-    changes: dict[str, object] = {"feature_views": chosen.feature_views} if chosen.tune == "head" else {}
-    if config.tune == default.tune:
-        changes["tune"] = chosen.tune
+    left = minutes * 60 - (time.monotonic() - started) - _REPORT
+    chosen = choose(config, sizes, measured.at((sides[0] / reference) ** 2), left, sides, head=tune_is_open)
+    changes: dict[str, object] = {"tune": chosen.tune}
+    if chosen.tune == "head":
+        changes["feature_views"] = chosen.feature_views
     if config.epochs == default.epochs:
         changes["epochs"] = chosen.epochs
     if own is not None:
@@ -214,7 +228,7 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     config = config.replace(**changes)
     assert isinstance(config.epochs, int)
     reason = (
-        f"minutes {config.minutes:g}: tune {config.tune}, images of {chosen.side} pixels, {config.epochs} epochs, "
+        f"minutes {minutes:g}: tune {config.tune}, images of {chosen.side} pixels, {config.epochs} epochs, "
         f"expected to take {format_duration(time.monotonic() - started + chosen.seconds + _REPORT)} in all (measured: "
         f"{1000 * measured.train:.0f} ms to train on an image of {reference} pixels, {1000 * measured.encode:.0f} ms "
         "to pass it through)"

@@ -85,7 +85,7 @@ def _tail_not_recognised(
     if many is None or few is None or many < 20 or few > 0.5 * many:
         return None
     # on the features of a pretrained network a classifier that is re-trained was worse
-    advice = "Tune with low-rank updates: --tune lora." if config.tune != "lora" else ""
+    advice = "" if config.tune.startswith("lora") else "Tune with low-rank updates: --tune lora."
     if config.pretrained == "none":
         advice = "Re-train the classifier on this encoder: longtail rebalance RUN --method crt."
         if config.second_stage != "none":

@@ -258,7 +258,7 @@ def _unsupported_of_gml(config: Config) -> dict[str, bool]:
         "more than one teacher.source": len(teacher.sources) > 1,
         "teacher.generations above 1": teacher.generations > 1,
         "teacher.views above 1": teacher.views > 1,
-        f"teacher.tune {teacher.tune}": teacher.tune not in {None, "full"},
+        f"teacher.tune {teacher.tune}": teacher.tune not in {None, "auto", "full"},
         "teacher.network_size": teacher.network_size is not None,
     }
 
