@@ -14,6 +14,7 @@ from longtail.data.sources import load_data
 from longtail.data.transforms import build_transform
 from longtail.methods.base import Method
 from longtail.nn import ClassifierEnsemble, CosineClassifier, Encoder, EncoderEnsemble
+from longtail.nn.tuning import set_trainable
 from longtail.registry import METHODS, TASKS
 from longtail.training.auto_config import auto_config
 from longtail.training.metric_log import MetricTracker
@@ -47,6 +48,16 @@ def test_no_step_with_a_moving_average_as_the_teacher_does(tiny: Config, name: s
     method = METHODS[name](config, Encoder("conv8-tiny", [0.3], [0.4]), data.class_counts).train()
     views = [build_transform("digits", 8)] * len(method.views(config))
     _two_steps_without_values(method, next(TrainLoader(data.train, 32, views, seed=0).epoch(0)))
+
+
+def test_no_step_of_low_rank_updates_does(tiny: Config) -> None:
+    data = load_data(tiny.data, 0)
+    student = Encoder("test_vit(img_size=16)", [0.3], [0.4], resize=16)
+    set_trainable(student.backbone, "lora")
+    method = METHODS["la"](tiny, student, data.class_counts).train()
+    _two_steps_without_values(
+        method, next(TrainLoader(data.train, 32, [build_transform("digits", 8)], seed=0).epoch(0))
+    )
 
 
 def test_no_step_with_several_teachers_does(tiny: Config) -> None:

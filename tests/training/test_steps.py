@@ -70,6 +70,7 @@ def test_every_method_trains_as_with_batches_of_the_host(tiny: Config, name: str
         },
         {"teacher": {"count": 2, "generations": 2, "views": 2, "epochs": 1}, "gml": {"distillation_weight": 1.0}},
         {"method": "la", "second_stage": "crt"},
+        {"method": "la", "tune": "lora:2"},
         {"method": "ldam", "ldam": {"reweight_from": 0.5}},
     ],
 )
