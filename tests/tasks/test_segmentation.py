@@ -101,10 +101,11 @@ def test_a_comparison(scenes: Path, tmp_path: Path, command: Command) -> None:
 
 @pytest.mark.slow
 def test_it_learns(segmenting: Config, tmp_path: Path) -> None:
-    config = segmenting.replace(method="gml", epochs=40, validate_every=40, segmentation={"scale": (0.8, 1.25)})
+    config = segmenting.replace(method="gml", epochs=100, validate_every=100, segmentation={"scale": (0.8, 1.25)})
     run = fit(config, tmp_path / "run", quiet=True)
-    assert run.metrics["mean_iou"] > 60
-    assert run.metrics["tail"] > 30
+    assert run.metrics["mean_iou"] > 80
+    # of seeds 0 to 3 the lowest is 66; after 40 epochs they were 2 to 48, by seed and processor
+    assert run.metrics["tail"] > 50
     last = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "epoch"]
     assert last[-1]["loss/mixture"] < last[0]["loss/mixture"]
     assert last[-1]["queue_fill"] == 1.0
