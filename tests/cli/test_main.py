@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from longtail.config import read_config
 from longtail.data.source_spec import named_sets
 from longtail.training.run_io import flatten
 from tests.conftest import TINY, Command, save_image
@@ -132,13 +135,20 @@ def test_compare(command: Command, tmp_path: Path) -> None:
     assert (out / "gml-seed1" / "report.html").is_file()
 
 
+def test_a_folder_in_place_of_a_recipe_is_compared(command: Command, photos: Path, tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
+    # the method and the epochs of the recipe are auto
+    settings = ("--network", "test_resnet", "--pretrained", tmp_path / "w.pth", "--tune", "head", "--quiet")
+    compared = ("--methods", "ce,la", "--seeds", "2", "--data.image_size", "16", "--out", tmp_path / "comparison")
+    code, printed, err = command("compare", photos, *settings, *compared)
+    assert code == 0, err
+    assert "\ntake " in printed
+    assert read_config(tmp_path / "comparison" / "la-seed1" / "config.yaml").epochs == 30
+
+
 @pytest.mark.slow
 def test_a_folder_in_place_of_a_recipe(command: Command, photos: Path, tmp_path: Path) -> None:
     settings = ("--network", "resnet8", "--pretrained", "none", "--epochs", "1", "--quiet", "--data.image_size", "16")
-    compared = ("--methods", "ce,la", "--seeds", "2", "--tune", "head", "--classifier.init", "class_means")
-    code, printed, err = command("compare", photos, *settings, *compared, "--out", tmp_path / "comparison")
-    assert code == 0, err
-    assert "\ntake " in printed
     code, _, err = command("train", photos, *settings, "--out", tmp_path / "run")
     assert code == 0, err
     assert "source: folder" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")

@@ -74,10 +74,7 @@ def plan(
     Raises:
         LongtailError: an unknown method, one named twice, or a factor below 1.
     """
-    for name in methods:
-        METHODS.check(name, "--methods:")
-    if len(set(methods)) < len(methods) or not methods:
-        raise LongtailError(f"--methods: expected different names, got {','.join(methods)}")
+    _check_methods(methods)
     for factor in imbalances:
         if factor is not None and not 1 <= factor < float("inf"):
             raise LongtailError(f"--imbalances: expected factors of at least 1, got {factor:g}")
@@ -115,6 +112,13 @@ def plan(
     ]
 
 
+def _check_methods(methods: Sequence[str]) -> None:
+    for name in methods:
+        METHODS.check(name, "--methods:")
+    if len(set(methods)) < len(methods) or not methods:
+        raise LongtailError(f"--methods: expected different names, got {','.join(methods)}")
+
+
 def compare(
     config: Config,
     methods: Sequence[str],
@@ -146,6 +150,9 @@ def compare(
         LongtailError: an input cannot be used, or ``out`` holds runs with other settings.
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
+    _check_methods(methods)
+    if config.method == "auto":  # a recipe's own method does not count, but it has to be one
+        config = config.replace(method=methods[0])
     config = find_weights(config)
     data = load_data(config.data, seeds[0])  # before anything is removed
     if config.epochs == "auto":
