@@ -228,7 +228,8 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     config = config.replace(**changes)
     assert isinstance(config.epochs, int)
     reason = (
-        f"minutes {minutes:g}: tune {config.tune}, images of {chosen.side} pixels, {config.epochs} epochs, "
+        f"minutes {minutes:g}: tune {config.tune}, images of {chosen.side} pixels, "
+        f"{config.epochs} epoch{'s' * (config.epochs != 1)}, "
         f"expected to take {format_duration(time.monotonic() - started + chosen.seconds + _REPORT)} in all (measured: "
         f"{1000 * measured.train:.0f} ms to train on an image of {reference} pixels, {1000 * measured.encode:.0f} ms "
         "to pass it through)"
