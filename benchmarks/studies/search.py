@@ -180,12 +180,12 @@ def base(root: str | None, imbalance: float) -> Config:
     )
 
 
-def pretrained_base(root: str | None, weights: str, imbalance: float) -> Config:
+def pretrained_base(root: str | None, weights: str, imbalance: float, epochs: int) -> Config:
     """Return the recipe for one's own images, with a network that is tuned on them, on the images of the study."""
-    teacher = {"network": "tf_efficientnet_lite0", "pretrained": weights, "epochs": 8, "cache": 8}
+    teacher = {"network": "tf_efficientnet_lite0", "pretrained": weights, "epochs": epochs, "cache": epochs}
     config = load_recipe("folder").config.replace(network="tf_efficientnet_lite0", pretrained=weights)
     config = dataclasses.replace(config, data=base(root, imbalance).data)
-    return config.replace(method="la", tune="full", network_size=64, epochs=8, teacher=teacher)
+    return config.replace(method="la", tune="full", network_size=64, epochs=epochs, teacher=teacher)
 
 
 def some_classes(images: ImageSet) -> ImageSet:
@@ -222,13 +222,16 @@ def main() -> None:
     options.add_argument("step", choices=["choose", "confirm"])
     options.add_argument("--weights", help="weights of EfficientNet-Lite0, for a pretrained teacher or network")
     options.add_argument("--pretrained", action="store_true", help="what adds to a pretrained network")
+    options.add_argument("--epochs", type=int, default=8, help="of the variants of a pretrained network, 8 as usual")
     options.add_argument("--imbalance", type=float, default=100, help="imbalance factor of CIFAR-100-LT")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     reuse_freed_memory()
     if args.pretrained:
         variants, baseline, budget, kind = ON_PHOTOGRAPHS, "la", ON_PHOTOGRAPHS_BUDGET, "pretrained-"
-        recipe = pretrained_base(args.root, args.weights, args.imbalance)
+        recipe = pretrained_base(args.root, args.weights, args.imbalance, args.epochs)
+        if args.epochs != 8:
+            budget, kind = budget.replace("8 epochs", f"{args.epochs} epochs"), f"pretrained{args.epochs}-"
     else:
         variants, baseline, budget, kind = VARIANTS, BASELINE, BUDGET, ""
         recipe = base(args.root, args.imbalance)
