@@ -134,6 +134,8 @@ def test_settings_that_differ_from_the_recipes_are_kept(photos: Path, tmp_path: 
     assert "more time would gain little" in reasons[0]
     chosen, _, _ = fit_to_minutes(config.replace(tune="norm", epochs=4), time.monotonic())
     assert (chosen.tune, chosen.epochs) == ("norm", 4)
+    for tune in ("adapter:4", "last:1", "head"):
+        assert fit_to_minutes(config.replace(tune=tune), time.monotonic())[0].tune == tune
 
     mine = config.replace(recipe="mine")  # from a file, which is not among the package's
     assert fit_to_minutes(mine, time.monotonic())[0].epochs == 30

@@ -171,6 +171,16 @@ def _without_effect(config: Config) -> list[str]:
     return notes
 
 
+def adapted_network(config: Config) -> str:
+    """Return the network with the adapters that ``tune`` asks for.
+
+    Raises:
+        LongtailError: it has no adapters.
+    """
+    kind, _, width = config.tune.partition(":")
+    return with_adapters(config.network, int(width or ADAPTER_WIDTH)) if kind == "adapter" else config.network
+
+
 def fit_network(config: Config, image_size: int | None) -> tuple[Config, list[str]]:
     """Return ``config`` with a network that has the adapters and the input size that the settings ask for.
 
@@ -184,9 +194,7 @@ def fit_network(config: Config, image_size: int | None) -> tuple[Config, list[st
     Raises:
         LongtailError: the network has no adapters, or cannot have that size.
     """
-    kind, _, width = config.tune.partition(":")
-    if kind == "adapter":
-        config = config.replace(network=with_adapters(config.network, int(width or ADAPTER_WIDTH)))
+    config = config.replace(network=adapted_network(config))
     own = input_size(config.network)
     if own is None:
         return config, []

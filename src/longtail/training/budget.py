@@ -22,7 +22,7 @@ from longtail.nn.network_name import is_decoder_network
 from longtail.nn.pretrained import normalization
 from longtail.nn.tuning import set_trainable
 from longtail.registry import METHODS, TASKS
-from longtail.training.auto_config import choose_tune, fine_tuning_epochs
+from longtail.training.auto_config import adapted_network, choose_tune, fine_tuning_epochs
 from longtail.training.duration import Sizes, Speed, expected_seconds, format_duration, measure_speed
 
 _REFERENCE = 128  # side in pixels at which the speed is measured first
@@ -204,7 +204,7 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     default = load_recipe(config.recipe if config.recipe in recipe_names() else "folder").config
     tune_is_open = config.tune == default.tune
     config, _ = choose_tune(config)
-    encoder = Encoder(config.network, *normalization(config.network, 3), pretrained=config.pretrained)
+    encoder = Encoder(adapted_network(config), *normalization(config.network, 3), pretrained=config.pretrained)
     set_trainable(encoder.backbone, config.tune)
     METHODS[config.method].prepare_encoder(encoder, config)
     own = input_size(config.network)  # of a network that takes images of one size
