@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from longtail import LongTailClassifier
+from longtail.estimator.learner import Learner
 
 Array = np.ndarray[Any, Any]
 
@@ -89,6 +90,19 @@ def test_gml_fits() -> None:
 
 
 @pytest.mark.slow
+def test_slots_that_were_never_filled_do_not_count_in_the_statistics_of_the_keys() -> None:
+    parameters = LongTailClassifier(method="gml", hidden=8, embedding_dim=4).get_params()
+    learner = Learner(parameters, width=3, queue_counts=np.array([30, 10]), queue_size=40)
+    passed: list[torch.Tensor] = []
+    learner.key.register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0]))
+    labels = torch.tensor([0, 0, 0, 1])
+    learner.step(torch.randn(4, 3), labels, torch.ones(4), torch.arange(4), torch.zeros(2), 1e-3, 1.0)
+    assert learner.queues is not None
+    rows, repeats = passed[0].unique(dim=0, return_counts=True)
+    assert torch.equal(rows, learner.queues.features.unique(dim=0))
+    assert repeats.tolist() == [10] * 4
+
+
 def test_without_a_hidden_layer() -> None:
     X, y, X_test, truth = long_tailed(0)  # noqa: N806
     for method in ("ce", "la", "gml"):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import multiprocessing
 
-from longtail.memory import ClassQueues, queue_sizes
+from longtail.memory import ClassQueues, Slots, queue_sizes, repeat_filled
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=60).filter(any), st.integers(1, 4), st.integers(0, 5000))
@@ -115,8 +115,44 @@ def test_unfilled_slots_are_marked() -> None:
     queues.push(torch.ones(1, 2), torch.tensor([1]), torch.tensor([9]))
     slots = queues.slots()
     assert slots.features.shape == (6, 2)
-    assert (slots.labels >= 0).sum() == 1
+    assert (slots.labels >= 0).sum() == (slots.ids >= 0).sum() == 1
+    assert torch.equal(slots.features, torch.ones(6, 2))
     assert queues.features.shape == (1, 2)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_unfilled_slots_repeat_filled_ones_equally_often(filled: list[bool]) -> None:
+    mask, features = torch.tensor(filled), torch.arange(1.0, len(filled) + 1)[:, None]
+    features = features.masked_fill(~mask[:, None], 0)
+    labels, ids = torch.where(mask, 3, -1), torch.arange(len(filled))
+    repeated = repeat_filled(Slots(features, labels, ids))
+    assert repeated.labels is labels
+    assert repeated.ids is ids
+    assert torch.equal(repeated.features[mask], features[mask])
+    numbers = torch.bincount(repeated.features[:, 0].long(), minlength=len(filled) + 1)[1:]
+    if any(filled):
+        assert numbers[~mask].sum() == 0
+        assert numbers[mask].max() - numbers[mask].min() <= 1
+    else:
+        assert not repeated.features.any()
+
+
+def test_the_repeats_have_the_shares_of_the_classes() -> None:
+    queues = ClassQueues([60, 20, 20], size=100, minimum=1, dim=1)
+    labels = torch.tensor([0] * 40 + [1] * 10 + [2] * 10)
+    queues.push(labels[:, None].float(), labels, torch.arange(60))
+    for slots in (queues.slots(), Slots(*(tensor.flip(0) for tensor in queues.slots()))):
+        repeats = repeat_filled(slots).features[slots.labels < 0, 0].long()
+        assert torch.bincount(repeats).sub(40 * torch.tensor([4, 1, 1]) / 6).abs().max() < 1
+
+
+def test_full_slots_are_unchanged() -> None:
+    queues = ClassQueues([4, 2], size=6, minimum=1, dim=2)
+    queues.push(torch.randn(9, 2), torch.tensor([0, 1, 0, 0, 0, 1, 1, 0, 0]), torch.arange(9))
+    assert len(queues) == 6
+    assert all(
+        torch.equal(a, b) for a, b in zip(queues.slots(), (queues.features, queues.labels, queues.ids), strict=True)
+    )
 
 
 def test_state_round_trips() -> None:

@@ -11,8 +11,8 @@ With ``--pretrained`` the network is EfficientNet-Lite0 with ImageNet weights, a
 by the recipe for one's own images, and the question is what adds to plain logit adjustment.
 
 Command:
-    python benchmarks/studies/search.py choose --out RUNS --root DATA      (--seeds, --only, --json FILE)
-    python benchmarks/studies/search.py choose --imbalance 10 --only "A;B" --out RUNS --root DATA --json FILE
+    python benchmarks/studies/search.py choose --out RUNS --root DATA      (--seeds, --only, --precision, --json FILE)
+    python benchmarks/studies/search.py choose --imbalance 10 --epochs 35 --only "A;B" --out RUNS --root DATA
     python benchmarks/studies/search.py choose --pretrained --weights FILE --out RUNS --root DATA --json FILE
     python benchmarks/studies/search.py confirm --only "A;B" --out RUNS --root DATA --json FILE
 """
@@ -113,6 +113,7 @@ ON_ONE_VIEW: dict[str, Variant] = {
     **TOGETHER,
     "weight decay 0.01": {"optimizer": {"weight_decay": 1e-2}},
     "weight decay 0.005, mixup": merged(ADDED["weight decay 0.005"], ADDED["mixup"]),
+    "weight decay 0.005, Remix": merged(ADDED["weight decay 0.005"], ADDED["Remix"]),
     "three experts, equal operations": {"method": "experts", "epochs": 55},
     "SAM, half the epochs": {"optimizer": {"sharpness": "sam"}, "epochs": EPOCHS},
     "ImbSAM, a third of the epochs": {"optimizer": {"sharpness": "imbsam"}, "epochs": 2 * EPOCHS // 3},
@@ -165,14 +166,14 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def base(root: str | None, imbalance: float) -> Config:
+def base(root: str | None, imbalance: float, precision: str = "bf16-mixed") -> Config:
     """Return the recipe of the study."""
     return load_recipe("cifar100-lt").config.replace(
         method="la",
         network="resnet8",
         epochs=EPOCHS,
         batch_size=64,
-        precision="bf16-mixed",
+        precision=precision,
         data={"root": root, "augment": "cifar-plain", "val_fraction": HELD_OUT, "imbalance": imbalance},
         schedule={"name": "cosine", "warmup": 0.05},
         # as many views as any variant shows: a student whose views repeat would learn less for another reason
@@ -186,6 +187,18 @@ def pretrained_base(root: str | None, weights: str, imbalance: float, epochs: in
     config = load_recipe("folder").config.replace(network="tf_efficientnet_lite0", pretrained=weights)
     config = dataclasses.replace(config, data=base(root, imbalance).data)
     return config.replace(method="la", tune="full", network_size=64, epochs=epochs, teacher=teacher)
+
+
+def shortened(config: Config, epochs: int) -> Config:
+    """Return the recipe of a variant, and of its teacher, with ``epochs`` in place of the 60 of the baseline."""
+    share = epochs / EPOCHS
+    teacher = config.teacher
+    assert isinstance(config.epochs, int)
+    assert isinstance(teacher.epochs, int)
+    return config.replace(
+        epochs=round(config.epochs * share),
+        teacher={"epochs": round(teacher.epochs * share), "cache": round(teacher.cache * share)},
+    )
 
 
 def some_classes(images: ImageSet) -> ImageSet:
@@ -222,19 +235,25 @@ def main() -> None:
     options.add_argument("step", choices=["choose", "confirm"])
     options.add_argument("--weights", help="weights of EfficientNet-Lite0, for a pretrained teacher or network")
     options.add_argument("--pretrained", action="store_true", help="what adds to a pretrained network")
-    options.add_argument("--epochs", type=int, default=8, help="of the variants of a pretrained network, 8 as usual")
+    options.add_argument("--epochs", type=int, help=f"of the baseline and its teacher: {EPOCHS}, pretrained 8")
+    options.add_argument("--precision", default="bf16-mixed", help="of random weights; where slow, 32-true")
     options.add_argument("--imbalance", type=float, default=100, help="imbalance factor of CIFAR-100-LT")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     reuse_freed_memory()
     if args.pretrained:
         variants, baseline, budget, kind = ON_PHOTOGRAPHS, "la", ON_PHOTOGRAPHS_BUDGET, "pretrained-"
-        recipe = pretrained_base(args.root, args.weights, args.imbalance, args.epochs)
-        if args.epochs != 8:
+        recipe = pretrained_base(args.root, args.weights, args.imbalance, args.epochs or 8)
+        if args.epochs:
             budget, kind = budget.replace("8 epochs", f"{args.epochs} epochs"), f"pretrained{args.epochs}-"
     else:
         variants, baseline, budget, kind = VARIANTS, BASELINE, BUDGET, ""
-        recipe = base(args.root, args.imbalance)
+        recipe = base(args.root, args.imbalance, args.precision)
+        if args.epochs:
+            budget, kind = budget.replace(f"{EPOCHS} epochs", f"{args.epochs} epochs"), f"epochs{args.epochs}-"
+            budget = budget.replace(f"{2 * EPOCHS} views", f"{2 * args.epochs} views")
+        if args.precision != "bf16-mixed":
+            budget = f"{budget}; precision {args.precision}"
     if args.imbalance != 100:
         budget, kind = f"imbalance {args.imbalance:g}; {budget}", f"imbalance{args.imbalance:g}-{kind}"
     names = args.only.split(";") if args.only else list(variants)
@@ -244,6 +263,8 @@ def main() -> None:
     for seed in range(args.seeds):
         for name in names:
             config = recipe.replace(seed=seed, **variants[name])
+            if args.epochs and not args.pretrained:
+                config = shortened(config, args.epochs)
             if config.teacher.tune is not None:
                 config = config.replace(teacher={"pretrained": args.weights})
             if name in TAUGHT_BY:

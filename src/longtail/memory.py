@@ -20,11 +20,31 @@ class Slots(NamedTuple):
     """All slots of a queue, filled or not."""
 
     features: Tensor
-    """(K, D); zeros where unfilled."""
+    """(K, D); those of filled slots where unfilled, see :func:`repeat_filled`."""
     labels: Tensor
     """(K,) int64; −1 where unfilled."""
     ids: Tensor
     """(K,) int64 image ids; −1 where unfilled."""
+
+
+def repeat_filled(slots: Slots) -> Slots:
+    """Return the slots with features of filled ones in place of those of unfilled ones, whatever these are.
+
+    Labels and ids stay as they are. What averages over all rows, as BatchNorm does, then averages over filled slots:
+    each is repeated equally often, or once more, and those that are repeated once more are evenly spread. Where no slot
+    is filled, all have the features of the first. Needs no synchronisation with an accelerator, and has fixed shapes.
+
+    Returns:
+        A copy of the features; the labels and ids themselves.
+    """
+    filled = slots.labels >= 0
+    place = torch.arange(len(filled), device=filled.device)
+    seen = filled.cumsum(0)  # filled slots up to and including this one
+    num_filled = filled.sum()
+    # the g-th of G unfilled slots repeats the ⌊g · N / G⌋-th of N filled ones
+    number = (place - seen) * num_filled // (len(filled) - num_filled).clamp(min=1)
+    repeated = torch.searchsorted(seen, (number + 1).clamp(max=num_filled))
+    return slots._replace(features=slots.features.index_select(0, torch.where(filled, place, repeated)))
 
 
 def queue_sizes(class_counts: Tensor | Sequence[int] | Any, size: int, minimum: int) -> list[int]:
@@ -184,8 +204,12 @@ class ClassQueues:
         self._ids.fill_(-1)
 
     def slots(self) -> Slots:
-        """Return views of all slots; unfilled ones have label −1. Needs no synchronisation with an accelerator."""
-        return Slots(self._features[: self.size], self._labels[: self.size], self._ids[: self.size])
+        """Return all slots, features as a copy; unfilled ones have label −1 and the features of filled ones.
+
+        So a network with BatchNorm has the statistics of the filled slots. Needs no synchronisation with an
+        accelerator.
+        """
+        return repeat_filled(Slots(self._features[: self.size], self._labels[: self.size], self._ids[: self.size]))
 
     @property
     def _filled(self) -> Tensor:

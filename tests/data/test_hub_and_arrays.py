@@ -48,6 +48,7 @@ def test_parquet(parquet: Path, memory: float) -> None:
     assert data.class_counts == [9, 5, 2]
     assert data.val is None
     assert len(data.test) == 6
+    assert any("there is no test split, so these are the test images" in remark for remark in data.remarks)
     assert isinstance(data.train.images, EncodedImages) == (memory < 1)
     assert data.train.images.take(torch.tensor([0, 15])).shape == (2, 3, 32, 32)
     thin = load_data(Data(source="hub", root=str(parquet), profile="exponential", imbalance=3), seed=0)

@@ -58,6 +58,16 @@ def test_two_folders_of_one_split_and_splits_without_training_images_are_errors(
     assert "has folders of splits (val, valid) but none of training images" in listed(tmp_path).errors[0]
 
 
+def test_validation_images_are_tested_on_where_there_is_no_test_split(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{split}/{name}/{split}.png" for split in ("train", "valid") for name in ("cat", "dog")))
+    listing = listed(tmp_path)
+    assert set(listing.splits) == {"train", "test"}
+    assert listing.remarks == [
+        f"{tmp_path / 'valid'}: there is no test split, so these are the test images, and do not choose the epoch; "
+        "--data.val_fraction 0.1 holds out training images for that"
+    ]
+
+
 def test_classes_may_be_called_as_splits_are(tmp_path: Path) -> None:
     tree(tmp_path, "train/a.png", "dev/b.png", "cat/c.png")
     assert listed(tmp_path).class_names == ["cat", "dev", "train"]

@@ -64,6 +64,13 @@ def test_without_a_test_split_the_validation_images_are_tested_on(scenes: Path) 
     assert len(data.test) == 4
 
 
+def test_settings_of_other_data_are_refused_or_said_to_have_no_effect(scenes: Path) -> None:
+    with pytest.raises(LongtailError, match=r"data\.profile exponential: is not supported for images with masks"):
+        load_data(Data(source="masks", root=str(scenes), profile="exponential"), 0)
+    data = load_data(Data(source="masks", root=str(scenes), val_fraction=0.1), 0)
+    assert data.remarks == ("data.val_fraction is not used: masks have the splits of their folders",)
+
+
 def test_without_names_classes_have_numbers(scenes: Path) -> None:
     (scenes / "classes.txt").unlink()
     assert load(scenes).class_names == ("class 1", "class 2", "class 3")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from longtail.config import Config
+from longtail.config import Config, read_config
 from longtail.errors import LongtailError
 from longtail.experiments.compare import compare, plan
 from longtail.experiments.records import Record, differences, table
+from longtail.training.trainer import fit
 from tests.processes import run_longtail, start_longtail
 
 
@@ -52,6 +53,27 @@ def test_what_is_done_is_not_done_again(tiny: Config, tmp_path: Path) -> None:
         compare(tiny.replace(epochs=1), ["la", "gml"], [0], out, quiet=True)
     compare(tiny.replace(epochs=1), ["la"], [0], out, overwrite=True, quiet=True)
     assert not (out / "gml-seed0").exists()
+
+
+def test_runs_that_start_from_another_one_are_those_of_train(tiny: Config, tmp_path: Path) -> None:
+    first, out = tmp_path / "first", tmp_path / "comparison"
+    fit(tiny.replace(method="la", epochs=1), first, quiet=True)
+    # gml, the recipe's own method, could not be trained with that: its teacher would have another encoder
+    frozen = tiny.replace(method="gml", init=str(first), tune="head", epochs=1)
+    assert len(compare(frozen, ["la"], [0], tmp_path / "frozen", quiet=True)) == 1
+
+    config = tiny.replace(method="la", init=str(first), batch_size=512)
+    config = config.replace(**dict.fromkeys(("network", "pretrained", "tune", "epochs"), "auto"))
+    records = compare(config, ["la", "ce"], [0], out, quiet=True)
+    ended = (out / "la-seed0" / "metrics.jsonl").stat().st_mtime_ns
+    alone = fit(config, tmp_path / "alone", quiet=True)
+    assert (alone.config.network, alone.config.tune) == ("conv8-tiny", "full")
+    there = read_config(out / "la-seed0" / "config.yaml")
+    assert there.replace(teacher={"epochs": None}) == alone.config
+    assert records[0].metrics.items() <= alone.metrics.items()
+    # what is done is found again
+    assert compare(config, ["la", "ce"], [0], out, quiet=True) == records
+    assert (out / "la-seed0" / "metrics.jsonl").stat().st_mtime_ns == ended
 
 
 def test_imbalances_are_an_axis(tiny: Config, tmp_path: Path) -> None:

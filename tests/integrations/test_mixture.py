@@ -27,6 +27,23 @@ def test_the_terms_are_those_of_the_loss() -> None:
     assert MixtureTerms(torch.tensor([1, 1, 1]), 5, 7, queue_minimum=4).queues.size == 12
 
 
+def test_slots_that_were_never_filled_do_not_count_in_the_statistics_of_the_keys() -> None:
+    torch.manual_seed(0)
+    terms = MixtureTerms([6, 3], 5, 7, queue_size=24)  # of which a quarter is filled: each key is there four times
+    features, keys, labels = torch.randn(6, 5), torch.randn(6, 7), torch.tensor([0, 0, 0, 1, 1, 0])
+    ids = torch.arange(6)
+    result = terms(features, keys, labels, ids)
+    queues = terms.queues
+    expected = GMLLoss([6, 3]).terms(
+        terms.query_mlp(features), labels, terms.key_mlp(queues.features), queues.labels, ids, queues.ids
+    )
+    assert len(queues) == 6
+    assert torch.allclose(result.mixture, expected.mixture, rtol=1e-4)
+    assert torch.allclose(result.temperature, expected.temperature, rtol=1e-4)
+    gradients = [torch.autograd.grad(each.mixture, [*terms.key_mlp.parameters()]) for each in (result, expected)]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
 def test_without_ids_the_temperature_is_constant() -> None:
     labels = torch.tensor([0, 1, 1])
     with pytest.raises(ValueError, match="ids: expected the id of each image"):

@@ -18,6 +18,7 @@ from longtail.losses import (
     gml_loss,
     posterior,
     posterior_cross_entropy,
+    reduction,
 )
 from longtail.losses.contrastive import balanced_contrastive_loss, parametric_contrastive_loss, supcon_loss
 from longtail.losses.margin import ldam_margins, with_margin
@@ -101,6 +102,24 @@ def test_the_mean_of_more_rows_than_half_precision_counts(dtype: torch.dtype) ->
     assert batch_mean(losses * mask, mask).item() == 1
     assert batch_mean(losses * mask * 60_000, mask).item() == pytest.approx(60_000, rel=4e-3)  # rounded to bfloat16
     assert batch_mean(losses * 0, mask & False).item() == 0
+
+
+def test_processes_wait_for_each_other_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[Tensor] = []
+
+    def all_reduce_sum(tensor: Tensor) -> Tensor:
+        shared.append(tensor)
+        return 3 * tensor
+
+    monkeypatch.setattr(reduction, "is_distributed", lambda: True)
+    monkeypatch.setattr(reduction, "world_size", lambda: 2)
+    monkeypatch.setattr(reduction, "all_reduce_sum", all_reduce_sum)
+    losses, mask = torch.tensor([1.0, 3.0, 0.0]), torch.tensor([True, True, False])
+    with torch.no_grad():  # a validation, which one process may do alone
+        assert batch_mean(losses, mask).item() == 2
+    assert shared == []
+    assert batch_mean(losses, mask).item() == pytest.approx(4 / (3 * 2 / 2))
+    assert len(shared) == 1
 
 
 def test_the_posterior_of_half_precision_adds_up() -> None:

@@ -79,7 +79,8 @@ def loop_class_balanced(row: list[float], label: int) -> float:
 
 
 def loop_ldam(row: list[float], label: int) -> float:
-    weights = scaled([n**-0.5 if n else 0 for n in COUNTS])
+    mean = sum(n**0.5 for n in COUNTS) / sum(COUNTS)  # of n^(−½), over the images
+    weights = [n**-0.5 / mean if n else 0 for n in COUNTS]
     margin = 0.4 * (15 / COUNTS[label]) ** 0.25
     return -weights[label] * log_softmax([s - 10 * margin * (c == label) for c, s in enumerate(row)], label)
 
@@ -230,6 +231,17 @@ def test_the_margin_of_a_mixed_label_has_no_meaning() -> None:
     assert bool(scores.grad.isfinite().all())
 
 
+def test_deferred_weights_of_ldam_leave_the_size_of_the_gradient() -> None:
+    counts = [500, 200, 50, 5]
+    labels = torch.repeat_interleave(torch.arange(C), torch.tensor(counts))
+    scores = torch.zeros(len(labels), C, requires_grad=True)
+    sizes = []
+    for weights in (None, "auto", "root", "inverse"):
+        (gradient,) = torch.autograd.grad(LDAMLoss(counts, 0.0, class_weights=weights)(scores, labels), scores)
+        sizes.append(gradient.abs().sum().item())  # equal for all samples but for their weights
+    assert sizes == pytest.approx([sizes[0]] * 4, rel=1e-5)
+
+
 def test_identities() -> None:
     a, counts = torch.randint(0, C, (B,), generator=G), [60, 30, 25, 15]
     cross_entropy = F.cross_entropy(SCORES, a).item()
@@ -262,7 +274,7 @@ def test_modules_and_functions_are_the_same() -> None:
     scores, labels = SCORES.float(), LABELS.clamp(min=0)
     log_prior, margins = LogitAdjustedLoss(COUNTS).log_prior, ldam_margins(COUNTS)
     balanced, ldam = ClassBalancedLoss(COUNTS), LDAMLoss(COUNTS, class_weights="auto")
-    expected = weighted_cross_entropy(with_margin(scores, labels, margins, 30.0), labels, balanced.weights)
+    expected = weighted_cross_entropy(with_margin(scores, labels, margins, 30.0), labels, ldam.weights)
     assert torch.equal(ldam(scores, labels), expected)
     assert torch.equal(balanced(scores, labels), weighted_cross_entropy(scores, labels, balanced.weights))
     assert torch.equal(FocalLoss()(scores, labels), focal_loss(scores, labels))

@@ -17,7 +17,7 @@ def seesaw_loop(
     """Equations 2 to 7 of Wang et al., CVPR 2021, one sample and one class after the other."""
     total, number = 0.0, 0
     for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
-        if label < 0:
+        if label < 0 or (label < len(counts) and counts[label] == 0):
             continue
         exponentials = [math.exp(score) for score in row]
         sigma = [value / sum(exponentials) for value in exponentials]
@@ -48,6 +48,21 @@ def test_equals_the_loop(p: float, q: float, background: bool) -> None:
     labels = torch.randint(-1, columns, (64,), generator=generator)
     expected = seesaw_loop(scores, labels, counts.tolist(), p, q, 0.01, background)
     assert seesaw_loss(scores, labels, counts, p, q).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_samples_of_a_class_without_training_samples_are_left_out(background: bool) -> None:
+    counts, scores = torch.tensor([4, 1, 0]), torch.randn(4, 3 + background, requires_grad=True)
+    labels = torch.tensor([2, 0, 1, 3 if background else -1])
+    losses = seesaw_loss(scores, labels, counts, reduction="none")
+    assert (losses > 0).tolist() == [False, True, True, background]
+    loss = seesaw_loss(scores, labels, counts)
+    assert torch.equal(loss, losses.sum() / (2 + background))
+    loss.backward()
+    assert scores.grad is not None
+    assert not scores.grad[0].any()
+    if not background:
+        assert torch.equal(SeesawLoss([4, 1, 0], reduction="none")(scores, labels), losses)
 
 
 def test_without_exponents_it_is_cross_entropy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,22 @@ def test_the_batch_alone_holds_the_batch(tiny: Config, data: LongTailedData) -> 
             assert sorted(method.queues.ids.tolist()) == sorted(seen.tolist())
 
 
+@pytest.mark.parametrize("changes", [{}, {"queues": "batch"}, {"queues": "shared"}])
+def test_slots_that_were_never_filled_do_not_count_in_the_statistics_of_the_keys(
+    tiny: Config, data: LongTailedData, changes: dict[str, Any]
+) -> None:
+    method = build_gml(tiny.replace(gml=changes), data)
+    passed: list[torch.Tensor] = []
+    method.key_mlp.register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0]))
+    for part in batches(method, data)[0].split(3)[:2]:  # whose gradient is accumulated
+        method(part)
+        features, filled = passed.pop(), method.queues.features
+        assert len(filled) < 0.7 * len(features)
+        rows, repeats = features.unique(dim=0, return_counts=True)
+        assert torch.equal(rows, filled.unique(dim=0))
+        assert repeats.max() - repeats.min() <= 1
+
+
 def test_without_self_pairs_no_query_meets_its_own_image(tiny: Config, data: LongTailedData) -> None:
     method = build_gml(tiny.replace(gml={"self_pairs": "none"}), data).eval()
     batch = batches(method, data)[0]
@@ -152,8 +169,11 @@ def test_feature_transfer_spreads_the_tail_as_the_head(tiny: Config) -> None:
     labels = torch.tensor([0] * 6 + [1, 1, 2, -1])
     features[9] = 0
     slots = feature_transfer(Slots(features, labels, torch.arange(10)))
-    assert torch.equal(slots.features[:10], features)
+    assert torch.equal(slots.features[:9], features[:9])
     assert len(slots.features) == 10 + 500 * 2
+    # an unfilled slot and its copies repeat the other ones
+    kept = slots.labels >= 0
+    assert (slots.features[~kept][:, None] == slots.features[kept]).all(dim=2).any(dim=1).all()
     moved, origins = slots.features[10:], slots.labels[10:]
     assert set(origins.tolist()) == {2, -1}
     assert set(slots.ids[10:].tolist()) == {8, 9}
@@ -162,6 +182,14 @@ def test_feature_transfer_spreads_the_tail_as_the_head(tiny: Config) -> None:
     offsets = features[:6] - features[:6].mean(dim=0)
     assert torch.cdist(differences, offsets).min(dim=1).values.max() < 5e-3
     assert len(torch.cdist(differences, offsets).argmin(dim=1).unique()) == 6
+
+
+def test_feature_transfer_leaves_unfilled_slots_out_of_the_means(tiny: Config) -> None:
+    feature_transfer = FeatureTransfer(50, tiny.shots.groups([400, 3]), torch.tensor([4, 1]))
+    features, labels = torch.tensor([[1.0], [3.0], [9.0], [9.0], [5.0]]), torch.tensor([0, 0, -1, -1, 1])
+    torch.manual_seed(0)
+    moved = feature_transfer(Slots(features, labels, torch.arange(5))).features[5:]
+    assert set(moved[:, 0].tolist()) == {4.0, 5.0, 6.0}
 
 
 def test_the_mixture_joins_the_classifier_at_prediction(tiny: Config, data: LongTailedData, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
-from longtail.losses import agreement, distillation, posterior_cross_entropy
+from longtail.losses import LDAMLoss, agreement, distillation, posterior_cross_entropy
 from longtail.methods.base import Method
 from longtail.methods.ldam import LDAM
 from longtail.nn import CosineClassifier, ExpertClassifier
@@ -227,6 +227,8 @@ def test_late_weights_of_ldam_leave_the_size_of_the_gradient(tiny: Config, data:
     mean = sum(n * w for n, w in zip(counts, by_hand, strict=True)) / sum(counts)
     assert isinstance(method, LDAM)
     assert method.weights.tolist() == pytest.approx([w / mean for w in by_hand], rel=1e-5)
+    # the loss alone has the same
+    assert method.weights.tolist() == pytest.approx(LDAMLoss(counts, class_weights="auto").weights.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["la", "experts"])

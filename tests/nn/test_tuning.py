@@ -89,7 +89,11 @@ TRANSFORMERS = [
     "eva02_tiny_patch14_224(depth=1)",  # three layers in place of qkv, a gated MLP
     "swin_tiny_patch4_window7_224(depths=(1, 1, 1, 1), embed_dim=24)",
 ]
-CONVNETS = ["test_efficientnet", "test_convnext", "resnet18", "tf_efficientnet_lite0"]
+CONVNETS = [
+    *("test_efficientnet", "test_convnext", "resnet18", "tf_efficientnet_lite0"),
+    "resnet18(output_stride=8)",  # dilated convolutions
+    "davit_tiny(depths=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), num_heads=(2, 2, 2, 2))",  # reads the kernel's size
+]
 
 
 def built(network: str) -> nn.Module:

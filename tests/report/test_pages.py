@@ -11,7 +11,9 @@ import pytest
 from longtail.config import Config
 from longtail.errors import LongtailError
 from longtail.experiments.records import recommendation
+from longtail.methods.base import Finding
 from longtail.report import run_report, runs_report
+from longtail.tasks.classification import report
 from longtail.training.metric_log import read_metrics
 from longtail.training.trainer import fit
 from tests.conftest import save_image
@@ -40,6 +42,18 @@ def test_a_runs_page(tiny: Config, tmp_path: Path) -> None:
     assert text.count("data:image/png;base64,") == len(shown)
     # self-contained: nothing is fetched
     assert not re.search(r"""(src|href)=["']https?:""", text)
+
+
+def test_what_to_try_is_shown_where_there_is_advice(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tiny.replace(method="la", epochs=1), tmp_path / "run", quiet=True)
+    for advice, shown in (("More epochs.", 1), ("", 0)):
+        finding = Finding("The tail is hardly recognised.", "Accuracy in few is 5.0 %.", advice)
+        monkeypatch.setattr(report, "diagnose", lambda *_, finding=finding: [finding])
+        text = run_report(tmp_path / "run").read_text(encoding="utf-8")
+        assert "Accuracy in few is 5.0 %." in text
+        assert text.count("To try: More epochs.") == text.count("To try") == shown
 
 
 def test_class_names_are_text(tiny: Config, tmp_path: Path) -> None:

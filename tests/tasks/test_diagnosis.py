@@ -52,6 +52,26 @@ def test_nothing_stands_out_of_a_good_run() -> None:
     [
         ({"metrics": {"few": 5.0}}, ["The tail is hardly recognised", "5.0 %", "gml.queue_minimum above 2", "crt"]),
         ({"metrics": {"few": 5.0}, "method": "la", "pretrained": "timm"}, ["The tail", "--tune lora"]),
+        ({"metrics": {"few": 5.0}, "method": "la", "init": "runs/first"}, ["The tail", "--tune lora"]),
+        (
+            {"metrics": {"few": 5.0}, "method": "la", "pretrained": "timm", "tune": "lora:4"},
+            ["The tail", "many 90.0 %. A larger network, larger images, or more images of the rare classes."],
+        ),
+        (
+            {"metrics": {"few": 5.0}, "method": "la", "pretrained": "timm", "card": {"network": "test_nfnet"}},
+            ["The tail", "A larger network"],  # hardly a layer of which has low-rank updates
+        ),
+        (
+            {
+                **{"metrics": {"few": 5.0}, "method": "la", "pretrained": "timm", "tune": "head"},
+                "card": {"network": "test_nfnet"},
+            },
+            ["The tail", "--tune full"],
+        ),
+        (
+            {"metrics": {"few": 5.0}, "method": "la", "pretrained": "timm", "card": {"network": "of_a_later_timm"}},
+            ["The tail", "A larger network"],
+        ),
         ({"metrics": {"few": 5.0}, "method": "la", "second_stage": "crt"}, ["The tail", "Distil a teacher"]),
         ({"metrics": {"few": 5.0}, "under": "train", "method": "ce"}, ["The tail", "uniform prior (few +0.0 points)"]),
         ({"metrics": {"many": 30.0}}, ["Head accuracy is below medium accuracy", "30.0 %, in medium 85.0 %"]),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from longtail.data.dataset import from_arrays
 from longtail.errors import LongtailError
 from longtail.files import write_text
 from longtail.nn import Encoder
+from longtail.nn.tuning import set_trainable
 from longtail.training import budget
 from longtail.training.budget import (
     choose,
@@ -72,6 +75,16 @@ def test_too_little_time_takes_what_is_fastest(folder: Config) -> None:
         assert (chosen.tune, chosen.side, chosen.epochs) == (tune, 96, epochs)
 
 
+def test_several_classified_views_take_features_of_several(folder: Config) -> None:
+    for changes in (
+        {"classifier": {"views": 2}},
+        {"classifier": {"distillation_weight": 1.0}, "teacher": {"views": 2}},
+    ):
+        chosen = choose(folder.replace(**changes), SIZES, SPEED, 1, SIDES)
+        assert (chosen.tune, chosen.side, chosen.feature_views) == ("head", 96, 2)
+        assert choose(folder.replace(tune="head", **changes), SIZES, SPEED, 1, SIDES).feature_views == 2
+
+
 def test_images_are_not_enlarged_beyond_the_largest_side(folder: Config) -> None:
     assert choose(folder, SIZES, SPEED, 36_000, sides_up_to(160)).side == 160
     assert choose(folder, SIZES, SPEED, 36_000, sides_up_to(48)).side == 48
@@ -103,6 +116,21 @@ def test_measuring_changes_nothing() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert encoder.training == mode
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_low_rank_updates_cost_nothing_where_nothing_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder("resnet8", [0.5] * 3, [0.5] * 3)
+    set_trainable(encoder.backbone, "lora")
+    forward, trained = peft.tuners.lora.Conv2d.forward, []
+
+    def noted(self: Any, *images: torch.Tensor) -> Any:
+        trained.append(torch.is_grad_enabled())
+        return forward(self, *images)
+
+    monkeypatch.setattr(peft.tuners.lora.Conv2d, "forward", noted)
+    measure_speed(encoder, 16, torch.device("cpu"))
+    assert trained
+    assert all(trained)
 
 
 def test_a_resumed_run_keeps_its_choice(folder: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +183,41 @@ def test_a_set_that_is_loaded_to_count_its_images_is_not_loaded_again(tmp_path: 
     assert teacher_config(chosen, data).minutes is None  # its settings are the student's, and are not chosen again
 
 
+@pytest.mark.parametrize(
+    ("changes", "tune"),
+    [
+        ({}, "head"),
+        ({"classifier": {"distillation_weight": 1.0}}, "head"),  # the teacher's encoder is frozen too
+        ({"method": "gml", "gml": {"ensemble_weight": 1.0}, "optimizer": {"ema_decay": None}}, "head"),
+        ({"classifier": {"distillation_weight": 1.0}, "teacher": {"source": "ema"}}, "head"),
+        ({"teacher": {"network": "conv8"}}, "head"),  # of no teacher
+        ({"classifier": {"distillation_weight": 1.0}, "teacher": {"source": "runs/photos"}}, "lora"),
+        ({"classifier": {"distillation_weight": 1.0}, "teacher": {"network": "conv8"}}, "lora"),
+        ({"classifier": {"distillation_weight": 1.0}, "teacher": {"tune": "full"}}, "lora"),
+        ({"classifier": {"distillation_weight": 1.0}, "teacher": {"tune": "head"}}, "head"),
+        ({"mixing": {"kind": "mixup"}}, "lora"),
+        ({"method": "experts"}, "lora"),
+        ({"method": "experts", "experts": {"stages": 0}}, "lora"),
+        ({"method": "gml", "gml": {"ensemble_weight": 1.0, "stages": 1}, "optimizer": {"ema_decay": None}}, "lora"),
+        ({"accelerator": {"batches": "device"}}, "lora"),
+    ],
+)
+def test_the_classifier_alone_is_trained_only_where_other_settings_allow_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], tune: str
+) -> None:
+    import timm
+
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "weights.pth")
+    config = choose_method(load_recipe("folder").config)[0].replace(
+        minutes=0.1, network="test_resnet", pretrained=str(tmp_path / "weights.pth"), data={"source": "digits-lt"}
+    )
+    monkeypatch.setattr(budget, "measure_speed", lambda *_: SPEED)
+    chosen, reasons, _ = fit_to_minutes(config.replace(**changes), time.monotonic())
+    assert (chosen.tune, chosen.network_size) == (tune, 96)
+    assert chosen.epochs == 3 or tune == "head"
+    assert "no settings are faster" in reasons[0]
+
+
 def test_a_comparison_has_no_budget(command: Command, photos: Path, tmp_path: Path) -> None:
     code, _, error = command("compare", photos, "--minutes", "5", "--out", tmp_path / "out")
     assert code == 2
@@ -189,6 +252,8 @@ def test_a_long_run_says_so_and_what_would_be_quicker(tiny: Config, monkeypatch:
     assert line.startswith("expected duration: about 6 h 53 min")
     assert "quicker: --tune head (about 27 min), --minutes 20, or a GPU" in line
     assert "--pretrained auto" in remarks(60.0, config.replace(pretrained="none"))[0]
+    for changes in ({"mixing": {"kind": "mixup"}}, {"classifier": {"views": 2}}):
+        assert "quicker: --minutes 20, or a GPU" in remarks(60.0, config.replace(**changes))[0]
 
 
 def test_what_is_left_is_told_from_a_measured_epoch() -> None:

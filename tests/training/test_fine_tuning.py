@@ -155,20 +155,26 @@ torch.save(Recognizer.load(sys.argv[1]).scores(images), sys.argv[2])
 
 
 @pytest.mark.parametrize(
-    ("changes", "tune"),
+    ("changes", "tune", "expected"),
     [
-        ({"network": "resnet18"}, "lora"),
-        ({"network": "test_vit", "tune": "norm"}, "norm"),
-        ({"network": "test_nfnet"}, "full"),  # hardly a layer that has low-rank updates
-        ({"network": "upernet:resnet18"}, "full"),
-        ({"network": "resnet8", "pretrained": "none"}, "full"),
-        ({"network": "resnet18", "pretrained": "none", "init": "runs/photos"}, "full"),
+        ({"network": "resnet18"}, "lora", ["tune lora: low-rank updates, for a network with pretrained weights"]),
+        ({"network": "test_vit", "tune": "norm"}, "norm", []),
+        (
+            {"network": "test_nfnet"},
+            "full",
+            ["tune full: most parameters of test_nfnet are in layers without low-rank updates"],
+        ),
+        ({"network": "upernet:resnet18"}, "full", []),
+        ({"network": "resnet8", "pretrained": "none"}, "full", []),
+        ({"network": "resnet18", "pretrained": "none", "init": "runs/photos"}, "full", []),
     ],
 )
-def test_low_rank_updates_are_the_default_of_pretrained_networks(changes: dict[str, Any], tune: str) -> None:
+def test_low_rank_updates_are_the_default_of_pretrained_networks(
+    changes: dict[str, Any], tune: str, expected: list[str]
+) -> None:
     config, reasons = choose_tune(load_recipe("folder").config.replace(**{"pretrained": "timm", **changes}))
     assert config.tune == tune
-    assert len(reasons) == (tune == "lora")
+    assert [reason.partition(";")[0] for reason in reasons] == expected
 
 
 def test_a_run_records_how_it_was_tuned(photos: Path, tmp_path: Path, command: Command) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from longtail.config import Config
-from longtail.data.loader import TrainLoader
+from longtail.data.loader import Batch, TrainLoader
 from longtail.data.sources import load_data
 from longtail.data.transforms import build_transform
 from longtail.errors import LongtailError
+from longtail.methods.base import Method
 from longtail.methods.gml import GML
 from longtail.nn import Encoder
 from longtail.training.checkpoint import load_checkpoint
@@ -121,6 +122,32 @@ def test_half_precision_trains(tiny: Config, tmp_path: Path) -> None:
     lines = [read_metrics(one.folder / "metrics.jsonl")[0] for one in (run, plain)]
     assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=0.05)
     assert lines[0]["loss"] != lines[1]["loss"]
+
+
+def test_half_precision_does_not_round_the_batch(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, dict[str, torch.Tensor]] = {}
+    forward = Method.forward
+
+    def recorded(self: Method, batch: Batch) -> dict[str, torch.Tensor]:
+        fields = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        seen[precision] = {**fields, "view": batch.views[0]}  # the last is of the student
+        return forward(self, batch)
+
+    monkeypatch.setattr(Method, "forward", recorded)
+    config = tiny.replace(
+        method="la",
+        epochs=1,
+        mixing={"kind": "mixup"},
+        classifier={"distillation_weight": 1.0},
+        teacher={"cache": 1, "epochs": 1},
+    )
+    for precision in ("32-true", "bf16-mixed"):
+        teachers = tmp_path / f"teachers of {precision}"
+        fit(config.replace(precision=precision), tmp_path / precision, quiet=True, teachers=teachers)
+    plain, half = seen["32-true"], seen["bf16-mixed"]
+    assert {"view", "teacher_scores", "label_weights"} <= set(half)
+    assert {name: value.dtype for name, value in half.items()} == {name: value.dtype for name, value in plain.items()}
+    assert all(torch.equal(half[name], plain[name]) for name in half if name != "teacher_scores")
 
 
 def test_the_moving_average_of_the_weights_is_saved(tiny: Config, tmp_path: Path) -> None:

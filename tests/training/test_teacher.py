@@ -241,6 +241,23 @@ def test_teachers_are_shared_where_their_settings_are_equal(tiny: Config, tmp_pa
     assert not {teacher_folder(several, data, tmp_path, member) for member in range(3)} & set(others)
 
 
+def test_a_teacher_of_other_weights_chooses_what_of_it_is_trained(tiny: Config) -> None:
+    data = load_data(tiny.data, 0)
+    config = tiny.replace(network="test_resnet", pretrained="auto", data={"sampler": "class"})
+
+    def tune(student: str, given: str | None = None, **teacher: Any) -> str:
+        return teacher_config(config.replace(tune=student, teacher={**teacher, "tune": given}), data).tune
+
+    assert [tune(student) for student in ("lora", "full", "norm")] == ["lora", "full", "norm"]
+    other = {"network": "conv8", "pretrained": "none"}
+    assert [tune(student, **other) for student in ("lora", "full", "norm")] == ["auto"] * 3
+    pretrained = {"network": "test_vit"}
+    assert [tune(student, **pretrained) for student in ("lora", "full", "norm")] == ["auto", "auto", "norm"]
+    assert tune("lora", "head", **pretrained) == "head"
+    # as they are: its scores are corrected by the frequencies of the data set, not by those of a sampler
+    assert teacher_config(config, data).data.sampler == "instance"
+
+
 def test_generations_follow_one_another(tiny: Config, tmp_path: Path) -> None:
     data = load_data(tiny.data, 0)
     plain = tiny.replace(gml={"distillation_weight": 0.7}, teacher={"network": "conv8", "views": 2})

@@ -132,7 +132,7 @@ class Predict(InferenceFlags):
     """Show conformal sets, which contain the true class for this fraction of each class's images, for example 0.9; the
     run needs validation images."""
     top: int | None = None
-    """Classes to show per image (default: 3); of models that find objects: objects (default: all)."""
+    """Classes to show per image (default: 3); of models that find objects: objects (default: at most 100)."""
     threshold: float | None = None
     """Models that find objects: lowest score of an object that is shown (default: 0.5)."""
     out: Path | None = None

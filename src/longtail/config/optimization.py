@@ -41,7 +41,9 @@ class Optimizer:
     grad_clip_norm: PositiveFloat | None = None
     """Clip the gradient to this norm; no clipping if not given."""
     grad_accumulation_steps: Positive = 1
-    """Split each batch into this many parts to save memory; the optimizer steps once per batch."""
+    """Split each batch into this many parts to save memory; the optimizer steps once per batch, along the mean of the
+    parts' gradients, weighted by their images. Losses are means over what counts in their part: where the parts differ
+    in it, as in labelled pixels or objects, the step differs a little from that of the whole batch."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the student's weights, which is then evaluated and saved; none if not
     given."""

@@ -221,7 +221,8 @@ class Config:
     """What is trained of the encoder: full, norm (normalisation layers and biases), last:N (the last N blocks of a timm
     model), lora or lora:R (low-rank updates of rank R, default 8), adapter or adapter:W (bottlenecks of width W,
     default 64, in every block of a timm model), or head (nothing: features are computed once, and only the classifier
-    is trained); auto: lora for a pretrained network of whole images, otherwise full."""
+    is trained); auto: lora for a pretrained network of whole images that has more than half of its parameters in layers
+    that can have low-rank updates, otherwise full, also with init."""
     feature_views: Positive = 1
     """Views of every training image whose features tune head computes and keeps: the image itself, and augmented
     ones."""

@@ -31,6 +31,7 @@ from longtail.files import write_json, write_text
 from longtail.registry import METHODS, load_plugin, plugins
 from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.checkpoint import FORMAT
+from longtail.training.init_weights import fit_init, with_init
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import find_finished
 from longtail.training.trainer import fit
@@ -151,10 +152,11 @@ def compare(
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
     _check_methods(methods)
-    if config.method == "auto":  # a recipe's own method does not count, but it has to be one
-        config = config.replace(method=methods[0])
-    config = find_weights(config)
+    config = config.replace(method=methods[0])  # a recipe's own method does not count, but it has to be one
+    # what a training does first: open settings are chosen for the weights that it starts from
+    config = find_weights(with_init(config, out))
     data = load_data(config.data, seeds[0])  # before anything is removed
+    config, _ = fit_init(config, data)
     if config.epochs == "auto":
         config = config.replace(epochs=auto_config(config, data)[0].epochs)
     runs = plan(config, methods, seeds, budget, imbalances)

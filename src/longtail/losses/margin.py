@@ -13,7 +13,12 @@ from torch import Tensor
 
 from longtail.losses.checks import Counts, as_counts, valid_targets
 from longtail.losses.reduction import to_full_precision
-from longtail.losses.reweighting import ClassWeights, compute_class_weights, weighted_cross_entropy
+from longtail.losses.reweighting import (
+    ClassWeights,
+    compute_class_weights,
+    scale_to_images,
+    weighted_cross_entropy,
+)
 from longtail.losses.score_loss import ScoreLoss
 
 
@@ -103,7 +108,9 @@ class LDAMLoss(ScoreLoss):
 
     Scores are those of a cosine classifier, scale · cos(h, w_c), such as :class:`longtail.CosineClassifier` computes.
     For the paper's deferred re-weighting (DRW), use a second loss with ``class_weights="auto"`` for the last fifth of
-    the training.
+    the training. Weights given by name have a mean of 1 over the training images here, not over the classes: the
+    authors divide by the sum of a batch's weights, where this loss divides by the number of samples, and the gradient
+    is to keep its size.
 
     Labels are class indices. Probabilities raise a ValueError: the margin is one of the true class, and they have none.
     Scores, what is left out, and errors: :class:`~longtail.losses.score_loss.ScoreLoss`. A class without training
@@ -116,7 +123,8 @@ class LDAMLoss(ScoreLoss):
         class_counts: (C,) training images of each class: a sequence, array or tensor.
         max_margin: margin of the smallest class, in [0, 2), in units of the cosine.
         scale: factor of the cosine classifier, positive.
-        class_weights: see :func:`longtail.losses.compute_class_weights`; None weighs all classes alike.
+        class_weights: see :func:`longtail.losses.compute_class_weights`; those given by name are scaled to a mean of 1
+            over the training images. None weighs all classes alike.
         beta: of the effective number.
         ignore_index: see :class:`~longtail.losses.score_loss.ScoreLoss`.
         reduction: ``mean``, ``sum`` or ``none``.
@@ -155,6 +163,8 @@ class LDAMLoss(ScoreLoss):
         counts = as_counts(class_counts)
         present = (counts > 0).float()
         weights = present if class_weights is None else compute_class_weights(class_weights, counts, beta) * present
+        if isinstance(class_weights, str):
+            weights = scale_to_images(weights, counts)
         self.register_buffer("margins", ldam_margins(counts, max_margin), persistent=False)
         self.register_buffer("weights", weights, persistent=False)
 

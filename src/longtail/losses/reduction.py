@@ -20,7 +20,8 @@ def batch_mean(losses: Tensor, mask: Tensor) -> Tensor:
 
     Under several processes it is this process's share of the mean over the whole batch, times the number of processes:
     DistributedDataParallel averages the gradients, which gives the gradient of the mean over the whole batch, however
-    unevenly the batch is split.
+    unevenly the batch is split. Without gradients it is the mean of this process's losses, and no process waits for
+    another: one may validate alone.
 
     Args:
         losses: (B,) or (B, H, W); 0 where ``mask`` is False.
@@ -28,7 +29,7 @@ def batch_mean(losses: Tensor, mask: Tensor) -> Tensor:
     """
     losses = to_full_precision(losses)
     total = mask.sum().to(losses.dtype)
-    if is_distributed():
+    if is_distributed() and torch.is_grad_enabled():
         total = all_reduce_sum(total) / world_size()
     return losses.sum() / (total + (total == 0))
 

@@ -64,6 +64,20 @@ def frequency_weights(class_counts: Counts, power: float = 1.0) -> Tensor:
     return (weights * len(counts) / weights.sum()).float()
 
 
+def scale_to_images(weights: Tensor, class_counts: Tensor) -> Tensor:
+    """Return the weights scaled to a mean of 1 over the training images, Σ_c n_c w_c = Σ_c n_c.
+
+    A loss that is divided by the number of samples, rather than by the sum of their weights, then has gradients of the
+    size that it has without weights. With a mean of 1 over the classes they are several times smaller where classes are
+    long-tailed, since most images are of classes of small weight.
+
+    Args:
+        weights: (C,), positive for some class that has images.
+        class_counts: (C,) training images of each class.
+    """
+    return weights * (class_counts.sum() / (class_counts * weights).sum())
+
+
 def compute_class_weights(
     class_weights: ClassWeights, class_counts: Counts | None = None, beta: float = 0.9999
 ) -> Tensor:
@@ -77,8 +91,9 @@ def compute_class_weights(
     | mapping | the value for the class index c; 1 for a class that it does not name and that has images |
     | sequence, array, tensor | entry c |
 
-    The named ones are scaled to a mean of 1 over the C classes, and are 0 for a class without images. The others are
-    taken as they are. Samples of a class of weight 0 are left out of the mean.
+    The named ones are scaled to a mean of 1 over the C classes (by :class:`~longtail.losses.LDAMLoss` over the images
+    instead), and are 0 for a class without images. The others are taken as they are. Samples of a class of weight 0 are
+    left out of the mean.
 
     Args:
         class_weights: see the table.

@@ -76,7 +76,7 @@ class ScoreLoss(nn.Module, ABC):
     - *The mean* is over what is not left out, and over all processes of a distributed training: each process returns
       its share times the number of processes, whose average over the processes is the mean over the whole batch. It
       is divided by the number of samples, not by the sum of their weights as in ``torch.nn.CrossEntropyLoss``. It is 0
-      where all is left out.
+      where all is left out. Without gradients it is that of this process, and no process waits for another.
     - *Errors*: a ValueError names the argument. Shapes and types are always checked; values on a CPU, and on an
       accelerator, which has to be waited for, with ``validate``. Without, a class index out of range is ignored there,
       and probabilities are taken as they are.

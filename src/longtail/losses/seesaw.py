@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longtail.losses.checks import Counts, as_counts, valid_targets
 from longtail.losses.reduction import to_full_precision
-from longtail.losses.score_loss import ScoreLoss, negative_log_likelihood, reduce_over_labels
+from longtail.losses.score_loss import ScoreLoss, negative_log_likelihood, reduce_over_labels, without_classes
 
 
 def seesaw_loss(
@@ -45,7 +45,8 @@ def seesaw_loss(
     Args:
         scores: (B, C), or (B, C + 1) with the background as the last column.
         labels: (B,) int64 in [0, C), or C for the background.
-        class_counts: (C,) training samples n_c of each class; a class without any counts as one with one.
+        class_counts: (C,) training samples n_c of each class. The samples of a class without any are left out; to
+            those of others it is a class with one.
         mitigation: p ≥ 0; 0 leaves the first factor out.
         compensation: q ≥ 0; 0 leaves the second factor out.
         smallest_probability: lower bound of σ_y in C_yc.
@@ -60,9 +61,10 @@ def seesaw_loss(
     if labels.is_floating_point():
         raise ValueError("labels: expected class indices; the factors of a sample are those of its one class")
     labels = valid_targets(scores, labels, ignore_index=ignore_index, validate=validate)
+    background = scores.shape[1] - len(class_counts)
+    labels = without_classes(labels, F.pad(class_counts == 0, (0, background)))
     own = labels.clamp(min=0)[:, None]
     log_counts = class_counts.to(scores).clamp(min=1).log()
-    background = scores.shape[1] - len(log_counts)
     is_class = F.pad(torch.ones_like(log_counts), (0, background))
     log_counts = F.pad(log_counts, (0, background))
     log_mitigation = mitigation * (log_counts - log_counts[own]).clamp(max=0)

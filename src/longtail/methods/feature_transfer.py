@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail.errors import LongtailError
-from longtail.memory import Slots
+from longtail.memory import Slots, repeat_filled
 
 
 class FeatureTransfer(nn.Module):
@@ -55,15 +55,17 @@ class FeatureTransfer(nn.Module):
         """Return the slots and, after them, the moved copies, each with the label and id of its origin."""
         features = slots.features
         filled = (slots.labels >= 0).to(features.dtype)
-        # a mean over the filled slots: the others hold zeros
+        # a mean over the filled slots: the others hold features of any class
         counts = features.new_zeros(self.num_classes).index_add(0, self.slot_classes, filled).clamp(min=1)
-        means = features.new_zeros(self.num_classes, features.shape[1]).index_add(0, self.slot_classes, features)
-        means = means / counts[:, None]
+        means = features.new_zeros(self.num_classes, features.shape[1])
+        means = means.index_add(0, self.slot_classes, features * filled[:, None]) / counts[:, None]
         target = self.few.repeat(self.copies)
         source = self.many[torch.randint(len(self.many), target.shape, device=target.device)]
         moved = (features[source] - means[self.slot_classes[source]]) * filled[source][:, None]
-        return Slots(
-            torch.cat([features, features[target] + moved]),
-            torch.cat([slots.labels, slots.labels[target]]),
-            torch.cat([slots.ids, slots.ids[target]]),
+        return repeat_filled(
+            Slots(
+                torch.cat([features, features[target] + moved]),
+                torch.cat([slots.labels, slots.labels[target]]),
+                torch.cat([slots.ids, slots.ids[target]]),
+            )
         )

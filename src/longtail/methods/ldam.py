@@ -12,7 +12,7 @@ from torch import Tensor
 from longtail.config import Config, Fraction, Settings
 from longtail.data.loader import Batch
 from longtail.losses.margin import ldam_loss, ldam_margins
-from longtail.losses.reweighting import effective_number_weights
+from longtail.losses.reweighting import effective_number_weights, scale_to_images
 from longtail.methods.classifier import ReweightedLoss
 from longtail.nn import Encoder
 
@@ -50,9 +50,8 @@ class LDAM(ReweightedLoss):
         self.register_buffer("margins", ldam_margins(self.prior.class_counts, settings.max_margin), persistent=False)
         counts = self.prior.class_counts
         weights = effective_number_weights(counts, settings.beta)
-        # a mean of 1 over the images, since the authors divide by the sum of a batch's weights: a mean of 1 over the
-        # classes would make the gradient several times smaller from that epoch on
-        self.register_buffer("weights", weights * (counts.sum() / (counts * weights).sum()), persistent=False)
+        # the authors divide by the sum of a batch's weights
+        self.register_buffer("weights", scale_to_images(weights, counts), persistent=False)
         self.register_buffer("equal_weights", (weights > 0).to(weights), persistent=False)
 
     @classmethod

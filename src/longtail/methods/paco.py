@@ -83,8 +83,7 @@ class GPaCo(QueueContrastive):
         settings = self.config.section(self.settings_class)
         batch_keys, batch_labels = self.batch_keys(batch, embeddings, labels)
         slots = self.queue.slots()
-        # a copy: the push below overwrites what backward needs
-        keys = torch.cat([embeddings, batch_keys, slots.features.clone()])
+        keys = torch.cat([embeddings, batch_keys, slots.features])
         log_prior = self.log_prior()
         adjusted = scores[-len(embeddings) :]
         loss = parametric_contrastive_loss(

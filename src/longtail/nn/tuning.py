@@ -91,9 +91,9 @@ def frozen_batch_norms(module: nn.Module) -> list[str]:
 def add_lora(backbone: nn.Module, rank: int) -> None:
     """Freeze a network and add trainable low-rank updates to its layers.
 
-    The layers are all linear ones (attention and MLP of a transformer), and the convolutions without groups but the
-    first: in EfficientNet the pointwise ones, in ResNet all. A decoder beside the encoder is new and trained in full.
-    :func:`merge_lora` turns the updates into weights.
+    The layers are all linear ones (attention and MLP of a transformer), and the convolutions without groups and without
+    dilation but the first: in EfficientNet the pointwise ones, in ResNet all. A decoder beside the encoder is new and
+    trained in full. :func:`merge_lora` turns the updates into weights.
 
     Args:
         backbone: the network, which is changed.
@@ -112,6 +112,11 @@ def add_lora(backbone: nn.Module, rank: int) -> None:
     backbone.requires_grad_(False)
     pattern = "|".join(re.escape(name) for name in names)
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern), backbone)
+    for module in backbone.modules():
+        base = module.get_base_layer() if isinstance(module, peft.tuners.lora.LoraLayer) else None
+        if isinstance(base, nn.Conv2d):
+            for attribute in ("kernel_size", "stride", "padding", "dilation", "groups"):  # some networks read them
+                setattr(module, attribute, getattr(base, attribute))
     decoder = getattr(backbone, "decoder", None)
     if isinstance(decoder, nn.Module):
         decoder.requires_grad_(True)
@@ -142,7 +147,9 @@ def _lora_layers(backbone: nn.Module) -> list[str]:
 
 
 def _is_plain_convolution(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d and module.groups == 1
+    # peft's updates know neither dilation nor another padding than by zeros
+    plain = type(module) is nn.Conv2d and module.groups == 1
+    return plain and module.dilation == (1, 1) and module.padding_mode == "zeros"
 
 
 def _is_pointwise(module: nn.Conv2d) -> bool:

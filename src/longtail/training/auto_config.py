@@ -64,7 +64,7 @@ def choose_tune(config: Config) -> tuple[Config, list[str]]:
 
     Low-rank updates for a pretrained network that classifies whole images, which were better than all of its weights
     and take less time (docs/evidence/search.md, «A pretrained network»), where most of its parameters are in layers
-    that have them; otherwise all of the network.
+    that have them; otherwise all of the network. A reason is given where a pretrained network classifies whole images.
 
     Args:
         config: settings of the run; ``pretrained`` is resolved. With any other ``tune`` they are returned as they are.
@@ -72,8 +72,11 @@ def choose_tune(config: Config) -> tuple[Config, list[str]]:
     if config.tune != "auto":
         return config, []
     whole_images = not is_decoder_network(config.network)
-    if config.pretrained == "none" or not whole_images or not is_suited_to_lora(config.network):
+    if config.pretrained == "none" or not whole_images:
         return config.replace(tune="full"), []
+    if not is_suited_to_lora(config.network):
+        reason = f"tune full: most parameters of {config.network} are in layers without low-rank updates"
+        return config.replace(tune="full"), [reason]
     reason = "tune lora: low-rank updates, for a network with pretrained weights; --tune full trains all of it"
     return config.replace(tune="lora"), [reason]
 
@@ -127,8 +130,7 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
 def _check_views(config: Config) -> None:
     """Raise LongtailError where views would repeat, or a cached score would be of another view than the one shown."""
     method = METHODS[config.method]
-    views = method.num_classified_views(config)
-    if config.tune == "head" and config.feature_views == 1 and config.classifier.views > 1 and views > 1:
+    if config.tune == "head" and config.feature_views == 1 and _classifies_several_views(config):
         raise LongtailError(
             f"classifier.views {config.classifier.views}: with tune head and feature_views 1 all views of an image are "
             "the same; set feature_views to 2 or more, or classifier.views to 1"
@@ -141,6 +143,18 @@ def _check_views(config: Config) -> None:
             f"{config.data.augment}, and a distilled view is one by data.contrast_augment "
             f"{config.data.contrast_augment}; set both alike, or teacher.cache to 0"
         )
+
+
+def least_feature_views(config: Config) -> int:
+    """Return how many views of an image ``tune head`` has to keep: 2 where several are classified, by the student or by
+    a teacher that is trained first, since those of one would be the same.
+    """
+    trains_teacher = METHODS[config.method].needs_teacher(config) and config.teacher.sources == ("train",)
+    return 2 if _classifies_several_views(config) or (trains_teacher and config.teacher.views > 1) else 1
+
+
+def _classifies_several_views(config: Config) -> bool:
+    return config.classifier.views > 1 and METHODS[config.method].num_classified_views(config) > 1
 
 
 def _without_effect(config: Config) -> list[str]:

@@ -18,11 +18,12 @@ from longtail.errors import LongtailError
 from longtail.inference.kept_features import num_missing_features
 from longtail.nn import Encoder
 from longtail.nn.backbones import input_size
+from longtail.nn.experts import ExpertBackbone
 from longtail.nn.network_name import is_decoder_network
 from longtail.nn.pretrained import normalization
 from longtail.nn.tuning import set_trainable
 from longtail.registry import METHODS, TASKS
-from longtail.training.auto_config import adapted_network, choose_tune, fine_tuning_epochs
+from longtail.training.auto_config import adapted_network, choose_tune, fine_tuning_epochs, least_feature_views
 from longtail.training.duration import Sizes, Speed, expected_seconds, format_duration, measure_speed
 
 _REFERENCE = 128  # side in pixels at which the speed is measured first
@@ -68,8 +69,8 @@ def choose(
         speed: of the network at the smallest side.
         seconds: the time.
         sides: in pixels, in order.
-        head: whether ``tune head`` is a choice; where it is not, the fewest epochs at the smallest side are taken if
-            nothing fits.
+        head: whether ``tune head`` is a choice, see :func:`head_is_possible`; where it is not, the fewest epochs at the
+            smallest side are taken if nothing fits.
     """
 
     def choice(tune: str, side: int, epochs: int, views: int = 1) -> Choice:
@@ -82,7 +83,8 @@ def choose(
         return [each for each in choices if each.seconds <= seconds]
 
     def head_only() -> Choice:
-        number, views = fine_tuning_epochs(sizes.train, config.batch_size), range(1, _MOST_FEATURE_VIEWS + 1)
+        number = fine_tuning_epochs(sizes.train, config.batch_size)
+        views = range(least_feature_views(config), _MOST_FEATURE_VIEWS + 1)
         heads = [choice("head", side, number, each) for side in sides for each in views]
         fits = [each for each in heads if each.seconds <= seconds]
         return max(fits, key=lambda each: each.seconds) if fits else min(heads, key=lambda each: each.seconds)
@@ -103,6 +105,27 @@ def choose(
     if few:
         return max(few, key=lambda each: (each.epochs, each.seconds))
     return head_only() if head else choice(config.tune, sides[0], _LEAST_EPOCHS)
+
+
+def head_is_possible(config: Config, encoder: Encoder) -> bool:
+    """Return whether the other settings of a run go together with ``tune head``, which would refuse them.
+
+    Args:
+        config: settings of the run, with any ``tune``.
+        encoder: as the method trains it, see :meth:`longtail.methods.base.Method.prepare_encoder`.
+    """
+    teacher, frozen = config.teacher, config.replace(tune="head")
+    own_encoder = (
+        teacher.sources not in {("train",), ("ema",)}
+        or teacher.network not in {"auto", config.network}
+        or frozen.replace(**teacher.own_settings) != frozen
+    )
+    if own_encoder and METHODS[config.method].needs_teacher(config):
+        return False  # its features are others than those that are kept
+    if isinstance(encoder.backbone, ExpertBackbone):
+        return False  # whose stages are the experts' own, and have to be trained
+    # features take the place of images, which cannot be mixed then, or be on the device
+    return config.mixing.kind == "none" and config.accelerator.batches != "device"
 
 
 def choose_settings(
@@ -160,8 +183,9 @@ def remarks_on_duration(config: Config, data: LongTailedData, encoder: Encoder) 
     head = expected_seconds(config.replace(tune="head"), sizes, speed)
     if config.pretrained == "none":
         return [f"{line}; quicker: start from a pretrained network (--pretrained auto), or a GPU"]
-    quicker = f"--tune head (about {format_duration(head)}), --minutes 20" if config.tune != "head" else "--minutes 20"
-    return [f"{line}; quicker: {quicker}, or a GPU"]
+    possible = config.feature_views >= least_feature_views(config) and head_is_possible(config, encoder)
+    quicker = f"--tune head (about {format_duration(head)}), " if config.tune != "head" and possible else ""
+    return [f"{line}; quicker: {quicker}--minutes 20, or a GPU"]
 
 
 def remark_on_remaining(epoch_seconds: float, left: int) -> list[str]:
@@ -213,7 +237,8 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     reference = min(_REFERENCE, sides[-1]) if own is None else own
     measured = measure_speed(encoder, reference, device)
     left = minutes * 60 - (time.monotonic() - started) - _REPORT
-    chosen = choose(config, sizes, measured.at((sides[0] / reference) ** 2), left, sides, head=tune_is_open)
+    head = tune_is_open and head_is_possible(config, encoder)
+    chosen = choose(config, sizes, measured.at((sides[0] / reference) ** 2), left, sides, head)
     changes: dict[str, object] = {"tune": chosen.tune}
     if chosen.tune == "head":
         changes["feature_views"] = chosen.feature_views

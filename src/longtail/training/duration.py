@@ -11,6 +11,7 @@ import torch
 
 from longtail.config import Config
 from longtail.nn import Encoder
+from longtail.nn.tuning import merge_lora
 from longtail.registry import METHODS
 from longtail.training.second_stage import first_stage_epochs
 from longtail.training.sharpness import passes_per_step
@@ -25,7 +26,7 @@ class Speed:
     """Seconds per image of a network."""
 
     encode: float
-    """Without gradients."""
+    """Without gradients, low-rank updates merged into the weights."""
     train: float
     """Forward and backward."""
 
@@ -53,20 +54,21 @@ def measure_speed(encoder: Encoder, size: int, device: torch.device, tuned: bool
         tuned: whether its parameters are trained at all.
     """
     network = copy.deepcopy(encoder).to(device)
+    merged = merge_lora(network)  # as it is wherever nothing is trained: for validation, test, features and teachers
     with torch.random.fork_rng(devices=[]):
         images = torch.rand(_IMAGES, len(encoder.mean), size, size, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
 
         def forward() -> None:
             with torch.no_grad():
-                network(images)
+                merged(images)
 
         def step() -> None:
             features = network(images)
             if features.requires_grad:
                 features.square().mean().backward()
 
-        network.eval()
+        merged.eval()
         encode = _time(forward, device)
         network.train()
         train = _time(step, device) if tuned else encode

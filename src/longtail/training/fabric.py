@@ -50,6 +50,9 @@ def build_fabric(config: Config) -> Fabric:
     except (RuntimeError, ValueError) as error:
         select_device(config.device)  # says more plainly why there is no such device
         raise LongtailError(f"device {config.device}: cannot be used: {' '.join(str(error).split())}") from None
+    # Fabric would round every tensor of a batch to 16 bits: boxes, classes and a teacher's scores too, though autocast
+    # rounds what the network computes with by itself
+    fabric.strategy.precision.convert_input = lambda data: data  # type: ignore[method-assign]
     if world > 1:
         fabric.launch()
     return fabric

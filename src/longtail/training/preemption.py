@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longtail.distributed import all_reduce_max, rank, world_size
+from longtail.errors import StoppedError
 
 _SYNC_EVERY = 10  # steps between two synchronisations of several processes
 
@@ -18,8 +19,8 @@ _SYNC_EVERY = 10  # steps between two synchronisations of several processes
 class PreemptionHandler:
     """Context manager that records SIGTERM and SIGINT; the second signal ends the process at once.
 
-    Several processes agree on the step to stop at, since each waits for the others within a step. The handler raises
-    nothing itself: raised inside a library's code, an exception could be mistaken for an error of the library, or be
+    Several processes agree on the step to stop at, since each waits for the others within a step. A signal itself
+    raises nothing: raised inside a library's code, an exception could be mistaken for an error of the library, or be
     swallowed. When handlers are nested, the inner one starts with a signal that the outer one has recorded, and passes
     its own on to the outer one at exit. In another thread than the main one, which alone receives signals, a handler
     follows the one of the main thread.
@@ -68,6 +69,18 @@ class PreemptionHandler:
         if not self.quiet and rank() == 0:
             print(f"\nlongtail: {self.name}: finishing this step, then saving", file=sys.stderr, flush=True)
 
+    def check(self, place: str) -> None:
+        """Raise StoppedError if this process has received a signal; for work that it does not share with others.
+
+        Args:
+            place: how far the training came, for the message.
+        """
+        if name := self._received():
+            raise StoppedError(name, place)
+
+    def _received(self) -> str:
+        return self.name or (self._main.name if self._main is not None else "")
+
     def sync(self, step: int, save: bool, device: torch.device) -> tuple[str, bool]:
         """Return the name of the signal that any process received, and whether any process wants to save.
 
@@ -79,7 +92,7 @@ class PreemptionHandler:
             device: device that the process group communicates through.
         """
         if world_size() == 1:
-            return self.name or (self._main.name if self._main is not None else ""), save
+            return self._received(), save
         if step % _SYNC_EVERY:
             return "", False
         local = torch.tensor([int(signal.Signals[self.name]) if self.name else 0, int(save)], device=device)

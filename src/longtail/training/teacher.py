@@ -102,7 +102,10 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
         )
     if own.pretrained not in {None, "none"} and not as_student:
         classifier = dataclasses.replace(classifier, init="class_means")
-    seeds: dict[str, Any] = {"data": {"contrast_augment": "auto"}}
+    if own.tune is None and not as_student:
+        given = {**given, "tune": _inherited_tune(config, network, given.get("pretrained", config.pretrained))}
+    # its scores stand for the likelihood alone, free of the prior of the images that it was shown: that of the data set
+    seeds: dict[str, Any] = {"data": {"contrast_augment": "auto", "sampler": "instance"}}
     if member > 0:
         seeds["seed"] = mix(config.seed, _MEMBER, member) % 2**31
         seeds["data"]["seed"] = config.seed if config.data.seed is None else config.data.seed
@@ -126,6 +129,14 @@ def teacher_config(config: Config, data: LongTailedData, member: int = 0) -> Con
             **seeds,
         )
     )
+
+
+def _inherited_tune(config: Config, network: str, pretrained: str) -> str:
+    """Return what of a teacher's encoder is trained where ``teacher.tune`` is not given."""
+    if (network, pretrained) == (config.network, config.pretrained) and config.init is None:
+        return config.tune
+    # the student's lora or full may have been chosen for its network; of random weights a part is never trained alone
+    return "auto" if pretrained == "none" or config.tune in {"lora", "full"} else config.tune
 
 
 def teacher_folder(config: Config, data: LongTailedData, runs: Path, member: int = 0) -> Path:

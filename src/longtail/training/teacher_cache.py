@@ -8,10 +8,13 @@ an epoch shows again is given the views of the next epoch, and so on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +36,8 @@ from longtail.randomness import mix
 logger = logging.getLogger(__name__)
 
 _CACHED = mix(5)  # an independent stream of random draws
+_MAKING = ".making"
+_ABANDONED_SECONDS = 24 * 3600  # without a write; by the time, as the process may be one of another machine
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,12 @@ def teacher_cache(
     share_key: bool = False,
     distilled: int = 1,
     write: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> TeacherCache:
     """Return the cache of a teacher over a training set, made now or found again.
+
+    Whatever ends the making early leaves no file, except where the process is killed: the next making of any cache in
+    the folder removes what is left of that after a day.
 
     Args:
         config: the student's settings; ``teacher.cache`` is V.
@@ -134,6 +143,7 @@ def teacher_cache(
         share_key: whether the key view is the classification view.
         distilled: D.
         write: whether this process is the one that writes.
+        check: called at every batch; what it raises ends the making.
     """
     views, wanted = config.teacher.cache, classifier is not None
     weights = hashlib.blake2b(digest_size=8)
@@ -167,28 +177,40 @@ def teacher_cache(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LongtailError(f"{folder}: cannot be made: {error.strerror}") from None
-        partial = {kind: path.with_suffix(f".{os.getpid()}.making") for kind, path in paths.items()}
+        _remove_abandoned(folder)
+        unique = uuid.uuid4().hex  # the number of a process may be that of one of another machine too
+        partial = {kind: path.with_suffix(f".{unique}{_MAKING}") for kind, path in paths.items()}
         try:
-            arrays = {
-                kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
-                for kind, shape in shapes.items()
-            }
-            for path in partial.values():  # now, rather than in the middle, when the disk turns out to be full
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
+            try:
+                arrays = {
+                    kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
+                    for kind, shape in shapes.items()
+                }
+                for path in partial.values() if hasattr(os, "posix_fallocate") else ():  # not on macOS
+                    with path.open("r+b") as file:  # now, rather than in the middle, when the disk turns out to be full
+                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                raise LongtailError(f"{folder}: {gib:.2f} GiB cannot be written: {error.strerror}") from None
+            with autocast():
+                _fill(arrays, config, data, freeze(teacher).to(device), classifier, make_loader, device, check)
+            for kind, array in arrays.items():
+                array.flush()
+                _move(partial[kind], paths[kind])
+        finally:
             for path in partial.values():
                 path.unlink(missing_ok=True)
-            raise LongtailError(f"{folder}: {gib:.2f} GiB cannot be written: {error.strerror}") from None
-        with autocast():
-            _fill(arrays, config, data, freeze(teacher).to(device), classifier, make_loader, device)
-        for kind, array in arrays.items():
-            array.flush()
-            _move(partial[kind], paths[kind])
     opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _there(paths) else {}
     if not opened:
         raise LongtailError(f"{folder}: the teacher's cache is not there; do all processes see the same folder?")
     return TeacherCache(opened.get("features"), opened.get("scores"), config.seed, share_key, distilled)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed have left, several GiB each."""
+    for path in folder.glob(f"*{_MAKING}"):
+        with contextlib.suppress(OSError):  # another process may remove it too
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
 
 
 def _move(made: Path, path: Path) -> None:
@@ -211,10 +233,12 @@ def _fill(
     classifier: nn.Module | None,
     make_loader: Callable[[object], TrainLoader],
     device: torch.device,
+    check: Callable[[], None],
 ) -> None:
     for view in range(config.teacher.cache):
         loader = make_loader(_OneView(config.seed, view))
         for batch in loader.batches(torch.arange(len(data.train)).split(512), 0, only=[0]):
+            check()
             assert batch.key_features is not None
             positions = batch.key_features.numpy()
             features = teacher(batch.views[0].to(device))

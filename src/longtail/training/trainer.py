@@ -250,18 +250,13 @@ class _Trainer:
     def _use_features(self) -> None:
         """Replace the images by features of the encoder, which is not trained."""
         with PreemptionHandler(self.quiet) as stop:
-
-            def check() -> None:
-                if stop.name:
-                    raise StoppedError(stop.name, "while features were computed; those that are done are kept")
-
             self.data = feature_data(
                 self.images,
                 self.encoder,
                 self.config,
                 device=self.fabric.device,
                 progress=not self.quiet,
-                check=check,
+                check=lambda: stop.check("while features were computed; those that are done are kept"),
             )
         self.transforms = [draw_view] * len(self.transforms)
 
@@ -302,9 +297,12 @@ class _Trainer:
                 share_key=self.method_class.shares_key_view(self.config),
                 distilled=self.method_class.num_distilled_views(self.config),
                 write=write,
+                check=lambda: stop.check("while the teacher's cache was filled, which begins again; the rest is kept"),
             )
 
-        cache = open_cache(True) if rank() == 0 else None
+        with PreemptionHandler(self.quiet) as stop:
+            cache = open_cache(True) if rank() == 0 else None
+            stop.check("after the teacher's cache was filled")
         barrier()
         return cache or open_cache(False)
 

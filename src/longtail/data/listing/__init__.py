@@ -4,7 +4,7 @@ A module reads each format; :func:`check` then looks for what all of them can ge
 """
 
 from longtail.data.listing.checks import check
-from longtail.data.listing.folders import find_split_folders, names_by_folder, read_folder
+from longtail.data.listing.folders import find_split_folders, names_by_folder, read_folder, validation_is_test
 from longtail.data.listing.formats import (
     class_names_of_labels,
     encode_labels,
@@ -30,4 +30,5 @@ __all__ = [
     "read_splits",
     "read_table",
     "split_of",
+    "validation_is_test",
 ]

@@ -47,7 +47,16 @@ def read_folder(root: Path, *, class_depth: int | None = None, skip_empty: bool 
     if "test" not in contents and "val" in contents:
         # the only other split is what the model is evaluated on, so it cannot choose the epoch too
         contents["test"] = contents.pop("val")
+        reader.remarks.append(validation_is_test(f"{printable(root / splits['val'])}"))
     return reader.listing(root, contents, beside)
+
+
+def validation_is_test(where: str) -> str:
+    """Return the remark that a set without a test split is tested on its validation images."""
+    return (
+        f"{where}: there is no test split, so these are the test images, and do not choose the epoch; "
+        "--data.val_fraction 0.1 holds out training images for that"
+    )
 
 
 def find_split_folders(root: Path, errors: list[str], *, nested: bool = True) -> dict[str, str]:

@@ -13,7 +13,7 @@ from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.images import ArrayImages, EncodedImages
 from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile, stratified_split
-from longtail.data.listing import SPLITS
+from longtail.data.listing import SPLITS, validation_is_test
 from longtail.data.listing.tables import IMAGE_COLUMNS, LABEL_COLUMNS
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
 from longtail.data.sources import Source
@@ -57,6 +57,9 @@ def load_hub(config: Data, seed: int) -> LongTailedData:
     where = f"data.name '{config.name}'" if config.root is None else f"data.root '{config.root}'"
     remarks: list[str] = []
     parts, names = _read_parts(config, where, remarks)
+    if "test" not in parts and "val" in parts:
+        parts["test"] = parts.pop("val")
+        remarks.append(validation_is_test(where))
     parts = _hold_out(parts, len(names), config, seed)
     if "test" not in parts:
         raise LongtailError(f"{where}: has no test split and no class of two images; expected one to test on")
@@ -130,8 +133,6 @@ def _read_parts(config: Data, where: str, remarks: list[str]) -> tuple[dict[str,
 def _hold_out(parts: dict[str, _Part], classes: int, config: Data, seed: int) -> dict[str, _Part]:
     """Return train, test and, where there is one, val; what the set lacks is held out of its training images."""
     parts = dict(parts)
-    if "test" not in parts and "val" in parts:
-        parts["test"] = parts.pop("val")
     test_fraction = config.test_fraction if "test" not in parts else 0.0
     val_fraction = config.val_fraction if "val" not in parts else 0.0
     if test_fraction or val_fraction:

@@ -174,6 +174,11 @@ def load_segmentation(
             f"data.root is missing: which folder holds images/ and annotations/ of {config.source}? "
             "(--data.root FOLDER)"
         )
+    if config.profile not in {"auto", "natural"}:
+        raise LongtailError(
+            f"data.profile {config.profile}: is not supported for images with masks, which have several classes; "
+            "use natural"
+        )
     root = find_path(Path(config.root))
     folders = {kind: _split_folders(root / kind) for kind in ("images", "annotations")}
     pairs = {split: _pairs(root, split, folders) for split in SPLITS}
@@ -193,6 +198,8 @@ def load_segmentation(
     if names is None:
         names = tuple(f"class {number}" for number in range(1, width))
     remarks = [remark for split in pairs for remark in _unlabelled_remarks(root, pairs[split], counted[split])]
+    if config.val_fraction > 0:
+        remarks.append("data.val_fraction is not used: masks have the splits of their folders")
     unreadable.check(remarks)
     pairs["train"], counted["train"] = _without_unlabelled(pairs["train"], counted["train"])
     train = counted["train"].counts[:, 1:]

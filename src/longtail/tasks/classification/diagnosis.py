@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longtail.config import Config
+from longtail.errors import LongtailError
 from longtail.inference.model_config import ModelConfig
 from longtail.methods.base import Finding
+from longtail.nn.backbones import is_suited_to_lora
 from longtail.registry import METHODS
 
 _MIN_REST = 0.05
@@ -84,18 +86,29 @@ def _tail_not_recognised(
     many, few = main["many"], main["few"]
     if many is None or few is None or many < 20 or few > 0.5 * many:
         return None
-    # on the features of a pretrained network a classifier that is re-trained was worse
-    advice = "" if config.tune.startswith("lora") else "Tune with low-rank updates: --tune lora."
-    if config.pretrained == "none":
-        advice = "Re-train the classifier on this encoder: longtail rebalance RUN --method crt."
-        if config.second_stage != "none":
-            advice = "Distil a teacher: --classifier.distillation_weight 1."
     if model_config.predicts_under == "train":
         gain = (uniform["few"] or 0) - few
         advice = f"Predict under the uniform prior (few +{gain:.1f} points), or train with --method la."
     else:
-        advice = f"{METHODS[config.method].advice_for_tail(config)} {advice}".strip()
+        advice = f"{METHODS[config.method].advice_for_tail(config)} {_advice_for_tail(model_config, config)}".strip()
     return Finding("The tail is hardly recognised.", f"Accuracy in few is {few:.1f} %, in many {many:.1f} %.", advice)
+
+
+def _advice_for_tail(model_config: ModelConfig, config: Config) -> str:
+    if config.pretrained == "none" and config.init is None:
+        if config.second_stage == "none":
+            return "Re-train the classifier on this encoder: longtail rebalance RUN --method crt."
+        return "Distil a teacher: --classifier.distillation_weight 1."
+    # on the features of a pretrained network a classifier that is re-trained was worse
+    if not config.tune.startswith("lora"):
+        try:
+            if is_suited_to_lora(model_config.network):
+                return "Tune with low-rank updates: --tune lora."
+        except LongtailError:  # trained with another version of timm, which has this network
+            pass
+        if config.tune != "full":
+            return "Tune all of the network: --tune full."
+    return "A larger network, larger images, or more images of the rare classes."
 
 
 def _head_behind_medium(main: Mapping[str, Any]) -> Finding | None:

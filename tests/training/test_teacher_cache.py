@@ -1,0 +1,71 @@
+"""The making of a teacher's cache that ends early."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longtail.config import Config
+from longtail.data.loader import Batch, TrainLoader
+from longtail.data.sources import load_data
+from longtail.data.transforms import build_transform
+from longtail.errors import StoppedError
+from longtail.nn import Encoder
+from longtail.training.teacher_cache import teacher_cache
+from longtail.training.trainer import fit
+from tests.training.runs import equal, weights
+
+
+def test_a_cache_that_is_not_finished_leaves_nothing(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace(teacher={"cache": 2})
+    data, encoder, folder = load_data(config.data, 0), Encoder("conv8-tiny", [0.3], [0.4]).eval(), tmp_path / "cache"
+
+    def loader(draws: Any) -> TrainLoader:
+        return TrainLoader(data.train, 64, [build_transform("digits", 8)], config.seed, cache=draws)
+
+    def make(check: Callable[[], None] = lambda: None) -> None:
+        teacher_cache(config, data, encoder, None, loader, folder, torch.device("cpu"), check=check)
+
+    def stopped() -> None:
+        assert len(list(folder.glob("*.making"))) == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(stopped)
+    assert not list(folder.iterdir())
+    # a killed process leaves a file, and the process of another machine may still write one
+    left, written = folder / "a-features.0.making", folder / "b-features.1.making"
+    for path, age in ((left, 25 * 3600), (written, 23 * 3600)):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    make()
+    assert [path.name for path in folder.glob("*.making")] == [written.name]
+    assert len(list(folder.glob("*.npy"))) == 1
+
+
+def test_a_signal_stops_the_filling_of_the_cache_and_the_run_is_resumed(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = tiny.replace(teacher={"cache": 2}, epochs=1), tmp_path / "teachers" / "cache"
+    real = TrainLoader.batches
+
+    def batches(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        if list(folder.glob("*.making")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainLoader, "batches", batches)
+        with pytest.raises(StoppedError, match="stopped by SIGTERM while the teacher's cache was filled"):
+            fit(config, tmp_path / "cut", quiet=True)
+    assert not list(folder.iterdir())
+    fit(config, tmp_path / "cut", quiet=True, resume=True)
+    fit(config, tmp_path / "whole", quiet=True, teachers=tmp_path / "teachers")
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
