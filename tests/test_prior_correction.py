@@ -7,17 +7,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn import model_selection
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.ensemble import (
+    AdaBoostClassifier,
+    BaggingClassifier,
+    GradientBoostingClassifier,
+    RandomForestClassifier,
+    StackingClassifier,
+    VotingClassifier,
+)
+from sklearn.feature_selection import SelectFromModel
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score, log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.naive_bayes import GaussianNB
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.naive_bayes import BernoulliNB, ComplementNB, GaussianNB, MultinomialNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from longtail import LongTailClassifier
@@ -136,6 +148,7 @@ def test_training_frequencies_in_effect() -> None:
     assert np.allclose(frequencies(make_pipeline(StandardScaler(), GaussianNB()), sample_weight=weights), expected)
     # calibrated on the labels as they are
     assert np.allclose(frequencies(CalibratedClassifierCV(LogisticRegression(class_weight="balanced"), cv=2)), TRAINED)
+    assert np.allclose(frequencies(CalibratedClassifierCV(Resampling(), cv=2)), TRAINED)
     # models that state the frequencies themselves
     assert np.allclose(frequencies(LinearDiscriminantAnalysis(priors=USED)), USED)
     assert np.allclose(frequencies(GaussianNB(priors=USED)), USED)
@@ -143,8 +156,106 @@ def test_training_frequencies_in_effect() -> None:
     assert np.allclose(frequencies(LongTailClassifier(hidden=8, prior="train", random_state=0)), TRAINED)
 
 
+class Weighted(Posterior):
+    """With the parameters of XGBoost and LightGBM that change class frequencies."""
+
+    def __init__(self, scale_pos_weight: Any = None, is_unbalance: bool = False) -> None:
+        super().__init__()
+        self.scale_pos_weight, self.is_unbalance = scale_pos_weight, is_unbalance
+
+
+BALANCED = LogisticRegression(class_weight="balanced")
+
+
+@pytest.mark.filterwarnings("ignore:The `probability` parameter:FutureWarning")
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        (BaggingClassifier(BALANCED, 3, random_state=0), "uniform"),
+        (BaggingClassifier(GaussianNB(), 3, random_state=0), TRAINED),
+        (
+            VotingClassifier([("a", BALANCED), ("b", make_pipeline(StandardScaler(), BALANCED))], voting="soft"),
+            "uniform",
+        ),
+        (VotingClassifier([("a", BALANCED), ("b", "drop")], voting="soft"), "uniform"),
+        (VotingClassifier([("a", GaussianNB()), ("b", LogisticRegression())], voting="soft"), TRAINED),
+        (OneVsRestClassifier(LogisticRegression()), TRAINED),
+        (StackingClassifier([("a", BALANCED)], LogisticRegression(), cv=2), TRAINED),
+        (StackingClassifier([("a", LogisticRegression())], BALANCED, cv=2), "uniform"),
+        (make_pipeline(SelectFromModel(BALANCED, threshold=-1), LogisticRegression()), TRAINED),
+        (TunedThresholdsClassifierCV(BALANCED, cv=2), "uniform"),
+        (PriorCorrectedClassifier(LogisticRegression()), "uniform"),
+        (PriorCorrectedClassifier(BALANCED, target=USED), USED),
+        (SVC(probability=True, class_weight="balanced"), TRAINED),  # a sigmoid is fitted to the labels as they are
+        (MultinomialNB(), TRAINED),
+        (MultinomialNB(fit_prior=False), "uniform"),
+        (BernoulliNB(class_prior=USED), USED),
+        (BaggingClassifier(MultinomialNB(fit_prior=False), 3, random_state=0), "uniform"),
+        (GradientBoostingClassifier(n_estimators=2), TRAINED),
+        (Weighted(1.0), TRAINED),
+    ],
+    ids=str,
+)
+def test_training_frequencies_of_what_contains_a_classifier(estimator: Any, expected: Any) -> None:
+    X, y = draw([70, 20, 10])  # noqa: N806
+    # labels that are no indices, which ensembles give their members in place of labels
+    model = PriorCorrectedClassifier(estimator).fit(np.abs(X), np.array(["a", "b", "c"])[y])
+    assert np.allclose(model.training_frequencies_, [1 / 3] * 3 if expected == "uniform" else expected)
+
+
+def test_training_frequencies_of_two_classes() -> None:
+    X, y = draw([80, 20, 0])  # noqa: N806
+
+    def frequencies(estimator: Any) -> Array:
+        fitted: Array = PriorCorrectedClassifier(estimator).fit(np.abs(X), y).training_frequencies_
+        return fitted
+
+    assert np.allclose(frequencies(OneVsRestClassifier(BALANCED)), [0.5, 0.5])
+    assert np.allclose(frequencies(Weighted(4)), [0.5, 0.5])
+    assert np.allclose(frequencies(VotingClassifier([("a", Weighted(2.0))], voting="soft")), [2 / 3, 1 / 3])
+    assert np.allclose(frequencies(SGDClassifier(loss="log_loss", class_weight="balanced")), [0.5, 0.5])
+    assert np.allclose(frequencies(ComplementNB()), [0.5, 0.5])
+    if hasattr(model_selection, "FixedThresholdClassifier"):  # scikit-learn 1.5
+        assert np.allclose(frequencies(model_selection.FixedThresholdClassifier(BALANCED)), [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"training_frequencies: expected those .* Weighted has is_unbalance"):
+        frequencies(VotingClassifier([("a", Weighted(is_unbalance=True))], voting="soft"))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (Weighted(4), "Weighted has scale_pos_weight"),
+        (VotingClassifier([("a", BALANCED), ("b", GaussianNB())], voting="soft"), "in VotingClassifier have different"),
+        (OneVsRestClassifier(BALANCED), "OneVsRestClassifier weighs each class against all others"),
+        (OneVsRestClassifier(MultinomialNB(fit_prior=False)), "OneVsRestClassifier weighs each class against all"),
+        (SGDClassifier(loss="log_loss", class_weight="balanced"), "SGDClassifier weighs each class against all others"),
+        (AdaBoostClassifier(DecisionTreeClassifier(class_weight="balanced")), "has estimator__class_weight"),
+        (ComplementNB(), "ComplementNB has none for more than two classes"),
+        (PriorCorrectedClassifier(BALANCED, target="estimate"), "PriorCorrectedClassifier estimates those of"),
+    ],
+    ids=str,
+)
+def test_training_frequencies_that_cannot_be_told_are_asked_for(estimator: Any, message: str) -> None:
+    X, y = draw([70, 20, 10])  # noqa: N806
+    with pytest.raises(ValueError, match=f"training_frequencies: expected those that .*, such as uniform.*{message}"):
+        PriorCorrectedClassifier(estimator).fit(np.abs(X), y)
+    given = PriorCorrectedClassifier(estimator, "uniform").fit(np.abs(X), y)
+    assert np.allclose(given.training_frequencies_, 1 / 3)
+
+
 class Resampling(LogisticRegression):  # type: ignore[misc]
     def fit_resample(self, X: Any, y: Any) -> Any:  # noqa: N803
+        raise AssertionError
+
+
+class Sampler(BaseEstimator):  # type: ignore[misc]
+    def fit_resample(self, X: Any, y: Any) -> Any:  # noqa: N803
+        raise AssertionError
+
+    def fit(self, X: Any, y: Any) -> Any:  # noqa: N803
+        raise AssertionError
+
+    def transform(self, X: Any) -> Any:  # noqa: N803
         raise AssertionError
 
 
@@ -160,6 +271,13 @@ class BalancedForest(RandomForestClassifier):  # type: ignore[misc]
         (PriorCorrectedClassifier(RidgeClassifier()), "estimator: expected a classifier with predict_proba, got Ridge"),
         (PriorCorrectedClassifier(Resampling()), "training_frequencies: Resampling re-samples within the estimator"),
         (PriorCorrectedClassifier(BalancedForest()), "training_frequencies: BalancedForest re-samples"),
+        (
+            PriorCorrectedClassifier(
+                GridSearchCV(make_pipeline(Sampler(), GaussianNB()), {"gaussiannb__priors": [None]})
+            ),
+            "training_frequencies: Sampler re-samples within the estimator",
+        ),
+        (PriorCorrectedClassifier(BaggingClassifier(Resampling())), "training_frequencies: Resampling re-samples"),
         (PriorCorrectedClassifier(GaussianNB(), [1, 2]), "training_frequencies: expected 3 frequencies above 0, got 2"),
         (PriorCorrectedClassifier(GaussianNB(), target="equal"), "target 'equal': expected uniform, train"),
         (PriorCorrectedClassifier(GaussianNB(), target={0: 1, 1: 1}), "target: class '2' is missing"),
@@ -192,6 +310,8 @@ def test_a_fitted_model() -> None:
     assert model.class_counts_.tolist() == [5, 20, 0]
     with pytest.raises(ValueError, match="training_frequencies: expected those that the fitted estimator was trained"):
         PriorCorrectedClassifier(frozen.FrozenEstimator(fitted)).fit(X_valid, y_valid)
+    with pytest.raises(ValueError, match="training_frequencies: expected those that the fitted estimator was trained"):
+        PriorCorrectedClassifier(make_pipeline(frozen.FrozenEstimator(fitted))).fit(X, y)
     with pytest.raises(ValueError, match="y: expected the classes of the fitted estimator"):
         PriorCorrectedClassifier(frozen.FrozenEstimator(fitted), TRAINED).fit(X_valid, y_valid + 2)
 

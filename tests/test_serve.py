@@ -193,6 +193,29 @@ def test_only_the_hosts_that_it_was_started_for_are_answered(
             assert "is not one that this server was started for" in response.json()["error"]
 
 
+def test_pages_of_other_hosts_are_refused(run: Path) -> None:
+    client = TestClient(build_app(loaded(run)[0], hosts=[*trusted_hosts("127.0.0.1"), "page.example"]))
+    host = "127.0.0.1:8000"
+
+    def status(origin: str) -> int:
+        return client.post("/predict", content=picture(), headers={"Host": host, "Origin": origin}).status_code
+
+    for origin in (f"http://{host}", "http://localhost:8000", "https://page.example"):
+        assert status(origin) == 200, origin
+    for origin in ("https://evil.example", "null", "", "http://127.0.0.1:8000.evil.example", "http://a@127.0.0.1:8000"):
+        assert status(origin) == 403, origin
+
+
+def test_no_other_program_is_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("Ghostscript is run"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    client = TestClient(build_app(loaded(run)[0]))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    response = client.post("/predict", content=postscript)
+    assert response.status_code == 400
+    assert "is not an image that Pillow can read" in response.json()["error"]
+
+
 def test_further_hosts(run: Path) -> None:
     client = TestClient(build_app(loaded(run)[0], hosts=[*trusted_hosts("127.0.0.1"), "page.example"]))
     assert client.get("/", headers={"Host": "page.example"}).status_code == 200

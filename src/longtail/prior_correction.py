@@ -18,12 +18,12 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.model_selection import check_cv, cross_val_predict
 from sklearn.pipeline import Pipeline
-from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_consistent_length, check_is_fitted, column_or_1d
 
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
+from longtail.evaluation.effective_frequencies import check_resampling, effective_frequencies
 from longtail.evaluation.label_shift import EstimatedPrior, estimate_em
 
 Array = np.ndarray[Any, Any]
@@ -107,9 +107,11 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
             after re-sampling to equal classes, ``train`` (those of the labels given to :meth:`fit`), C frequencies in
             the order of ``classes_``, a mapping from label to frequency, or a file; see
             :func:`~longtail.evaluation.class_frequencies.resolve_class_frequencies`. If not given, they are the sums of
-            the sample weights of each class times the estimator's ``class_weight``, or what the fitted estimator
-            states itself (``priors_`` and ``class_prior_`` of scikit-learn, ``prior`` of
-            :class:`~longtail.LongTailClassifier`). An estimator that re-samples within needs them.
+            the sample weights of each class times the estimator's ``class_weight``, of two classes also times
+            ``scale_pos_weight``, or what the fitted estimator was given itself (``priors``, ``class_prior`` and
+            ``fit_prior`` of scikit-learn, ``prior`` of :class:`~longtail.LongTailClassifier`); inside pipelines,
+            searches and averages too. After a calibration, they are those of the labels. Where they cannot be told, an
+            error asks for them, such as of an estimator that re-samples within.
         target: the class frequencies that predictions assume: one of the above, or ``estimate``: estimated from all
             samples that a method gets, see :meth:`estimate_target`; a sample's probabilities then depend on the others,
             and there should be hundreds of them. May be changed after the fit.
@@ -160,11 +162,8 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
             raise LongtailError(
                 "training_frequencies: expected those that the fitted estimator was trained with, such as uniform"
             )
-        elif (name := _resampling_part(self.estimator)) is not None:
-            raise LongtailError(
-                f"training_frequencies: {name} re-samples within the estimator, so they are not those of y; "
-                "give those after it, such as uniform"
-            )
+        else:
+            check_resampling(self.estimator)  # before the training
         if not self._estimates:
             self._resolve(self.target, "target")  # raises for a wrong one before the training
         arguments = {}
@@ -175,7 +174,8 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
         if self.training_frequencies is not None:
             self.training_frequencies_ = self._resolve(self.training_frequencies, "training_frequencies")
         else:
-            self.training_frequencies_ = _effective_frequencies(self.estimator_, y, self.classes_, sample_weight)
+            weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+            self.training_frequencies_ = effective_frequencies(self.estimator_, y, self.classes_, weights)
         return self
 
     @property
@@ -234,57 +234,6 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
         indices = self.predict_proba(X).argmax(axis=1)
         predicted: Array = self.classes_[indices]
         return predicted
-
-
-def _last_step(estimator: Any) -> Any:
-    """Return the classifier of a pipeline or a search, fitted or not."""
-    while True:
-        if isinstance(estimator, Pipeline):
-            estimator = estimator.steps[-1][1]
-        elif hasattr(estimator, "best_estimator_"):
-            estimator = estimator.best_estimator_
-        else:
-            return estimator
-
-
-def _resampling_part(estimator: Any) -> str | None:
-    """Return the class name of a part that re-samples, in imbalanced-learn's conventions; None without one."""
-    parts = [step for _, step in estimator.steps] if isinstance(estimator, Pipeline) else [estimator]
-    for part in parts:
-        parameters = part.get_params(deep=False) if hasattr(part, "get_params") else {}
-        if hasattr(part, "fit_resample") or "sampling_strategy" in parameters:
-            return type(part).__name__
-    return None
-
-
-def _effective_frequencies(fitted: Any, y: Array, classes: Array, sample_weight: Any) -> Array:
-    """Return (C,) class frequencies that the training of a fitted estimator had in effect, with sum 1."""
-    model = _last_step(fitted)
-    if hasattr(model, "prior") and hasattr(model, "class_counts_"):  # LongTailClassifier
-        stated = resolve_class_frequencies(
-            model.prior, classes.tolist(), model.class_counts_.tolist(), ignore_unknown=True
-        )
-        return np.array(stated)
-    for name in ("priors_", "class_prior_"):  # of discriminant analysis and naive Bayes
-        stated_prior = getattr(model, name, None)
-        if stated_prior is not None and len(stated_prior) == len(classes):
-            return np.asarray(stated_prior, dtype=np.float64)
-    weights = np.ones(len(y)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-    sums = np.bincount(np.searchsorted(classes, y), weights, minlength=len(classes))
-    class_weight = getattr(model, "class_weight", None)
-    if class_weight is not None:
-        if isinstance(class_weight, str) and sample_weight is not None:
-            raise LongtailError(
-                f"training_frequencies: class_weight {class_weight} together with sample_weight; give the frequencies "
-                "that result from both"
-            )
-        if class_weight == "balanced_subsample":  # of random forests
-            class_weight = "balanced"
-        sums = sums * compute_class_weight(class_weight, classes=classes, y=y)
-    if not (np.isfinite(sums).all() and (sums >= 0).all() and sums.sum() > 0):
-        raise LongtailError("sample_weight: expected weights of at least 0, some of them above 0")
-    frequencies: Array = sums / sums.sum()
-    return frequencies
 
 
 class TunedThresholdsClassifierCV(_ProbabilityClassifier):

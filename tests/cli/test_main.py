@@ -383,9 +383,72 @@ def test_what_a_new_user_may_mistake(command: Command, arguments: tuple[str, ...
     assert (code, message in err, len(err.splitlines())) == (2, True, 1), err
 
 
-def test_the_table_that_is_split_is_not_overwritten(command: Command, tmp_path: Path) -> None:
-    table = tmp_path / "table.csv"
-    table.write_text("path,label\na.png,x\n")
-    code, _, err = command("split", table, "--data.root", tmp_path, "--out", table)
-    assert (code, "is the table that is split" in err) == (2, True), err
-    assert table.read_text() == "path,label\na.png,x\n"
+@pytest.mark.parametrize(("subcommand", "flag"), [("split", "--out"), ("inspect", "--fix")])
+def test_a_table_of_data_is_not_overwritten(command: Command, photos: Path, subcommand: str, flag: str) -> None:
+    table = photos / "a.csv"
+    table.write_text("path,label\ncat/0.png,x\ncat/1.png,x\ndog/0.png,y\ndog/1.png,y\n")
+    before = table.read_text()
+    code, _, err = command(subcommand, table, "--data.root", photos, flag, photos / "cat" / ".." / "a.csv")
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert "is the table that the data is read from, and would be overwritten; choose another name" in err
+    assert table.read_text() == before
+
+
+@pytest.mark.parametrize("subcommand", ["inspect", "split", "train", "compare"])
+def test_annotations_are_not_overwritten(command: Command, tmp_path: Path, subcommand: str) -> None:
+    annotations = tmp_path / "a.json"
+    annotations.write_text("{}")
+    arguments = (annotations,) if subcommand in {"inspect", "split"} else ("--data", annotations)
+    code, _, err = command(subcommand, *arguments, "--json", annotations)
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert "a.json: is the table that the data is read from" in err
+    assert annotations.read_text() == "{}"
+
+
+def test_a_null_byte_is_one_line(command: Command) -> None:
+    for arguments in (("train", "--out", "a\0"), ("inspect", "\0"), ("--plugin", "\0")):
+        code, _, err = command(*arguments)
+        assert (code, len(err.splitlines()), "contain a null byte" in err) == (2, 1, True), err
+
+
+def test_rebalance_of_the_folder_one_is_in(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command("train", "digits-lt", "--method", "la", *TINY, "--out", tmp_path / "run")[0] == 0
+    monkeypatch.chdir(tmp_path / "run")
+    code, _, err = command("rebalance", ".", "--method", "tau")
+    assert code == 0, err
+    assert (tmp_path / "run-tau" / "recognizer").is_dir()
+    monkeypatch.chdir(tmp_path / "run" / "recognizer")
+    code, _, err = command("rebalance", "..", "--method", "tau")
+    assert (code, f"{tmp_path / 'run-tau'}: is not empty" in err) == (2, True), err
+
+
+def test_runs_in_the_folder_of_the_images_are_no_classes(
+    command: Command, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    settings = (*TINY, "--pretrained", "none", "--data.image_size", "16")
+    # with a teacher, whose folder is beside the run's
+    code, _, err = command("train", ".", *settings, "--method", "gml", "--teacher.epochs", "1")
+    assert code == 0, err
+    assert list((photos / "runs" / "photos-gml-seed0" / "errors").iterdir())
+    assert list((photos / "runs" / "teachers").glob("*/recognizer"))
+    code, _, err = command("compare", ".", *settings, "--methods", "ce,la", "--seeds", "1")
+    assert code == 0, err
+    code, shown, _ = command("inspect", ".")
+    assert code == 0
+    assert "3 folders of runs are no classes, and are left out (runs/compare-photos, runs/photos-gml-seed0" in shown
+    assert "all 21" in shown
+    code, _, err = command("train", ".", *settings, "--method", "gml", "--teacher.epochs", "1", "--resume")
+    assert code == 0, err
+
+
+def test_a_run_among_parquet_files_is_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.parquet").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for subcommand in ("train", "compare"):
+        code, _, err = command(subcommand, ".")
+        assert (code, len(err.splitlines())) == (2, 1), err
+        assert f"is in the data folder {tmp_path}, whose files would then all be read as data; choose an --out" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longtail.config import Data
+from longtail.config import Config, Data
 from longtail.data.listing import Listing, check, read_folder, split_of
 from longtail.data.paths import find_path, nfc, printable
 from longtail.data.source_spec import source_of
@@ -186,6 +187,38 @@ def test_an_error_shows_an_awkward_name_escaped(tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match=r"cat/a\\n\\x1b\[31mb\.txt: is not an image by its name") as error:
         load_data(Data(source="folder", root=str(tmp_path)), seed=0)
     assert str(error.value).isprintable()
+
+
+def test_what_longtail_wrote_is_no_class(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/0.png", "cat/1.png", "dog/2.png", "dog/3.png")
+    plain = listed(tmp_path).training.names
+
+    def run(path: str, *names: str) -> None:
+        tree(tmp_path / path, *(f"errors/{name}.png" for name in names), "recognizer/none.png")
+        (tmp_path / path / "config.yaml").write_text(Config().to_yaml())
+
+    run("runs/photos-la-seed0", "0", "1")
+    run("dog/again")
+    tree(tmp_path, "runs/compare/la-seed0/errors/0.png", "runs/compare/comparison.png")
+    (tmp_path / "runs" / "compare" / "comparison.json").write_text(json.dumps({"format": 1, "recipe": {}}))
+    run("runs/teachers/digits-lt-conv8-0123")
+    (tmp_path / "runs" / "teachers" / ".digits-lt-conv8-0123.lock").touch()
+    (tmp_path / "runs" / "teachers" / "cache").mkdir()
+    (tmp_path / "runs" / "teachers" / "cache" / "a-features.npy").touch()
+    (tmp_path / "runs" / "stopped").mkdir()
+    (tmp_path / "runs" / "stopped" / "config.yaml").write_text(Config().to_yaml())
+    listing = listed(tmp_path)
+    assert not listing.errors
+    assert listing.class_names == ["cat", "dog"]
+    assert listing.training.names == plain
+    (remark,) = listing.remarks
+    assert "5 folders of runs are no classes, and are left out (dog/again, runs/compare, runs/photos" in remark
+    # other files of such names are the user's
+    tree(tmp_path, "teachers/4.png", "emu/5.png")
+    (tmp_path / "emu" / "config.yaml").write_text("model: resnet\n")
+    listing = listed(tmp_path)
+    assert listing.class_names == ["cat", "dog", "emu", "teachers"]
+    assert "emu/config.yaml: is not an image by its name" in listing.errors[0]
 
 
 def test_every_suffix_that_pillow_reads_is_an_image(tmp_path: Path) -> None:

@@ -40,6 +40,14 @@ def test_damaged_exif_data_are_ignored(tmp_path: Path, suffix: str, exif: bytes)
     assert read_shown_size(path) == (20, 10)
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_the_shown_size_is_that_of_the_decoded_image(tmp_path: Path, suffix: str) -> None:
+    path, exif = tmp_path / f"x{suffix}", Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (20, 10), "red").save(path, exif=exif)
+    assert to_rgb(open_image(path)).size == read_shown_size(path) == (10, 20)
+
+
 def test_what_a_decoder_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.png"
     Image.new("RGB", (20, 10)).save(path)

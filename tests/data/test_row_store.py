@@ -6,7 +6,9 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +104,56 @@ def test_parts_before_an_error_are_kept(tmp_path: Path) -> None:
     calls: list[list[int]] = []
     store.fill(keys, maker(keys, calls), wait=True)  # no lock is held any more
     assert calls == [[8, 9]]
+
+
+def test_a_store_is_filled_in_a_time_that_grows_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, counts = torch.arange(400), [0]
+    fromfile = np.fromfile
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        values = fromfile(*arguments, **options)
+        counts[0] += len(values)
+        return values
+
+    monkeypatch.setattr(np, "fromfile", counted)
+    store = make_store(tmp_path)
+    rows = store.fill(keys, maker(keys, []))
+    assert counts[0] <= 2 * len(keys)
+    assert torch.equal(read(store, rows), expected(keys))
+
+
+def test_rows_of_another_process_are_seen_between_the_own(tmp_path: Path) -> None:
+    keys, others = torch.arange(12), torch.tensor([100, 9, 5, 101])
+
+    def make(missing: Tensor) -> Iterator[Tensor]:
+        for part in missing.split(4):
+            if part[0] == 4:
+                make_store(tmp_path).fill(others, maker(others, []))
+            yield expected(keys[part])
+
+    store = make_store(tmp_path)
+    assert torch.equal(read(store, store.fill(keys, make)), expected(keys))
+    assert len(store) == 14
+
+
+@pytest.mark.parametrize("others", [torch.tensor([100]), torch.arange(100, 120)])
+def test_a_store_that_is_replaced_while_it_is_filled_gives_no_rows_of_other_images(
+    tmp_path: Path, others: Tensor
+) -> None:
+    keys, store = torch.arange(12), make_store(tmp_path)
+
+    def make(missing: Tensor) -> Iterator[Tensor]:
+        for part in missing.split(4):
+            if part[0] == 8:
+                store.rows_path.unlink()
+                store.keys_path.unlink()
+                make_store(tmp_path).fill(others, maker(others, []))
+            yield expected(keys[part])
+
+    with pytest.raises(RowStoreError, match="was removed while rows were added to it; start again"):
+        store.fill(keys, make)
+    assert torch.equal(read(store, store.fill(keys, maker(keys, []))), expected(keys))
+    assert (store.find(others) >= 0).all()
 
 
 def fork(run: Callable[[], object]) -> int:

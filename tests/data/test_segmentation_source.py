@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from longtail.config import Config, Data, Shots
 from longtail.data.dataset import ImageSet
@@ -71,9 +71,46 @@ def test_settings_of_other_data_are_refused_or_said_to_have_no_effect(scenes: Pa
     assert data.remarks == ("data.val_fraction is not used: masks have the splits of their folders",)
 
 
+@pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
+@pytest.mark.parametrize("drawn_on", ["stored", "shown"])
+def test_masks_of_photographs_that_their_exif_tag_turns(scenes: Path, orientation: int, drawn_on: str) -> None:
+    values = np.ones((40, 60), dtype=np.uint8)
+    values[:7, :21] = 2  # a corner, so that each of the eight orientations differs
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for split in ("training", "validation"):
+        _, mask = save_scene(scenes, split, "turned", values)
+        stored = scenes / "images" / split / "turned.png"
+        image = scenes / "images" / split / "turned.jpg"
+        Image.open(stored).save(image, quality=95, exif=exif)
+        stored.unlink()
+        if drawn_on == "shown":
+            turned = Image.fromarray(values)
+            turned.getexif()[0x0112] = orientation
+            ImageOps.exif_transpose(turned).save(mask)
+    data = load(scenes)
+    for images in (data.train.images, data.val.images):  # type: ignore[union-attr]
+        assert isinstance(images, SegmentationImages)
+        index = next(number for number, name in enumerate(images.names) if name.endswith("turned.jpg"))
+        shown, labels = images.open_sample(index)
+        red, green = (np.asarray(shown, dtype=float)[..., channel] for channel in (0, 1))
+        assert shown.size == ((60, 40) if orientation == 1 else (40, 60))
+        assert np.mean((green > red) == (labels == 1)) > 0.98  # save_scene paints value 1 red and value 2 green
+
+
 def test_without_names_classes_have_numbers(scenes: Path) -> None:
     (scenes / "classes.txt").unlink()
     assert load(scenes).class_names == ("class 1", "class 2", "class 3")
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_without_names_there_are_at_least_two_numbers(scenes: Path, value: int) -> None:
+    (scenes / "classes.txt").unlink()
+    for path in (scenes / "annotations").rglob("*.png"):
+        Image.fromarray(np.minimum(np.array(Image.open(path)), value)).save(path)
+    message = rf"annotations: expected the numbers of at least two classes.*found {value}; 0 means unlabelled"
+    with pytest.raises(LongtailError, match=message):
+        load(scenes)
 
 
 def test_ade20ks_own_file_of_names(scenes: Path) -> None:

@@ -62,11 +62,22 @@ def test_boundary_iou_against_counting() -> None:
     predicted, truth = images(1)[0]
     width = max(1, round(0.05 * float(np.hypot(*truth.shape))))
     known = truth.numpy() >= 0
-    bands = [naive_band(labels.numpy(), width) & known for labels in (truth, predicted)]
+    # where the labelled part ends is a boundary of the prediction too
+    bands = [naive_band(np.where(known, labels.numpy(), -1), width) & known for labels in (truth, predicted)]
     got = pixel_metrics(count_pixels(predicted, truth, 4, 0.05), [4, 3, 2, 1], 1)["per_class_boundary"]
     for index in range(4):
         a, b = bands[0] & (truth.numpy() == index), bands[1] & (predicted.numpy() == index)
         assert got[index] == pytest.approx(100 * (a & b).sum() / (a | b).sum())
+
+
+@pytest.mark.parametrize("unlabelled", [slice(17, 19), slice(0, 5), slice(30, 36)])
+def test_a_right_prediction_has_a_boundary_iou_of_100(unlabelled: slice) -> None:
+    truth = torch.zeros(36, 48, dtype=torch.int64)
+    truth[:, 24:] = 1
+    predicted = truth.clone()
+    truth[unlabelled] = -1
+    got = pixel_metrics(count_pixels(predicted, truth, 2), [2, 1], 1)
+    assert (got["mean_iou"], got["per_class_boundary"]) == (100.0, [100.0, 100.0])
 
 
 def test_unlabelled_pixels_are_ignored_and_an_absent_class_is_none() -> None:

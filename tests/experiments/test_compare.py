@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,7 +15,11 @@ from longtail.config import Config, read_config
 from longtail.errors import LongtailError
 from longtail.experiments.compare import compare, plan
 from longtail.experiments.records import Record, differences, table
+from longtail.training import second_stage
+from longtail.training.second_stage import first_stage_epochs
+from longtail.training.sharpness import passes_per_step
 from longtail.training.trainer import fit
+from tests.conftest import save_image
 from tests.processes import run_longtail, start_longtail
 
 
@@ -30,6 +36,36 @@ def test_equal_passes(tiny: Config) -> None:
     assert {run.config.epochs for run in plan(tiny, ["la", "gml"], [0], "epochs")} == {2}
     two_views = tiny.replace(classifier={"views": 2})
     assert {run.config.epochs for run in plan(two_views, ["la", "gml"], [0], "passes")} == {2}
+
+
+@pytest.mark.parametrize("sharpness", ["none", "sam"])
+@pytest.mark.parametrize(("epochs", "fraction"), [(2, 0.1), (20, 0.1), (200, 0.25), (7, 0.9)])
+def test_equal_passes_of_both_stages(tiny: Config, epochs: int, fraction: float, sharpness: str) -> None:
+    """An epoch of the second stage is one pass of each image, whatever the method."""
+    config = tiny.replace(epochs=epochs, second_stage="crt", second_stage_fraction=fraction)
+    config = config.replace(optimizer={"sharpness": sharpness})
+    steps = passes_per_step(config)
+
+    def passes(run: Config, views: int) -> int:
+        first = first_stage_epochs(run)
+        assert isinstance(run.epochs, int)
+        return views * steps * first + run.epochs - first
+
+    la, gml = (run.config for run in plan(config, ["la", "gml"], [0], "passes"))
+    assert gml.epochs == epochs  # the most expensive one has the recipe's
+    wanted = passes(gml, 2)
+    assert isinstance(la.epochs, int)
+    assert abs(passes(la, 1) - wanted) <= steps / 2
+    assert abs(passes(la, 1) - wanted) == min(
+        abs(passes(la.replace(epochs=other), 1) - wanted) for other in range(2, 5 * epochs)
+    )
+
+
+def test_a_second_stage_has_equal_passes(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_stage, "MIN_STEPS", 1)
+    config = tiny.replace(epochs=10, second_stage="crt", second_stage_fraction=0.2, teacher={"epochs": 1})
+    records = compare(config, ["la", "gml"], [0], tmp_path / "out", quiet=True)
+    assert records[0].student_passes == records[1].student_passes
 
 
 @pytest.mark.parametrize(
@@ -149,7 +185,56 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path: Path, jobs: str) -> None
 
 def test_a_foreign_folder_is_left_alone(tiny: Config, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(LongtailError, match="not a comparison of longtail"):
-            compare(tiny, ["la"], [0], tmp_path, overwrite=overwrite, quiet=True)
+    for text in (None, '{"before": 1, "after": 2}', "none"):  # another program's comparison.json
+        if text is not None:
+            (tmp_path / "comparison.json").write_text(text)
+        for overwrite in (False, True):
+            with pytest.raises(LongtailError, match="not a comparison of longtail"):
+                compare(tiny, ["la"], [0], tmp_path, overwrite=overwrite, quiet=True)
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_teacher_in_it_is_not_overwritten(tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare(tiny.replace(epochs=1), ["la"], [0], out, quiet=True)
+    config = tiny.replace(epochs=1, teacher={"source": str(out / "la-seed0")})
+    with pytest.raises(LongtailError, match=r"teacher\.source .*la-seed0: is in --out .*choose another --out"):
+        compare(config, ["gml"], [0], out, overwrite=True, quiet=True)
+    assert (out / "la-seed0" / "recognizer").is_dir()
+    # beside it another run can be trained
+    assert len(compare(config, ["gml"], [0], out, quiet=True)) == 1
+
+
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_runs_on_other_images_are_not_compared(
+    tiny: Config, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, in_threads: bool
+) -> None:
+    caplog.set_level(logging.INFO, logger="longtail")
+    changed = tiny.replace(data={"source": "folder", "root": str(photos)}, epochs=1)
+    changed = changed.replace(accelerator={"batches": "device" if in_threads else "auto"})
+    out = tmp_path / "out"
+    compare(changed, ["la"], [0], out, quiet=True)
+    compare(changed, ["la", "ce"], [0], out, quiet=True)
+    save_image(photos / "emu" / "new.png", seed=77)
+    with pytest.raises(LongtailError, match=r"la-seed0: was trained on other images than there are now.*--overwrite"):
+        compare(changed, ["la", "focal"], [0], out, quiet=True)
+    assert not (out / "focal-seed0").exists()
+    assert "cannot share one process" not in caplog.text
+    assert len(compare(changed, ["la", "focal"], [0], out, overwrite=True, quiet=True)) == 2
+
+
+def test_runs_on_other_test_images_are_not_compared(tiny: Config, photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "split"
+    for split in ("train", "test"):
+        shutil.copytree(photos, root / split)
+    config, out = tiny.replace(data={"source": "folder", "root": str(root)}, epochs=1), tmp_path / "out"
+    compare(config, ["la"], [0], out, quiet=True)
+    (root / "test" / "cat" / "0.png").unlink()
+    with pytest.raises(LongtailError, match=r"la-seed0: was tested on other images than there are now.*--overwrite"):
+        compare(config, ["la", "ce"], [0], out, quiet=True)
+    # a run of an earlier version does not say which they were
+    card = out / "la-seed0" / "recognizer" / "config.json"
+    values = json.loads(card.read_text())
+    del values["training_info"]["test_images"]
+    card.write_text(json.dumps(values))
+    assert len(compare(config, ["la"], [0], out, quiet=True)) == 1

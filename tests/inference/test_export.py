@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from PIL import Image
 from longtail import Recognizer, Segmenter
 from longtail.config import Config
 from longtail.inference.export import export_onnx
+from longtail.inference.onnx_model import ONNXModel
 from longtail.tasks.loading import load_model
 from longtail.training.trainer import fit
 from tests.conftest import Command
+from tests.inference.test_recognizer import build_recognizer
 
 
 def metadata(session: onnxruntime.InferenceSession) -> dict[str, object]:
@@ -46,6 +49,17 @@ def test_a_recogniser(tiny: Config, tmp_path: Path, method: str, prior: str) -> 
     values = metadata(session)
     assert values["class_names"] == [str(digit) for digit in range(10)]
     assert (values["prior"], values["task"], values["shape"]) == (prior, "classification", [8, 8])
+
+
+def test_other_frequencies_than_those_of_a_file_without_some_class(tmp_path: Path) -> None:
+    recognizer = build_recognizer()
+    recognizer.config = dataclasses.replace(recognizer.config, class_counts=(5, 3, 0))
+    export_onnx(recognizer, tmp_path / "m.onnx", "train")
+    model = ONNXModel(tmp_path / "m.onnx")
+    probabilities = np.array([[0.75, 0.25, 0.0]])
+    changed = model.change_prior(probabilities, "uniform")
+    # 0.75 / 5 to 0.25 / 3; the file says nothing about c
+    np.testing.assert_allclose(changed, [[9 / 14, 5 / 14, 0.0]], rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from longtail import Recognizer
 from longtail.config import Config
-from longtail.data.dataset import LongTailedData
+from longtail.data.dataset import ImageSet, LongTailedData
+from longtail.data.images import EncodedImages, FileImages
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.experiments.rebalance import RebalanceSettings, rebalance
-from longtail.inference.kept_features import FeatureImages, draw_view, feature_data, num_missing_features
-from longtail.nn import Encoder, FrozenEncoder
+from longtail.inference.kept_features import (
+    FeatureImages,
+    check_same_encoder,
+    draw_view,
+    feature_data,
+    num_missing_features,
+)
+from longtail.nn import Encoder, EncoderEnsemble, FrozenEncoder
 from longtail.tasks.evaluate import evaluate_split
 from longtail.training.trainer import fit
+from tests.conftest import save_image
+from tests.nn.repositories import save_repository
 
 
 @pytest.fixture
@@ -163,6 +176,112 @@ def test_a_changed_image_or_network_is_computed_again(frozen: Config, monkeypatc
         next(encoder.parameters()).add_(1.0)
     feature_data(data, encoder, frozen, device=device)
     assert sum(passes) == sum(len(split) for split in (data.train, data.val, data.test) if split is not None)
+
+
+def features(images: ImageSet, view: int = 0) -> torch.Tensor:
+    assert isinstance(images.images, FeatureImages)
+    return images.images.features[view]
+
+
+@torch.no_grad()
+def computed(encoder: Encoder, images: ImageSet, size: int) -> torch.Tensor:
+    expected: torch.Tensor = encoder.eval()(images.images.plain(torch.arange(len(images)), size))
+    return expected
+
+
+def test_rows_of_one_number_and_length_have_features_of_their_own(tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    for seed in range(4):  # train and test of two sets
+        pixels = np.random.default_rng(seed).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+        images = []
+        for image in pixels:
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "BMP")
+            images.append({"bytes": buffer.getvalue(), "path": None})
+        table = Table.from_pydict({"image": images, "label": ["cat", "dog"] * 6})
+        folder = tmp_path / f"set{seed // 2}"
+        folder.mkdir(exist_ok=True)
+        parquet.write_table(table, folder / f"{('train', 'test')[seed % 2]}-0.parquet")
+    for name in ("set0", "set1"):
+        settings = {"source": "hub", "root": str(tmp_path / name), "cache": str(tmp_path / "cache"), "memory_gib": 1e-9}
+        config = Config().replace(data=settings)
+        data = load_data(config.data, 0)
+        assert isinstance(data.train.images, EncodedImages)
+        torch.manual_seed(0)
+        encoder = Encoder("conv8", data.mean, data.std)
+        kept = feature_data(data, encoder, config, device=torch.device("cpu"))
+        for ours, theirs in ((kept.train, data.train), (kept.test, data.test)):
+            assert torch.allclose(features(ours), computed(encoder, theirs, 32), atol=1e-4)
+        assert num_missing_features(data, encoder, config) == 0
+
+
+def test_networks_with_the_same_weights_are_told_apart(frozen: Config, tmp_path: Path) -> None:
+    data = load_data(frozen.data, 0)
+    mean, maximum, same = (
+        Encoder(network, data.mean, data.std)
+        for network in (
+            "test_resnet",
+            "test_resnet(global_pool='max', drop_rate=0.0)",
+            "test_resnet(drop_rate=0.0, global_pool='max')",
+        )
+    )
+    for encoder in (maximum, same):
+        encoder.load_state_dict(mean.state_dict())
+    for encoder in (maximum, mean):
+        kept = feature_data(data, encoder, frozen, device=torch.device("cpu"))
+        assert torch.allclose(features(kept.test), computed(encoder, data.test, 8), atol=1e-4)
+        assert num_missing_features(data, same, frozen) == 0
+    check_same_encoder(EncoderEnsemble([maximum, same]), maximum)
+    with pytest.raises(LongtailError, match="the teacher must have the same encoder"):
+        check_same_encoder(EncoderEnsemble([maximum, mean]), maximum)
+    # a model that was saved has the name of the architecture, wherever that was found
+    repository = save_repository(tmp_path / "model", "test_resnet")
+    found = Encoder(f"local-dir:{repository}", data.mean, data.std)
+    found.load_state_dict(mean.state_dict())
+    check_same_encoder(mean, found)
+
+
+def test_no_features_are_kept_of_an_image_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "photos"
+    for index in range(48):
+        folder = root / ("train", "test")[index % 2] / ("cat", "dog")[index // 2 % 2]
+        save_image(folder / f"{index:02}.jpg", (150, 140), seed=index)
+    damaged = [root / "train" / "dog" / "06.jpg", root / "test" / "cat" / "05.jpg"]
+    whole = [path.read_bytes() for path in damaged]
+    for path, content in zip(damaged, whole, strict=True):
+        path.write_bytes(content[: len(content) // 2])
+    settings: dict[str, Any] = {"source": "folder", "root": str(root), "cache": str(tmp_path / "cache")}
+    settings |= {"memory_gib": 1e-9, "workers": 0}
+    settings |= {"augment": "imagenet", "image_size": 96, "max_unreadable_fraction": 0.1}
+    config = Config().replace(feature_views=2, data=settings)
+    caplog.set_level(logging.INFO, "longtail")
+
+    def run() -> tuple[LongTailedData, LongTailedData, Encoder]:
+        data = load_data(config.data, 0)
+        assert type(data.train.images) is FileImages
+        torch.manual_seed(0)
+        encoder = Encoder("conv8", data.mean, data.std)
+        caplog.clear()
+        return data, feature_data(data, encoder, config, device=torch.device("cpu")), encoder
+
+    for _ in range(2):
+        data, kept, encoder = run()
+        for path, ours, theirs in ((damaged[0], kept.train, data.train), (damaged[1], kept.test, data.test)):
+            assert isinstance(theirs.images, FileImages)
+            bad = theirs.images.names.index(str(path.relative_to(root)))
+            assert list(ours.images.unreadable) == list(theirs.images.unreadable) == [bad]
+            expected = computed(encoder, theirs, 96)
+            assert torch.allclose(features(ours), expected, atol=1e-4)
+            assert (expected == expected[bad]).all(dim=1).sum() == 2  # another of its class
+        assert "2 of 48 images cannot be read, and the features of others of their class are used" in caplog.text
+        assert num_missing_features(data, encoder, config) == 3  # two views of one image, and one of the other
+    for path, content in zip(damaged, whole, strict=True):
+        path.write_bytes(content)
+    data, kept, encoder = run()
+    assert torch.allclose(features(kept.train), computed(encoder, data.train, 96), atol=1e-4)
+    assert num_missing_features(data, encoder, config) == 0
+    assert "cannot be read" not in caplog.text
 
 
 def test_gml_and_its_teacher_train_on_the_same_features(

@@ -128,6 +128,19 @@ def test_a_folder_that_does_not_fit(tmp_path: Path) -> None:
 def test_arrays_of_the_wrong_kind_are_named() -> None:
     with pytest.raises(LongtailError, match="expected an array of uint8"):
         build_recognizer().predict(np.zeros((4, 4)))
+    with pytest.raises(LongtailError, match="with 1 to 4 channels, got uint8 of shape"):
+        build_recognizer().predict(np.zeros((4, 4, 5), dtype=np.uint8))
+
+
+def test_tensors_of_other_types_are_converted_or_named() -> None:
+    recognizer = build_recognizer()
+    side, channels = recognizer.config.image_size, recognizer.config.channels
+    images = torch.rand(3, channels, side, side)
+    expected = recognizer.predict(images).probabilities
+    assert torch.equal(recognizer.predict(images.double()).probabilities, expected)
+    for numbers in ((images * 255).long(), (images * 255).long()[0], images > 0.5):
+        with pytest.raises(LongtailError, match="expected a tensor of uint8 from 0 to 255 or of floats"):
+            recognizer.predict(numbers)
 
 
 def test_saved_and_read_as_the_hub_does(tiny: Config, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
 
 from longtail.errors import LongtailError
 from longtail.nn.detection import (
@@ -156,6 +158,16 @@ def test_anchors_follow_from_the_size_of_the_images() -> None:
         assert torch.allclose(cells, torch.tensor(expected))
 
 
+def test_anchors_are_in_full_precision_beside_maps_of_half_of_it() -> None:
+    anchors, images = Anchors(2), ImageList(torch.zeros(1, 3, 640, 640), [(640, 640)])
+    anchors.base.fill_(33.0)
+    maps = [torch.zeros(1, 8, side, side) for side in (80, 40)]
+    (expected,) = anchors(images, maps)
+    (got,) = anchors(images, [level.bfloat16() for level in maps])
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("detector", BOXES)
 def test_the_state_has_the_anchors_and_no_tensor_twice(detector: str) -> None:
     network, other = build(detector, 640), build(detector, 64)
@@ -185,6 +197,18 @@ def test_the_features_of_given_boxes() -> None:
     boxes = [torch.tensor([[4.0, 4.0, 40.0, 40.0]]), torch.tensor([[1.0, 1.0, 9.0, 9.0], [0.0, 0.0, 60.0, 20.0]])]
     with torch.no_grad():
         assert network.pool(torch.randn(2, 3, 64, 64), boxes).shape == (3, network.num_features)
+
+
+@pytest.mark.parametrize("size", [20, 40, 80, 130])
+def test_the_features_of_a_box_do_not_depend_on_the_padding(size: int) -> None:
+    images, boxes = torch.randn(1, 3, size, size), [torch.tensor([[2.0, 3.0, 14.0, 17.0], [5.0, 0.0, 20.0, 20.0]])]
+    features = []
+    for padding in (0, -size % 64):  # maps are those of sides that are multiples of 64 anyway
+        network = build("fasterrcnn", size).eval()
+        assert isinstance(network, FasterRCNN)
+        with torch.no_grad():
+            features.append(network.pool(F.pad(images, (0, padding, 0, padding)), boxes))
+    assert torch.equal(*features)
 
 
 @pytest.mark.parametrize(

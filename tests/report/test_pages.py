@@ -135,6 +135,23 @@ def test_runs_that_do_not_go_together(tiny: Config, tmp_path: Path) -> None:
     assert [Path(record.method).name for record in records] == ["one", "copy"]
 
 
+def test_runs_on_other_images_say_so(tiny: Config, photos: Path, tmp_path: Path) -> None:
+    config = tiny.replace(method="la", epochs=1, data={"source": "folder", "root": str(photos)})
+    folders = [tmp_path / name for name in ("la0", "la1", "ce0", "ce1")]
+    for folder, method, seed in zip(folders, ("la", "la", "ce", "ce"), (0, 1, 0, 1), strict=True):
+        if folder.name == "ce0":
+            save_image(photos / "emu" / "new.png", seed=77)
+        fit(config.replace(method=method, seed=seed), folder, quiet=True)
+    records = runs_report(folders, tmp_path / "page.html")
+    # another seed has another split, which is no difference
+    other = "ce, training images set 2, test images set 2"
+    assert [record.method for record in records] == ["la", "la", other, other]
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<th>training images</th>" in text
+    assert "<td>set 2</td>" in text
+    assert {record.method for record in runs_report(folders[:2], tmp_path / "page.html")} == {"la"}
+
+
 def test_a_run_without_metrics(tiny: Config, tmp_path: Path) -> None:
     fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
     (tmp_path / "run" / "metrics.jsonl").unlink()

@@ -268,9 +268,13 @@ def test_on_the_command_line(run: Path, tmp_path: Path, command: Command) -> Non
 
 def test_an_exported_file_predicts_the_same_without_torch(run: Path, tmp_path: Path, command: Command) -> None:
     images = [save_image(tmp_path / "new" / f"{i}.png", (8 + i, 9), i, "L") for i in range(6)]
-    for prior in ("uniform", "train"):
+    frequencies = tmp_path / "frequencies.csv"
+    names = load_model(run).config.class_names
+    frequencies.write_text("".join(f"{name},{1 + place}\n" for place, name in enumerate(names)), encoding="utf-8")
+    priors = ("uniform", "train", str(frequencies))
+    for prior in priors:
         export_onnx(load_model(run), tmp_path / "m.onnx", prior)
-        for wanted in ("uniform", "train"):
+        for wanted in priors:
             shown = []
             for model in (run, tmp_path / "m.onnx"):
                 code, _, err = command("predict", model, *images, "--prior", wanted, "--json", tmp_path / "p.json")

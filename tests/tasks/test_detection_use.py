@@ -634,7 +634,7 @@ def _predict_finds_the_same(root: Path, folder: Path, command: Command) -> None:
         assert 0 <= y1 < y2 <= 50
     for flags, message in (
         (["--threshold", "0.01"], "gives scores from 0.05 up"),
-        (["--prior", "0.2,0.3,0.5"], "has train inside"),
+        (["--prior", "0.2,0.3,0.5"], "there is no such file"),
         (["--out", folder / "out"], "--out needs the run"),
     ):
         code, _, err = command("predict", folder / "run" / "model.onnx", folder / "wide.png", *flags)

@@ -181,6 +181,19 @@ def test_one_image_a_step(segmenting: Config, scenes: Path, tmp_path: Path) -> N
     fit(segmenting.replace(batch_size=3, epochs=1), tmp_path / "run", quiet=True)
 
 
+def test_images_that_are_smaller_than_a_crop_may_be(segmenting: Config, tmp_path: Path) -> None:
+    values = np.ones((20, 24), dtype=np.uint8)
+    values[10:], values[:5, :5] = 2, 3
+    for split in ("training", "test"):
+        for number in range(4):
+            save_scene(tmp_path / "small", split, str(number), values, seed=number)
+    changes = {"data": {"root": str(tmp_path / "small")}, "segmentation": {"crop": None}}
+    run = fit(segmenting.replace(epochs=1, **changes), tmp_path / "run", quiet=True)
+    assert run.metrics["images"] == 4
+    _, config, _ = load_run(tmp_path / "run")
+    assert config.section(SegmentationSettings).crop == (32, 32)
+
+
 def test_images_of_several_sizes(segmenting: Config, scenes: Path, tmp_path: Path) -> None:
     for split in ("training", "test"):
         values = np.ones((71, 90), dtype=np.uint8)
@@ -248,6 +261,39 @@ def test_inference_options(segmenting: Config, scenes: Path, tmp_path: Path) -> 
     for options in ({"sliding_window": 5}, {"tta_scales": ()}, {"tta_scales": (0.0,)}):
         with pytest.raises(LongtailError, match=rf"--{next(iter(options))} .*expected"):
             InferenceOptions(**options)
+
+
+def test_the_sliding_window_of_a_run_is_that_of_its_evaluation_and_predictions(
+    segmenting: Config, scenes: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, test = tmp_path / "run", scenes / "images" / "test"
+    fit(segmenting.replace(epochs=1, segmentation={"sliding_window": 48}), run, quiet=True)
+    real, sizes = Segmenter.raw_scores, set[tuple[int, ...]]()
+
+    def spy(self: Segmenter, images: torch.Tensor) -> torch.Tensor:
+        sizes.add(tuple(images.shape[-2:]))
+        return real(self, images)
+
+    def used(*arguments: str | Path) -> set[tuple[int, ...]]:
+        sizes.clear()
+        code, _, err = command(*arguments)
+        assert code == 0, err
+        return set(sizes)
+
+    monkeypatch.setattr(Segmenter, "raw_scores", spy)
+    predict = ("predict", run, test, "--out", tmp_path / "seen")
+    for arguments in (("evaluate", run), ("evaluate", run, "--tta", "flip"), predict, (*predict, "--tta", "flip")):
+        assert used(*arguments) == {(48, 48)}
+    for arguments in (("evaluate", run), predict):
+        assert used(*arguments, "--sliding_window", "32") == {(32, 32)}
+        assert used(*arguments, "--sliding_window", "66") == {(50, 66)}
+    # a model that was saved without it: its run's settings have it, and the model alone sees whole images
+    path = run / "recognizer" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert config.pop("sliding_window") == 48
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert used("evaluate", run, "--tta", "flip") == {(48, 48)}
+    assert used(*predict) == {(50, 66)}
 
 
 def test_training_predictions_under_cross_entropy_are_free_of_the_prior(segmenting: Config, tmp_path: Path) -> None:

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric.plugins.precision import MixedPrecision
 
 from longtail.config import Config
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.training.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from longtail.training.fabric import build_fabric
 from longtail.training.trainer import fit
 from tests.processes import start_longtail
+from tests.training.runs import equal, fit_in_two, weights
 
 
 def test_broken_and_foreign_checkpoints(tiny: Config, tmp_path: Path) -> None:
@@ -63,6 +66,36 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
     monkeypatch.undo()
     assert load_checkpoint(path)["step"] == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_the_scale_of_the_loss_goes_on(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric has no 16-mixed on a CPU: here its class for it scales the loss in float32."""
+    scalers = []
+
+    def build(config: Config) -> Any:
+        fabric = build_fabric(config)
+        precision: Any = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 256.0, growth_interval=4))
+        monkeypatch.setattr(precision, "forward_context", contextlib.nullcontext)
+        precision.convert_input = precision.convert_output = lambda data: data
+        fabric.strategy.precision = fabric._precision = precision
+        scalers.append(precision.scaler)
+        return fabric
+
+    monkeypatch.setattr("longtail.training.trainer.build_fabric", build)
+    config = tiny.replace(method="ce")
+    fit(config, tmp_path / "whole", quiet=True)
+    fit_in_two(config, tmp_path / "two", 6, monkeypatch)
+    whole, interrupted, resumed = (scaler.state_dict() for scaler in scalers)
+    assert interrupted["scale"] == 512  # doubled after four steps
+    assert resumed == whole
+    assert equal(weights(tmp_path / "two"), weights(tmp_path / "whole"))
+    # a checkpoint of an older version has none
+    path = tmp_path / "two" / "last.ckpt"
+    state = load_checkpoint(path)
+    del state["format"], state["precision"]
+    save_checkpoint(path, state)
+    fit(config, tmp_path / "two", resume=True, quiet=True)
+    assert scalers[-1].get_scale() == 256
 
 
 class _Evil:

@@ -24,8 +24,10 @@ from longtail.data.transforms import build_transform
 from longtail.inference.recognizer import Recognizer
 from longtail.methods.gml import GML
 from longtail.nn import CosineClassifier, Encoder
+from longtail.nn.backbones import build_backbone
 from longtail.registry import METHODS
 from longtail.training.checkpoint import load_checkpoint
+from longtail.training.fabric import synchronize_batch_norm
 from longtail.training.metric_log import read_metrics
 from tests.conftest import TINY
 from tests.processes import run_longtail, start_longtail, start_ranks
@@ -115,6 +117,25 @@ def test_the_same_batch_gives_the_same_losses_queues_and_weights(tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("network", ["tf_efficientnet_lite0", "mobilenetv3_small_100", "resnet18"])
+def test_shared_batch_norm_keeps_activations_and_frozen_layers(network: str) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(network, 3)
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    next(iter(backbone.parameters())).requires_grad_(False)
+    model = nn.Sequential(backbone).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(images)
+        names = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+        synchronize_batch_norm(model)
+        torch.testing.assert_close(model(images), before)
+    assert [(name, parameter.requires_grad) for name, parameter in model.named_parameters()] == names
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
 def test_processes_share_the_second_stage(tmp_path: Path) -> None:
     arguments = ("train", "digits-lt", "--method", "la", *TINY, "--classifier.distillation_weight", "1")
     arguments += ("--teacher.source", "ema", "--second_stage", "crt")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,33 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for k, v in load_checkpoint(folder / "last.ckpt")["method"].items() if isinstance(v, torch.Tensor)}
 
 
+CAPTURED = "the step is captured"
+
+
+def _record_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps on a CPU go as far as recording a graph, which then says that it was tried."""
+    started = set[int]()
+    launch = training_steps.DeviceSteps.launch
+
+    def records(self: Any, size: int) -> None:
+        self.record = self.record or id(self) not in started
+        started.add(id(self))
+        launch(self, size)
+
+    def capture(*_: object, **__: object) -> None:
+        raise RuntimeError(CAPTURED)
+
+    monkeypatch.setattr(training_steps.DeviceSteps, "launch", records)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
+def _reason(log: str) -> str:
+    """Return the one reason against a graph."""
+    (line,) = (line for line in log.splitlines() if "a step cannot be one CUDA graph" in line)
+    return line.rpartition("operation by operation: ")[2]
+
+
 def _epochs(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "epoch"]
 
@@ -36,10 +65,15 @@ def _epochs(folder: Path) -> list[dict[str, Any]]:
         if "image" in METHODS[name].label_kinds
     ],
 )
-def test_every_method_trains_as_with_batches_of_the_host(tiny: Config, name: str, tmp_path: Path) -> None:
+def test_every_method_trains_as_with_batches_of_the_host(
+    tiny: Config, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tiny.replace(method=name, gml={"distillation_weight": 1.0})
     fit(config, tmp_path / "host", quiet=True)
-    fit(config.replace(accelerator=ON_DEVICE), tmp_path / "device", quiet=True)
+    _record_graphs(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="longtail"):
+        fit(config.replace(accelerator=ON_DEVICE), tmp_path / "device", quiet=True)
+    assert _reason(caplog.text) == CAPTURED  # nothing in the method speaks against it
     host, device = _weights(tmp_path / "host"), _weights(tmp_path / "device")
     assert host.keys() == device.keys()
     for key, value in host.items():
@@ -74,10 +108,19 @@ def test_every_method_trains_as_with_batches_of_the_host(tiny: Config, name: str
         {"method": "ldam", "ldam": {"reweight_from": 0.5}},
     ],
 )
-def test_so_does_every_kind_of_step(tiny: Config, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_so_does_every_kind_of_step(
+    tiny: Config,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     config = tiny.replace(**changes)
     fit(config, tmp_path / "host", quiet=True)
-    fit(config.replace(accelerator=ON_DEVICE), tmp_path / "device", quiet=True)
+    _record_graphs(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="longtail"):
+        fit(config.replace(accelerator=ON_DEVICE), tmp_path / "device", quiet=True)
+    assert _reason(caplog.text) == CAPTURED
     host, device = _weights(tmp_path / "host"), _weights(tmp_path / "device")
     for key, value in host.items():
         torch.testing.assert_close(device[key], value, rtol=5e-3, atol=3e-3)
@@ -170,3 +213,63 @@ def test_where_the_images_are_is_said(tiny: Config, tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.INFO, logger="longtail"):
         fit(tiny.replace(method="ce", epochs=1, accelerator=ON_DEVICE), tmp_path / "run", quiet=True)
     assert "training images are kept on cpu and augmented there" in caplog.text
+
+
+class Memory:
+    """An attribute of a method that is no module."""
+
+    position = 0
+
+
+def _counts(method: Any) -> None:
+    method.calls = getattr(method, "calls", 0) + 1
+
+
+def _counts_in_a_module(method: Any) -> None:
+    method.classifier.state = ("calls", getattr(method.classifier, "state", (0, 0))[1] + 1)
+
+
+def _counts_in_a_memory(method: Any) -> None:
+    method.memory = getattr(method, "memory", Memory())
+    method.memory.position += 1
+
+
+def _replaces_a_tensor(method: Any) -> None:
+    method.average = 0.9 * getattr(method, "average", torch.zeros(3))
+
+
+def _sets_once(method: Any) -> None:
+    method.ready, method.limit, method.ids = True, math.nan, (1, None)
+    method.seen = getattr(method, "seen", torch.zeros(()))
+    method.seen += 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (_counts, "method ce changes its value 'calls' in every step, which is no tensor"),
+        (_counts_in_a_module, "method ce changes its value 'classifier.state' in every step, which is no tensor"),
+        (_counts_in_a_memory, "method ce changes its value 'memory.position' in every step, which is no tensor"),
+        (_replaces_a_tensor, "method ce replaces its tensor 'average' in every step"),
+        (_sets_once, CAPTURED),
+    ],
+)
+def test_a_step_that_a_graph_would_freeze_is_not_recorded(
+    tiny: Config,
+    changes: Callable[[Any], None],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loss = METHODS["ce"].loss
+
+    def changing(self: Any, *arguments: Any) -> torch.Tensor:
+        changes(self)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(METHODS["ce"], "loss", changing)
+    _record_graphs(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="longtail"):
+        fit(tiny.replace(method="ce", epochs=1, accelerator=ON_DEVICE), tmp_path / "run", quiet=True)
+    assert _reason(caplog.text) == reason

@@ -50,6 +50,21 @@ def test_a_cache_that_is_not_finished_leaves_nothing(tiny: Config, tmp_path: Pat
     assert len(list(folder.glob("*.npy"))) == 1
 
 
+def test_the_caches_of_networks_with_the_same_weights_are_told_apart(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace(teacher={"cache": 1})
+    data = load_data(config.data, 0)
+    networks = ["test_resnet", "test_resnet(global_pool='max')", "test_resnet( global_pool = 'max' )"]
+    encoders = [Encoder(network, [0.3], [0.4]).eval() for network in networks]
+
+    def loader(draws: Any) -> TrainLoader:
+        return TrainLoader(data.train, 64, [build_transform("digits", 8)], config.seed, cache=draws)
+
+    for encoder, files in zip(encoders, (1, 2, 2), strict=True):
+        encoder.load_state_dict(encoders[0].state_dict())
+        teacher_cache(config, data, encoder, None, loader, tmp_path, torch.device("cpu"))
+        assert len(list(tmp_path.glob("*.npy"))) == files
+
+
 def test_a_signal_stops_the_filling_of_the_cache_and_the_run_is_resumed(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

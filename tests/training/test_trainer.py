@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from longtail.config import Config, read_config
 from longtail.data.sources import load_data
@@ -141,6 +142,61 @@ def test_an_existing_run_is_not_touched(tiny: Config, tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match="is not empty and not a run of longtail"):
         fit(config, other, overwrite=True, quiet=True)
     assert (other / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["model: resnet\n", "- 1\n", "a: b: c\n", "", "started: 2024-99-99\n", "recipe"],
+    ids=["foreign", "list", "broken", "empty", "date", "recipe"],
+)
+def test_another_programs_settings_are_no_run(tiny: Config, tmp_path: Path, settings: str) -> None:
+    config, out = tiny.replace(method="la", epochs=1), tmp_path / "project"
+    (out / "src").mkdir(parents=True)
+    (out / "src" / "model.py").write_text("years of work")
+    # a recipe among other files is no run either
+    (out / "config.yaml").write_text(config.to_yaml() if settings == "recipe" else settings)
+    if settings != "recipe":
+        (out / "last.ckpt").write_text("of another program")
+    for overwrite in (False, True):
+        with pytest.raises(LongtailError, match="is not empty and not a run of longtail; choose another --out"):
+            fit(config, out, overwrite=overwrite, quiet=True)
+    assert (out / "src" / "model.py").read_text() == "years of work"
+
+
+def test_runs_of_other_versions_and_stopped_ones_can_be_replaced(tiny: Config, tmp_path: Path) -> None:
+    config, out = tiny.replace(method="la", epochs=1), tmp_path / "run"
+    older = {name: value for name, value in config.to_dict().items() if name not in {"accelerator", "mixing", "tune"}}
+    settings = yaml.safe_dump({**older, "removed": 3})
+    for names in ([], ["unreadable.csv", ".metrics.jsonl.partial"], ["metrics.jsonl", "notes.txt"]):
+        out.mkdir(exist_ok=True)
+        (out / "config.yaml").write_text(settings)
+        for name in names:
+            (out / name).touch()
+        with pytest.raises(LongtailError, match="contains a run already"):
+            fit(config, out, quiet=True)
+        with pytest.raises(LongtailError, match=r"no field 'removed'.*train it again with --overwrite"):
+            fit(config, out, resume=True, quiet=True)
+        fit(config, out, overwrite=True, quiet=True)
+        assert read_config(out / "config.yaml").method == "la"
+
+
+def test_what_a_run_reads_is_not_overwritten(tiny: Config, tmp_path: Path) -> None:
+    config, out = tiny.replace(method="la", epochs=1), tmp_path / "run"
+    fit(config, out, quiet=True)
+    before = weights(out)
+    distilled = config.replace(classifier={"distillation_weight": 1.0})
+    (tmp_path / "link").symlink_to(out)
+    for source in (str(out), str(tmp_path / "link"), (str(out), str(out))):
+        with pytest.raises(LongtailError, match=r"teacher\.source .*: is in --out .*not overwritten.*choose another"):
+            fit(distilled.replace(teacher={"source": source}), out, overwrite=True, quiet=True)
+    save_image(out / "photos" / "cat" / "0.png")
+    for name in ("cat", "dog"):
+        for number in range(4):
+            save_image(out / "photos" / name / f"{number}.png", seed=number)
+    own = config.replace(data={"source": "folder", "root": str(out / "photos")})
+    with pytest.raises(LongtailError, match=r"data\.root .*photos: is in --out"):
+        fit(own, out, overwrite=True, quiet=True)
+    assert equal(weights(out), before)
 
 
 def test_a_run_is_not_evaluated_on_its_training_images(tiny: Config, photos: Path, tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
+        if any("\0" in argument for argument in args):
+            raise LongtailError("the arguments contain a null byte, which no name or value can have; leave it out")
         args = load_plugins(args)
         if not args or args[0] in {"-h", "--help"}:
             print(DESCRIPTION, end="")

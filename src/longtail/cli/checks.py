@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longtail.errors import LongtailError
+
+if TYPE_CHECKING:
+    from longtail.config import Data
 
 
 def check_folder(path: Path) -> None:
@@ -31,6 +35,30 @@ def check_output(path: Path | None, flag: str = "--json", suffix: str | None = N
     if flag == "--json" and path.suffix.lower() not in {".json", ".jsonl", ""}:
         raise LongtailError(f"{flag} {path}: expected a name that ends in .json, since the file is overwritten")
     check_folder(path.parent)
+
+
+def check_is_not_data(path: Path | None, flag: str, data: Data) -> None:
+    """Raise LongtailError if a file that is to be written is a table or annotations that the data is read from."""
+    tables = (data.train, data.val, data.test)
+    if path is not None and any(table is not None and Path(table).resolve() == path.resolve() for table in tables):
+        raise LongtailError(
+            f"{flag} {path}: is the table that the data is read from, and would be overwritten; choose another name"
+        )
+
+
+def check_outside_data(out: Path, data: Data) -> None:
+    """Raise LongtailError if a new run would lie in a folder of which the library datasets reads every file.
+
+    Where the folder is listed here, the runs in it are left out, see :func:`longtail.data.listing.read_folder`.
+    """
+    if data.source != "hub" or data.root is None or out.exists():
+        return
+    root = Path(data.root).resolve()
+    if root in (out.resolve(), *out.resolve().parents):
+        raise LongtailError(
+            f"--out {out}: is in the data folder {root}, whose files would then all be read as data; choose an --out "
+            "outside it"
+        )
 
 
 def check_run(folder: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longtail.cli.checks import check_folder, check_output
+from longtail.cli.checks import check_folder, check_is_not_data, check_output
 from longtail.cli.console import Counter, print_table, show_messages
 from longtail.cli.options import Embed, Inspect, Split
 from longtail.cli.parsing import parse, split_source
@@ -31,6 +31,8 @@ def inspect(arguments: list[str]) -> None:
     check_output(options.plot, "--plot", ".png")
     check_output(options.fix, "--fix", ".csv")
     settings, shots = validate_section(options.data, "data"), validate_section(options.shots, "shots")
+    check_is_not_data(options.json, "--json", settings)
+    check_is_not_data(options.fix, "--fix", settings)
     from longtail.data.inspection import inspect as inspect_data
 
     with Counter(options.quiet) as counter:
@@ -114,17 +116,14 @@ def split(arguments: list[str]) -> None:
     options = parse(Split, "split SOURCE", rest, Split(data=data))
     check_output(options.json)
     settings = validate_section(options.data, "data")
+    check_is_not_data(options.json, "--json", settings)
     from longtail.data.splits import write_split, writes_table
 
     table = writes_table(settings)
     out = options.out or Path("split.csv" if table else "split")
     if table:
         check_output(out, "--out", ".csv")
-        sources = (settings.train, settings.val, settings.test)
-        if any(source is not None and Path(source).resolve() == out.resolve() for source in sources):
-            raise LongtailError(
-                f"--out {out}: is the table that is split, and would be overwritten; choose another name"
-            )
+        check_is_not_data(out, "--out", settings)
     elif out.suffix:
         raise LongtailError(f"--out {out}: expected the name of a folder, which gets a file for every split")
     else:
@@ -181,6 +180,7 @@ def embed(arguments: list[str]) -> None:
     check_output(options.json)
     check_output(options.out, "--out", ".npz")
     settings = validate_section(options.data, "data")
+    check_is_not_data(options.json, "--json", settings)
     show_messages(options.quiet)
     from longtail.experiments.embed import embed as embed_data
 

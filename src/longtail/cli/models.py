@@ -197,7 +197,8 @@ def _find_with_onnx(model: ONNXModel, files: Sequence[Path], options: Predict) -
             f"--threshold {threshold:g}: {options.run} gives scores from {model.score_threshold:g} up; "
             "predict with its run"
         )
-    if options.prior not in {"uniform", model.prior}:
+    # not given, it is uniform: then the frequencies in the file count
+    if options.prior != "uniform" and not model.has_prior(options.prior):
         inside = model.prior if isinstance(model.prior, str) else "other frequencies"
         raise LongtailError(
             f"--prior {options.prior}: {options.run} has {inside} inside, which cannot be changed after "

@@ -40,8 +40,8 @@ class InferenceFlags:
     """How the scores of an image are computed."""
 
     sliding_window: int | None = None
-    """Models that label pixels: side of a square window that slides over an image; the whole image at once if not
-    given."""
+    """Models that label pixels: side of a square window that slides over an image; that of the run's settings if not
+    given, without one the whole image at once."""
     tta: TTA | Literal["auto"] = "none"
     """Test-time augmentation: average the scores over views of the image. flip: it and its mirror image, 2 times the
     computation; crops: centre and corners, each also mirrored, 10 times; auto: the cheapest that no other exceeds by

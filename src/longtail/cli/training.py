@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from longtail.cli.checks import check_folder, check_output, check_run
+from longtail.cli.checks import check_folder, check_is_not_data, check_output, check_outside_data, check_run
 from longtail.cli.console import print_metrics, print_table, show_messages
 from longtail.cli.options import Compare, Rebalance, Recipes, Train
 from longtail.cli.parsing import parse, parse_with_config, recipe_with_data
@@ -24,7 +24,9 @@ def train(arguments: list[str]) -> None:
         raise LongtailError("--resume and --overwrite contradict each other; give one")
     out = options.out or Path("runs") / f"{recipe.name}-{choose_method(config)[0].method}-seed{config.seed}"
     check_folder(out)
+    check_outside_data(out, config.data)
     check_output(options.json)
+    check_is_not_data(options.json, "--json", config.data)
     show_messages(options.quiet)
 
     from longtail.distributed import rank, shutdown
@@ -62,7 +64,9 @@ def compare(arguments: list[str]) -> None:
         raise LongtailError("minutes: is for longtail train; the runs of a comparison have equal epochs or passes")
     out = options.out or Path("runs") / f"compare-{recipe.name}"
     check_folder(out)
+    check_outside_data(out, config.data)
     check_output(options.json)
+    check_is_not_data(options.json, "--json", config.data)
     show_messages(options.quiet)
 
     from longtail.experiments.compare import as_json, as_json_lines
@@ -113,7 +117,8 @@ def rebalance(arguments: list[str]) -> None:
     options = parse(Rebalance, "rebalance", arguments)
     check_output(options.json)
     check_run(options.run)
-    out = options.out or options.run.with_name(f"{options.run.resolve().name}-{options.method}")
+    beside = options.run if options.run.name not in {"", ".."} else options.run.resolve()  # such as . has no name
+    out = options.out or beside.with_name(f"{options.run.resolve().name}-{options.method}")
     check_folder(out)
     show_messages(options.quiet)
 

@@ -103,6 +103,14 @@ class LongTailedData:
             digest.update(self.train.images.signature(index))
         return digest.hexdigest()
 
+    @functools.cached_property
+    def test_fingerprint(self) -> str:
+        """Hash of the ids and labels of the test images, by which metrics of other test images are recognised."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.test.ids, self.test.labels):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
     @property
     def class_counts(self) -> list[int]:
         """Training images of each class, (C,)."""

@@ -29,17 +29,25 @@ _NO_IMAGES = frozenset({"EPS", "MPEG"})
 
 
 @functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Return the file name suffixes, in lower case, of the formats that Pillow decodes here."""
+def image_formats() -> tuple[str, ...]:
+    """Return the names of the formats that Pillow decodes here by itself, without running another program."""
+    Image.preinit()  # the common formats, which are tried first then
     Image.init()
 
     def decodes(name: str) -> bool:
-        if name not in Image.OPEN or name in _NO_IMAGES or not features.check(_OPTIONAL.get(name, "pil")):
+        if name in _NO_IMAGES or not features.check(_OPTIONAL.get(name, "pil")):
             return False
         factory = Image.OPEN[name][0]
         return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if decodes(name))
+    return tuple(name for name in Image.OPEN if decodes(name))
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the file name suffixes, in lower case, of the formats that Pillow decodes here."""
+    formats = set(image_formats())
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def is_image_name(name: str) -> bool:
@@ -85,13 +93,18 @@ def read_or_record(read: Callable[[Path], Read], path: Path, unreadable: dict[Pa
         return None
 
 
+def open_header(file: Path | BinaryIO) -> ImageFile.ImageFile:
+    """Open an image file without decoding it, as ``Image.open`` does, in the formats that Pillow decodes by itself."""
+    return Image.open(file, formats=image_formats())
+
+
 def open_image(path: Path) -> Image.Image:
     """Open and decode an image file.
 
     Raises:
         LongtailError: the file is missing, empty, damaged, no image, or larger than Pillow decodes safely.
     """
-    with image_errors(path), Image.open(path) as image:
+    with image_errors(path), open_header(path) as image:
         image.load()
     return image
 
@@ -111,7 +124,7 @@ def open_square(file: Path | BinaryIO, size: int, channels: int = 3, name: str |
     Raises:
         LongtailError: as :func:`open_image` does.
     """
-    with image_errors(name or (file if isinstance(file, Path) else "the image")), Image.open(file) as image:
+    with image_errors(name or (file if isinstance(file, Path) else "the image")), open_header(file) as image:
         whole = image.size
         draft = image.draft(None, (_CLEAN * size, _CLEAN * size))
         image.load()
@@ -128,17 +141,18 @@ def open_square(file: Path | BinaryIO, size: int, channels: int = 3, name: str |
 
 def read_size(path: Path) -> tuple[int, int]:
     """Return an image file's width and height in pixels from its header; raises as :func:`open_image` does."""
-    with image_errors(path), Image.open(path) as image:
+    with image_errors(path), open_header(path) as image:
         return image.size
 
 
 def read_shown_size(path: Path) -> tuple[int, int]:
     """Return width and height as :func:`read_size` does, of the image as its Exif tag rotates it."""
-    with image_errors(path), Image.open(path) as image:
+    with image_errors(path), open_header(path) as image:
         width, height = image.size
-        # of a PNG file without Exif in its header, asking for it would decode the whole image
+        # of a PNG file without Exif in its header, asking for it would decode the whole image; of a TIFF file Pillow
+        # gives the size of the rotated image
         has_exif = "exif" in image.info or image.format != "PNG"
-        rotated = has_exif and _orientation(image) in _ROTATED
+        rotated = image.format != "TIFF" and has_exif and _orientation(image) in _ROTATED
     return (height, width) if rotated else (width, height)
 
 
@@ -152,6 +166,13 @@ def transposed(image: Image.Image) -> Image.Image:
         image = image.copy()
         image.info.pop("exif", None)
         return image
+
+
+def oriented_as(image: Image.Image, other: Image.Image) -> Image.Image:
+    """Return another image turned as the Exif tag of the first turns that one, see :func:`transposed`."""
+    copy = other.copy()
+    copy.getexif()[_ORIENTATION] = _orientation(image)
+    return transposed(copy)
 
 
 def _orientation(image: Image.Image) -> int:

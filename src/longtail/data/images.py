@@ -5,6 +5,7 @@ Legend: N images, B of them in a batch, S side in pixels.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
@@ -57,7 +58,7 @@ class Images(Protocol):
         ...
 
     def version(self, index: int) -> bytes:
-        """Return bytes that change with the image, see :meth:`ImageSet.keys`: its signature, of a file its time too."""
+        """Return bytes that change with the image, see :meth:`ImageSet.keys`: its content, or of a file its status."""
         ...
 
     def plain(self, indices: Tensor, size: int) -> Tensor:
@@ -142,9 +143,9 @@ class LazyImages(ABC):
     def signature(self, index: int) -> bytes:
         """Return the size of an encoded image in bytes, as text."""
 
+    @abstractmethod
     def version(self, index: int) -> bytes:
-        """Return the signature."""
-        return self.signature(index)
+        """Return bytes that change with the image, and are not those of another image with its id."""
 
     def plain(self, indices: Tensor, size: int) -> Tensor:
         """Return the centres of the images at ``indices``."""
@@ -267,13 +268,17 @@ class FileImages(LazyImages):
         return str(path.stat().st_size if path.exists() else -1).encode()
 
     def version(self, index: int) -> bytes:
-        """Return a file's folder, size and time of change."""
+        """Return a file's folder, size, times of modification and of change, and number in the file system."""
         try:
             status = (self.root / self.names[index]).stat()
         except OSError:
             return b""
-        # archives set the times, so a file of another set may have the same name, size and time
-        return f"{self._root} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape")
+        # archives set the time of modification, so a file of another set, or of a class whose folder now has the name
+        # of another, may have the same name, size and time; it has another number, or if it took over the number of a
+        # file that was removed, another time of change. Some network file systems number a file anew at each mount: it
+        # is then only decoded again
+        parts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        return f"{self._root} {' '.join(map(str, parts))}".encode("utf-8", "surrogateescape")
 
 
 class CopiedImages(ArrayImages):
@@ -311,7 +316,7 @@ class CopiedImages(ArrayImages):
         return self.files.signature(index) if self.lazy else super().signature(index)
 
     def version(self, index: int) -> bytes:
-        """Return a file's folder, size and time of change."""
+        """Return the version of the image's file."""
         return self.files.version(index)
 
 
@@ -376,6 +381,15 @@ class EncodedImages(LazyImages):
     def signature(self, index: int) -> bytes:
         """Return the number of bytes of a row's image, as text."""
         return str(len(self.read_row(index))).encode()
+
+    def version(self, index: int) -> bytes:
+        """Return a digest of a row's image, since rows of other splits and other sets have the same numbers."""
+        try:
+            with image_errors(self._place(index)):
+                content = self.read_row(index)
+        except LongtailError:  # what is done about it is decided when the image is opened
+            return b""
+        return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def to_square(image: Image.Image, size: int, channels: int = 3) -> Tensor:

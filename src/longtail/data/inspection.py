@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 from longtail.config import Data, Shots
 from longtail.data.dataset import DataDetails, LongTailedData
+from longtail.data.image_io import open_header
 from longtail.data.images import FileImages, Images
 from longtail.data.imbalance import gini, imbalance_factor, resolve_profile
 from longtail.data.listing import Listing
@@ -301,7 +302,7 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
+            with open_header(io.BytesIO(content)) as image:
                 sides = image.size
                 image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

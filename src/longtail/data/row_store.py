@@ -56,6 +56,37 @@ class RowStoreError(LongtailError):
     """Rows cannot be written, or the files that are there cannot be read."""
 
 
+class _Arrived:
+    """Which of some keys a growing file of keys has got since a look at it.
+
+    Each key of the file is read once. To read all of them at each of many additions would take a time that grows with
+    the square of the number of keys.
+
+    Args:
+        read: returns the keys in the file from one position to another.
+        keys: of which the file held none.
+        seen: how many it held then.
+    """
+
+    def __init__(self, read: Callable[[int, int], np.ndarray], keys: np.ndarray, seen: int) -> None:
+        self.read, self.keys, self.seen = read, np.unique(keys), seen
+        self.there = np.zeros(len(self.keys), dtype=bool)
+
+    def look(self, count: int) -> None:
+        """Read the keys that were added, where there are ``count`` in all."""
+        if count < self.seen:  # the file was removed or cut
+            self.seen = 0
+            self.there[:] = False
+        added = self.read(self.seen, count)
+        self.seen += len(added)
+        place = np.searchsorted(self.keys, added).clip(max=len(self.keys) - 1)
+        self.there[place[self.keys[place] == added]] = True
+
+    def are_there(self, keys: np.ndarray) -> np.ndarray:
+        """Return for each of some of the keys whether the file has it."""
+        return self.there[np.searchsorted(self.keys, keys)]
+
+
 class RowStore:
     """Rows on disk, found again by a key of 64 bits; rows of other images are added to the same file.
 
@@ -92,15 +123,22 @@ class RowStore:
         Raises:
             LongtailError: the files cannot be read.
         """
-        count = len(self)
-        if count == 0:
+        return self._find(keys, len(self))
+
+    def _find(self, keys: Tensor, count: int) -> Tensor:
+        known = self._read_keys(0, count)
+        if len(known) == 0:
             return torch.full_like(keys, -1)
-        with self._reading(self.keys_path):
-            known = np.fromfile(self.keys_path, dtype=_KEY, count=count)
         order = np.argsort(known, kind="stable")
         place = np.searchsorted(known[order], keys.numpy()).clip(max=len(known) - 1)
         rows = order[place]
         return torch.from_numpy(np.where(known[rows] == keys.numpy(), rows, -1))
+
+    def _read_keys(self, start: int, stop: int) -> np.ndarray:
+        if start == stop:
+            return np.empty(0, dtype=_KEY)
+        with self._reading(self.keys_path):
+            return np.fromfile(self.keys_path, dtype=_KEY, count=stop - start, offset=start * _KEY.itemsize)
 
     def fill(self, keys: Tensor, make: Callable[[Tensor], Iterator[Tensor]], *, wait: bool = False) -> Tensor:
         """Return the (M,) rows of (M,) int64 keys, and compute those that are missing.
@@ -113,28 +151,35 @@ class RowStore:
                 missing then: for processes that need the same rows. Otherwise both compute.
 
         Raises:
-            LongtailError: the files cannot be written or read.
+            LongtailError: the files cannot be written or read, or were removed meanwhile.
         """
-        if bool((self.find(keys) >= 0).all()):
-            return self.find(keys)
+        rows = self.find(keys)
+        if bool((rows >= 0).all()):
+            return rows
         with self._writing(self.rows_path):
             self.rows_path.parent.mkdir(parents=True, exist_ok=True)
             for path in (self.rows_path, self.keys_path):
                 path.open("ab").close()  # fails before anything is computed
         with self._locked("filling") if wait else contextlib.nullcontext():
-            missing = torch.nonzero(self.find(keys) < 0).flatten()
+            count = len(self)
+            missing = torch.nonzero(self._find(keys, count) < 0).flatten()
+            arrived = _Arrived(self._read_keys, keys[missing].numpy(), count)
             done = 0
             for part in make(missing) if len(missing) else ():
-                self._append(keys[missing[done : done + len(part)]], part)
+                self._append(keys[missing[done : done + len(part)]], part, arrived)
                 done += len(part)
             assert done == len(missing)
-        return self.find(keys)
+        rows = self.find(keys)
+        if bool((rows < 0).any()):
+            raise RowStoreError(f"{self.rows_path}: was removed while rows were added to it; start again")
+        return rows
 
-    def _append(self, keys: Tensor, rows: Tensor) -> None:
+    def _append(self, keys: Tensor, rows: Tensor, arrived: _Arrived) -> None:
         assert rows.shape[1:] == self.shape
         with self._locked("lock"):
-            new = self.find(keys) < 0  # another process may have been faster
             count = len(self)
+            arrived.look(count)
+            new = torch.from_numpy(~arrived.are_there(keys.numpy()))  # another process may have been faster
             # what a process that was killed has left behind the last complete row is overwritten
             self._write(
                 self.rows_path, count * self.row_bytes, rows[new].contiguous().numpy().astype(self.dtype, copy=False)

@@ -22,7 +22,7 @@ def count_pixels(predicted: Tensor, labels: Tensor, num_classes: int, boundary: 
     """Return (6, C) int64 counts of the pixels of one image; those of several images can be added.
 
     In order: pixels labelled as a class, pixels predicted as it, both; and the same within the bands along boundaries.
-    Unlabelled pixels are ignored.
+    Unlabelled pixels are ignored; where they begin is a boundary of labels and predictions alike.
 
     Args:
         predicted: (H, W) int64 in [0, C).
@@ -32,7 +32,8 @@ def count_pixels(predicted: Tensor, labels: Tensor, num_classes: int, boundary: 
     """
     labelled = labels >= 0
     width = max(1, round(boundary * math.hypot(*labels.shape)))
-    bands = (boundary_mask(labels, width), boundary_mask(predicted, width))
+    # labels have an edge where the labelled part ends, so predictions need it as well
+    bands = (boundary_mask(labels, width), boundary_mask(torch.where(labelled, predicted, -1), width))
     everywhere = torch.ones_like(labelled)
     counts = []
     for label_region, predicted_region in ((everywhere, everywhere), bands):

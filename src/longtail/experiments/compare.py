@@ -8,12 +8,13 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -21,6 +22,7 @@ from typing import Literal
 import torch
 
 from longtail.config import Config
+from longtail.config.run_folder import is_comparison
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import is_balanced, load_data
 from longtail.devices import select_device
@@ -33,7 +35,9 @@ from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.checkpoint import FORMAT
 from longtail.training.init_weights import fit_init, with_init
 from longtail.training.preemption import PreemptionHandler
-from longtail.training.run_io import find_finished
+from longtail.training.run_io import check_reads_nothing_in, find_finished
+from longtail.training.second_stage import first_stage_epochs
+from longtail.training.sharpness import passes_per_step
 from longtail.training.trainer import fit
 
 logger = logging.getLogger(__name__)
@@ -69,7 +73,8 @@ def plan(
         methods: names of the methods.
         seeds: seeds, the same for every method, so that their differences are paired.
         budget: ``passes``: every method has as many student passes as the most expensive one in the recipe's epochs, a
-            pass of a network with experts counted as its operations; ``epochs``: every method has the recipe's epochs.
+            pass of a network with experts counted as its operations, and an epoch of a second stage as one pass per
+            image; ``epochs``: every method has the recipe's epochs.
         imbalances: imbalance factors; None is the recipe's own.
 
     Raises:
@@ -91,10 +96,7 @@ def plan(
         )
     assert isinstance(config.epochs, int)
     costs = {name: METHODS[name].num_student_views(config) * METHODS[name].pass_cost(config) for name in methods}
-    most = max(costs.values())
-    epochs = {
-        name: round(config.epochs * most / costs[name]) if budget == "passes" else config.epochs for name in methods
-    }
+    epochs = _equal_epochs(config, costs) if budget == "passes" else dict.fromkeys(methods, config.epochs)
     # the teacher is the recipe's, whatever its student's epochs become
     config = config.replace(teacher={"epochs": config.teacher.epochs or config.epochs})
     return [
@@ -111,6 +113,32 @@ def plan(
         for seed in seeds
         for name in methods
     ]
+
+
+def _equal_epochs(config: Config, costs: Mapping[str, float]) -> dict[str, int]:
+    """Return the epochs in which each method has the passes of the most expensive one in the recipe's epochs.
+
+    Args:
+        config: the recipe.
+        costs: passes per image and epoch of each method, without a second stage.
+    """
+    assert isinstance(config.epochs, int)
+    if config.second_stage == "none":
+        most = max(costs.values())
+        return {name: round(config.epochs * most / cost) for name, cost in costs.items()}
+
+    def passes(epochs: int, cost: float) -> float:
+        """Return the passes per image of both stages."""
+        first = first_stage_epochs(config.replace(epochs=epochs))
+        return first * cost * passes_per_step(config) + epochs - first
+
+    wanted = max(passes(config.epochs, cost) for cost in costs.values())
+
+    def nearest(cost: float) -> int:
+        most = math.ceil(wanted / min(1.0, cost))  # every epoch as cheap as one can be
+        return min(range(2, 1 + max(2, most)), key=lambda epochs: abs(passes(epochs, cost) - wanted))
+
+    return {name: nearest(cost) for name, cost in costs.items()}
 
 
 def _check_methods(methods: Sequence[str]) -> None:
@@ -162,9 +190,10 @@ def compare(
     runs = plan(config, methods, seeds, budget, imbalances)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LongtailError("compare: runs in one process; to use several, start torchrun for each training")
-    if out.exists() and any(out.iterdir()) and not (out / "comparison.json").is_file():
+    if out.exists() and any(out.iterdir()) and not is_comparison(out):
         raise LongtailError(f"{out}: is not empty and not a comparison of longtail; choose another --out")
     if overwrite and out.exists():
+        check_reads_nothing_in(out, config)
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -210,7 +239,7 @@ def _train(planned: Planned, out: Path, quiet: bool) -> Record:
         _loaded[:] = [(key, load_data(config.data, config.seed))]
     data = _loaded[0][1]
     run, folder = auto_config(config, data)[0], out / planned.name
-    done = find_finished(folder, run) or fit(
+    done = find_finished(folder, run, data) or fit(
         run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data
     )
     return dataclasses.replace(run_record(done), imbalance=planned.imbalance)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 from longtail.errors import LongtailError
 from longtail.training.run_io import INCIDENTAL, Run, flatten, read_finished
+
+_OTHER_THAN_IMAGES = frozenset(
+    {
+        *("data.root", "data.train", "data.val", "data.test", "data.workers", "data.cache", "data.seed"),
+        *("data.sampler", "data.deferred_from", "data.repeat_threshold", "data.contrast_augment"),
+    }
+)
+"""Settings of the data on which a fingerprint does not depend beside the seed, and the places of the images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +26,7 @@ class LabelledRuns:
     runs: Sequence[Run]
     labels: Sequence[str]
     """The method, and the settings other than the seed in which a run differs from the first; runs that differ in their
-    seed only share a label."""
+    seed only share a label. Runs of the same settings and seed on other images than the first of them say so."""
     settings: Mapping[str, Sequence[str]]
     """The settings that differ, with one value per run."""
 
@@ -38,8 +46,10 @@ def label_runs(folders: Sequence[Path]) -> LabelledRuns:
         {
             **{name: value for name, value in flatten(run.config.to_dict()).items() if name not in INCIDENTAL},
             "head": run.model_config.training_info.get("rebalanced", "trained"),
+            "training images": training,
+            "test images": test,
         }
-        for run in runs
+        for run, training, test in zip(runs, _numbers_of_training(runs), _numbers_of_test(runs), strict=True)
     ]
     # a method's own settings are compared among the runs that have them
     every = dict.fromkeys(name for each in values for name in each)
@@ -57,3 +67,36 @@ def label_runs(folders: Sequence[Path]) -> LabelledRuns:
         labels.append(", ".join([each["method"], *others]))
     twice = collections.Counter(zip(labels, (run.config.seed for run in runs), strict=True)).most_common(1)[0][1] > 1
     return LabelledRuns(runs, [str(run.folder) for run in runs] if twice else labels, settings)
+
+
+def _numbers_of_training(runs: Sequence[Run]) -> list[str]:
+    """Return which set of training images each run had, of those that its settings and seed have stood for."""
+    keys = []
+    for run in runs:
+        settings = flatten({"data": run.config.to_dict()["data"]})
+        decide = {name: str(value) for name, value in settings.items() if name not in _OTHER_THAN_IMAGES}
+        keys.append((*sorted(decide.items()), _seed(run)))
+    return _numbers(keys, [run.model_config.training_info.get("images") for run in runs])
+
+
+def _numbers_of_test(runs: Sequence[Run]) -> list[str]:
+    """Return which set of test images each run had, of those of its seed; most sets have the same for all seeds."""
+    keys = [_seed(run) for run in runs]
+    return _numbers(keys, [run.model_config.training_info.get("test_images") for run in runs])
+
+
+def _seed(run: Run) -> int:
+    """Return the seed of a run's split and tail."""
+    return run.config.seed if run.config.data.seed is None else run.config.data.seed
+
+
+def _numbers(keys: Sequence[Hashable], fingerprints: Sequence[str | None]) -> list[str]:
+    """Return the numbers of fingerprints among those of the same key; of one that is not known, the first's."""
+    seen: dict[Hashable, list[str]] = {}
+    numbers = []
+    for key, fingerprint in zip(keys, fingerprints, strict=True):
+        known = seen.setdefault(key, [])
+        if fingerprint is not None and fingerprint not in known:
+            known.append(fingerprint)
+        numbers.append(f"set {1 if fingerprint is None else known.index(fingerprint) + 1}")
+    return numbers

@@ -98,14 +98,14 @@ def train_in_threads(configs: Mapping[Path, Config], teachers: Path, jobs: int) 
             train_once(folder, train, f"teacher: training {settings.network} first, kept in {folder}")
 
     def train(folder: Path, turn: Turn) -> Run:
-        return find_finished(folder, configs[folder]) or fit(
+        return find_finished(folder, configs[folder], data[folder]) or fit(
             configs[folder], folder, resume=True, quiet=True, teachers=teachers, data=data[folder], turn=turn
         )
 
     # generation by generation: no training then waits, with its turn, for one that needs the turn to end
     stages: list[dict[Path, Callable[[Turn], None]]] = []
     for folder, config in configs.items():
-        if find_finished(folder, config):
+        if find_finished(folder, config, data[folder]):
             continue
         for number, generation in enumerate(teacher_runs(config, data[folder], teachers)):
             if number == len(stages):

@@ -5,6 +5,7 @@ Legend: N images, B of them in a batch, V views, F feature width.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -22,6 +23,7 @@ from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.images import Images
 from longtail.data.loader import TrainLoader, plain_batches
 from longtail.data.row_store import RowStore, cache_folder, content_hash
+from longtail.data.sources.unreadable import without
 from longtail.distributed import barrier, rank
 from longtail.errors import LongtailError
 from longtail.nn import Encoder, FrozenEncoder, TeacherEncoder
@@ -47,7 +49,7 @@ class FeatureImages:
 
     def __init__(self, images: Images, features: Sequence[Tensor]) -> None:
         self.images, self.features = images, tuple(features)
-        self.unreadable: dict[int, str] = {}
+        self.unreadable = images.unreadable
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,10 +109,10 @@ def check_same_encoder(teacher: TeacherEncoder, encoder: Encoder) -> None:
 
 
 def encoder_hash(encoder: Encoder) -> str:
-    """Return a hash of an encoder's weights and of how it scales images."""
+    """Return a hash of an encoder's network, of its weights, and of how it scales images."""
     state = encoder.state_dict()
     geometry = [encoder.mean, encoder.std, encoder.resize]
-    return content_hash(geometry, sorted(state), *(state[name] for name in sorted(state)))
+    return content_hash(encoder.architecture, geometry, sorted(state), *(state[name] for name in sorted(state)))
 
 
 def feature_data(
@@ -125,7 +127,8 @@ def feature_data(
     """Return a data set with the features of a frozen encoder in place of the images.
 
     Features that are on disk are not computed again: those of an image are found by its id, its content and the
-    encoder's weights, so other splits, seeds and long tails of the same images share them.
+    encoder with its weights, so other splits, seeds and long tails of the same images share them. An image that cannot
+    be read is replaced by another of its class; no features are kept of it, so that every run finds and reports it.
 
     Args:
         data: the images.
@@ -152,22 +155,47 @@ def feature_data(
             yield _encode(frozen, batch, device)
             check()
 
-    def rows(images: ImageSet, view: int) -> Tensor:
-        if folder is None:
-            return torch.cat(list(compute(images, torch.arange(len(images)), view)))
+    def compute_readable(images: ImageSet, positions: Tensor, view: int) -> Iterator[Tensor]:
+        for part, features in zip(positions.split(_BATCH), compute(images, positions, view), strict=True):
+            if not images.images.unreadable.keys().isdisjoint(part.tolist()):
+                raise _FoundUnreadable
+            yield features
+
+    def fill(store: RowStore, images: ImageSet, keys: Tensor, view: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of the images that can be read, and where their features are."""
+        while True:
+            good = without(torch.arange(len(images)), images.images.unreadable)
+
+            def make(missing: Tensor, good: Tensor = good) -> Iterator[Tensor]:
+                return compute_readable(images, good[missing], view)
+
+            with contextlib.suppress(_FoundUnreadable):  # what is done is on disk
+                return good, store.fill(keys[good], make)
+
+    def rows(images: ImageSet, keys: Tensor | None, view: int) -> Tensor:
+        everything = torch.arange(len(images))
+        if folder is None or keys is None:
+            return torch.cat(list(compute(images, everything, view)))
         store = _store(folder, network, encoder, data.image_size, augment, view)
-        keys = images.keys()
         if rank() == 0:
-            store.fill(keys, lambda missing: compute(images, missing, view))
+            fill(store, images, keys, view)
         barrier()
-        found = store.fill(keys, lambda missing: compute(images, missing, view))
-        return torch.from_numpy(store.open()[found.numpy()])
+        good, found = fill(store, images, keys, view)
+        kept = torch.from_numpy(store.open()[found.numpy()])
+        if len(good) == len(images):
+            return kept
+        bad = without(everything, good.tolist())
+        features = kept.new_empty(len(images), kept.shape[1])
+        features[good], features[bad] = kept, torch.cat(list(compute(images, bad, view)))
+        return features
 
     replaced: dict[str, Any] = {}
     for name, images in (("train", data.train), ("val", data.val), ("test", data.test)):
         if images is not None:
-            features = [rows(images, view) for view in range(views if name == "train" else 1)]
+            keys = None if folder is None else images.keys()
+            features = [rows(images, keys, view) for view in range(views if name == "train" else 1)]
             replaced[name] = dataclasses.replace(images, images=FeatureImages(images.images, features))
+    _log_unreadable([split.images for split in replaced.values()])
     if folder is not None:
         count = sum(len(split) for split in replaced.values()) + (views - 1) * len(data.train)
         mib = count * encoder.num_features * 4 / 2**20
@@ -180,15 +208,31 @@ def num_missing_features(data: LongTailedData, encoder: Encoder, config: Config)
     folder, network = cache_folder(config.data.cache), encoder_hash(encoder)
     missing = 0
     for images, views in ((data.train, config.feature_views), (data.val, 1), (data.test, 1)):
+        if images is None:
+            continue
+        if folder is None:
+            missing += len(images) * views
+            continue
+        keys = images.keys()
         for view in range(views):
-            if images is None:
-                continue
-            if folder is None:
-                missing += len(images)
-            else:
-                store = _store(folder, network, encoder, data.image_size, config.data.augment, view)
-                missing += int((store.find(images.keys()) < 0).sum())
+            store = _store(folder, network, encoder, data.image_size, config.data.augment, view)
+            missing += int((store.find(keys) < 0).sum())
     return missing
+
+
+class _FoundUnreadable(Exception):  # noqa: N818
+    """Ends the computation of features that are kept: what was computed is of another image."""
+
+
+def _log_unreadable(splits: Sequence[Images]) -> None:
+    reasons = [reason for images in splits for reason in images.unreadable.values()]
+    if reasons:
+        logger.info(
+            "%d of %d images cannot be read, and the features of others of their class are used; the first: %s",
+            len(reasons),
+            sum(map(len, splits)),
+            reasons[0],
+        )
 
 
 def _store(folder: Path, network: str, encoder: Encoder, size: int, augment: str, view: int) -> RowStore:

@@ -58,6 +58,9 @@ class ModelConfig:
     """Side in pixels to which an image is resized before the centre is cropped."""
     shape: tuple[int, int] | None = None
     """Height and width of most training images where they are not square; other sizes are accepted."""
+    sliding_window: int | None = None
+    """Side of the square window that slides over an image where pixels have labels; the whole image at once if not
+    given, and in models that were saved without it."""
     temperature: _Temperature = 1.0
     """Divisor of the scores, fitted on the validation images; 1 where there were none."""
     class_temperatures: tuple[_Temperature, ...] = ()

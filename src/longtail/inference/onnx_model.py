@@ -6,6 +6,7 @@ Legend: N images, C classes, K objects of an image, H, W sides in pixels.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,9 +141,26 @@ class ONNXModel:
             np.asarray(resolve_class_frequencies(each, self.class_names, self.class_counts))
             for each in (prior, self.prior)
         )
-        weighted = probabilities.astype(np.float64) * (wanted / present)
+        # a class that the file's frequencies exclude has probability 0 in it, and keeps it
+        factors = np.divide(wanted, present, out=np.zeros(len(wanted)), where=present > 0)
+        weighted = probabilities.astype(np.float64) * factors
         changed: Array = weighted / weighted.sum(axis=1, keepdims=True)
         return changed
+
+    def has_prior(self, prior: ClassFrequencies) -> bool:
+        """Return whether class frequencies are those in the file.
+
+        Args:
+            prior: see :meth:`change_prior`.
+
+        Raises:
+            LongtailError: they do not fit the classes.
+        """
+        wanted, present = (
+            resolve_class_frequencies(each, self.class_names, self.class_counts) for each in (prior, self.prior)
+        )
+        # the file's have been through logarithms in single precision
+        return all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(wanted, present, strict=True))
 
     def _run(self, batch: Sequence[Array]) -> Array:
         (probabilities,) = self._session.run(None, {"images": np.stack(batch)})

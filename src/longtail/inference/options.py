@@ -18,8 +18,8 @@ class InferenceOptions:
     """How often, and at which sizes, an image passes through the network; the scores of all passes are averaged."""
 
     sliding_window: int | None = None
-    """Side of a square window that slides over the image by two thirds of itself; the whole image at once if not
-    given."""
+    """Side of a square window that slides over the image by two thirds of itself; that of the run's settings if not
+    given, without one the whole image at once. A window as large as the image is the whole image."""
     tta: TTA | Literal["auto"] = "none"
     """Test-time augmentation. ``flip``: the image and its mirror image, 2 times the computation. ``crops``: the centre
     and the four corners, each also mirrored, 10 times the computation. ``auto``: the cheapest of the three that no

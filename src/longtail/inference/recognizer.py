@@ -270,6 +270,7 @@ class Recognizer(TrainedModel):
     ) -> Iterable[Tensor]:
         size = self.config.image_size
         if isinstance(images, Tensor) and images.ndim == 4:
+            images = _as_pixels(images)
             for part in images.split(batch_size):
                 pixels = part if part.dtype == torch.uint8 else (part.clamp(0, 1) * 255).round().to(torch.uint8)
                 if pixels.shape[1:] == (self.config.channels, size, size):
@@ -336,6 +337,18 @@ class Recognizer(TrainedModel):
         return (self._preprocess([image], size[0])[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
 
 
+def _as_pixels(images: Tensor) -> Tensor:
+    """Return uint8 as it is, other floats as float32."""
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise LongtailError(
+            f"images: expected a tensor of uint8 from 0 to 255 or of floats from 0 to 1, got {images.dtype}; take "
+            "images.byte() where they are from 0 to 255"
+        )
+    return images.float()
+
+
 def to_pillow(image: ImageLike) -> Image.Image:
     """Return a file, an array or a tensor as a Pillow image."""
     if isinstance(image, Image.Image):
@@ -343,11 +356,13 @@ def to_pillow(image: ImageLike) -> Image.Image:
     if isinstance(image, str | Path):
         return open_image(Path(image))
     if isinstance(image, Tensor):
+        image = _as_pixels(image)
         if image.dtype != torch.uint8:
             image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
         image = image.detach().cpu().permute(1, 2, 0).numpy() if image.ndim == 3 else image.detach().cpu().numpy()
-    if image.dtype != np.uint8 or image.ndim not in {2, 3}:
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and 1 <= image.shape[2] <= 4)):
         raise LongtailError(
-            f"image: expected an array of uint8, (H, W) or (H, W, channels), got {image.dtype} of shape {image.shape}"
+            "image: expected an array of uint8, (H, W) or (H, W, channels) with 1 to 4 channels, got "
+            f"{image.dtype} of shape {tuple(image.shape)}"
         )
     return Image.fromarray(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)

@@ -153,12 +153,15 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
         super().__init__((_SCALES,) * levels, (_RATIOS,) * levels)
         self.register_buffer("base", torch.tensor(16.0))
 
-    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Compute the shapes around a place, (A, 4) for every level."""
-        scales = torch.tensor(_SCALES, dtype=dtype, device=device)
-        roots = torch.tensor(_RATIOS, dtype=dtype, device=device).sqrt()
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:  # noqa: ARG002
+        """Compute the shapes around a place, (A, 4) for every level, in full precision whatever that of the maps.
+
+        Half of it cannot hold a position in pixels, and the anchors have the precision of the shapes.
+        """
+        scales = torch.tensor(_SCALES, dtype=torch.float32, device=device)
+        roots = torch.tensor(_RATIOS, dtype=torch.float32, device=device).sqrt()
         widths, heights = (scales / roots[:, None]).flatten(), (scales * roots[:, None]).flatten()
-        shapes = torch.stack([-widths, -heights, widths, heights], dim=1) / 2 * self.base.to(dtype)
+        shapes = torch.stack([-widths, -heights, widths, heights], dim=1) / 2 * self.base.float()
         self.cell_anchors = [shapes * 2**level for level in range(len(self.sizes))]
 
 
@@ -345,7 +348,9 @@ class FasterRCNN(DetectionNetwork):
         return self._pool(maps, boxes, listed)[0]
 
     def _pool(self, maps: Mapping[str, Tensor], boxes: Sequence[Tensor], listed: ImageList) -> tuple[Tensor, Tensor]:
-        pooled = self.regions.box_roi_pool(maps, list(boxes), listed.image_sizes)
+        # torchvision derives the scales of the maps from this size, and they are maps of the padded images
+        sizes = [tuple(listed.tensors.shape[-2:])] * len(boxes)
+        pooled = self.regions.box_roi_pool(maps, list(boxes), sizes)
         features: Tensor = self.regions.box_head(pooled)
         return features, self.regions.box_predictor(features).float()
 

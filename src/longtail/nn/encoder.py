@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from longtail.errors import LongtailError, did_you_mean
 from longtail.nn.backbones import build_backbone
-from longtail.nn.network_name import is_timm_network, timm_settings
+from longtail.nn.network_name import (
+    format_network,
+    is_timm_network,
+    parse_network,
+    resolve_network,
+    timm_settings,
+)
 from longtail.nn.pretrained import known_networks, normalization
 
 BackboneBuilder = Callable[[str, int, str], nn.Module]
@@ -83,6 +89,15 @@ class Encoder(nn.Module):
         width = self.backbone.num_features
         assert isinstance(width, int)
         self.num_features: int = width
+
+    @property
+    def architecture(self) -> str:
+        """The name, the same however the model is found and its arguments are written.
+
+        It is part of what features depend on: networks whose weights have the same names and shapes may compute
+        something else with them.
+        """
+        return format_network(*parse_network(resolve_network(self.name)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features of (B, channels, H, W) images in [0, 1]; (B, num_features) features are returned unchanged.

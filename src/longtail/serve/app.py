@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from longtail.data.data_uri import image_data_uri
 from longtail.data.dataset import ImageSet
-from longtail.data.image_io import image_errors, to_rgb
+from longtail.data.image_io import image_errors, open_header, to_rgb
 from longtail.errors import LongtailError
 from longtail.inference.features import encode_split
 from longtail.inference.model import TrainedModel
@@ -95,7 +95,7 @@ def read_upload(body: bytes) -> Image.Image:
     """
     if not body:
         raise LongtailError("the upload: is empty, expected an image")
-    with image_errors("the upload"), Image.open(io.BytesIO(body)) as image:
+    with image_errors("the upload"), open_header(io.BytesIO(body)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise LongtailError(
                 f"the upload: has {image.width} × {image.height} pixels, expected at most {MOST_PIXELS:,} in all"

@@ -41,7 +41,8 @@ def trusted_hosts(host: str) -> list[str]:
 class TrustedHosts:
     """ASGI middleware that answers requests to other hosts with 400, as Starlette's ``TrustedHostMiddleware`` does.
 
-    That one knows no IPv6 addresses before version 1, and no set of all addresses.
+    That one knows no IPv6 addresses before version 1, and no set of all addresses. Requests that a browser sends for a
+    page of another host are refused too, with 403: any page that a user visits can send an image here.
 
     Args:
         app: the application.
@@ -62,7 +63,22 @@ class TrustedHosts:
             )
             await refusal(scope, receive, send)
             return
+        if scope["type"] in {"http", "websocket"} and not self._is_own_page(scope):
+            from starlette.responses import JSONResponse
+
+            await JSONResponse({"error": "the request: comes from a page of another host"}, 403)(scope, receive, send)
+            return
         await self.app(scope, receive, send)
+
+    def _is_own_page(self, scope: _Message) -> bool:
+        """Return whether a request comes from a page of this server, or from no page."""
+        headers = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
+        if b"origin" not in headers:
+            return True
+        origin = headers[b"origin"].partition("://")[2]
+        matched = _HOST.fullmatch(origin)
+        # behind a reverse proxy, Host may be the name by which it reaches this server
+        return matched is not None and (origin == headers[b"host"] or matched[1] in self.hosts)
 
     def _trusts(self, scope: _Message) -> bool:
         named = [value for name, value in scope["headers"] if name == b"host"]

@@ -13,6 +13,7 @@ from longtail.errors import LongtailError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from torch import nn
 
 
 _WAIT = datetime.timedelta(days=2)
@@ -56,3 +57,11 @@ def build_fabric(config: Config) -> Fabric:
     if world > 1:
         fabric.launch()
     return fabric
+
+
+def synchronize_batch_norm(module: nn.Module) -> None:
+    """Give the BatchNorm layers inside a module the statistics of all processes, in place."""
+    # torch's own conversion would drop the activations that timm's layers contain
+    from timm.layers import convert_sync_batchnorm
+
+    convert_sync_batchnorm(module)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longtail.config import Config, read_config
+from longtail.config.run_folder import is_run
 from longtail.data.dataset import LongTailedData
 from longtail.distributed import rank
 from longtail.errors import LongtailError
@@ -54,14 +55,17 @@ def create_run_folder(folder: Path, config: Config, *, resume: bool, overwrite: 
     """Make the folder of a run, with its ``config.yaml``.
 
     Raises:
-        LongtailError: it is not empty and neither ``resume`` nor ``overwrite`` is given, it is another run's, or it
-            cannot be written.
+        LongtailError: it is not empty and neither ``resume`` nor ``overwrite`` is given, it is another run's or no
+            run's, it contains what the new run reads, or it cannot be written.
     """
     try:
         entries = list(folder.iterdir()) if folder.exists() else []
         if entries:
-            if not (folder / "config.yaml").is_file():
+            # what is only continued is not removed: of settings that cannot be read the reader says why
+            if not (folder / "config.yaml").is_file() or ((overwrite or not resume) and not is_run(folder)):
                 raise LongtailError(f"{folder}: is not empty and not a run of longtail; choose another --out")
+            if overwrite or not resume:
+                check_reads_nothing_in(folder, config)
             if overwrite:
                 shutil.rmtree(folder)
             elif not resume:
@@ -75,6 +79,24 @@ def create_run_folder(folder: Path, config: Config, *, resume: bool, overwrite: 
         raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
     if not (folder / "config.yaml").is_file():
         write_text(folder / "config.yaml", config.to_yaml())
+
+
+def check_reads_nothing_in(folder: Path, config: Config) -> None:
+    """Raise LongtailError if a folder that is to be replaced contains what a run reads: a teacher, weights, or data."""
+    data, teacher = config.data, config.teacher
+    paths = (
+        *(("teacher.source", source) for source in teacher.sources),
+        *(("pretrained", config.pretrained), ("teacher.pretrained", teacher.pretrained)),
+        *((f"data.{name}", getattr(data, name)) for name in ("root", "train", "val", "test")),
+    )
+    for name, value in paths:
+        if value is None or not Path(value).exists():  # the name of a kind, or what is found missing elsewhere
+            continue
+        there = Path(value).resolve()
+        if folder.resolve() in (there, *there.parents):
+            raise LongtailError(
+                f"{name} {value}: is in --out ({folder}), which is not overwritten for that; choose another --out"
+            )
 
 
 def write_unreadable(folder: Path, data: LongTailedData) -> None:
@@ -126,13 +148,33 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find_finished(folder: Path, config: Config) -> Run | None:
-    """Return a run that finished with these settings; None if there is none."""
+def find_finished(folder: Path, config: Config, data: LongTailedData | None = None) -> Run | None:
+    """Return a run that finished with these settings; None if there is none.
+
+    Args:
+        folder: of the run.
+        config: the settings.
+        data: what they stand for now.
+
+    Raises:
+        LongtailError: the run was trained or tested on other images than ``data``.
+    """
     lines = read_metrics(folder / "metrics.jsonl")
     if not lines or lines[-1]["kind"] != "test" or read_config(folder / "config.yaml") != config:
         return None
     model_config = read_model_config(folder)
     info = model_config.training_info
+    if data is not None:
+        # versions before this one kept no fingerprint of the test images
+        for what, name, there_are in (
+            ("trained", "images", data.fingerprint),
+            ("tested", "test_images", data.test_fingerprint),
+        ):
+            if info.get(name, there_are) != there_are:
+                raise LongtailError(
+                    f"{folder}: was {what} on other images than there are now; restore them, or start again with "
+                    "--overwrite or another --out"
+                )
     return Run(
         folder,
         config,

@@ -13,10 +13,10 @@ import math
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtail.config import Config
 from longtail.data.device_loader import DeviceLoader, reason_against_device
@@ -213,15 +213,20 @@ class DeviceSteps:
         if size in self._graphs:
             self._graphs[size].replay()
             return
-        if self.record and self._launched.get(size, 0) >= _WARM_UP:
+        launched = self._launched.get(size, 0)
+        if self.record and launched >= _WARM_UP:
             with self.student.turn.taken():
                 graph = self._recorded(size)
             if graph is not None:
                 self._graphs[size] = graph
                 graph.replay()
                 return
+        # in the last step of the warm-up: what is set once, at the first use, is there already
+        before = _contents(self.student.method) if self.record and launched == _WARM_UP - 1 else None
         self.step(size)
-        self._launched[size] = self._launched.get(size, 0) + 1
+        self._launched[size] = launched + 1
+        if before is not None and (reason := self._reason_against_graph(before)):
+            self._forgo_graph(reason)
 
     def step(self, size: int) -> None:
         """Launch the operations of one step, all of them independent of values that change from step to step."""
@@ -241,7 +246,7 @@ class DeviceSteps:
     def _recorded(self, size: int) -> Any:
         """Return a graph of the step for batches of ``size``; None, with the reason logged, if it cannot be one."""
         student, started = self.student, time.monotonic()
-        before = _addresses(student.method)
+        before = _contents(student.method)
         student.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
@@ -252,16 +257,26 @@ class DeviceSteps:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
         else:
-            moved = sorted(name for name, address in _addresses(student.method).items() if before[name] != address)
-            if not moved:
+            reason = self._reason_against_graph(before)
+            if not reason:
                 if not self._graphs:
                     logger.info("a step is one CUDA graph, recorded in %.1f s", time.monotonic() - started)
                 return graph
-            # the graph would read the old tensor again and again
-            reason = f"method {student.config.method} replaces its tensor '{moved[0]}' in every step"
+        self._forgo_graph(reason)
+        return None
+
+    def _reason_against_graph(self, before: _Contents) -> str:
+        """Return what the step since ``before`` replaced and a graph would read as it was; empty if nothing."""
+        name, after = self.student.config.method, _contents(self.student.method)
+        if moved := _differing(before.addresses, after.addresses):
+            return f"method {name} replaces its tensor '{moved[0]}' in every step"
+        if changed := _differing(before.values, after.values):
+            return f"method {name} changes its value '{changed[0]}' in every step, which is no tensor"
+        return ""
+
+    def _forgo_graph(self, reason: str) -> None:
         self.record = False
         logger.info("a step cannot be one CUDA graph, and is launched operation by operation: %s", reason)
-        return None
 
     def _collect(self) -> None:
         """Read the loss terms of the steps since the last reading, and add them to the tracker."""
@@ -281,9 +296,39 @@ class DeviceSteps:
                 tracker.add_norm(norm)
 
 
-def _addresses(method: Method) -> Mapping[str, int]:
-    """Return where every tensor of a method lies."""
-    return {name: tensor.data_ptr() for name, tensor in named_tensors(method).items()}
+class _Contents(NamedTuple):
+    """What a step of a method reads and writes beside the batch, by name."""
+
+    addresses: dict[str, int]
+    """Where every tensor lies."""
+    values: dict[str, object]
+    """Numbers, texts and tuples of them."""
+
+
+def _contents(method: Method) -> _Contents:
+    addresses = {name: tensor.data_ptr() for name, tensor in named_tensors(method).items()}
+    values: dict[str, object] = {}
+    for path, module in method.named_modules():
+        owners: dict[str, object] = {path: module}
+        # memories, which are no modules, have attributes too
+        owners |= {f"{path}.{name}": value for name, value in vars(module).items() if not isinstance(value, nn.Module)}
+        for prefix, owner in owners.items():
+            found = getattr(owner, "__dict__", {})
+            values |= {f"{prefix}.{name}".strip("."): value for name, value in found.items() if _is_plain(value)}
+    return _Contents(addresses, values)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _differing(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """Return the sorted names of what is not equal, or is on one side only."""
+    common = before.keys() & after.keys()
+    # tuples compare their parts by identity first: a NaN that stayed is equal
+    return sorted((before.keys() ^ after.keys()) | {name for name in common if (before[name],) != (after[name],)})
 
 
 def build_steps(

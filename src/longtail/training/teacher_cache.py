@@ -153,7 +153,7 @@ def teacher_cache(
     content += [config.data.augment, data.image_size]
     members = [teacher] if isinstance(teacher, Encoder) else teacher.members
     content += [
-        [*map(float, member.mean), *map(float, member.std), member.resize]
+        [member.architecture, *map(float, member.mean), *map(float, member.std), member.resize]
         for member in members
         if isinstance(member, Encoder)
     ]

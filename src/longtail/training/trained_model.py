@@ -64,6 +64,7 @@ def build_model(
         mean=encoder.mean,  # type: ignore[arg-type]
         std=encoder.std,  # type: ignore[arg-type]
         network_size=config.network_size,
+        sliding_window=task.default_options(config).sliding_window,
         predicts_under=METHODS[config.method].predicts_under(config),
         training_info=training_info or {},
         metrics={},

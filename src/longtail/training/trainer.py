@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import longtail
 from longtail.config import Config, choose_method
@@ -37,7 +37,7 @@ from longtail.tasks.evaluate import evaluate_split
 from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.budget import choose_settings, remark_on_remaining, remarks_on_duration
 from longtail.training.checkpoint import load_checkpoint, save_checkpoint
-from longtail.training.fabric import build_fabric
+from longtail.training.fabric import build_fabric, synchronize_batch_norm
 from longtail.training.head_init import init_classifier
 from longtail.training.init_weights import fit_init, load_class_weights, load_encoder, with_init
 from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
@@ -200,7 +200,7 @@ class _Trainer:
         adapter = self.task.sample_adapter(config, data)
         method = self.method_class(config, self.encoder, data.class_counts, *parts, adapter=adapter)
         if world_size() > 1 and self.fabric.device.type != "cpu":
-            nn.SyncBatchNorm.convert_sync_batchnorm(method)
+            synchronize_batch_norm(method)
         method.to(memory_format=torch.channels_last)
         if config.compile:  # once for each size of a batch, of which there are two
             method.encoder.backbone.compile(dynamic=False)
@@ -428,6 +428,7 @@ class _Trainer:
             "student_passes": tracker.student_passes,
             **({"pass_cost": round(cost, 3)} if cost != 1 else {}),
             "images": self.data.fingerprint,
+            "test_images": self.data.test_fingerprint,
         }
         if tracker.best is not None:
             training_info["best_step"] = tracker.best["step"]
@@ -454,6 +455,7 @@ class _Trainer:
     def _save(self, student: Student) -> None:
         optimizer = student.optimizer.state_dict()
         state = {"method": student.method.state_dict(), "optimizer": optimizer, "tracker": student.tracker.state()}
+        state["precision"] = self.fabric.strategy.precision.state_dict()  # the scale of the loss, of 16-mixed
         if student.ema is not None:
             state["ema"] = student.ema.module.state_dict()
         if rank() == 0:
@@ -470,6 +472,8 @@ class _Trainer:
             load_optimizer(student.optimizer, state["optimizer"])
             if student.ema is not None:
                 student.ema.module.load_state_dict(state["ema"])
+            if state.get("precision"):  # absent from older checkpoints
+                self.fabric.strategy.precision.load_state_dict(state["precision"])
             student.tracker.restore(state["tracker"], self.fabric.device)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             message = " ".join(str(error).split())[:200]

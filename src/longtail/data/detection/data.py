@@ -60,11 +60,12 @@ class DetectionData(LongTailedData):
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the training set: what every set has, and the objects."""
-        digest = hashlib.blake2b(super().fingerprint.encode(), digest_size=8)
-        annotations = self.annotations
-        for tensor in (annotations.image_index, annotations.boxes, annotations.labels, annotations.ignored):
-            digest.update(tensor.numpy().tobytes())
-        return digest.hexdigest()
+        return _with_objects(super().fingerprint, self.annotations)
+
+    @functools.cached_property
+    def test_fingerprint(self) -> str:
+        """Hash of the test set: what every set has, and the objects."""
+        return _with_objects(super().test_fingerprint, annotations_of(self.test))
 
     def details(self, config: Data) -> DataDetails:
         """Return objects and images of each class, repeat factors, and what looks wrong with the annotations."""
@@ -73,6 +74,13 @@ class DetectionData(LongTailedData):
         groups = lvis_groups(self.image_counts)
         problems = AnnotationProblems() if self.problems is None else self.problems
         return annotation_details(splits, groups, problems, config.repeat_threshold, self.image_size)
+
+
+def _with_objects(fingerprint: str, annotations: Annotations) -> str:
+    digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
+    for tensor in (annotations.image_index, annotations.boxes, annotations.labels, annotations.ignored):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def images_of(images: ImageSet) -> DetectionImages:

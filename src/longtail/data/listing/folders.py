@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from longtail.config.run_folder import is_written
 from longtail.data.image_io import is_image_name
 from longtail.data.listing.types import SPLIT_ALIASES, SPLITS, Entries, Listing, split_of
 from longtail.data.paths import nfc, printable
@@ -22,7 +23,8 @@ _SHOWN = 3  # names in a message
 def read_folder(root: Path, *, class_depth: int | None = None, skip_empty: bool = False) -> Listing:
     """Read a folder of class folders, below folders of splits (:data:`SPLIT_ALIASES`, in any case) or directly.
 
-    Every folder that contains images is a class, whatever its depth; its name is its path, ``animals/cat``.
+    Every folder that contains images is a class, whatever its depth; its name is its path, ``animals/cat``. The runs of
+    a training that was started in the folder, whose pictures of errors are images too, are left out.
 
     Args:
         root: the folder.
@@ -117,6 +119,8 @@ class _Reader:
     remarks: list[str] = field(default_factory=list)
     empty: dict[str, str] = field(default_factory=dict)
     """Class folders without images: by name, what they contain instead."""
+    written: list[str] = field(default_factory=list)
+    """Folders that longtail wrote, which are left out."""
 
     def class_files(self, root: Path) -> _Files:
         """Return the images of every class below a folder, as paths below it."""
@@ -147,6 +151,9 @@ class _Reader:
         identity = _identity(root / path)
         if identity in above:
             self.errors.append(f"{printable(root / path)}: is a link to a folder that contains it; remove it")
+            return
+        if is_written(root / path):
+            self.written.append(path)
             return
         images: list[str] = []
         other: list[str] = []
@@ -190,6 +197,11 @@ class _Reader:
                     )
             splits[split] = _entries(files, names, prefix)
         self._report_empty()
+        if self.written:
+            self.remarks.append(
+                f"{printable(root)}: {len(self.written)} folders of runs are no classes, and are left out "
+                f"({_shown(sorted(self.written))})"
+            )
         if beside:
             self.remarks.append(
                 f"{printable(root)}: {len(beside)} folders beside the splits are not used ({_shown(sorted(beside))})"

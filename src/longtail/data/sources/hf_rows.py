@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from longtail.data.image_io import open_header
 from longtail.data.images import to_square
 from longtail.data.listing import SPLITS, class_names_of_labels, encode_labels, split_of
 from longtail.data.listing.tables import (
@@ -198,7 +198,7 @@ class DatasetRows:
         """Return the images of B rows as (B, 3, size, size) uint8."""
         encoded = self.encoded_images(positions.tolist())
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return torch.stack(list(pool.map(lambda cell: to_square(Image.open(io.BytesIO(cell)), size), encoded)))
+            return torch.stack(list(pool.map(lambda cell: to_square(open_header(io.BytesIO(cell)), size), encoded)))
 
 
 def _encoded_image(cell: Mapping[str, Any] | None) -> bytes:

@@ -28,7 +28,7 @@ from torch import Tensor
 from longtail.config import Data, Shots
 from longtail.data.class_order import frequency_thirds
 from longtail.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailedData
-from longtail.data.image_io import is_image_name, open_image, read_size, to_rgb, transposed
+from longtail.data.image_io import is_image_name, open_image, oriented_as, read_size, to_rgb, transposed
 from longtail.data.images import FileImages
 from longtail.data.listing import SPLITS, find_split_folders
 from longtail.data.paths import find_path, visible_files
@@ -97,8 +97,12 @@ class SegmentationImages(FileImages):
         return cast("SegmentationSample", self._with_fallback(index, cast("Any", self._open_pair)))
 
     def _open_pair(self, index: int) -> SegmentationSample:
-        image = to_rgb(self.open(index))
+        stored = self.open(index)
+        image = to_rgb(stored)
         labels = read_mask(self.root / self.masks[index], self.ignore_value) - 1
+        if labels.shape == stored.size[::-1] != image.size[::-1]:
+            # drawn on the image as it is stored, by a program that ignores its Exif tag
+            labels = np.asarray(oriented_as(stored, Image.fromarray(labels)))
         if labels.shape != image.size[::-1]:
             raise _size_error(self.root / self.names[index], image.size, self.root / self.masks[index], labels.shape)
         return SegmentationSample(image, labels)
@@ -167,7 +171,7 @@ def load_segmentation(
 
     Raises:
         LongtailError: a mask or an image is missing, more of them cannot be read than the settings accept, their sizes
-            differ, a mask has an unknown value, or a class has no training pixel.
+            differ, a mask has an unknown value, there are fewer than two classes, or one has no training pixel.
     """
     if config.root is None:
         raise LongtailError(
@@ -197,6 +201,11 @@ def load_segmentation(
     width = max(masks.counts.shape[1] for masks in counted.values())
     if names is None:
         names = tuple(f"class {number}" for number in range(1, width))
+        if len(names) < 2:
+            raise LongtailError(
+                f"{root / 'annotations'}: expected the numbers of at least two classes in the masks, found "
+                f"{len(names)}; 0 means unlabelled, so classes, the background too, are numbered from 1"
+            )
     remarks = [remark for split in pairs for remark in _unlabelled_remarks(root, pairs[split], counted[split])]
     if config.val_fraction > 0:
         remarks.append("data.val_fraction is not used: masks have the splits of their folders")

@@ -91,7 +91,7 @@ def _fixed_shapes(module: _ExportModule) -> Iterator[None]:
     def pool(align: MultiScaleRoIAlign, maps: dict[str, Tensor], boxes: list[Tensor], shapes: Sequence[Any]) -> Tensor:
         levels = [maps[name] for name in align.featmap_names]
         rois = torch.cat([torch.zeros_like(boxes[0][:, :1]), boxes[0]], dim=1)
-        # as torchvision finds them from the sides of maps and image
+        # as torchvision finds them from the sides of maps and padded image
         scales = [2.0 ** round(float(np.log2(level.shape[-1] / shapes[0][1]))) for level in levels]
         first = -np.log2(scales[0])
         area = (boxes[0][:, 2:] - boxes[0][:, :2]).prod(dim=1)

@@ -58,8 +58,14 @@ class Segmenter(TrainedModel):
 
     @torch.no_grad()
     def scores(self, images: Tensor, options: InferenceOptions | None = None) -> Tensor:
-        """Return (B, C, H, W) log-likelihood scores, free of any prior, of (B, channels, H, W) images in [0, 1]."""
+        """Return (B, C, H, W) log-likelihood scores, free of any prior, of (B, channels, H, W) images in [0, 1].
+
+        Args:
+            images: of any size.
+            options: how they are computed; without a sliding window in them, the model's own is used, if it has one.
+        """
         options = options or InferenceOptions()
+        window = self.config.sliding_window if options.sliding_window is None else options.sliding_window
         if options.tta in {"crops", "auto"}:
             raise LongtailError(f"tta {options.tta}: is for models that classify whole images; use flip")
         height, width = images.shape[-2:]
@@ -68,7 +74,7 @@ class Segmenter(TrainedModel):
             size = (max(1, round(height * scale)), max(1, round(width * scale)))
             scaled = images if scale == 1 else F.interpolate(images, size, mode="bilinear", antialias=True)
             for mirrored in (False, True) if options.tta_flip else (False,):
-                scores = self._sliding_window(scaled.flip(-1) if mirrored else scaled, options.sliding_window)
+                scores = self._sliding_window(scaled.flip(-1) if mirrored else scaled, window)
                 scores = scores.flip(-1) if mirrored else scores
                 if scale != 1:
                     scores = F.interpolate(scores, (height, width), mode="bilinear")
@@ -106,7 +112,7 @@ class Segmenter(TrainedModel):
             images: files, Pillow images, arrays (H, W, channels) of uint8, or tensors (channels, H, W).
             prior: class frequencies of the pixels where the images come from: ``uniform``, ``train``, C frequencies, a
                 mapping from class name to frequency, or a file of them.
-            options: how the scores of an image are computed.
+            options: how the scores of an image are computed, see :meth:`scores`.
 
         Raises:
             LongtailError: a file cannot be read, or the prior does not fit.

@@ -18,7 +18,7 @@ class SegmentationSettings(Settings):
     section: ClassVar[str] = "segmentation"
 
     crop: tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]] | None = None
-    """Height and width of the training crops; those of the images, at most 512, if not given."""
+    """Height and width of the training crops; those of the images, at least 32 and at most 512, if not given."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     """Smallest and largest random scale of a training image."""
     jitter: Annotated[float, Field(ge=0, lt=1)] = 0.4
@@ -28,7 +28,8 @@ class SegmentationSettings(Settings):
     keys: Literal["pixels", "regions", "both"] = "both"
     """What is pushed into the queues: drawn pixels, the mean feature of every class in an image, or both (gml)."""
     sliding_window: Annotated[int, Field(ge=32)] | None = None
-    """Side of the square window that slides over an image in evaluation; the whole image at once if not given."""
+    """Side of the square window that slides over an image in evaluation and prediction; the whole image at once if not
+    given."""
     boundary: PositiveFloat = 0.02
     """Width of the band along outlines that boundary IoU considers, as a fraction of the image's diagonal."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +36,7 @@ from longtail.tasks.segmentation.predict import predict_files
 from longtail.tasks.segmentation.segmenter import Segmenter
 from longtail.tasks.segmentation.settings import SegmentationSettings
 
-_MAX_CROP = 512  # pixels either way, of a crop that is chosen automatically
+_MIN_CROP, _MAX_CROP = 32, 512  # pixels either way, of a crop that is chosen automatically
 
 
 class Segmentation(Task[Segmenter]):
@@ -63,7 +64,7 @@ class Segmentation(Task[Segmenter]):
         assert isinstance(data, SegmentationData)
         if config.section(SegmentationSettings).crop is not None:
             return config, []
-        height, width = (min(_MAX_CROP, side) for side in data.size)
+        height, width = (max(_MIN_CROP, min(_MAX_CROP, side)) for side in data.size)
         reason = f"segmentation.crop {height} {width}: most images have {data.size[0]} × {data.size[1]} pixels"
         return config.replace(segmentation={"crop": (height, width)}), [reason]
 
@@ -154,7 +155,9 @@ class Segmentation(Task[Segmenter]):
             raise LongtailError(
                 "--test_prior, --coverage and --prior estimate are for models that classify whole images"
             )
-        options = None if request.options == InferenceOptions() else request.options
+        options = request.options
+        if options.sliding_window is None:
+            options = dataclasses.replace(options, sliding_window=self.default_options(config).sliding_window)
         return evaluate_run_under(model, config, data, request.prior, options)
 
     def predict_files(self, model: Segmenter, files: Sequence[Path], request: PredictionRequest) -> PredictionOutput:
