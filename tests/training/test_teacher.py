@@ -250,7 +250,7 @@ def test_a_teacher_of_other_weights_chooses_what_of_it_is_trained(tiny: Config) 
 
     assert [tune(student) for student in ("lora", "full", "norm")] == ["lora", "full", "norm"]
     other = {"network": "conv8", "pretrained": "none"}
-    assert [tune(student, **other) for student in ("lora", "full", "norm")] == ["auto"] * 3
+    assert [tune(student, **other) for student in ("lora", "full", "norm")] == ["full"] * 3
     pretrained = {"network": "test_vit"}
     assert [tune(student, **pretrained) for student in ("lora", "full", "norm")] == ["auto", "auto", "norm"]
     assert tune("lora", "head", **pretrained) == "head"

@@ -29,8 +29,8 @@ class Teacher:
     """Initial weights of a teacher that is trained, as pretrained for the student's; the student's if not given."""
     tune: str | None = None
     """What of a teacher's encoder is trained, as tune for the student's: head trains a classifier on a pretrained
-    encoder that stays as it is. If not given: the student's, or auto for a network or initial weights of its own where
-    the student's is full or lora, or where the teacher starts from random weights."""
+    encoder that stays as it is. If not given: the student's; for a network or initial weights of its own auto where the
+    student's is full or lora, and full from random weights."""
     network_size: Annotated[int, Field(ge=8)] | None = None
     """Side in pixels to which images are resized before they enter a teacher that is trained; the student's if not
     given."""

@@ -135,8 +135,10 @@ def _inherited_tune(config: Config, network: str, pretrained: str) -> str:
     """Return what of a teacher's encoder is trained where ``teacher.tune`` is not given."""
     if (network, pretrained) == (config.network, config.pretrained) and config.init is None:
         return config.tune
-    # the student's lora or full may have been chosen for its network; of random weights a part is never trained alone
-    return "auto" if pretrained == "none" or config.tune in {"lora", "full"} else config.tune
+    if pretrained == "none":
+        return "full"  # a part of random weights is never trained alone
+    # the student's lora or full may have been chosen for its network
+    return "auto" if config.tune in {"lora", "full"} else config.tune
 
 
 def teacher_folder(config: Config, data: LongTailedData, runs: Path, member: int = 0) -> Path:
