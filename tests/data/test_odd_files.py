@@ -48,6 +48,20 @@ def test_the_shown_size_is_that_of_the_decoded_image(tmp_path: Path, suffix: str
     assert to_rgb(open_image(path)).size == read_shown_size(path) == (10, 20)
 
 
+def test_pictures_of_a_run_are_not_among_the_images(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "photos-la-seed0"
+    for folder in (tmp_path / "new", run / "errors"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (20, 10)).save(folder / "x.png")
+    (run / "config.yaml").write_text(
+        "{recipe: folder, method: la, network: a, epochs: 1, batch_size: 2, seed: 0, data: {}, "
+        "classifier: {}, teacher: {}}"
+    )
+    (run / "metrics.jsonl").touch()
+    assert find_images([tmp_path]) == [tmp_path / "new" / "x.png"]
+    assert find_images([run / "errors"]) == [run / "errors" / "x.png"]
+
+
 def test_what_a_decoder_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.png"
     Image.new("RGB", (20, 10)).save(path)

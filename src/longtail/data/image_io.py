@@ -12,6 +12,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
+from longtail.config.run_folder import is_written
 from longtail.data.paths import find_path, printable, visible_files
 from longtail.errors import LongtailError
 
@@ -56,7 +57,7 @@ def is_image_name(name: str) -> bool:
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Return the given files, and the images below the given folders in order of name.
+    """Return the given files, and the images below the given folders in order of name, without those of runs.
 
     Raises:
         LongtailError: a path does not exist, or a folder contains no images.
@@ -66,6 +67,9 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
         path = find_path(given)
         if path.is_dir():
             inside = sorted(p for p in visible_files(path) if is_image_name(p.name))
+            folders = {parent for file in inside for parent in file.parents if path in parent.parents}
+            written = {folder for folder in folders if is_written(folder)}  # a run's report has pictures of its own
+            inside = [file for file in inside if written.isdisjoint(file.parents)]
             if not inside:
                 raise LongtailError(f"{path}: holds no images")
             files += inside
