@@ -17,7 +17,7 @@ SOURCE = TESTS.parent / "src" / "longtail"
 
 LAYERS = (
     ("errors",),
-    ("files", "randomness", "registry", "distributed", "devices", "allocator"),
+    ("files", "randomness", "registry", "distributed", "devices", "allocator", "run_folder"),
     ("config", "losses", "memory", "plots"),
     ("nn", "data"),
     ("evaluation",),
@@ -43,7 +43,7 @@ FEW_IMPORTS = {
     "memory": {"distributed"},
     "nn": {"errors", "losses"},
     "config": {"errors", "registry"},
-    "data": {"config", "errors", "files", "randomness", "registry"},
+    "data": {"config", "errors", "files", "randomness", "registry", "run_folder"},
 }
 """What may import even less than its layer allows: a loss, a network or a data set can be used without the rest."""
 

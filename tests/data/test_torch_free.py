@@ -33,6 +33,14 @@ def test_no_torch_is_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_deployed_model_reads_images_without_the_settings() -> None:
+    code = (
+        "import sys, longtail.inference.onnx_model\n"
+        "assert not {'torch', 'pydantic', 'tyro', 'longtail.config'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_head_first_and_thirds() -> None:
     assert head_first([5, 100, 1, 100]) == [1, 3, 0, 2]
     assert frequency_thirds([5, 100, 1, 50, 7, 2]) == ["middle", "head", "tail", "head", "middle", "tail"]

@@ -12,9 +12,9 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 
-from longtail.config.run_folder import is_written
 from longtail.data.paths import find_path, printable, visible_files
 from longtail.errors import LongtailError
+from longtail.run_folder import is_written
 
 Read = TypeVar("Read")
 

@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 
 from longtail.config import Config
-from longtail.config.run_folder import is_comparison
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import is_balanced, load_data
 from longtail.devices import select_device
@@ -31,6 +30,7 @@ from longtail.experiments.records import Record, columns, run_name, run_record
 from longtail.experiments.threads import MAX_AT_ONCE, reason_against_threads, train_in_threads
 from longtail.files import write_json, write_text
 from longtail.registry import METHODS, load_plugin, plugins
+from longtail.run_folder import is_comparison
 from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.checkpoint import FORMAT
 from longtail.training.init_weights import fit_init, with_init

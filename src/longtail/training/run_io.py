@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from longtail.config import Config, read_config
-from longtail.config.run_folder import is_run
 from longtail.data.dataset import LongTailedData
 from longtail.distributed import rank
 from longtail.errors import LongtailError
 from longtail.files import write_text
 from longtail.inference.model_config import ModelConfig, read_model_config
+from longtail.run_folder import is_run
 from longtail.training.metric_log import read_metrics
 
 INCIDENTAL = frozenset(

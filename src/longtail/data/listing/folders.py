@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
-from longtail.config.run_folder import is_written
 from longtail.data.image_io import is_image_name
 from longtail.data.listing.types import SPLIT_ALIASES, SPLITS, Entries, Listing, split_of
 from longtail.data.paths import nfc, printable
 from longtail.errors import LongtailError, did_you_mean
+from longtail.run_folder import is_written
 
 _SHOWN = 3  # names in a message
 

@@ -1,12 +1,10 @@
-"""Which folders longtail wrote: by what is in them, not by their names alone. Imports no torch."""
+"""Which folders longtail wrote: by what is in them, not by their names alone. Imports little."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 _FIELDS = frozenset({"recipe", "method", "network", "epochs", "batch_size", "seed", "data", "classifier", "teacher"})
 """Fields that ``config.yaml`` of a run has had in every version, so that runs of older ones are recognised."""
@@ -71,6 +69,8 @@ def _values(path: Path) -> Any:
     """Return the content of a YAML or JSON file; None if there is no such file, or it cannot be read."""
     if not path.is_file():
         return None
+    import yaml  # not needed by what only reads images, such as a deployed model
+
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
