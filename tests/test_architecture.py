@@ -17,7 +17,7 @@ SOURCE = TESTS.parent / "src" / "longtail"
 
 LAYERS = (
     ("errors",),
-    ("files", "randomness", "registry", "distributed", "devices", "allocator", "run_folder"),
+    ("files", "randomness", "registry", "distributed", "devices", "allocator", "run_folder", "class_counts"),
     ("config", "losses", "memory", "plots"),
     ("nn", "data"),
     ("evaluation",),
@@ -39,8 +39,9 @@ FEW_IMPORTS = {
     "plots": {"files"},  # written atomically
     "randomness": set[str](),
     "distributed": {"errors"},
-    "losses": {"distributed"},
-    "memory": {"distributed"},
+    "class_counts": set[str](),
+    "losses": {"class_counts", "distributed"},
+    "memory": {"class_counts", "distributed"},
     "nn": {"errors", "losses"},
     "config": {"errors", "registry"},
     "data": {"config", "errors", "files", "randomness", "registry", "run_folder"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -219,7 +219,7 @@ def test_scores_add_up() -> None:
         ({"learning_rate": 0}, "learning_rate: expected a number above 0"),
         ({"weight_decay": -1}, "weight_decay: expected a number of at least 0"),
         ({"method": "gml", "queue_size": 0}, "queue_size: expected an integer of at least 1"),
-        ({"method": "gml", "queue_size": 3}, "size: expected at least 10 classes × 2 slots, got 3"),
+        ({"method": "gml", "queue_size": 3}, "queue_size: expected at least 10 classes × 2 slots, got 3"),
         ({"prior": "none"}, "prior 'none': expected uniform, train, or a file"),
     ],
 )
@@ -290,3 +290,39 @@ def test_a_fit_that_has_not_converged_warns(monkeypatch: pytest.MonkeyPatch) -> 
         ConvergenceWarning, match=r"epochs \d+ % of the training samples are .*100 % by the nearest class"
     ):
         model.fit(X, y)
+
+
+def test_a_fit_that_fails_leaves_the_last_one() -> None:
+    X, y = load_digits(return_X_y=True)  # noqa: N806
+    model = LongTailClassifier(epochs=1, hidden=0, random_state=0)
+    model.set_params(prior={"a": 1.0})
+    with pytest.raises(ValueError, match="prior"):
+        model.fit(X, y)
+    with pytest.raises(NotFittedError):
+        model.predict(X)
+    model.set_params(prior="uniform").fit(X[:500], y[:500])
+    before = model.predict(X)
+    with pytest.raises(ValueError, match="prior"):
+        model.set_params(prior={"a": 1.0}).fit(-3 * X[:, :7], np.array(list("abcdefghij"))[y])
+    assert (model.set_params(prior="uniform").predict(X) == before).all()
+    with pytest.raises(ValueError, match=r"queue_size: expected at least 10 classes × 2 slots, got 5"):
+        LongTailClassifier("gml", queue_size=5).fit(X, y)
+
+
+@pytest.mark.parametrize("method", ["la", "gml"])
+def test_the_callers_state_of_torch_does_not_matter(method: str) -> None:
+    X, y = load_digits(return_X_y=True)  # noqa: N806
+    X, y = X[:200], y[:200]  # noqa: N806
+    expected = LongTailClassifier(method, epochs=1, hidden=16, random_state=0).fit(X, y).predict_proba(X)
+    with torch.inference_mode():
+        model = LongTailClassifier(method, epochs=1, hidden=16, random_state=0).fit(X, y)
+    np.testing.assert_array_equal(model.predict_proba(X), expected)
+    with torch.no_grad():
+        model.partial_fit(X, y)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = LongTailClassifier(method, epochs=1, hidden=16, random_state=0).fit(X, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.predict_proba(X).argmax(axis=1).tolist() != [0] * len(X)
+    assert (model.predict(X) == y).mean() > 0.5

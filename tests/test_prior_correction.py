@@ -22,7 +22,7 @@ from sklearn.ensemble import (
 )
 from sklearn.feature_selection import SelectFromModel
 from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score, log_loss, make_scorer
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.naive_bayes import BernoulliNB, ComplementNB, GaussianNB, MultinomialNB
@@ -418,3 +418,23 @@ def test_a_splitter_and_a_pipeline_for_the_thresholds() -> None:
     model = TunedThresholdsClassifierCV(pipeline, cv=StratifiedKFold(3, shuffle=True, random_state=0)).fit(X, y)
     plain = balanced_accuracy_score(truth, model.estimator_.predict(X_test))
     assert balanced_accuracy_score(truth, model.predict(X_test)) > plain
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_a_stack_has_probabilities_after_its_fit(pipeline: bool) -> None:
+    X, y = load_digits(return_X_y=True)  # noqa: N806
+    X, y = X[:300, 10:14], y[:300] % 3  # noqa: N806
+    stack: Any = StackingClassifier([("tree", DecisionTreeClassifier(max_depth=3, random_state=0))], cv=2)
+    model = PriorCorrectedClassifier(make_pipeline(stack) if pipeline else stack, training_frequencies="train")
+    assert model.fit(X, y).predict_proba(X).shape == (300, 3)
+    with pytest.raises(ValueError, match="give the StackingClassifier its final_estimator"):
+        TunedThresholdsClassifierCV(make_pipeline(stack) if pipeline else stack, cv=2).fit(X, y)
+    without = StackingClassifier([("tree", DecisionTreeClassifier(max_depth=3))], final_estimator=RidgeClassifier())
+    with pytest.raises(ValueError, match="estimator: expected a classifier with predict_proba, got StackingClassifier"):
+        PriorCorrectedClassifier(without).fit(X, y)
+
+
+def test_a_scorer_in_place_of_a_metric_raises() -> None:
+    model = TunedThresholdsClassifierCV(LogisticRegression(), scoring=make_scorer(f1_score))
+    with pytest.raises(ValueError, match=r"scoring: expected .*give the metric itself, without make_scorer"):
+        model.fit([[0.0], [1.0]] * 5, [0, 1] * 5)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longtail.class_counts import in_class_order
 from longtail.distributed import gather_padded
 
 
@@ -79,9 +80,7 @@ def _whole_counts(class_counts: Tensor | Sequence[int] | Any) -> list[int]:
     Raises:
         ValueError: a count is negative or not whole, or there is not one for each class.
     """
-    if isinstance(class_counts, Mapping):  # a Counter, whose keys would be taken as the counts
-        raise ValueError("class_counts: expected one count for each class in order, got a mapping; give a list")
-    counts = class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts)
+    counts = in_class_order(class_counts)
     for index, count in enumerate(counts):
         if isinstance(count, Sequence) or not count >= 0 or count == math.inf or count != int(count):
             raise ValueError(

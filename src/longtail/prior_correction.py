@@ -33,6 +33,28 @@ _MAX_CANDIDATES = 25  # thresholds of a class that are tried in each round
 _MAX_ROUNDS = 10
 
 
+def _check_probabilities(estimator: Any) -> None:
+    if hasattr(estimator, "predict_proba"):
+        return
+    advice = "sklearn.calibration.CalibratedClassifierCV adds it to others"
+    if _is_known_after_fit(estimator):
+        advice = "give the StackingClassifier its final_estimator, LogisticRegression() by default"
+    raise LongtailError(
+        f"estimator: expected a classifier with predict_proba, got {type(estimator).__name__}; {advice}"
+    )
+
+
+def _is_known_after_fit(estimator: Any) -> bool:
+    """Return whether an estimator ends with a StackingClassifier, which has no ``predict_proba`` before its fit."""
+    while True:
+        if isinstance(estimator, Pipeline):
+            estimator = estimator.steps[-1][1]
+        elif hasattr(estimator, "estimator"):
+            estimator = estimator.estimator
+        else:
+            return getattr(estimator, "final_estimator", estimator) is None
+
+
 class _ProbabilityClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
     """What both classifiers around another classifier share."""
 
@@ -42,11 +64,8 @@ class _ProbabilityClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator)
 
     def _check_labels(self, X: Any, y: Any, fitted: bool) -> Array:  # noqa: N803
         """Return (N,) labels, and set ``classes_`` and ``class_counts_``; those of a fitted estimator are its own."""
-        if not hasattr(self.estimator, "predict_proba"):
-            raise LongtailError(
-                f"estimator: expected a classifier with predict_proba, got {type(self.estimator).__name__}; "
-                "sklearn.calibration.CalibratedClassifierCV adds it to others"
-            )
+        if fitted or not _is_known_after_fit(self.estimator):
+            _check_probabilities(self.estimator)
         if np.asarray(y).dtype.kind == "f":
             assert_all_finite(y, input_name="y")
         check_classification_targets(y)
@@ -71,6 +90,7 @@ class _ProbabilityClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator)
 
     def _set_estimator(self, fitted: Any) -> None:
         """Set ``estimator_`` and what scikit-learn expects of its attributes."""
+        _check_probabilities(fitted)
         self.estimator_ = fitted
         for name in ("n_features_in_", "feature_names_in_"):
             if hasattr(fitted, name):
@@ -300,11 +320,14 @@ class TunedThresholdsClassifierCV(_ProbabilityClassifier):
         Raises:
             LongtailError: ``scoring`` is unknown, or the estimator has no probabilities.
         """
-        if not callable(self.scoring) and self.scoring not in _METRICS:
+        scorer = hasattr(self.scoring, "_score_func")  # of make_scorer, which takes an estimator
+        if scorer or (not callable(self.scoring) and self.scoring not in _METRICS):
             raise LongtailError(
                 f"scoring: expected {', '.join(_METRICS)} or a function of (y_true, y_pred), got {self.scoring!r}"
+                f"{'; give the metric itself, without make_scorer' if scorer else ''}"
             )
         prefit = isinstance(self.cv, str) and self.cv == "prefit"
+        _check_probabilities(self.estimator)  # which cross_val_predict asks for before the fit
         y = self._check_labels(X, y, fitted=prefit)
         if prefit:
             self._set_estimator(self.estimator)

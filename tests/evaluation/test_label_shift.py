@@ -164,3 +164,29 @@ def test_an_absent_class_has_a_frequency_above_zero() -> None:
 def test_wrong_scores_raise(scores: np.ndarray) -> None:
     with pytest.raises(LongtailError, match=r"scores: expected \(N, C\) finite numbers"):
         estimate_em(scores)
+
+
+def test_a_class_without_training_images_has_a_frequency_too() -> None:
+    scores, labels = sample(np.array([0.6, 0.3, 0.1]), 2000, 0)
+    estimate = estimate_map(scores, [90, 10, 0])
+    assert np.isfinite([estimate.frequencies, estimate.low, estimate.high]).all()
+    assert estimate.frequencies[2] == pytest.approx((labels == 2).mean(), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts", "message"),
+    [
+        ([1, 2], [1, 2, 3], "weights: expected 30 numbers"),
+        (-np.ones(30), [1, 2, 3], "weights: expected 30 numbers of at least 0"),
+        (np.zeros(30), [1, 2, 3], "not all 0"),
+        (None, [1, 2], "class_counts: expected 3 counts"),
+        (None, [1, 2, -1], "class_counts: expected 3 counts of at least 0"),
+    ],
+)
+def test_wrong_weights_and_counts_raise(weights: np.ndarray | None, counts: list[int], message: str) -> None:
+    scores, _ = sample(np.array([0.2, 0.3, 0.5]), 30, 0)
+    with pytest.raises(LongtailError, match=message):
+        estimate_map(scores, counts, weights=weights)
+    if weights is not None:
+        with pytest.raises(LongtailError, match=message):
+            estimate_em(scores, weights)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -143,3 +144,17 @@ def test_errors_between_classes_without_training_images_are_shown() -> None:
         "to_smaller": [2],
         "alike": [0],
     }
+
+
+def test_probabilities_of_many_classes_are_told_apart() -> None:
+    classes = 8142
+    probabilities = torch.softmax(0.1 * torch.randn(300, classes), dim=1)
+    present, hits, _ = count_correct(probabilities, probabilities.argmax(dim=1)).sum(dim=1).tolist()
+    assert hits == present == 300
+
+
+def test_infinite_scores_rank_and_a_row_with_nan_is_wrong() -> None:
+    scores = torch.tensor([[0.0, math.inf], [math.inf, 0.0], [math.nan, math.nan], [math.nan, 1.0], [2.0, -math.inf]])
+    labels = torch.tensor([1, 0, 0, 1, 0])
+    assert count_correct(scores, labels)[1].tolist() == [2, 1]
+    assert count_correct(scores, labels, torch.tensor([-1.0, -2.0]))[1].tolist() == [2, 1]

@@ -281,3 +281,8 @@ def test_labels_as_arrays_of_any_integers() -> None:
     scores, labels = draw()
     for kind in (np.int8, np.int32, np.int64):
         assert balanced_accuracy(scores.numpy(), labels.numpy().astype(kind)) == balanced_accuracy(scores, labels)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_number_of_classes_of_scores_is_that_of_their_columns(value: float) -> None:
+    assert balanced_accuracy([[0.0, value], [1.0, 0.0]], [0, 0])["balanced_accuracy"] == 0.5

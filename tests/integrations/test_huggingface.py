@@ -158,3 +158,11 @@ def test_a_class_aware_sampler(replicas: int, tmp_path: Path) -> None:
     shown = torch.bincount(torch.cat([batch["labels"] for batch in trainer.get_train_dataloader()]))
     assert shown.sum() == len(labels)
     assert shown.min() > len(labels) / 20  # where the smallest class has 4 of 319 images
+
+
+def test_a_label_that_trainer_counts_and_the_loss_leaves_out_raises() -> None:
+    compute = compute_loss_func(LogitAdjustedLoss([3, 2]))
+    scores = torch.zeros(3, 2)
+    assert compute(scores, torch.tensor([0, 1, -100]), 2).isfinite()
+    with pytest.raises(ValueError, match=r"labels: expected -100 for a sample to leave out.*got -1"):
+        compute(scores, torch.tensor([0, 1, -1]), 3)

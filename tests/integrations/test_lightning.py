@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,17 @@ def test_a_step_without_features_raises() -> None:
     trainer = pl.Trainer(max_epochs=1, callbacks=[callback()], enable_checkpointing=False, **QUIET)
     with pytest.raises(ValueError, match=r"training_step: expected a dictionary with loss and features.*got Tensor"):
         trainer.fit(Lit(features=False), loader(images, labels))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_the_teacher_has_the_precision_of_the_training(precision: str) -> None:
+    images, labels, *_ = long_tailed_digits()
+    module: Any = Lit()
+    trainer = pl.Trainer(max_epochs=1, precision=precision, callbacks=[callback()], enable_checkpointing=False, **QUIET)
+    trainer.fit(module, loader(images, labels))
+    assert all(math.isfinite(loss) for loss in module.losses)
+
+
+def test_it_can_be_pickled_as_processes_that_are_spawned_need_it() -> None:
+    again = pickle.loads(pickle.dumps(callback()))
+    assert again.unpack((1, 2, 3, 4)) == (1, 2, 3)

@@ -155,3 +155,14 @@ def test_two_processes_train_one_network_on_one_memory(tmp_path: Path) -> None:
 def test_soft_targets_raise() -> None:
     with pytest.raises(ValueError, match=r"target: expected class indices \(B,\), got \(2, 10\) of torch.float32"):
         gml_task()(torch.randn(2, 1, 16, 16), torch.full((2, 10), 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_task_has_the_type_of_the_model(dtype: torch.dtype) -> None:
+    from longtail.integrations.timm import GMLTask
+
+    task = GMLTask(network().to(dtype), network(0), COUNTS, LogitAdjustedLoss(COUNTS), verbose=False, dtype=dtype)
+    images, labels, *_ = long_tailed_digits()
+    result = task(enlarge(images[:8]).to(dtype), labels[:8])
+    result["loss"].backward()
+    assert result["loss"].isfinite()

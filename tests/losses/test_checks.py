@@ -24,6 +24,7 @@ from longtail.losses.contrastive import balanced_contrastive_loss, parametric_co
 from longtail.losses.margin import ldam_margins, with_margin
 from longtail.losses.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
 from longtail.losses.von_mises_fisher import vmf_scores
+from longtail.memory import ClassQueues
 
 COUNTS = [60, 0, 25, 15]
 """Class 1 has no training image."""
@@ -200,3 +201,20 @@ def test_counts_are_whole_and_frequencies_are_not() -> None:
         ValueError, match=r"^class_counts: expected whole numbers; for frequencies use compute_log_prior"
     ):
         ClassPrior([0.75, 0.25])
+
+
+def test_a_series_is_read_by_its_index() -> None:
+    pandas = pytest.importorskip("pandas")
+    labels = pandas.Series([1] * 90 + [0] * 9 + [2])
+    in_order = compute_log_prior([9, 90, 1])
+    assert torch.equal(compute_log_prior(labels.value_counts()), in_order)
+    assert ClassQueues(labels.value_counts(), 100).class_counts == [9, 90, 1]
+    for wrong in (pandas.Series([5, 3], index=["cat", "dog"]), pandas.Series([5, 3], index=[1, 2])):
+        for use in (compute_log_prior, ClassQueues):
+            with pytest.raises(ValueError, match=r"a series whose index.*0 to 1, got the index.*give a list"):
+                use(wrong)
+
+
+def test_the_closed_form_of_few_dimensions_raises() -> None:
+    with pytest.raises(ValueError, match="queries: expected at least 8 columns, got 4"):
+        vmf_scores(torch.ones(2, 4), torch.ones(3, 4))

@@ -469,3 +469,21 @@ def test_a_loss_is_no_part_of_a_checkpoint_and_follows_the_model() -> None:
         assert list(loss.parameters()) == []
         assert {buffer.device.type for buffer in loss.to("meta").buffers()} == {"meta"}
         assert "reduction='mean'" in repr(loss)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_a_masked_class_has_no_asymmetric_loss(clip: float) -> None:
+    scores = torch.randn(3, 4, dtype=torch.float64)
+    masked = scores.clone()
+    masked[:, 1] = -math.inf
+    masked.requires_grad_()
+    labels = torch.tensor([0, 2, 3])
+    loss = AsymmetricLoss(gamma_positive=1.0, clip=clip)(masked, labels)
+    loss.backward()
+    kept = [0, 2, 3]
+    assert loss.item() == pytest.approx(
+        AsymmetricLoss(gamma_positive=1.0, clip=clip)(scores[:, kept], torch.tensor([0, 1, 2])).item(), rel=1e-12
+    )
+    assert masked.grad is not None
+    assert masked.grad[:, 1].abs().max() == 0
+    assert masked.grad.isfinite().all()

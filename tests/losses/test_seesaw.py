@@ -102,3 +102,14 @@ def test_the_module_equals_the_function_and_refuses_what_has_no_meaning() -> Non
         SeesawLoss([9, 3, 1])(scores, scores.softmax(dim=1))
     with pytest.raises(ValueError, match=r"mitigation: expected an exponent of at least 0, got -1"):
         SeesawLoss([9, 3, 1], mitigation=-1)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_every_pixel_is_a_sample_also_where_a_side_has_as_many_as_there_are_classes(background: bool) -> None:
+    counts = torch.tensor([900.0, 40.0, 40.0, 3.0])
+    columns = len(counts) + background
+    scores = 3 * torch.randn(2, columns, 3, columns, dtype=torch.float64)
+    labels = torch.randint(-1, columns, (2, 3, columns))
+    rows = scores.movedim(1, -1).reshape(-1, columns)
+    expected = seesaw_loop(rows, labels.flatten(), counts.tolist(), 0.8, 2.0, 0.01, background)
+    assert seesaw_loss(scores, labels, counts).item() == pytest.approx(expected, rel=1e-12)

@@ -5,9 +5,10 @@ Legend: N samples, D features, H hidden width, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,13 @@ MANY_VIEWS_PER_CLASS = 1000
 better probabilities (on long-tailed digits a log loss of 0.42 instead of 0.54); below, from the class means."""
 CHECKED_SAMPLES = 1024
 """Training samples whose predictions are compared with the nearest class mean after a fit."""
+
+
+@contextlib.contextmanager
+def _gradients() -> Iterator[None]:
+    """Return a context in which a network can be trained, within the caller's ``no_grad`` or ``inference_mode`` too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -140,6 +148,11 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ConvergenceWarning: fewer of the training samples are recognised than by the nearest class mean.
         """
         self._check_parameters()
+        with self._all_or_nothing(), _gradients():
+            self._fit(X, y, sample_weight)
+        return self
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:  # noqa: N803
         X, y, weights = self._check_samples(X, y, sample_weight, reset=True)  # noqa: N806
         classes = np.unique(y)
         if len(classes) < 2:
@@ -157,7 +170,6 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         from_means = not self.hidden or epochs * len(X) < MANY_VIEWS_PER_CLASS * len(classes)
         self._train(X, labels, weights, epochs, lambda done: 0.5 + 0.5 * math.cos(math.pi * done), from_means)
         self._warn_if_not_converged(X, labels, weights, random_state)
-        return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> LongTailClassifier:  # noqa: N803
         """Train on further samples: one pass over them, in random batches.
@@ -186,6 +198,12 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 label, or a parameter has changed that is part of the network.
         """
         self._check_parameters()
+        first = getattr(self, "_learner", None) is None
+        with self._all_or_nothing() if first else contextlib.nullcontext(), _gradients():
+            self._partial_fit(X, y, classes, sample_weight)
+        return self
+
+    def _partial_fit(self, X: Any, y: Any, classes: Any, sample_weight: Any) -> None:  # noqa: N803
         learner = getattr(self, "_learner", None)
         known = self._check_classes(classes, None if learner is None else self.classes_)
         if learner is not None:
@@ -205,7 +223,16 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             size = self.queue_size or max(1024, self.queue_minimum * len(known))
             self._learner = self._new_learner(self._check_random_state(), np.ones(len(known), np.int64), size)
         self._train(X, labels, weights, 1, lambda _: 1.0, from_means=learner is None)
-        return self
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Return a context that keeps the last fit, or none, where a new one fails."""
+        before = dict(self.__dict__)
+        try:
+            yield
+        except BaseException:
+            self.__dict__ = before
+            raise
 
     def _check_classes(self, classes: Any, known: Array | None) -> Array:
         """Return the labels of the classes, sorted; ``known`` are those of the training, if it has begun."""
@@ -264,11 +291,17 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return labels
 
     def _new_learner(self, random_state: np.random.RandomState, queue_counts: Array, queue_size: int) -> Learner:
+        classes = len(self.classes_)
+        if self.method == "gml" and queue_size < classes * self.queue_minimum:
+            raise ValueError(
+                f"queue_size: expected at least {classes} classes × {self.queue_minimum} slots, got {queue_size}"
+            )
         seed = int(random_state.randint(2**31 - 1))
         # the caller's random state is restored afterwards
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            return Learner(self.get_params(), self.n_features_in_, queue_counts, queue_size)
+            # also where torch's default type is another
+            return Learner(self.get_params(), self.n_features_in_, queue_counts, queue_size).float()
 
     def _steps_per_epoch(self, count: int) -> int:
         # with at least two samples in each step, which BatchNorm needs
@@ -347,7 +380,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"recognised (mean over the classes), {baseline:.0f} % by the nearest class mean; raise epochs or "
                 "learning_rate",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _check_parameters(self) -> None:

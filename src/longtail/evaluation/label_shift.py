@@ -55,12 +55,12 @@ def estimate_em(
 
     Args:
         scores: (N, C) of unlabelled images, N at least 1.
-        weights: (N,) weight of each image; equal if not given.
+        weights: (N,) how many images each image counts as; 1 if not given.
         tolerance: the iteration ends when no frequency changes by more than this.
         max_iterations: maximum number of iterations.
 
     Raises:
-        LongtailError: the scores are not (N, C) finite numbers.
+        LongtailError: the scores are not (N, C) finite numbers, or a weight is not finite and at least 0.
     """
     likelihood, weights = _likelihood(scores), _image_weights(scores, weights)
     frequencies = _em(likelihood, weights / weights.sum(), tolerance=tolerance, max_iterations=max_iterations)
@@ -91,20 +91,27 @@ def estimate_map(
 
     Args:
         scores: (N, C) of unlabelled images, N at least 1.
-        class_counts: (C,) training images of each class.
+        class_counts: (C,) training images of each class; a class without any is taken to have one.
         bias: (C,) correction of the scores, see :func:`~longtail.evaluation.calibration.fit_bias`; none if not given.
         halves: (2, C) corrections fitted on each half of the validation images; required with ``bias``.
-        weights: (N,) weight of each image; equal if not given.
+        weights: (N,) how many images each image counts as; 1 if not given.
         validation_images: number of images that the corrections were fitted on, for the record.
 
     Returns:
         Frequencies, with intervals that cover the number of images and the difference between the halves.
 
     Raises:
-        LongtailError: the scores are not (N, C) finite numbers.
+        LongtailError: the scores are not (N, C) finite numbers, there is not one count of at least 0 for each class, or
+            a weight is not finite and at least 0.
     """
     scores, weights = _check_scores(scores), _image_weights(scores, weights)
-    log_counts = np.log(np.asarray(class_counts, dtype=np.float64))
+    counts = np.asarray(class_counts, dtype=np.float64)
+    if counts.shape != scores.shape[1:] or not (np.isfinite(counts) & (counts >= 0)).all():
+        raise LongtailError(
+            f"class_counts: expected {scores.shape[1]} counts of at least 0, one for each column of the scores, got "
+            f"{np.shape(class_counts)}"
+        )
+    log_counts = np.log(np.where(counts > 0, counts, 1.0))
     full_bias = np.zeros(scores.shape[1]) if bias is None else np.asarray(bias, dtype=np.float64)
     fold_biases = [full_bias] * 2 if halves is None else [np.asarray(half, dtype=np.float64) for half in halves]
     order = np.random.default_rng(0).permutation(len(scores))
@@ -202,6 +209,11 @@ def _likelihood(scores: Any) -> Array:
 
 def _image_weights(scores: Any, weights: Any) -> Array:
     array: Array = np.full(len(scores), 1.0) if weights is None else np.asarray(weights, dtype=np.float64)
+    if array.shape != (len(scores),) or not (np.isfinite(array) & (array >= 0)).all() or not array.any():
+        raise LongtailError(
+            f"weights: expected {len(scores)} numbers of at least 0, one for each image and not all 0, got "
+            f"{np.shape(weights)}"
+        )
     return array
 
 

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from longtail.config import Shots
 from longtail.evaluation.calibration import wilson_interval
-from longtail.losses import posterior
 from longtail.losses.checks import valid_labels
+from longtail.losses.reduction import to_full_precision
 
 
 def count_correct(scores: Tensor, labels: Tensor, log_prior: Tensor | None = None) -> Tensor:
     """Return (3, C) int64: images of each class, those predicted correctly, those with the class in the top 5.
 
-    The counts of disjoint parts of a test set can be added.
+    The counts of disjoint parts of a test set can be added. An image with a score that is NaN is predicted wrongly.
 
     Args:
-        scores: (N, C) log-likelihood scores.
+        scores: (N, C) log-likelihood scores, or probabilities.
         labels: (N,) int64 true classes; −1 is ignored.
         log_prior: (C,) log class frequencies that predictions assume; None is the uniform prior.
 
@@ -33,7 +33,12 @@ def count_correct(scores: Tensor, labels: Tensor, log_prior: Tensor | None = Non
     """
     classes = scores.shape[1]
     labels = valid_labels(labels, classes)
-    hits = posterior(scores, log_prior).topk(min(5, classes), dim=1).indices == labels[:, None]
+    # not of their softmax, in which close probabilities of many classes would be equal
+    scores = to_full_precision(scores)
+    if log_prior is not None:
+        scores = scores + log_prior
+    hits = scores.topk(min(5, classes), dim=1).indices == labels[:, None]
+    hits &= ~scores.isnan().any(dim=1, keepdim=True)
     # ignored images are counted in an extra column
     columns = torch.where(labels < 0, classes, labels)
     chosen = (columns, columns[hits[:, 0]], columns[hits.any(dim=1)])

@@ -254,8 +254,11 @@ def balanced_accuracy(predictions: Array, labels: Array, num_classes: int | None
     """
     scores, classes = _tensors(predictions, labels)
     if num_classes is None:
-        largest = max((int(part.max()) for part in (scores, classes) if part.numel()), default=0)
-        num_classes = scores.shape[1] if scores.ndim == 2 else 1 + max(largest, 0)
+        if scores.ndim == 2:
+            num_classes = scores.shape[1]
+        else:
+            num_classes = 1 + max((int(part.max()) for part in (scores, classes) if part.numel()), default=0)
+            num_classes = max(num_classes, 1)
     return _floats(BalancedAccuracy(num_classes), scores, classes)
 
 

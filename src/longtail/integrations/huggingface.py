@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtail.class_counts import in_class_order
 from longtail.config import Shots
 from longtail.errors import LongtailError
 from longtail.evaluation.metrics import classification_metrics, count_correct
@@ -24,13 +25,16 @@ def compute_loss_func(loss: nn.Module) -> Callable[..., Tensor]:
     """Return a loss as the argument ``compute_loss_func`` of ``Trainer``.
 
     With accumulated gradients and several processes the loss is the mean over all samples of an optimiser's step, as
-    ``Trainer`` expects it: the sum over a batch, divided by ``num_items_in_batch``.
+    ``Trainer`` expects it: the sum over a batch, divided by ``num_items_in_batch``. ``Trainer`` counts every label but
+    −100, so that is the label of a sample to leave out: on a CPU the loss's own ``ignore_index`` raises. Samples of a
+    class of weight 0 are counted too, and so make the loss smaller.
 
     Args:
         loss: a module of (scores, labels) with a ``reduction``, such as those of :mod:`longtail.losses` on scores.
 
     Raises:
         LongtailError: the loss has no ``reduction``.
+        ValueError: (by the function) a label is the loss's ``ignore_index``.
     """
     if not hasattr(loss, "reduction"):
         raise LongtailError(
@@ -47,7 +51,12 @@ def compute_loss_func(loss: nn.Module) -> Callable[..., Tensor]:
         for module in (loss, total):
             module.to(scores.device)
         if not labels.is_floating_point():
-            labels = labels.masked_fill(labels == IGNORED, getattr(loss, "ignore_index", -1))
+            own = getattr(loss, "ignore_index", -1)
+            if own != IGNORED and labels.device.type == "cpu" and bool((labels == own).any()):
+                raise ValueError(
+                    f"labels: expected {IGNORED} for a sample to leave out, as Trainer counts it, got {own}"
+                )
+            labels = labels.masked_fill(labels == IGNORED, own)
         if num_items_in_batch is None:
             mean: Tensor = loss(scores, labels)
             return mean
@@ -69,7 +78,7 @@ def compute_metrics(class_counts: Sequence[int], shots: Shots | None = None) -> 
         class_counts: (C,) training images of each class, which determine the shot groups.
         shots: thresholds of the shot groups; more than 100 and fewer than 20 images, if not given.
     """
-    counts = [int(count) for count in class_counts]
+    counts = [int(count) for count in in_class_order(class_counts)]
 
     def compute(prediction: Any) -> dict[str, float]:
         scores, labels = prediction.predictions, torch.as_tensor(prediction.label_ids).long()

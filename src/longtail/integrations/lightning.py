@@ -28,7 +28,7 @@ class GMLCallbackMixin:
 
     Args:
         class_counts: (C,) training images of each class.
-        teacher: images to features (B, T); it is frozen, in eval mode, and moved to the module's device.
+        teacher: images to features (B, T); it is frozen, in eval mode, and gets the module's device and precision.
         feature_dim: F.
         teacher_dim: T.
         mixture_weight: weight of both terms [the paper's β].
@@ -51,7 +51,7 @@ class GMLCallbackMixin:
         self.terms = MixtureTerms(class_counts, feature_dim, teacher_dim, **options)
         self.teacher = teacher.eval().requires_grad_(False)
         self.mixture_weight = mixture_weight
-        self.unpack = unpack or (lambda batch: tuple(batch)[:3])
+        self.unpack = unpack or _first_three
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give the module the trained parts, and add the terms to what its ``training_step`` returns."""
@@ -85,8 +85,8 @@ class GMLCallbackMixin:
         return {**output, "loss": output["loss"] + self.mixture_weight * (terms.mixture + terms.temperature)}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Move the teacher to the module's device."""
-        self.teacher.to(pl_module.device)
+        """Give the teacher the module's device and type."""
+        self.teacher.to(pl_module.device, pl_module.dtype)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
         """Give the module its own ``training_step`` back."""
@@ -100,3 +100,9 @@ class GMLCallbackMixin:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the contents of the queues."""
         self.terms.queues.load_state_dict(state_dict)
+
+
+def _first_three(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return images, labels and ids; a function of the module, which can be pickled, as ``ddp_spawn`` needs it."""
+    images, labels, ids = tuple(batch)[:3]
+    return images, labels, ids

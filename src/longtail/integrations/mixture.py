@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from longtail.class_counts import in_class_order
 from longtail.errors import LongtailError
 from longtail.losses import GMLLoss, GMLTerms
 from longtail.memory import ClassQueues
@@ -56,9 +57,9 @@ class MixtureTerms(nn.Module):
         learn_temperature: bool = True,
     ) -> None:
         super().__init__()
-        counts = class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts)
+        counts = in_class_order(class_counts)
         size = queue_size or max(min(MAX_AUTO_QUEUE, int(sum(counts))), queue_minimum * len(counts))
-        self.queues = ClassQueues(counts, size, queue_minimum, teacher_dim)
+        self.queues = ClassQueues(counts, size, queue_minimum, teacher_dim, dtype=torch.get_default_dtype())
         self.query_mlp = ProjectionMLP(feature_dim, embedding_dim)
         self.key_mlp = ProjectionMLP(teacher_dim, embedding_dim)
         self.criterion = GMLLoss(counts, temperature, learn_temperature, validate=False)

@@ -59,7 +59,7 @@ class GMLTask(TrainingTask):  # type: ignore[misc]
         mixture_weight: weight of both terms [the paper's β].
         learn_temperature: learn τ.
         device: device of the task.
-        dtype: type of its floating-point tensors.
+        dtype: type of the floating-point tensors of teacher and terms, which is that of the model.
         verbose: as in timm.
         **options: of :class:`~longtail.integrations.mixture.MixtureTerms`.
     """
@@ -80,11 +80,11 @@ class GMLTask(TrainingTask):  # type: ignore[misc]
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.criterion = criterion.to(self.device) if isinstance(criterion, nn.Module) else criterion
-        self.teacher: Any = teacher.to(self.device).eval().requires_grad_(False)
+        self.teacher: Any = teacher.to(device=self.device, dtype=dtype).eval().requires_grad_(False)
         terms = MixtureTerms(
             class_counts, _width(model), _width(teacher), learn_temperature=learn_temperature, **options
         )
-        self.trainable_module: Any = _Trainable(model, terms.to(device=self.device))
+        self.trainable_module: Any = _Trainable(model, terms.to(device=self.device, dtype=dtype))
         self.mixture_weight = mixture_weight
 
     def forward(self, input: Tensor, target: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:

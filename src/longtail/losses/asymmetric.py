@@ -62,6 +62,8 @@ def asymmetric_loss(
         log_not_q = torch.logaddexp(log_not_p, scores.new_full((), math.log(clip))).clamp(max=0)
     # never 0, where the power with γ below 1 has no derivative
     q = (-torch.expm1(log_not_q)).clamp(min=1e-12)
+    # a negative whose score is −inf, of a masked class, has no loss and no gradient: 0 · log p would be NaN
+    log_p, log_not_q = log_p.where(targets > 0, 0.0), log_not_q.where(targets < 1, 0.0)
     losses = -targets * (gamma_positive * log_not_p).exp() * log_p - (1 - targets) * q**gamma_negative * log_not_q
     if weights is not None:
         losses = losses * broadcast_to_classes(weights, losses)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longtail.class_counts import in_class_order
+
 MIN_TEMPERATURE = 0.02
 """exp(±1/τ) is exp(±50) here; far below it the sums of the mixture loss would leave float32's range."""
 
 Counts = Tensor | Sequence[float] | Any
-"""(C,) counts as a sequence, a tensor, or an array or series with a ``tolist`` method."""
+"""(C,) counts as a sequence, tensor or array, or as a pandas series with the class numbers as its index."""
 
 
 def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "count") -> Tensor:
@@ -27,12 +29,8 @@ def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "cou
     Raises:
         ValueError: counts that are negative, not finite, not one-dimensional, or all zero.
     """
-    if isinstance(class_counts, Mapping):  # a Counter, whose keys would be taken as the counts
-        raise ValueError(f"{name}: expected one {noun} for each class in order, got a mapping; give a list")
     if not isinstance(class_counts, Tensor):
-        class_counts = torch.tensor(
-            class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts), dtype=torch.float64
-        )
+        class_counts = torch.tensor(in_class_order(class_counts, name, noun), dtype=torch.float64)
     counts = class_counts.double()
     if counts.ndim != 1 or counts.numel() == 0:
         raise ValueError(f"{name}: expected shape (C,), one {noun} for each class, got {tuple(counts.shape)}")

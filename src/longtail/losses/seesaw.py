@@ -1,6 +1,6 @@
 """Seesaw loss: what a sample of one class takes from the score of another depends on both frequencies.
 
-Legend: B samples, C classes.
+Legend: B samples, C classes. Scores may have one entry for every pixel: (B, C, H, W).
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from longtail.losses.checks import Counts, as_counts, valid_targets
 from longtail.losses.reduction import to_full_precision
-from longtail.losses.score_loss import ScoreLoss, negative_log_likelihood, reduce_over_labels, without_classes
+from longtail.losses.score_loss import (
+    ScoreLoss,
+    broadcast_to_classes,
+    negative_log_likelihood,
+    reduce_over_labels,
+    without_classes,
+)
 
 
 def seesaw_loss(
@@ -43,15 +49,15 @@ def seesaw_loss(
     σ_y is that of the authors' code.
 
     Args:
-        scores: (B, C), or (B, C + 1) with the background as the last column.
-        labels: (B,) int64 in [0, C), or C for the background.
+        scores: (B, C, …), or (B, C + 1, …) with the background as the last class.
+        labels: (B, …) int64 in [0, C), or C for the background.
         class_counts: (C,) training samples n_c of each class. The samples of a class without any are left out; to
             those of others it is a class with one.
         mitigation: p ≥ 0; 0 leaves the first factor out.
         compensation: q ≥ 0; 0 leaves the second factor out.
         smallest_probability: lower bound of σ_y in C_yc.
         ignore_index: see :func:`longtail.losses.posterior_cross_entropy`.
-        reduction: ``mean``, ``sum`` or ``none``, (B,).
+        reduction: ``mean``, ``sum`` or ``none``, (B, …).
         validate: see :func:`longtail.losses.posterior_cross_entropy`.
 
     Raises:
@@ -63,15 +69,15 @@ def seesaw_loss(
     labels = valid_targets(scores, labels, ignore_index=ignore_index, validate=validate)
     background = scores.shape[1] - len(class_counts)
     labels = without_classes(labels, F.pad(class_counts == 0, (0, background)))
-    own = labels.clamp(min=0)[:, None]
+    own = labels.clamp(min=0).unsqueeze(1)
     log_counts = class_counts.to(scores).clamp(min=1).log()
     is_class = F.pad(torch.ones_like(log_counts), (0, background))
     log_counts = F.pad(log_counts, (0, background))
-    log_mitigation = mitigation * (log_counts - log_counts[own]).clamp(max=0)
+    log_mitigation = mitigation * (broadcast_to_classes(log_counts, scores) - log_counts[own]).clamp(max=0)
     log_probability = F.log_softmax(scores.detach(), dim=1)
     log_own = log_probability.gather(1, own).clamp(min=math.log(smallest_probability))
     log_compensation = compensation * (log_probability - log_own).clamp(min=0)
-    both = is_class * is_class[own]
+    both = broadcast_to_classes(is_class, scores) * is_class[own]
     factors = ((log_mitigation + log_compensation) * both).scatter(1, own, 0.0)
     return reduce_over_labels(negative_log_likelihood(scores + factors, labels), labels, None, reduction)
 

@@ -73,7 +73,12 @@ def vmf_scores(queries: Tensor, mean: Tensor, temperature: float = 0.1) -> Tenso
         queries: (B, D), unit norm.
         mean: (C, D) means of each class's unit-norm embeddings, held constant.
         temperature: τ > 0.
+
+    Raises:
+        ValueError: D is below :data:`MIN_DIM`.
     """
+    if queries.shape[1] < MIN_DIM:
+        raise ValueError(f"queries: expected at least {MIN_DIM} columns, got {queries.shape[1]}")
     order = queries.shape[1] / 2 - 1
     # at large κ both terms are near 1e5 and their difference near 1, which float32 cannot represent
     dtype = torch.float32 if queries.device.type == "mps" else torch.float64

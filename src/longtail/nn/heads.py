@@ -46,9 +46,19 @@ class CosineClassifier(nn.Module):
         nn.init.normal_(self.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return (B, C) scores of (B, F) features, or (B, C, H, W) of (B, F, H, W)."""
+        """Return (B, C) scores of (B, F) features, or (B, C, H, W) of (B, F, H, W); at least float32.
+
+        Raises:
+            ValueError: features of another number of dimensions.
+        """
+        if features.ndim not in {2, 4}:
+            raise ValueError(
+                f"features: expected shape (B, F) or (B, F, H, W), got {tuple(features.shape)}; flatten a sequence to "
+                "(B · L, F)"
+            )
         with full_precision(features):
-            directions, weight = F.normalize(to_full_precision(features)), F.normalize(self.weight)
+            directions = F.normalize(to_full_precision(features))
+            weight = F.normalize(self.weight.to(directions.dtype))
             if features.ndim == 4:
                 return self.scale * F.conv2d(directions, weight[:, :, None, None])
             return self.scale * F.linear(directions, weight)
@@ -85,7 +95,7 @@ class ExpertClassifier(CosineClassifier):
         width = (self.num_experts, -1)
         with full_precision(features):
             experts = F.normalize(to_full_precision(features).unflatten(1, width), dim=2).transpose(0, 1)  # (E, B, F)
-            weight = F.normalize(self.weight.unflatten(1, width), dim=2).permute(1, 2, 0)  # (E, F, C)
+            weight = F.normalize(self.weight.to(experts.dtype).unflatten(1, width), dim=2).permute(1, 2, 0)  # (E, F, C)
             return self.scale * torch.matmul(experts, weight).transpose(0, 1)
 
     def without_prior(self, scores: Tensor) -> Tensor:
