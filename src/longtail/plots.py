@@ -12,7 +12,9 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from longtail.files import atomic_write
@@ -23,6 +25,10 @@ GROUP_COLORS |= {
     for names in (("head", "middle", "tail"), ("frequent", "common", "rare"))
     for name, color in zip(names, ("#4477aa", "#b8860b", "#cc5566"), strict=True)
 }
+_EAST_ASIAN_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans", "WenQuanYi Zen Hei", "Microsoft YaHei"),
+    *("PingFang SC", "Hiragino Sans", "Malgun Gothic"),
+)
 INK = "#808890"  # legible on white and on near-black, since the page follows the reader's choice
 LINE_COLORS = (
     *("#4477aa", "#cc5566", "#228833", "#b8860b", "#aa3377", "#66aacc"),
@@ -169,4 +175,10 @@ def curves(lines: Mapping[str, Sequence[float]], epochs: Sequence[int], label: s
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
-    atomic_write(path, lambda partial: figure.savefig(partial, dpi=140, facecolor="white", format="png"))
+    installed = {font.name for font in fontManager.ttflist}
+    families = [*mpl.rcParams["font.family"], *(name for name in _EAST_ASIAN_FONTS if name in installed)]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(families)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
+        atomic_write(path, lambda partial: figure.savefig(partial, dpi=140, facecolor="white", format="png"))

@@ -9,7 +9,7 @@ from typing import Any
 _FIELDS = frozenset({"recipe", "method", "network", "epochs", "batch_size", "seed", "data", "classifier", "teacher"})
 """Fields that ``config.yaml`` of a run has had in every version, so that runs of older ones are recognised."""
 _RESULTS = frozenset({"metrics.jsonl", "last.ckpt", "recognizer"})
-_BEFORE_RESULTS = frozenset({"config.yaml", "unreadable.csv", "tensorboard", "wandb"})
+_BEFORE_RESULTS = frozenset({"config.yaml", "unreadable.csv", "train_images.npy", "tensorboard", "wandb"})
 """All that is in the folder of a run that was stopped before its first result."""
 
 

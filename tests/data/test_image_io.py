@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from longtail.data.image_io import open_image, open_square, resize_center_crop
+from longtail.data.image_io import find_images, open_image, open_square, resize_center_crop, to_rgb
 from longtail.errors import LongtailError
 
 
@@ -109,3 +109,37 @@ def test_a_bad_file_is_refused_as_at_its_full_size(tmp_path: Path, content: byte
         open_square(io.BytesIO(path.read_bytes()), 32, name="row 3")
     with pytest.raises(LongtailError, match=r"gone\.jpg: cannot be read: No such file"):
         open_square(tmp_path / "gone.jpg", 32)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected"),
+    [
+        ([0.0, 0.5, 1.0], np.float32, [0, 128, 255]),
+        ([0.0, 128.0, 255.0], np.float32, [0, 128, 255]),
+        ([0, 128, 255], np.int32, [0, 128, 255]),
+        ([0, 257, 65535], np.int32, [0, 1, 255]),
+        ([0.0, 25700.0, 65535.0], np.float32, [0, 100, 255]),
+        ([0, 1, 257], np.uint16, [0, 0, 1]),
+    ],
+)
+def test_grey_images_of_more_bits_are_scaled_by_their_range(
+    tmp_path: Path, values: list[float], dtype: type, expected: list[int]
+) -> None:
+    Image.fromarray(np.array([values], dtype=dtype)).save(tmp_path / "x.tiff")
+    assert np.array(to_rgb(open_image(tmp_path / "x.tiff"), channels=1)).tolist() == [expected]
+
+
+@pytest.mark.parametrize("value", [np.nan, -1.0, 1e6])
+def test_values_of_an_unknown_range_are_refused(tmp_path: Path, value: float) -> None:
+    Image.fromarray(np.array([[0.0, value]], dtype=np.float32)).save(tmp_path / "x.tiff")
+    for read in (open_image, lambda path: open_square(path, 8)):
+        with pytest.raises(LongtailError, match=r"x\.tiff: has values from .*; save it with 8 or 16 bits"):
+            read(tmp_path / "x.tiff")
+
+
+def test_files_that_are_no_images_by_their_names_are_told(tmp_path: Path) -> None:
+    for name in ("a.png", "b.heic", "c.CR2", ".hidden"):
+        photo((8, 8)).save(tmp_path / name, format="png")
+    left_out: list[Path] = []
+    assert find_images([tmp_path], left_out) == [tmp_path / "a.png"]
+    assert [path.name for path in left_out] == ["b.heic", "c.CR2"]

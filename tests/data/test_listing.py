@@ -218,7 +218,7 @@ def test_a_file_that_a_table_lists_twice_is_there_once(tmp_path: Path) -> None:
     assert len(data.train) + len(data.test) == 10
     assert not set(data.train.ids.tolist()) & set(data.test.ids.tolist())
     (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows, "0/1.png,1"]))
-    with pytest.raises(LongtailError, match=r"0/1\.png is listed under the labels 0 and 1"):
+    with pytest.raises(LongtailError, match=r"0/1\.png is listed under '0' and '1'; correct one"):
         load_data(Data(**source_of(str(tmp_path / "t.csv"))), seed=0)
 
 

@@ -211,3 +211,30 @@ def test_missing_files_are_one_message_without_the_rest_of_the_folder(root: Path
     (root / "broken.png").symlink_to("nowhere.png")
     errors = listed(root, table(rows=[*ROWS, ("broken.png", "cat")])).errors
     assert errors[0].endswith(f"{root / 'broken.png'} is a broken or circular link")
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (['a.png,cat,"big one', "b.png,cat,", 'c.png,dog,"small"', "d.png,dog,"], 2),
+        (["a.png,cat,", 'b.png,"ca"t,', "c.png,dog,", "d.png,dog,"], 3),
+        (["a.png,cat,", "b.png,cat,", 'c.png,"dog,', "d.png,dog,"], 4),
+    ],
+)
+def test_a_stray_quotation_mark_swallows_no_rows(root: Path, rows: list[str], line: int) -> None:
+    with pytest.raises(LongtailError, match=rf"t\.csv, line {line}: cannot be read as a table: .*is doubled"):
+        listed(root, "\n".join(["path,label,comment", *rows]))
+
+
+def test_a_thousand_is_not_one(root: Path) -> None:
+    content = 'path,label\na.png,"1,0"\nb.png,1\nc.png,"{}"\nd.png,2.000\n'
+    assert sorted(listed(root, content.format("3,00")).class_names) == ["1", "2", "3"]
+    with pytest.raises(LongtailError, match="row 3: column 'label' holds '1,000', expected a whole number"):
+        listed(root, content.format("1,000"))
+
+
+def test_paths_of_windows_are_explained(root: Path) -> None:
+    for name, _ in ROWS:
+        save_image(root / "pets" / name)
+    listing = listed(root, table(rows=[(f"pets\\{name}", label) for name, label in ROWS]))
+    assert listing.errors[0].endswith("; separate folders by / in place of \\")

@@ -155,3 +155,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(json.dumps({"caf\xe9": 1}, ensure_ascii=False).encode("latin-1"))
     with pytest.raises(LongtailError, match="cannot be read"):
         resolve(tmp_path / "latin.json")
+
+
+def test_a_table_as_spreadsheets_write_it_beside_decimal_commas(tmp_path: Path) -> None:
+    (tmp_path / "prior.csv").write_text("class;frequency\ncat;0,5\ndog;0,25\nemu;0.25\n")
+    assert resolve(tmp_path / "prior.csv") == pytest.approx([0.5, 0.25, 0.25])
+    (tmp_path / "prior.csv").write_text('cat,0.5\n"dog,0.25\nemu,0.25\n')
+    with pytest.raises(LongtailError, match=r"prior '.*prior\.csv': cannot be read as a table: "):
+        resolve(tmp_path / "prior.csv")

@@ -82,6 +82,12 @@ def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> N
     assert recommendation([*la, *runs("gml", [55.9, 55.0, 55.6], 11.5)]) == (
         "take gml: best balanced accuracy, 55.5, but not shown to be better than la"
     )
+    # nor is the chance of one slow run
+    slow = [
+        replace(run, seconds=seconds)
+        for run, seconds in zip(runs("gml", [55.9, 55.0, 55.6], 0), (9, 9, 30), strict=True)
+    ]
+    assert recommendation([*la, *slow]).startswith("take gml: ")
     clear = runs("gml", [57.0, 57.6, 57.3], 30)
     assert recommendation([*ce, *la, *clear]) == "take gml: best balanced accuracy, 57.3"
     assert "one seed" in recommendation([ce[0], la[0]])

@@ -96,3 +96,20 @@ def test_a_file_that_is_not_the_model_is_not_written(
     assert code == 2
     assert "nothing was written" in err
     assert not (tmp_path / "run" / "model.onnx").exists()
+
+
+def test_predictions_of_a_file_have_the_prior_that_it_was_exported_with(
+    tiny: Config, photos: Path, tmp_path: Path, command: Command
+) -> None:
+    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+    for prior in ("train", "uniform"):
+        assert command("export", tmp_path / "run", "--prior", prior, "--out", tmp_path / f"{prior}.onnx")[0] == 0
+    image = photos / "cat" / "0.png"
+    _, inside, _ = command("predict", tmp_path / "train.onnx", image)
+    assert "probabilities under the frequencies of training, as the file was exported" in inside
+    _, same, _ = command("predict", tmp_path / "train.onnx", image, "--prior", "train")
+    assert inside.splitlines()[:3] == same.splitlines()[:3]
+    _, uniform, _ = command("predict", tmp_path / "train.onnx", image, "--prior", "uniform")
+    _, exported, _ = command("predict", tmp_path / "uniform.onnx", image)
+    assert uniform.splitlines()[:3] == exported.splitlines()[:3]
+    assert uniform.splitlines()[2] != same.splitlines()[2]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from longtail import plots
@@ -57,3 +59,11 @@ def test_the_diagram_of_an_evaluation_is_drawn() -> None:
             low - 1e-9 <= entry["accuracy"] <= high + 1e-9 for entry, (low, high) in zip(bins, bars, strict=True)
         )
         assert dots == len(bins)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_no_font_has_give_no_warning(tmp_path: Path) -> None:
+    figure, axes = plots.new_axes()
+    axes.set_xlabel("\u732b \U0001f98a")
+    plots.save_png(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -385,3 +387,34 @@ def test_more_photographs_of_more_classes(photos: Path, tmp_path: Path) -> None:
     old, new = (weights(tmp_path / name)["classifier.weight"] for name in ("first", "second"))
     torch.testing.assert_close(new[1:], old)
     assert torch.allclose(new[0].norm(), torch.ones(()), atol=1e-5)  # a class mean
+
+
+def test_test_images_that_the_other_run_was_trained_on_are_counted(
+    tiny: Config, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "longtail")
+    config = load_recipe("folder").config.replace(
+        method="la", network="conv8-tiny", pretrained="none", tune="full", epochs=1, data={"root": str(photos)}
+    )
+    config = config.replace(data={"image_size": 16, "memory_gib": 1.0})
+    first = fit(config, tmp_path / "first", quiet=True)
+    trained_on = set(np.load(tmp_path / "first" / "train_images.npy").tolist())
+    assert len(trained_on) == sum(first.model_config.class_counts)
+    fit(config.replace(init=str(tmp_path / "first")), tmp_path / "same", quiet=True)
+    assert "training images of" not in caplog.text
+    for number in range(5):
+        save_image(photos / "ant" / f"{number}.png", seed=900 + number)
+    again = config.replace(init=str(tmp_path / "first"))
+    seen = len(trained_on & set(load_data(again.data, again.seed).test.ids.tolist()))
+    assert seen > 0
+    fit(again, tmp_path / "again", quiet=True)
+    sentence = rf"{seen} of \d+ test images were training images of .*first, so the accuracy will be too high"
+    assert re.search(f"init .*: {sentence}", caplog.text)
+    distilled = config.replace(
+        classifier={"distillation_weight": 0.0},
+        method="gml",
+        gml={"distillation_weight": 0.0},
+        data={"memory_gib": 1.0},
+    )
+    fit(distilled.replace(teacher={"source": str(tmp_path / "first")}), tmp_path / "taught", quiet=True)
+    assert re.search(f"teacher.source .*: {sentence}", caplog.text)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from longtail.allocator import reuse_freed_memory
 from longtail.cli.parsing import load_plugins
@@ -67,6 +70,28 @@ def load_command(name: str) -> Callable[[list[str]], None]:
     return command
 
 
+def _raises_on_interrupt() -> bool:
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@contextlib.contextmanager
+def _quiet_interrupts() -> Iterator[None]:
+    """Return a context in which Ctrl-C ends the process at once: imports turn its exception into other errors."""
+    if threading.current_thread() is not threading.main_thread() or not _raises_on_interrupt():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        os.write(2, b"longtail: interrupted\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 when done, 2 for an unusable input, 128 + n when stopped by signal n."""
     args = list(sys.argv[1:] if arguments is None else arguments)
@@ -76,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if any("\0" in argument for argument in args):
             raise LongtailError("the arguments contain a null byte, which no name or value can have; leave it out")
-        args = load_plugins(args)
+        with _quiet_interrupts():
+            args = load_plugins(args)
         if not args or args[0] in {"-h", "--help"}:
             print(DESCRIPTION, end="")
         elif args[0] == "--version":
@@ -87,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise LongtailError(f"'{args[0]}' is not a command{did_you_mean(args[0], COMMANDS)}")
         else:
             reuse_freed_memory()
-            load_command(args[0])(args[1:])
+            with _quiet_interrupts():
+                command = load_command(args[0])
+            command(args[1:])
         sys.stdout.flush()
     except LongtailError as error:
         process = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None

@@ -132,14 +132,13 @@ def predict(arguments: list[str]) -> None:
 
 
 def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOutput:
-    from longtail.data.image_io import find_images
     from longtail.registry import TASKS
     from longtail.tasks.base import PredictionRequest, check_inference_options
     from longtail.tasks.loading import load_model
 
     model = load_model(options.run)
     request = PredictionRequest(
-        prior=options.prior,
+        prior=options.prior or "uniform",
         options=inference,
         coverage=options.coverage,
         top=options.top,
@@ -149,12 +148,11 @@ def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOut
     )
     task = TASKS[model.config.task]
     check_inference_options(inference, task.label_kind, "predict")
-    return task.predict_files(model, find_images(options.images), request)
+    return task.predict_files(model, _find_images(options.images), request)
 
 
 def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOutput:
     """Predict with an exported file, without torch."""
-    from longtail.data.image_io import find_images
     from longtail.inference.onnx_model import ONNXModel
 
     model = ONNXModel(options.run)
@@ -176,17 +174,43 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
             f"{options.run}: --tta {inference.tta} needs a file with it inside, this one has {model.tta}; use longtail "
             f"export RUN --tta {inference.tta}"
         )
-    files = find_images(options.images)
+    files = _find_images(options.images)
     if model.finds_objects:
         return _find_with_onnx(model, files, options)
     unreadable: dict[Path, str] = {}
-    probabilities = model.change_prior(model.predict(files, unreadable=unreadable), options.prior)
+    probabilities = model.predict(files, unreadable=unreadable)
+    if options.prior is not None:
+        probabilities = model.change_prior(probabilities, options.prior)
     order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top or 3]
     top = [
         [(model.class_names[c], float(row[c])) for c in classes]
         for row, classes in zip(probabilities, order, strict=True)
     ]
-    return prediction_table(readable_files(files, unreadable), top, unreadable=unreadable)
+    inside = options.prior is None and model.prior != "uniform"
+    notes = [f"probabilities under {_prior_inside(model)}, as the file was exported"] if inside else []
+    output = prediction_table(readable_files(files, unreadable), top, unreadable=unreadable)
+    return dataclasses.replace(output, notes=[*output.notes, *notes])
+
+
+def _prior_inside(model: ONNXModel) -> str:
+    return "the frequencies of training" if model.prior == "train" else "given frequencies"
+
+
+def _find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the images that are named, and say which files of folders are none."""
+    from longtail.data.image_io import find_images
+
+    left_out: list[Path] = []
+    files = find_images(paths, left_out)
+    if left_out:
+        names = ", ".join(printable(path.name) for path in left_out[:3]) + ("…" if len(left_out) > 3 else "")
+        count = (
+            "1 file is no image by its name, and is"
+            if len(left_out) == 1
+            else (f"{len(left_out):,} files are no images by their names, and are")
+        )
+        print(f"longtail: {count} left out ({names}); convert HEIC and raw photographs to JPEG", file=sys.stderr)
+    return files
 
 
 def _find_with_onnx(model: ONNXModel, files: Sequence[Path], options: Predict) -> PredictionOutput:
@@ -197,8 +221,7 @@ def _find_with_onnx(model: ONNXModel, files: Sequence[Path], options: Predict) -
             f"--threshold {threshold:g}: {options.run} gives scores from {model.score_threshold:g} up; "
             "predict with its run"
         )
-    # not given, it is uniform: then the frequencies in the file count
-    if options.prior != "uniform" and not model.has_prior(options.prior):
+    if options.prior is not None and not model.has_prior(options.prior):
         inside = model.prior if isinstance(model.prior, str) else "other frequencies"
         raise LongtailError(
             f"--prior {options.prior}: {options.run} has {inside} inside, which cannot be changed after "
@@ -215,7 +238,7 @@ def _find_with_onnx(model: ONNXModel, files: Sequence[Path], options: Predict) -
     rows = [row for file, each in zip(readable, objects, strict=True) for row in object_rows(file, each)]
     notes = [f"objects with a score of at least {threshold:g}"]
     if model.prior != "uniform":
-        notes.append(f"scores under {'the frequencies of training' if model.prior == 'train' else 'given frequencies'}")
+        notes.append(f"scores under {_prior_inside(model)}")
     return PredictionOutput(records, OBJECTS_HEADER, rows, notes, unreadable)
 
 

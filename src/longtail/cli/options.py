@@ -125,9 +125,9 @@ class Predict(InferenceFlags):
     """Folder of the run, or of a model."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")]
     """Image files, or folders of them."""
-    prior: str = "uniform"
+    prior: str | None = None
     """Class frequencies where the images come from: uniform, train, estimate (from these images) or a file (JSON,
-    .csv)."""
+    .csv); if not given, uniform, or those inside an ONNX file."""
     coverage: float | None = None
     """Show conformal sets, which contain the true class for this fraction of each class's images, for example 0.9; the
     run needs validation images."""

@@ -56,8 +56,12 @@ def is_image_name(name: str) -> bool:
     return Path(name).suffix.lower() in image_suffixes()
 
 
-def find_images(paths: Iterable[Path]) -> list[Path]:
+def find_images(paths: Iterable[Path], left_out: list[Path] | None = None) -> list[Path]:
     """Return the given files, and the images below the given folders in order of name, without those of runs.
+
+    Args:
+        paths: files and folders.
+        left_out: takes the other files of the folders, which are no images by their names.
 
     Raises:
         LongtailError: a path does not exist, or a folder contains no images.
@@ -66,10 +70,14 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     for given in paths:
         path = find_path(given)
         if path.is_dir():
-            inside = sorted(p for p in visible_files(path) if is_image_name(p.name))
+            visible = sorted(visible_files(path))
+            inside = [p for p in visible if is_image_name(p.name)]
             folders = {parent for file in inside for parent in file.parents if path in parent.parents}
             written = {folder for folder in folders if is_written(folder)}  # a run's report has pictures of its own
             inside = [file for file in inside if written.isdisjoint(file.parents)]
+            if left_out is not None:
+                others = (file for file in visible if not is_image_name(file.name))
+                left_out += [file for file in others if not is_written(path) and written.isdisjoint(file.parents)]
             if not inside:
                 raise LongtailError(f"{path}: holds no images")
             files += inside
@@ -110,6 +118,7 @@ def open_image(path: Path) -> Image.Image:
     """
     with image_errors(path), open_header(path) as image:
         image.load()
+        _scale_to_8_bits(image)
     return image
 
 
@@ -132,6 +141,7 @@ def open_square(file: Path | BinaryIO, size: int, channels: int = 3, name: str |
         whole = image.size
         draft = image.draft(None, (_CLEAN * size, _CLEAN * size))
         image.load()
+        _scale_to_8_bits(image)
     if draft is None or image.size == whole:
         return resize_center_crop(image, size, channels)
     # the last row and column may be decoded from fewer pixels than the others: the sides are fractions
@@ -203,6 +213,8 @@ def image_errors(path: Path | str) -> Iterator[None]:
             yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise LongtailError(f"{name}: cannot be read: {error.strerror}") from None
+    except _RangeError as error:
+        raise LongtailError(f"{name}: {error}") from None
     except UnidentifiedImageError:
         empty = isinstance(path, Path) and path.stat().st_size == 0
         what = "is empty" if empty else "is not an image that Pillow can read"
@@ -231,17 +243,45 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
     """Return a copy of the image as 8-bit RGB or grey: rotated by its EXIF tag, transparency over white.
 
     Args:
-        image: any Pillow image; 16-bit and float images are scaled to 8 bits.
+        image: any Pillow image. 16-bit images are scaled to 8 bits; so are float and 32-bit ones, by their largest
+            value: up to 1, up to 255, or up to 65,535.
         channels: 3 for RGB, 1 for grey.
+
+    Raises:
+        LongtailError: a float or 32-bit image has other values.
     """
     image = transposed(image)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion clips 16-bit values to white
-        values = np.asarray(image, dtype=np.float64)
-        values = values / 257 if image.mode != "F" or values.max(initial=0) > 1 else values * 255
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        scaled = np.asarray(image, dtype=np.float64) * _scale_to_8_bits(image)
+        image = Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
     elif image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)
+
+
+class _RangeError(LongtailError):
+    """An image has values whose range is no usual one; the message does not name it."""
+
+
+def _scale_to_8_bits(image: Image.Image) -> float:
+    """Return the factor that brings the values of a grey image of more than 8 bits to 0 … 255; 1 for any other.
+
+    Raises:
+        LongtailError: the range of its values is no usual one.
+    """
+    if image.mode.startswith("I;16"):
+        return 1 / 257
+    if image.mode not in {"I", "F"}:
+        return 1.0
+    values = np.asarray(image)
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if not (low >= 0 and high <= 65_535):  # also NaN
+        raise _RangeError(
+            f"has values from {low:.4g} to {high:.4g}, expected 0 to 1, to 255 or to 65,535; save it with 8 or 16 bits"
+        )
+    if high <= 1 and image.mode == "F":
+        return 255.0
+    return 1.0 if high <= 255 else 1 / 257

@@ -123,8 +123,15 @@ def _read_pairs(path: Path, class_names: Sequence[Hashable], where: str) -> list
     except (OSError, UnicodeDecodeError) as error:
         raise LongtailError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if path.suffix.lower() in {".csv", ".tsv"}:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+        first = text.partition("\n")[0]
+        semicolon = ";" in first and "," not in first.partition(";")[0]  # as spreadsheets write it beside 0,5
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if semicolon else ","
+        try:
+            rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter, strict=True) if row]
+        except csv.Error as error:
+            raise LongtailError(f"{where}: cannot be read as a table: {error}") from None
+        if semicolon:
+            rows = [[*row[:1], *(value.replace(",", ".") for value in row[1:])] for row in rows]
         wrong_row = next((row for row in rows if len(row) != 2), None)
         if wrong_row is not None:
             raise LongtailError(f"{where}: expected two columns, a class and its frequency, got {wrong_row}")

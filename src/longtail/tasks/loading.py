@@ -6,6 +6,7 @@ from pathlib import Path
 
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
+from longtail.data.paths import find_path
 from longtail.data.sources import load_data
 from longtail.data.sources.unreadable import log_unreadable
 from longtail.devices import select_device
@@ -41,6 +42,11 @@ def load_run(run: Path, data_root: str | None = None) -> tuple[TrainedModel, Con
     config = read_config(run / "config.yaml")
     if data_root is not None:
         config = config.replace(data={"root": data_root})
+    root = config.data.root
+    if root is not None and not find_path(Path(root)).exists():
+        raise LongtailError(
+            f"{root}: there is no such folder, where the images were; say where they are: --root FOLDER"
+        )
     data = load_data(config.data, config.seed)
     log_unreadable(data)
     source = config.data.root or config.data.source

@@ -27,6 +27,7 @@ from longtail.nn.network_name import is_decoder_network, parse_network, resolve_
 from longtail.nn.tuning import Adapted
 from longtail.registry import METHODS, SOURCES, TASKS
 from longtail.training.auto_config import fine_tuning_epochs, fit_network
+from longtail.training.seen_images import seen_test_images
 
 _SHOWN = 5  # names of classes in a remark
 
@@ -87,6 +88,8 @@ def fit_init(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
         f"init {config.init}: the encoder, and the classifier of {known} of {len(data.class_names)} classes"
         + (f"; new: {shown}" if new else "")
     ]
+    seen = seen_test_images(config.init, config, data)
+    remarks += [] if seen is None else [f"init {config.init}: {seen}"]
     here, there = config.network_size or data.image_size, model.network_size or model.image_size
     if here != there and input_size(config.network) is None and TASKS[data.task].label_kind == "image":
         remarks.append(

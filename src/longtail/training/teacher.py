@@ -30,6 +30,7 @@ from longtail.randomness import mix
 from longtail.registry import METHODS, TASKS
 from longtail.tasks.loading import load_model
 from longtail.training.run_io import INCIDENTAL, flatten
+from longtail.training.seen_images import seen_test_images
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,10 @@ def load_teacher(config: Config, data: LongTailedData, distils: bool) -> Teacher
     Raises:
         LongtailError: the run or model does not exist, does not fit the images, or cannot be distilled from.
     """
+    for source in config.teacher.sources:
+        seen = seen_test_images(source, config, data)
+        if seen is not None:
+            logger.warning("teacher.source %s: %s", source, seen)
     return _together([_load(source, data, distils) for source in config.teacher.sources], config)
 
 

@@ -46,6 +46,7 @@ from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, create_run_folder, write_unreadable
 from longtail.training.second_stage import first_stage_epochs, train_second_stage
+from longtail.training.seen_images import write_train_images
 from longtail.training.sharpness import SharpnessAware, check_sharpness, passes_per_step
 from longtail.training.steps import DeviceSteps, LoaderSteps, Student, batches_on_device, build_steps
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
@@ -110,6 +111,7 @@ def fit(
             if rank() == 0:
                 create_run_folder(out, config, resume=resume, overwrite=overwrite)
                 write_unreadable(out, data)
+                write_train_images(out, config, data)
             barrier()
             if config.recipe != "teacher":  # the student's run has logged them
                 for line in (*method_reasons, *data.remarks, *why, *remarks, *reasons):

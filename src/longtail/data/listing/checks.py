@@ -68,6 +68,8 @@ def _check_files(listing: Listing) -> None:
         examples = [name for names in by_split.values() for name in names][:3]
         shown = printable(", ".join(examples)) + ("…" if count > 3 else "")
         hint = "; the folder that the names begin in is --data.root FOLDER" if count == total else ""
+        if "\\" in examples[0] and folders.find(examples[0].replace("\\", "/")) is not None:
+            hint = "; separate folders by / in place of \\"
         listing.errors.append(
             f"{', '.join(by_split)}: {count:,} of {total:,} files are missing below {printable(listing.root)} "
             f"({shown}): {reason}{hint}"
@@ -149,8 +151,9 @@ def _check_repeated(listing: Listing) -> None:
                 across.setdefault((owner[name][0], split), []).append(name)
                 kept.append(position)
             elif owner[name][1] != label:
+                first, second = (printable(listing.class_names[number]) for number in (owner[name][1], label))
                 listing.errors.append(
-                    f"{split}: {printable(name)} is listed under the labels {owner[name][1]} and {label}"
+                    f"{split}: {printable(name)} is listed under '{first}' and '{second}'; correct one"
                 )
         if len(kept) < len(entries):
             repeated = len(entries) - len(kept)

@@ -32,7 +32,7 @@ _GROUP_COLUMNS = re.compile(
 )
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "'|'"}
 _ROWS_LOOKED_AT = 1000  # to guess what a column contains
-_WHOLE = re.compile(r"(0|[1-9]\d*)([.,]0*)?", re.ASCII)
+_WHOLE = re.compile(r"(0|[1-9]\d*)(\.0*|,0{0,2})?", re.ASCII)  # 1,000 is a thousand
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d*)?|[+-]?[.,]\d+|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
 
 
@@ -223,7 +223,9 @@ def read_columns(path: Path, remarks: list[str]) -> Mapping[str, Sequence[Any]]:
         text, delimiter = text[declared.end() :], declared[1]
     else:
         delimiter = _find_separator(text, path, remarks)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # strict: a quotation mark that is never closed would make one value of all the rows after it
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    start = 1  # line of the row that is read
     try:
         header = [name.strip() for name in next(rows, [])]
         header = [from_latin1(name) if is_undecoded(name) else name for name in header]
@@ -233,7 +235,9 @@ def read_columns(path: Path, remarks: list[str]) -> Mapping[str, Sequence[Any]]:
         if repeated is not None:
             raise LongtailError(f"{printable(path)}: two columns are called '{repeated}'; rename one")
         table: dict[str, list[Any]] = {name: [] for name in header if name}
+        start = rows.line_num + 1
         for row in rows:
+            start = rows.line_num + 1
             if not any(row):
                 continue
             if len(row) != len(header):
@@ -244,7 +248,10 @@ def read_columns(path: Path, remarks: list[str]) -> Mapping[str, Sequence[Any]]:
                 if name:
                     table[name].append(value)
     except csv.Error as error:
-        raise LongtailError(f"{printable(path)}, line {rows.line_num}: cannot be read as a table: {error}") from None
+        raise LongtailError(
+            f"{printable(path)}, line {start}: cannot be read as a table: {error}; a quotation mark within a value is "
+            "doubled, and the value quoted"
+        ) from None
     return table
 
 

@@ -45,7 +45,7 @@ class Unreadable:
             LongtailError: they are more than the settings accept.
         """
         self.found += reasons.items()
-        message = refusal(self.config, [reason for _, reason in self.found], self.total)
+        message = refusal(self.config, [reason for _, reason in self.found], self.total, least=True)
         if message is not None:
             raise LongtailError(message)
 
@@ -65,13 +65,14 @@ def log_unreadable(data: LongTailedData) -> None:
         logger.info("%s cannot be read, and left out; the first: %s", count, data.unreadable[0][1])
 
 
-def refusal(config: Data, reasons: Collection[str], total: int) -> str | None:
+def refusal(config: Data, reasons: Collection[str], total: int, least: bool = False) -> str | None:
     """Return why a set with unreadable images is refused; None if they are left out.
 
     Args:
         config: what is done about unreadable images.
         reasons: of the unreadable images.
         total: number of images.
+        least: whether there may be others that cannot be read.
     """
     if not reasons:
         return None
@@ -81,8 +82,9 @@ def refusal(config: Data, reasons: Collection[str], total: int) -> str | None:
     if len(reasons) > config.max_unreadable_fraction * total:
         files = SOURCES[config.source].listing is not None  # of which there can be a table
         advice = " (longtail inspect DATA --fix FILE.csv writes a table of the good ones)" if files else ""
+        count = f"{'at least ' * least}{len(reasons):,}"
         return (
-            f"{len(reasons):,} of {total:,} images cannot be read, more than data.max_unreadable_fraction "
+            f"{count} of {total:,} images cannot be read, more than data.max_unreadable_fraction "
             f"{config.max_unreadable_fraction:g} accepts{advice}; the first: {first}"
         )
     return None
