@@ -38,7 +38,7 @@ OTHER_PROGRAMS = {
     *("nodes", "ntasks-per-node", "gpus-per-node", "time", "requeue", "signal", "kill-on-bad-exit"),  # SLURM
     "no-deps",  # pip
     *("weights", "only", "rehearse", "phases", "prepare", "pack"),  # studies and benchmarks
-    "half.strength",  # the method that docs/extending.md adds
+    "doubt.strength",  # the method that docs/extending.md adds
 }
 """Flags on the pages that are not longtail's."""
 

@@ -231,6 +231,7 @@ def test_a_recipe_file_with_a_mistake(command: Command, tmp_path: Path) -> None:
         ("base: nope", "base 'nope' is not known"),
         ("- 1", "expected fields with values, got list"),
         ("a: b: c", "not YAML"),
+        ("epochs: 1\nepochs: 2", "'epochs' is given twice"),
     ]:
         recipe.write_text(text)
         code, _, err = command("train", recipe, "--out", tmp_path / "run")

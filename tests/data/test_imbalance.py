@@ -156,3 +156,12 @@ def test_a_label_out_of_range_is_named(wrong: int) -> None:
         permuted_by_class(labels, 3, 0)
     with pytest.raises(LongtailError, match=rf"got {wrong} for image 3$"):
         stratified_split(labels, 3, 0.1, 0.2, 0)
+
+
+@pytest.mark.parametrize("profile", ["exponential", "step", "pareto"])
+@pytest.mark.parametrize("largest", [49, 98, 103, 107, 4980])
+def test_the_last_class_has_its_image_at_the_largest_factor(profile: str, largest: int) -> None:
+    for divisor in (1, 2, 5, 10, 20):
+        if largest % divisor == 0:
+            counts = profile_counts(profile, largest, 10, largest / divisor)
+            assert (counts[0], counts[-1]) == (largest, divisor)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from longtail.data.samplers import ClassAwareSampler, class_shares, epoch_order
+from longtail.data.samplers import ClassAwareSampler, class_shares, ends_balanced, epoch_order
 from longtail.errors import LongtailError
 from longtail.registry import SAMPLERS
 from tests.processes import start_longtail
@@ -366,3 +366,9 @@ def test_in_processes_that_train_together(tmp_path: Path, world: int) -> None:
         assert shown == epoch_order(LABELS, scheme, 0, int(epoch), 4).tolist()[: len(shown)]
         if scheme == "deferred" and epoch != "3":
             assert len(set(shown)) == len(shown)
+
+
+def test_which_samplers_end_with_classes_equally_often() -> None:
+    balanced = {name for name in SAMPLERS if ends_balanced(name, 0.8)}
+    assert balanced == {"class", "progressive", "deferred"}
+    assert not ends_balanced("deferred", 1.0)

@@ -238,3 +238,26 @@ def test_runs_on_other_test_images_are_not_compared(tiny: Config, photos: Path, 
     del values["training_info"]["test_images"]
     card.write_text(json.dumps(values))
     assert len(compare(config, ["la"], [0], out, quiet=True)) == 1
+
+
+def test_a_method_that_does_not_fit_is_refused_before_another_is_trained(tiny: Config, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"mixing": {"kind": "remix"}}, "method ldam has a margin"),
+        ({"optimizer": {"sharpness": "imbsam"}}, "method bcl"),
+    ):
+        config: Config = tiny.replace(**changes)
+        methods = ["la", "ldam" if "mixing" in changes else "bcl"]
+        with pytest.raises(LongtailError, match=message):
+            compare(config, methods, [0], tmp_path / "out", quiet=True)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_comparison_leaves_the_record_of_the_first(tiny: Config, tmp_path: Path) -> None:
+    compare(tiny.replace(epochs=1), ["la"], [0], tmp_path / "out", quiet=True)
+    before = (tmp_path / "out" / "comparison.json").read_text()
+    with pytest.raises(LongtailError, match="was started with epochs"):
+        compare(tiny.replace(epochs=2), ["la"], [0], tmp_path / "out", quiet=True)
+    assert (tmp_path / "out" / "comparison.json").read_text() == before
+    compare(tiny.replace(epochs=1), ["la"], [0, 1], tmp_path / "out", quiet=True)
+    with pytest.raises(LongtailError, match="--methods: auto is for train"):
+        compare(tiny, ["la", "auto"], [0], tmp_path / "other", quiet=True)

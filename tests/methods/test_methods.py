@@ -7,12 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from longtail.config import Config, settings_type
-from longtail.data.dataset import LongTailedData
+from longtail.config import Config, load_recipe, settings_type
+from longtail.data.dataset import LongTailedData, from_arrays
 from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
@@ -320,3 +321,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     fit_in_two(config, tmp_path / "cut", 8, monkeypatch)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert (tmp_path / "teachers").exists() == METHODS[config.method].needs_teacher(config)
+
+
+@pytest.mark.parametrize("method", ["ce", "focal"])
+@pytest.mark.parametrize("sampler", ["instance", "class", "deferred"])
+def test_the_scores_of_a_sampler_contain_the_frequencies_that_it_shows(
+    method: str, sampler: str, tmp_path: Path
+) -> None:
+    """One grey level an image, normal in each class: the Bayes rule of equal frequencies is the level between them."""
+    draws, levels = np.random.default_rng(0), {0: 112, 1: 144}
+    train, test = np.repeat([0, 1], [2000, 40]), np.repeat([0, 1], [400, 400])
+
+    def images(labels: np.ndarray) -> np.ndarray:
+        grey = draws.normal([levels[int(label)] for label in labels], 16).clip(0, 255).round().astype(np.uint8)
+        return np.broadcast_to(grey[:, None, None, None], (len(labels), 8, 8, 1)).copy()
+
+    data = from_arrays((images(train), train), (images(test), test), class_names=("common", "rare"))
+    config = load_recipe("digits-lt").config.replace(
+        method=method, network="conv8-tiny", epochs=6, batch_size=64, data={"sampler": sampler, "augment": "none"}
+    )
+    run = fit(config, tmp_path / "run", data=data, quiet=True)
+    common, rare = run.test_metrics["uniform"]["per_class"]
+    assert min(common, rare) > 55, (common, rare)  # a prior that is subtracted once too often gives 5 and 100
+    assert run.model_config.predicts_under == ("train" if sampler == "instance" else "uniform")

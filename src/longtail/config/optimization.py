@@ -74,11 +74,17 @@ class Schedule:
     name: Literal["constant", "multistep", "cosine", "one-cycle"] = "cosine"
     """Shape of the schedule."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the training with linear warm-up."""
+    """Fraction of the training with linear warm-up; one-cycle has its own."""
     milestones: tuple[Fraction, ...] = (0.8, 0.9)
     """Fractions of the training at which multistep multiplies the learning rate by gamma."""
     gamma: PositiveFloat = 0.1
     """Factor at each milestone."""
+
+    def __post_init__(self) -> None:
+        if self.name == "one-cycle" and self.warmup > 0:
+            raise LongtailError(
+                f"schedule.warmup {self.warmup:g}: one-cycle rises in the first three tenths by itself; set it to 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

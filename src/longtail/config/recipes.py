@@ -12,6 +12,19 @@ from pydantic import ConfigDict
 from longtail.config.schema import Config, parse_config, validate
 from longtail.errors import LongtailError, did_you_mean
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error; the first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for position, key in enumerate(keys) if key in keys[:position]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -79,7 +92,7 @@ def _header(path: Path, values: dict[str, Any]) -> About:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Read a recipe's values; ``base: NAME`` starts from another recipe's."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise LongtailError(f"recipe {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -106,7 +119,7 @@ def read_config(path: Path) -> Config:
         LongtailError: it cannot be read, or is another version's.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise LongtailError(
             f"{path}: cannot be read as a run's configuration: {' '.join(str(error).split())}"
@@ -115,5 +128,5 @@ def read_config(path: Path) -> Config:
         return parse_config(values, str(path))
     except LongtailError as error:
         raise LongtailError(
-            f"{error} (a run of another version of longtail? train it again with --overwrite)"
+            f"{error} (of a plugin? name its file with --plugin; a run of another version of longtail? train it again)"
         ) from None

@@ -47,14 +47,14 @@ def profile_counts(profile: str, largest: int, classes: int, factor: float) -> l
         factor: f, at least 1.
     """
     last = max(classes - 1, 1)
+    whole = 1 + 1e-9  # larger by one part in 10⁹, so that rounding does not take an image from the last class
     if profile == "step":
-        return [largest if 2 * rank < classes else int(largest / factor) for rank in range(classes)]
+        return [largest if 2 * rank < classes else int(largest / factor * whole) for rank in range(classes)]
     if profile == "pareto":
         slope = factor ** (1 / PARETO_POWER) - 1
-        # larger by one part in 10⁹, so that rounding does not take an image from the last class
-        return [int(largest * (1 + rank / last * slope) ** -PARETO_POWER * (1 + 1e-9)) for rank in range(classes)]
+        return [int(largest * (1 + rank / last * slope) ** -PARETO_POWER * whole) for rank in range(classes)]
     assert profile == "exponential"
-    return [int(largest * (1 / factor) ** (rank / last)) for rank in range(classes)]
+    return [int(largest * (1 / factor) ** (rank / last) * whole) for rank in range(classes)]
 
 
 def rank_classes(order: str, names: Sequence[str], seed: int) -> list[int]:

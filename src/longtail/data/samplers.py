@@ -94,6 +94,15 @@ def deferred_shares(class_counts: Tensor, epoch: int, epochs: int, deferred_from
     return class_shares(class_counts, epoch, epochs, deferred_from)
 
 
+def ends_balanced(sampler: str, deferred_from: float) -> bool:
+    """Return whether the last epochs of a training show all classes equally often, whatever their counts are."""
+    scheme, counts = SAMPLERS[sampler], torch.tensor([2, 1])
+    if isinstance(scheme, ImageWeights):
+        return False
+    shares = scheme(counts, 999, 1000, deferred_from)
+    return shares is not None and torch.allclose(shares, shares.mean())
+
+
 def repeat_factors(image_classes: ImageClasses, threshold: float = REPEAT_THRESHOLD) -> Tensor:
     """Return how often each image is repeated by repeat factor sampling (Gupta et al., CVPR 2019), (N,) float64.
 

@@ -29,15 +29,16 @@ from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.records import Record, columns, run_name, run_record
 from longtail.experiments.threads import MAX_AT_ONCE, reason_against_threads, train_in_threads
 from longtail.files import write_json, write_text
-from longtail.registry import METHODS, load_plugin, plugins
+from longtail.registry import METHODS, TASKS, load_plugin, plugins
 from longtail.run_folder import is_comparison
 from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.checkpoint import FORMAT
 from longtail.training.init_weights import fit_init, with_init
+from longtail.training.mixing import build_mixer
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import check_reads_nothing_in, find_finished
 from longtail.training.second_stage import first_stage_epochs
-from longtail.training.sharpness import passes_per_step
+from longtail.training.sharpness import check_sharpness, passes_per_step
 from longtail.training.trainer import fit
 
 logger = logging.getLogger(__name__)
@@ -143,6 +144,8 @@ def _equal_epochs(config: Config, costs: Mapping[str, float]) -> dict[str, int]:
 
 def _check_methods(methods: Sequence[str]) -> None:
     for name in methods:
+        if name == "auto":
+            raise LongtailError("--methods: auto is for train, which chooses a method; compare takes their names")
         METHODS.check(name, "--methods:")
     if len(set(methods)) < len(methods) or not methods:
         raise LongtailError(f"--methods: expected different names, got {','.join(methods)}")
@@ -188,6 +191,9 @@ def compare(
     if config.epochs == "auto":
         config = config.replace(epochs=auto_config(config, data)[0].epochs)
     runs = plan(config, methods, seeds, budget, imbalances)
+    for planned in runs:
+        if planned.config.seed == seeds[0] and planned.config.data == config.data:
+            _check_settings(planned, data)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LongtailError("compare: runs in one process; to use several, start torchrun for each training")
     if out.exists() and any(out.iterdir()) and not is_comparison(out):
@@ -199,7 +205,9 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
-    write_json(out / "comparison.json", {"format": FORMAT, "recipe": config.to_dict()})
+    comparison = {"format": FORMAT, "recipe": config.to_dict()}
+    if not (out / "comparison.json").exists():  # what is there is replaced when a run of it has been accepted
+        write_json(out / "comparison.json", comparison)
     records: dict[Planned, Record] = {}
     in_threads = jobs != 1 and _on_accelerator(config)
     if in_threads:
@@ -212,6 +220,8 @@ def compare(
     else:
         ended = _in_turn(runs, out, quiet) if jobs in {None, 1} else _side_by_side(runs, out, jobs or 1)
     for planned, entry in ended:
+        if not records:
+            write_json(out / "comparison.json", comparison)
         records[planned] = entry
         in_order = [records[run] for run in runs if run in records]
         write_text(out / "records.jsonl", as_json_lines(in_order))
@@ -222,6 +232,15 @@ def compare(
         shown = "n/a" if value is None else f"{value:.1f} %"
         logger.info("%d/%d %s: %s %s, %.0f s", len(records), len(runs), what, title, shown, entry.seconds)
     return [records[run] for run in runs]
+
+
+def _check_settings(planned: Planned, data: LongTailedData) -> None:
+    """Raise LongtailError where a method does not fit, which its training would find after those before it."""
+    config = auto_config(planned.config, data)[0]
+    method, label_kind = METHODS[config.method], TASKS[data.task].label_kind
+    method.check(config, data.class_counts)
+    check_sharpness(config, method, data.class_counts, label_kind)
+    build_mixer(config, method, data.class_counts, label_kind)
 
 
 def _on_accelerator(config: Config) -> bool:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from longtail.config import Config
+from longtail.data.samplers import ends_balanced
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.methods.base import LabelKind, Method
+from longtail.nn.network_name import is_decoder_network
 
 
 class LogitAdjustment(Method):
@@ -37,8 +39,17 @@ class ReweightedLoss(Method):
         return
 
 
+def shown_prior(config: Config) -> PriorName:
+    """Return the class frequencies that a loss without a prior learns: those of the images that are shown at last.
+
+    Pixels and objects are not balanced by a sampler, which draws whole images.
+    """
+    balanced = ends_balanced(config.data.sampler, config.data.deferred_from)
+    return "uniform" if balanced and not is_decoder_network(config.network) else "train"
+
+
 class CrossEntropy(Method):
-    """Plain cross-entropy: the scores contain the training prior.
+    """Plain cross-entropy: the scores contain the prior of the images that are shown.
 
     Evaluated under the uniform prior it is post-hoc logit adjustment (Menon et al., ICLR 2021, arXiv 2007.07314).
     """
@@ -46,9 +57,9 @@ class CrossEntropy(Method):
     label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels", "boxes"})
 
     @classmethod
-    def predicts_under(cls, config: Config) -> PriorName:  # noqa: ARG003
-        """Return the training prior."""
-        return "train"
+    def predicts_under(cls, config: Config) -> PriorName:
+        """Return the prior of the images that the training ends with: that of the training set, or the uniform one."""
+        return shown_prior(config)
 
     def log_prior(self) -> None:
         """Return None: nothing is added to the scores."""

@@ -13,7 +13,7 @@ from longtail.data.loader import Batch
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
 from longtail.methods.base import LabelKind
-from longtail.methods.classifier import ReweightedLoss
+from longtail.methods.classifier import ReweightedLoss, shown_prior
 from longtail.nn import Encoder
 
 
@@ -34,9 +34,9 @@ class Focal(ReweightedLoss):
     label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels"})
 
     @classmethod
-    def predicts_under(cls, config: Config) -> PriorName:  # noqa: ARG003
-        """Return the training prior, which hard samples of the head leave in the scores."""
-        return "train"
+    def predicts_under(cls, config: Config) -> PriorName:
+        """Return the prior of the images that are shown, which hard samples of the head leave in the scores."""
+        return shown_prior(config)
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Return the focal loss."""

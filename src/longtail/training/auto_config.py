@@ -177,10 +177,16 @@ def _without_effect(config: Config) -> list[str]:
             "others"
         )
     sampler = config.data.sampler
-    if sampler != "instance" and method.predicts_under(config) == "uniform":
+    of_each_image_once = method.predicts_under(config.replace(data={"sampler": "instance"}))
+    if sampler != "instance" and of_each_image_once == "uniform":
         notes.append(
             f"data.sampler {sampler}: it shows rare classes more often, and method {name} corrects for the class "
             "frequencies of the training set too, so that rare classes are favoured twice; usual with it is method ce"
+        )
+    elif sampler != "instance" and method.predicts_under(config) == "train":
+        notes.append(
+            f"data.sampler {sampler}: it shows rare classes more often, and predictions under other class frequencies "
+            "assume those of the training set, so that rare classes are favoured twice; the row «training» is without"
         )
     return notes
 

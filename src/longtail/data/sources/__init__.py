@@ -59,7 +59,14 @@ def load_data(config: Data, seed: int) -> LongTailedData:
     source = _source(config)
     seed = seed if config.seed is None else config.seed
     if source.load is not None:
-        return source.load(config, seed)
+        data = source.load(config, seed)
+        counts = data.class_counts
+        if source.balanced and config.profile != "natural" and config.imbalance >= 2 and min(counts) == max(counts):
+            raise LongtailError(
+                f"data.imbalance {config.imbalance:g}: source {config.source} has {max(counts)} images of every class; "
+                "a source that is balanced makes the tail itself (longtail.data.imbalance.long_tailed)"
+            )
+        return data
     return data_from_listing(read_listing(config), config, seed)
 
 
