@@ -15,6 +15,7 @@ from longtail.data.detection import Annotations, Detections
 from longtail.errors import LongtailError
 from longtail.evaluation.detection_matches import coco_masks, encode_mask
 from longtail.evaluation.detection_results import read_results, to_results
+from longtail.tasks.detection.evaluate_results import evaluate_results
 
 
 def annotations_of(*files: str) -> Annotations:
@@ -139,3 +140,50 @@ def test_broken_masks_are_one_line(tmp_path: Path, mask: Any) -> None:
     del one["bbox"]
     with pytest.raises(LongtailError, match="entry 0: expected a segmentation of polygons"):
         read(tmp_path, annotations_of("a.png"), one)
+
+
+def test_runs_that_are_not_those_of_the_image_are_one_line(tmp_path: Path) -> None:
+    annotations = dataclasses.replace(annotations_of("a.png"), sizes=torch.tensor([[40, 60]]))
+    inside = np.zeros((40, 60), dtype=np.uint8, order="F")
+    inside[10:30, 5:25] = 1
+    good = coco_masks().encode(inside)["counts"].decode()
+    half = coco_masks().encode(np.asfortranarray(inside[::2, ::2]))["counts"].decode()
+    for mask, message in (
+        ({"size": [60, 40], "counts": good}, r"its size is \[60, 40\], expected that of the image, \[40, 60\]"),
+        ({"size": "40x60", "counts": good}, "its size is 40x60"),
+        ({"size": [40, 60], "counts": half}, "its counts are of 600 pixels, expected those of 2,400 pixels"),
+        ({"size": [40, 60], "counts": good[:-1]}, "its counts are "),
+        ({"size": [40, 60], "counts": "\u00e4\u00f6"}, "its counts are damaged"),
+        ({"size": [40, 60], "counts": [100]}, "its counts are of 100 pixels"),
+    ):
+        with pytest.raises(LongtailError, match=f"entry 0: segmentation: {message}"):
+            read(tmp_path, annotations, entry(segmentation=mask))
+    (found,) = read(tmp_path, annotations, entry(segmentation={"size": [40, 60], "counts": good}))
+    assert found.masks is not None
+    assert (coco_masks().decode(found.masks[0]) == inside).all()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '[{"image_id": 1, "category_id": 1, "score": 1' + "0" * 400 + "}]"])
+def test_numbers_and_lists_beyond_any_bound_are_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(LongtailError, match=r"results\.json: "):
+        read_results(tmp_path / "results.json", annotations_of("a.png"))
+
+
+def test_equal_scores_are_in_the_order_of_the_images_ids(tmp_path: Path) -> None:
+    """As in COCO's tools, whatever the order of the images in the annotations."""
+    values = []
+    for ids in ([7, 9], [9, 7]):
+        annotations = {
+            "images": [{"id": number, "file_name": f"{number}.png", "width": 40, "height": 40} for number in ids],
+            "categories": [{"id": 1, "name": "cat"}],
+            "annotations": [
+                {"id": 1, "image_id": 7, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0}
+            ],
+        }
+        found = [{"image_id": number, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.5} for number in (7, 9)]
+        (tmp_path / "annotations.json").write_text(json.dumps(annotations))
+        (tmp_path / "results.json").write_text(json.dumps(found))
+        metrics = evaluate_results(tmp_path / "results.json", tmp_path / "annotations.json", None)
+        values.append(metrics["ap"])
+    assert values == [pytest.approx(100.0), pytest.approx(100.0)]

@@ -54,6 +54,12 @@ def _check(options: CalibrateDetector, is_results: bool) -> float | None:
     check_folder(options.out)
     check_output(options.json)
     check_output(options.export, "--export", ".onnx")
+    if options.score_threshold is not None and not 0 <= options.score_threshold < 1:
+        raise LongtailError(
+            f"--score_threshold {options.score_threshold:g}: expected a score of at least 0 and below 1"
+        )
+    if options.statistics_images < 1:
+        raise LongtailError(f"--statistics_images {options.statistics_images}: expected at least 1")
     if options.export is not None and options.export.exists() and not options.overwrite:
         raise LongtailError(f"{options.export}: exists already; use --overwrite or another --export")
     if is_results:

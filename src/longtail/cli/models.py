@@ -270,6 +270,8 @@ def export(arguments: list[str]) -> None:
             f"largest difference of a {exported.compared} from PyTorch's on {exported.images} {kind}: "
             f"{exported.difference:.1e}"
         )
+        if exported.note:
+            print(exported.note)
 
 
 def serve(arguments: list[str]) -> None:

@@ -106,7 +106,7 @@ def load_results(path: Path) -> list[dict[str, Any]]:
         entries = json.loads(path.read_bytes())
     except OSError as error:
         raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LongtailError(f"{path}: is no json: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(entries, list):
         raise LongtailError(f"{path}: expected a list of detections, as COCO's result files hold it")
@@ -247,8 +247,12 @@ def _encoded(where: str, mask: Any, size: Sequence[int]) -> dict[str, Any]:
         LongtailError: it is neither polygons nor run-length encoded.
     """
     try:
+        if isinstance(mask, Mapping):
+            _check_runs(mask, size)
         encoded = encode_mask(mask, size)
-        fits = isinstance(mask, Mapping) or list(encoded["size"]) == list(size)  # a polygon of two corners has no size
+        fits = list(encoded["size"]) == list(size)  # a polygon of two corners has no size
+    except LongtailError as error:
+        raise LongtailError(f"{where}: {error}") from None
     except (KeyError, TypeError, ValueError, RuntimeError):
         fits = False
     if not fits:
@@ -258,8 +262,48 @@ def _encoded(where: str, mask: Any, size: Sequence[int]) -> dict[str, Any]:
     return encoded
 
 
+def _check_runs(mask: Mapping[str, Any], size: Sequence[int]) -> None:
+    """Raise LongtailError where run-length encoded pixels are not those of the image, on which COCO's tools hang."""
+    height, width = map(int, size)
+    if list(mask["size"]) != [height, width]:
+        raise LongtailError(
+            f"segmentation: its size is {mask['size']}, expected that of the image, [{height}, {width}] (height, width)"
+        )
+    counts = mask["counts"]
+    runs = _decompress(counts) if isinstance(counts, str | bytes) else [int(run) for run in counts]
+    if runs is None or min(runs, default=0) < 0 or sum(runs) != height * width:
+        covered = "are damaged" if runs is None else f"are of {sum(runs):,} pixels"
+        raise LongtailError(f"segmentation: its counts {covered}, expected those of {height * width:,} pixels")
+
+
+def _decompress(counts: str | bytes) -> list[int] | None:
+    """Return the runs that COCO's compressed counts stand for; None if they are damaged.
+
+    A run is written in characters of five bits each, the lowest first; from the third run on it is the difference from
+    the run before the last.
+    """
+    codes = [ord(code) - 48 for code in counts] if isinstance(counts, str) else [code - 48 for code in counts]
+    if not codes or min(codes) < 0 or max(codes) > 63 or codes[-1] & 32:
+        return None
+    runs: list[int] = []
+    value = shift = 0
+    for code in codes:
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:  # negative
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond float's range
+        return False
 
 
 def _detections(entries: list[tuple[int, dict[str, Any]]], with_masks: bool) -> Detections:

@@ -48,6 +48,8 @@ class Exported:
     """What ``difference`` is of."""
     batch: str = "N"
     """Images that it takes at a time; N for any number."""
+    note: str = ""
+    """What a user should know about the file."""
 
 
 class _ExportModule(nn.Module):
@@ -145,7 +147,13 @@ def export_onnx(
             f"{PARITY:g}; nothing was written"
         )
     write_bytes(path, content)
-    return Exported(path, (height, width, config.channels), difference, len(inputs))
+    window, note = config.sliding_window, ""
+    if window is not None and window < max(height, width):
+        note = (
+            f"the file labels the whole image at once, the run by a sliding window of {window}; longtail evaluate RUN "
+            f"--sliding_window {max(height, width)} says how good that is"
+        )
+    return Exported(path, (height, width, config.channels), difference, len(inputs), note=note)
 
 
 def _example_inputs(model: TrainedModel, size: tuple[int, int], files: Sequence[Path]) -> Tensor:

@@ -33,7 +33,7 @@ class InferenceOptions:
     def __post_init__(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 32:
             raise LongtailError(f"--sliding_window {self.sliding_window}: expected at least 32 pixels")
-        if not self.tta_scales or min(self.tta_scales) <= 0 or max(self.tta_scales) > 8:
+        if not self.tta_scales or not all(0 < scale <= 8 for scale in self.tta_scales):
             shown = " ".join(map(str, self.tta_scales))
             raise LongtailError(f"--tta_scales {shown}: expected scales above 0 and at most 8")
         if self.tta != "auto":

@@ -57,6 +57,7 @@ class ClassBalanced(ReweightedLoss):
     """Cui et al., CVPR 2019, arXiv 1901.05555."""
 
     settings_class = ClassBalancedSettings
+    label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels"})
     weights: Tensor
 
     def __init__(

@@ -20,6 +20,10 @@ def evaluate_results(results: Path, annotations: Path, train_annotations: Path |
     """Return what ``evaluate --json`` holds, see :meth:`longtail.tasks.base.Task.evaluate_results`."""
     problems = AnnotationProblems()
     ground_truth = read_coco(annotations, problems, as_written=True)
+    # COCO's tools take detections of equal score in the order of the images' ids
+    if all(isinstance(image_id, int) for image_id in ground_truth.image_ids):
+        ids = ground_truth.image_ids
+        ground_truth = ground_truth.select(sorted(range(len(ids)), key=lambda index: ids[index]))
     names = ground_truth.class_names
     counts = trained = None
     if train_annotations is not None:

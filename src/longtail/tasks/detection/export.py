@@ -181,13 +181,14 @@ def export_onnx(model: Detector, path: Path, prior: Prior, images: Sequence[Path
     }
     content = serialize(proto, metadata)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    difference = 0.0
+    difference, compared = 0.0, 0
     for image in inputs:
         boxes, labels, scores = session.run(None, {"images": image[None].numpy()})
         pixels = image[None].permute(0, 3, 1, 2).float() / 255
         want = model.detect(pixels, SCORE_THRESHOLD, NMS_THRESHOLD, MAX_DETECTIONS, prior)[0]
         expected = (want.boxes.numpy(), want.labels.numpy(), want.scores.numpy())
         difference = max(difference, detection_difference((boxes, labels, scores), expected, side))
+        compared += int((want.scores >= SCORE_THRESHOLD + _NEAR).sum())
     if not difference < PARITY:
         raise LongtailError(
             f"{path}: what the ONNX file finds differs from what PyTorch finds by {difference:.2g}, expected less than "
@@ -195,7 +196,10 @@ def export_onnx(model: Detector, path: Path, prior: Prior, images: Sequence[Path
         )
     write_bytes(path, content)
     shape = (side, side, config.channels)
-    return Exported(path, shape, difference, len(inputs), compared="score or box", batch="1")
+    note = ""
+    if compared == 0:
+        note = "nothing was found in these images, and so nothing compared: give images with objects"
+    return Exported(path, shape, difference, len(inputs), compared="score or box", batch="1", note=note)
 
 
 def detection_difference(one: Found, other: Found, side: int) -> float:

@@ -47,7 +47,7 @@ class DetectionSettings(Settings):
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:
             raise LongtailError(f"detection.scale {self.scale}: expected the smaller value first")
-        if int(self.regions_per_image * self.objects) < 1:
+        if self.regions_per_image > 0 and int(self.regions_per_image * self.objects) < 1:
             least = math.ceil(1e4 / self.regions_per_image) / 1e4
             raise LongtailError(
                 f"detection.objects {self.objects:g}: of {self.regions_per_image} regions of an image that is less "
