@@ -295,10 +295,11 @@ def test_an_exported_file_predicts_the_same_without_torch(run: Path, tmp_path: P
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == 9
+    assert "probabilities under given frequencies, as the file was exported" in done.stdout
     (tmp_path / "new" / "2.png").write_bytes(b"not an image")
     code, shown_table, err = command("predict", tmp_path / "m.onnx", tmp_path / "new")
-    assert (code, len(shown_table.splitlines()), "2.png: is not an image" in err) == (1, 7, True)
+    assert (code, len(shown_table.splitlines()), "2.png: is not an image" in err) == (1, 8, True)
 
 
 @pytest.mark.parametrize("flags", [["--sliding_window", "64"], ["--tta_scales", "1", "1.5"], ["--out", "out"]])

@@ -70,8 +70,8 @@ def test_the_class_frequencies_in_a_file(tmp_path: Path, command: Command) -> No
     counts = write_frequencies(tmp_path / "counts.json", dict(zip(NAMES, map(float, COUNTS), strict=True)))
     given = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log().float().exp().tolist()  # as an export writes it
     cases: list[tuple[Any, list[Path | str], list[Path | str]]] = [
-        (given, ["uniform", inside], ["train", others]),
-        ("train", ["uniform", "train", counts], [inside]),
+        (given, [inside], ["uniform", "train", others]),
+        ("train", ["train", counts], ["uniform", inside]),
         ("uniform", ["uniform"], ["train", inside]),
     ]
     for prior, accepted, refused in cases:

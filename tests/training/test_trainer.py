@@ -174,7 +174,7 @@ def test_runs_of_other_versions_and_stopped_ones_can_be_replaced(tiny: Config, t
             (out / name).touch()
         with pytest.raises(LongtailError, match="contains a run already"):
             fit(config, out, quiet=True)
-        with pytest.raises(LongtailError, match=r"no field 'removed'.*train it again with --overwrite"):
+        with pytest.raises(LongtailError, match=r"no field 'removed'.*--plugin; .*train it again with --overwrite"):
             fit(config, out, resume=True, quiet=True)
         fit(config, out, overwrite=True, quiet=True)
         assert read_config(out / "config.yaml").method == "la"

@@ -28,7 +28,8 @@ class Optimizer:
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum (sgd)."""
     weight_decay: Weight = 5e-4
-    """Weight decay; not applied to the temperature and, with adamw, to biases and normalisation layers."""
+    """Weight decay; not applied to the temperature and, with adamw, to biases and normalisation layers. From random
+    weights the best one falls with the number of steps (docs/methods.md)."""
     head_weight_decay: Weight | None = None
     """Weight decay of everything but the encoder; weight_decay if not given."""
     norm_weight_decay: Weight | None = None

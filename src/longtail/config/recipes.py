@@ -128,5 +128,5 @@ def read_config(path: Path) -> Config:
         return parse_config(values, str(path))
     except LongtailError as error:
         raise LongtailError(
-            f"{error} (of a plugin? name its file with --plugin; a run of another version of longtail? train it again)"
+            f"{error} (of a plugin? name its file with --plugin; of another version? train it again with --overwrite)"
         ) from None
