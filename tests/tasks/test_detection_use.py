@@ -664,3 +664,12 @@ def test_options_are_refused_in_python(detector: Detector, root: Path) -> None:
     request = PredictionRequest(options=InferenceOptions(tta_scales=(1.0, 2.0)))
     with pytest.raises(LongtailError, match="are not for models that find objects"):
         predict_files(detector, [root / "images2" / "000.png"], request)
+
+
+def test_pictures_of_an_earlier_prediction_are_not_predicted(
+    run: Path, root: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(root / "images2", tmp_path / "photos")
+    shown = [command("predict", run, tmp_path / "photos", "--out", tmp_path / "photos" / "out")[1] for _ in range(2)]
+    assert list((tmp_path / "photos" / "out").glob("*.jpg"))
+    assert shown[0] == shown[1]

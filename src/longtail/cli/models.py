@@ -148,7 +148,8 @@ def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOut
     )
     task = TASKS[model.config.task]
     check_inference_options(inference, task.label_kind, "predict")
-    return task.predict_files(model, _find_images(options.images), request)
+    out = options.out or (Path("segmented") if task.label_kind == "pixels" else None)
+    return task.predict_files(model, _find_images(options.images, out), request)
 
 
 def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOutput:
@@ -196,12 +197,20 @@ def _prior_inside(model: ONNXModel) -> str:
     return "the frequencies of training" if model.prior == "train" else "given frequencies"
 
 
-def _find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the images that are named, and say which files of folders are none."""
+def _find_images(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Return the images that are named, and say which files of folders are none.
+
+    Args:
+        paths: files and folders.
+        out: folder of the output; where it is within a folder, pictures in it are of an earlier prediction.
+    """
     from longtail.data.image_io import find_images
 
     left_out: list[Path] = []
     files = find_images(paths, left_out)
+    if out is not None and any(path.resolve() in out.resolve().parents for path in paths):
+        earlier = [file for file in files if out.resolve() in file.resolve().parents and file not in paths]
+        files = [file for file in files if file not in set(earlier)]
     if left_out:
         names = ", ".join(printable(path.name) for path in left_out[:3]) + ("…" if len(left_out) > 3 else "")
         count = (

@@ -230,10 +230,11 @@ def _folder_of(root: Path, path: Path, split: str, names: Sequence[str]) -> str:
             below = os.path.relpath(folder, root)
             return "" if below == "." else f"{below}/"
     looked = ", ".join(dict.fromkeys(str(folder) for folder in folders if folder.is_dir()))
-    raise LongtailError(
-        f"{path}: there is no image {printable(names[0])} in {looked}; name the folder of the images: "
-        "--data.root FOLDER"
+    backslash = "\\" in names[0]
+    advice = (
+        "separate folders by / in place of \\" if backslash else "name the folder of the images: --data.root FOLDER"
     )
+    raise LongtailError(f"{path}: there is no image {printable(names[0])} in {looked}; {advice}")
 
 
 def _check_images(found: AnnotatedImages) -> None:
