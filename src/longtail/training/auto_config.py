@@ -183,7 +183,7 @@ def _without_effect(config: Config) -> list[str]:
             f"data.sampler {sampler}: it shows rare classes more often, and method {name} corrects for the class "
             "frequencies of the training set too, so that rare classes are favoured twice; usual with it is method ce"
         )
-    elif sampler != "instance" and method.predicts_under(config) == "train":
+    elif sampler != "instance" and method.predicts_under(config) == "train" and not is_decoder_network(config.network):
         notes.append(
             f"data.sampler {sampler}: it shows rare classes more often, and predictions under other class frequencies "
             "assume those of the training set, so that rare classes are favoured twice; the row «training» is without"
