@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from longtail.files import atomic_write
 
@@ -73,7 +73,10 @@ def class_histogram(
     axes.bar(range(len(counts)), counts, color=[GROUP_COLORS[group] for group in groups], width=0.85)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.8 if min(counts) < 1000 else min(counts) / 3)
+    if max(counts) < 100 * max(min(counts), 1):  # within two decades, powers of ten alone would be one label or two
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _position: f"{value:,.0f}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(counted)
     label_classes(axes, names)
     _group_legend(axes, groups)
