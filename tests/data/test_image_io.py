@@ -140,6 +140,8 @@ def test_values_of_an_unknown_range_are_refused(tmp_path: Path, value: float) ->
 def test_files_that_are_no_images_by_their_names_are_told(tmp_path: Path) -> None:
     for name in ("a.png", "b.heic", "c.CR2", ".hidden"):
         photo((8, 8)).save(tmp_path / name, format="png")
+    (tmp_path / "compared").mkdir()  # without any picture
+    (tmp_path / "compared" / "comparison.json").write_text('{"format": 1, "recipe": {}}')
     left_out: list[Path] = []
     assert find_images([tmp_path], left_out) == [tmp_path / "a.png"]
     assert [path.name for path in left_out] == ["b.heic", "c.CR2"]

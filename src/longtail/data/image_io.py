@@ -71,13 +71,12 @@ def find_images(paths: Iterable[Path], left_out: list[Path] | None = None) -> li
         path = find_path(given)
         if path.is_dir():
             visible = sorted(visible_files(path))
-            inside = [p for p in visible if is_image_name(p.name)]
-            folders = {parent for file in inside for parent in file.parents if path in parent.parents}
+            folders = {parent for file in visible for parent in file.parents if path in parent.parents}
             written = {folder for folder in folders if is_written(folder)}  # a run's report has pictures of its own
-            inside = [file for file in inside if written.isdisjoint(file.parents)]
+            visible = [file for file in visible if written.isdisjoint(file.parents)]
+            inside = [file for file in visible if is_image_name(file.name)]
             if left_out is not None:
-                others = (file for file in visible if not is_image_name(file.name))
-                left_out += [file for file in others if not is_written(path) and written.isdisjoint(file.parents)]
+                left_out += [file for file in visible if not is_image_name(file.name)]
             if not inside:
                 raise LongtailError(f"{path}: holds no images")
             files += inside

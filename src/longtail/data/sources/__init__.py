@@ -120,6 +120,5 @@ def is_balanced(name: str) -> bool:
 def _source(config: Data) -> Source:
     source = SOURCES[config.source]
     if config.root is not None and not find_path(Path(config.root)).exists():
-        relative = "" if Path(config.root).is_absolute() else " below the current one"
-        raise LongtailError(f"data.root '{config.root}': there is no such folder{relative}")
+        raise LongtailError(f"data.root '{config.root}': there is no such folder")
     return source
