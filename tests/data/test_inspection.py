@@ -119,6 +119,13 @@ def test_a_table_of_the_good_images_is_written_and_can_be_trained_on(
     assert "unreadable: " in out
 
 
+def test_a_table_of_the_good_images_needs_a_class_for_each(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("inspect", "digits-lt", "--fix", tmp_path / "good.csv")
+    assert code == 2
+    assert "is a table of image files with one class each, and digits-lt has none" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_training_would_refuse_is_an_error_beforehand(photos: Path, tmp_path: Path) -> None:
     def errors(root: Path, **settings: object) -> list[str]:
         return inspect(Data(source="folder", root=str(root), **settings), 0, Shots()).errors  # type: ignore[arg-type]

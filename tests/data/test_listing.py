@@ -273,6 +273,17 @@ def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
         load_data(Data(source="list", train=str(tmp_path / "a.json")), seed=0)
 
 
+def test_annotations_of_boxes_of_several_classes(tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [{"image_id": 1, "category_id": c, "bbox": [0, 0, 4, 4]} for c in (1, 2)],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(LongtailError, match=r"of several classes in one image; for a detector, expected --data.source"):
+        load_data(Data(source="list", train=str(tmp_path / "a.json")), seed=0)
+
+
 def test_links_in_circles_and_names_that_are_not_utf8(photos: Path) -> None:
     (photos / "cat" / "loop.png").symlink_to(photos / "cat" / "loop.png")
     with pytest.raises(LongtailError, match=r"loop\.png: is a broken or circular link"):

@@ -113,6 +113,12 @@ def test_what_an_argument_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "scenes" / "images").mkdir(parents=True)
     (tmp_path / "scenes" / "annotations").mkdir()
     assert source_of("scenes") == {"source": "masks", "root": "scenes"}
+    (tmp_path / "cells" / "images").mkdir(parents=True)
+    assert source_of("cells") == {"source": "folder", "root": "cells"}
+    (tmp_path / "cells" / "train.json").touch()
+    assert source_of("cells") == {"source": "boxes", "root": "cells"}
+    (tmp_path / "cells" / "images" / "round").mkdir()  # a class
+    assert source_of("cells") == {"source": "folder", "root": "cells"}
     with pytest.raises(LongtailError, match="there is no such folder or set; perhaps you meant digits-lt"):
         source_of("digit-lt")
 

@@ -59,6 +59,8 @@ def plain(message: str) -> str:
         if value := _NO_TYPE.fullmatch(reason):
             given = " ".join(part.strip("'\"") for part in value[2].split(", "))
             return f"{flag} {given}: expected {_either(value[1].split('|'))}"
+        if not flag.startswith("-"):  # a check of a whole section, whose message names the field
+            return reason
     if found := _CHOICE.fullmatch(message):
         choices = [part.strip("'\" ") for part in found[3].split(",")]
         return f"{found[2]} {found[1]}: expected {_either(choice for choice in choices if choice)}"

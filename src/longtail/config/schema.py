@@ -409,7 +409,7 @@ def validate(kind: Any, values: Any, where: str, prefix: str = "") -> Any:
     if not isinstance(values, dict):
         raise LongtailError(f"{where}: {prefix[:-1] or 'expected'} fields with values, got {type(values).__name__}")
     try:
-        return TypeAdapter(kind).validate_python(values)
+        result = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         # for a union pydantic names the branch too, in parts that are no identifiers
@@ -423,6 +423,18 @@ def validate(kind: Any, values: Any, where: str, prefix: str = "") -> Any:
         if by_flags:
             raise LongtailError(f"--{name} {first['input']}: {expected}") from None
         raise LongtailError(f"{where}: {name}: {expected}, got {first['input']!r}") from None
+    _check_no_switch(values, result, where, prefix)
+    return result
+
+
+def _check_no_switch(values: dict[str, Any], result: Any, where: str, prefix: str) -> None:
+    """Raise LongtailError for a yes or no, which YAML has for True and False, that was taken for 1 or 0."""
+    for name, value in values.items():
+        read = getattr(result, name)
+        if isinstance(value, dict) and dataclasses.is_dataclass(read):
+            _check_no_switch(value, read, where, f"{prefix}{name}.")
+        elif isinstance(value, bool) and not isinstance(read, bool):
+            raise LongtailError(f"{where}: {prefix}{name}: expected a number, got {value}")
 
 
 def _expected(message: str) -> str:

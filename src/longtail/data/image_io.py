@@ -19,6 +19,7 @@ from longtail.run_folder import is_written
 Read = TypeVar("Read")
 
 _CLEAN = 2  # times the side that is wanted; what a JPEG file's own scaling loses is then invisible after the reduction
+_ROWS = 256  # that are scaled to 8 bits at once
 _ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})  # Exif: those that exchange width and height
 
 _DAMAGED_EXIF = "Corrupt EXIF data"  # the pixels are as good without
@@ -252,8 +253,11 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
     image = transposed(image)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion clips 16-bit values to white
-        scaled = np.asarray(image, dtype=np.float64) * _scale_to_8_bits(image)
-        image = Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
+        values, scale = np.asarray(image), _scale_to_8_bits(image)
+        scaled = np.empty(values.shape, dtype=np.uint8)
+        for rows in range(0, len(values), _ROWS):  # as float64 all of a large image would take eight bytes a pixel
+            scaled[rows : rows + _ROWS] = (values[rows : rows + _ROWS] * np.float64(scale)).clip(0, 255).round()
+        image = Image.fromarray(scaled)
     elif image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

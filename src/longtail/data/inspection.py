@@ -122,7 +122,10 @@ def inspect(
     if SOURCES[config.source].listing is not None:
         return _inspect_files(read_listing(config), config, seed, shots, tick, fix)
     if fix is not None:
-        raise LongtailError(f"--fix {fix}: {config.source} consists of no image files; expected a folder or a table")
+        raise LongtailError(
+            f"--fix {fix}: is a table of image files with one class each, and {config.source} has none; "
+            "training leaves out images that cannot be read, up to data.max_unreadable_fraction"
+        )
     data = load_data(config, seed)
     inspection = _inspection(config, data.class_names, data.class_counts, data.groups(shots), data)
     inspection.remarks = list(data.remarks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,4 +57,14 @@ def _has_boxes(path: Path) -> bool:
         return True
     if any((folder / "images").is_dir() and (folder / "labels").is_dir() for folder in (path, path / "train")):
         return True
-    return any((path / "annotations").glob("*.json")) or (path / "train" / "_annotations.coco.json").is_file()
+    if any((path / "annotations").glob("*.json")) or (path / "train" / "_annotations.coco.json").is_file():
+        return True
+    # a .json file beside the images, or beside images/, where no folder could be a class
+    return any(path.glob("*.json")) and {*_folders(path)} <= {"images", "runs"} and not _folders(path / "images")
+
+
+def _folders(path: Path) -> list[str]:
+    if not path.is_dir():
+        return []
+    with os.scandir(path) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]

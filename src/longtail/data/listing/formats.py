@@ -99,6 +99,11 @@ def read_annotations(
         ) from None
     if not pairs:
         raise LongtailError(f"{printable(path)}: lists no images")
+    if len(set(pairs)) > len({name for name, _ in pairs}) and any("bbox" in each for each in content["annotations"]):
+        raise LongtailError(
+            f"{printable(path)}: annotations have boxes of several classes in one image; for a detector, expected "
+            f"--data.source boxes --data.train {printable(path)}"
+        )
     names = [name for _, name in categories]
     if len(set(names)) < len(names):  # iNaturalist 2018 was published with numbers for names, and without
         names = [f"{name} ({identity})" for identity, name in categories]
