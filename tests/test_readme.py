@@ -19,12 +19,11 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from longtail import ClassQueues, CosineClassifier, GMLLoss, ProjectionMLP, Recognizer
+from longtail import CosineClassifier, ProjectionMLP, Recognizer
 from longtail.cli import options
 from longtail.cli.app import COMMANDS
 from longtail.config import field_names
 from longtail.experiments.records import Record, markdown
-from longtail.losses import LogitAdjustedLoss
 from tests.conftest import TINY, Command
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +48,7 @@ def blocks(page: str, language: str) -> list[str]:
     return [code for name, code in fences if name == language]
 
 
-SNIPPETS = blocks("README.md", "python")
+RECOGNIZER, LOOP, EMBEDDINGS = blocks("README.md", "python")
 TABLES = [
     (page, name, shown)
     for page, text in PAGES.items()
@@ -93,10 +92,7 @@ def test_the_loop_runs_and_learns() -> None:
     ids = torch.arange(52)
     student, teacher = nn.Linear(12, 16), nn.Linear(12, 64).requires_grad_(False)
     space = {
-        "GMLLoss": GMLLoss,
-        "LogitAdjustedLoss": LogitAdjustedLoss,
         "classifier": CosineClassifier(16, 3),
-        "ClassQueues": ClassQueues,
         "class_counts": counts,
         "student": student,
         "teacher": teacher,
@@ -109,7 +105,7 @@ def test_the_loop_runs_and_learns() -> None:
     )
     losses: list[float] = []
     space["loader"] = [(images[p], labels[p], ids[p]) for p in torch.randperm(52).split(26)] * 20
-    code = compile(SNIPPETS[0] + "    losses.append(loss.item())\n", "README.md", "exec")
+    code = compile(LOOP + "    losses.append(loss.item())\n", "README.md", "exec")
     exec(code, space | {"losses": losses})
     assert len(losses) == 40
     assert losses[-1] < 0.5 * losses[0]
@@ -123,14 +119,14 @@ def test_the_recognizer_snippet(
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "1.jpg").write_bytes((photos / "cat" / "1.png").read_bytes())
     space: dict[str, object] = {}
-    exec(compile(SNIPPETS[2], "README.md", "exec"), space)
+    exec(compile(RECOGNIZER, "README.md", "exec"), space)
     assert isinstance(space["recognizer"], Recognizer)
 
 
 def test_the_embeddings_snippet() -> None:
     digits = load_digits()
     space: dict[str, Any] = {"embeddings": digits.data[:300], "labels": digits.target[:300]}
-    exec(compile(SNIPPETS[1], "README.md", "exec"), space)
+    exec(compile(EMBEDDINGS, "README.md", "exec"), space)
     assert space["model"].score(digits.data[300:600], digits.target[300:600]) > 0.8
 
 

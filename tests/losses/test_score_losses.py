@@ -453,6 +453,8 @@ def test_wrong_scores_are_named(name: str) -> None:
         (lambda: AsymmetricLoss(-1.0), "^gamma_negative: "),
         (lambda: AsymmetricLoss(gamma_positive=-1.0), "^gamma_positive: "),
         (lambda: AsymmetricLoss(clip=1.0), "^clip: "),
+        (lambda: FocalLoss(class_counts=COUNTS), "^class_counts: have no effect without class_weights"),
+        (lambda: AsymmetricLoss(class_counts=COUNTS), "^class_counts: have no effect without class_weights"),
         (lambda: ClassBalancedLoss(), "^class_weights: 'auto' needs class_counts"),
         (lambda: ClassBalancedLoss(COUNTS, beta=1.0), "^beta: "),
     ],

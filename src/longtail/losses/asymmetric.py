@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longtail.losses.checks import Counts, valid_labels, values_are_known
 from longtail.losses.reduction import reduce_losses, to_full_precision
-from longtail.losses.reweighting import ClassWeights, compute_class_weights
+from longtail.losses.reweighting import ClassWeights, optional_class_weights
 from longtail.losses.score_loss import ScoreLoss, broadcast_to_classes
 
 
@@ -150,7 +150,7 @@ class AsymmetricLoss(ScoreLoss):
         if not 0 <= clip < 1:
             raise ValueError(f"clip: expected a probability in [0, 1), got {clip}")
         self.gamma_negative, self.gamma_positive, self.clip = gamma_negative, gamma_positive, clip
-        weights = None if class_weights is None else compute_class_weights(class_weights, class_counts, beta)
+        weights = optional_class_weights(class_weights, class_counts, beta)
         self.register_buffer("weights", weights, persistent=False)
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:

@@ -49,6 +49,19 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     return (weights * len(counts) / weights.sum()).float()
 
 
+def optional_class_weights(
+    class_weights: ClassWeights | None, class_counts: Counts | None, beta: float
+) -> Tensor | None:
+    """Return :func:`compute_class_weights`, or None without class weights; class counts alone are a ValueError."""
+    if class_weights is not None:
+        return compute_class_weights(class_weights, class_counts, beta)
+    if class_counts is not None:
+        raise ValueError(
+            "class_counts: have no effect without class_weights; expected class_weights such as 'effective_number' too"
+        )
+    return None
+
+
 def frequency_weights(class_counts: Counts, power: float = 1.0) -> Tensor:
     """Return n_c^(−power) of every class, scaled to a mean of 1; shape (C,), 0 for a class without images.
 
@@ -245,7 +258,7 @@ class FocalLoss(ScoreLoss):
         if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma: expected an exponent of at least 0, got {gamma}")
         self.gamma = gamma
-        weights = None if class_weights is None else compute_class_weights(class_weights, class_counts, beta)
+        weights = optional_class_weights(class_weights, class_counts, beta)
         self.register_buffer("weights", weights, persistent=False)
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:

@@ -169,8 +169,8 @@ class _Reader:
         if images:
             files.setdefault(name, []).extend(f"{path}/{image}" for image in images)
             self.errors += [
-                f"{printable(root / path / file)}: is not an image by its name; remove it from the class "
-                f"'{printable(name)}'"
+                f"{printable(root / path / file)}: is not an image by its name; convert or remove it, or leave "
+                f"such files out: longtail inspect SOURCE --fix FILE.csv (class '{printable(name)}')"
                 for file in other
             ]
         elif not folders:
