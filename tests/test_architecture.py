@@ -18,9 +18,9 @@ SOURCE = TESTS.parent / "src" / "longtail"
 LAYERS = (
     ("errors",),
     ("files", "randomness", "registry", "distributed", "devices", "allocator", "run_folder", "class_counts"),
-    ("config", "losses", "memory", "plots"),
+    ("config", "losses", "memory"),
     ("nn", "data"),
-    ("evaluation",),
+    ("evaluation", "plots"),
     ("estimator", "inference", "methods", "prior_correction", "splitters"),
     ("tasks",),
     ("training",),
@@ -36,7 +36,7 @@ The package's root is the exception: all may import it for its version, and its 
 
 FEW_IMPORTS = {
     "errors": set[str](),
-    "plots": {"files"},  # written atomically
+    "plots": {"data", "files"},  # for printable names, and written atomically
     "randomness": set[str](),
     "distributed": {"errors"},
     "class_counts": set[str](),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
+import os
 import re
 import shutil
 import signal
@@ -49,6 +51,12 @@ def picture(size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
     held = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(held, kind)
+    return held.getvalue()
+
+
+def tiff(values: list[list[float]]) -> bytes:
+    held = io.BytesIO()
+    Image.fromarray(np.array(values, dtype=np.float32)).save(held, "TIFF")
     return held.getvalue()
 
 
@@ -122,6 +130,17 @@ def test_test_time_augmentation(run: Path) -> None:
     assert len(response["nearest"]) == 5
 
 
+def test_names_that_are_not_utf8(run: Path) -> None:
+    recognizer, name = loaded(run)[0], os.fsdecode(b"caf\xe9")
+    names = tuple(f"{name} {digit}" for digit in range(10))
+    recognizer.config = dataclasses.replace(recognizer.config, class_names=names)
+    client = TestClient(build_app(recognizer, title=name))
+    assert r"<h1>caf\xe9</h1>" in client.get("/").text
+    response = client.post("/predict", content=picture())
+    assert response.status_code == 200
+    assert {entry["class"] for entry in response.json()["top"]} <= set(names)
+
+
 def zipped() -> bytes:
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w") as archive:
@@ -138,9 +157,10 @@ def zipped() -> bytes:
         (picture()[:-40], 400, "is damaged"),
         (bomb(50_000, 50_000), 400, "larger than Pillow decodes safely"),
         (bomb(8_000, 8_000), 400, "has 8000 × 8000 pixels"),
+        (tiff([[-5, 10]]), 400, "the upload: has values from -5 to 10, expected"),
         (b"\0" * (MOST_BYTES + 1), 413, "has more than 20 MiB"),
     ],
-    ids=["empty", "text", "archive", "cut", "bomb", "too many pixels", "too many bytes"],
+    ids=["empty", "text", "archive", "cut", "bomb", "too many pixels", "range", "too many bytes"],
 )
 def test_what_is_refused(client: TestClient, body: bytes, code: int, message: str) -> None:
     refused = client.post("/predict", content=body)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from safetensors import SafetensorError
 
 from longtail.errors import LongtailError
 
+_FULL = os.strerror(errno.ENOSPC)
+_LITTLE = 2**20  # bytes that are free on a disk where a larger file has not fitted
 _LONGEST_NAME = 240  # bytes of a file's name that its temporary file has; most file systems allow 255
 
 
@@ -47,9 +51,18 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         finally:
             os.close(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # the last two are what torch and safetensors raise
+        reason = getattr(error, "strerror", None) or (_FULL if _is_full(path.parent) else error)
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise LongtailError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise LongtailError(f"{path}: cannot be written: {reason}") from None
+
+
+def _is_full(folder: Path) -> bool:
+    """Return whether the disk of a folder is full, which torch and safetensors do not say."""
+    try:
+        return shutil.disk_usage(folder).free < _LITTLE
+    except OSError:
+        return False
 
 
 def _is_device(path: Path) -> bool:

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from longtail.data.paths import printable
 from longtail.files import atomic_write
 
 GROUP_COLORS = {"many": "#4477aa", "medium": "#b8860b", "few": "#cc5566"}
@@ -144,13 +145,17 @@ def rejection(curve: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def plain_text(text: str) -> str:
+    """Return a name as Matplotlib takes it: printable, and without a dollar sign that would start a formula."""
+    return printable(text).replace("$", r"\$")
+
+
 def label_classes(axes: Axes, names: Sequence[str]) -> None:
     """Write the names of the classes below the axes, if there are few enough."""
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xlabel("classes, from head to tail")
     if len(names) <= 20:
-        # a dollar sign would start a formula
-        shown = [(name if len(name) <= 12 else f"{name[:11]}…").replace("$", r"\$") for name in names]
+        shown = [plain_text(name if len(name) <= 12 else f"{name[:11]}…") for name in names]
         axes.set_xticks(range(len(names)), shown, rotation=0 if len(names) <= 10 else 45)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 _FIELDS = frozenset({"recipe", "method", "network", "epochs", "batch_size", "seed", "data", "classifier", "teacher"})
 """Fields that ``config.yaml`` of a run has had in every version, so that runs of older ones are recognised."""
-_RESULTS = frozenset({"metrics.jsonl", "last.ckpt", "recognizer"})
+RESULTS = frozenset({"metrics.jsonl", "last.ckpt", "recognizer"})
+"""What a run leaves, by one of which its folder is recognised."""
 _BEFORE_RESULTS = frozenset({"config.yaml", "unreadable.csv", "train_images.npy", "tensorboard", "wandb"})
 """All that is in the folder of a run that was stopped before its first result."""
 
@@ -22,8 +23,8 @@ def is_run(folder: Path) -> bool:
     if not isinstance(values, dict) or not values.keys() >= _FIELDS:
         return False
     names = set(_names(folder))
-    written = {name for name in names if name not in _BEFORE_RESULTS and not _is_partial(name)}
-    return bool(names & _RESULTS) or not written
+    written = {name for name in names if name not in _BEFORE_RESULTS and not is_partial(name)}
+    return bool(names & RESULTS) or not written
 
 
 def is_comparison(folder: Path) -> bool:
@@ -53,7 +54,7 @@ def _is_cache(folder: Path) -> bool:
     return folder.name == "cache" and folder.is_dir() and all(name.endswith(made) for name in _names(folder))
 
 
-def _is_partial(name: str) -> bool:
+def is_partial(name: str) -> bool:
     """Return whether a file is what an interrupted atomic write left."""
     return name.startswith(".") and name.endswith(".partial")
 

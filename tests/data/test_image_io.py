@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +137,35 @@ def test_values_of_an_unknown_range_are_refused(tmp_path: Path, value: float) ->
     for read in (open_image, lambda path: open_square(path, 8)):
         with pytest.raises(LongtailError, match=r"x\.tiff: has values from .*; save it with 8 or 16 bits"):
             read(tmp_path / "x.tiff")
+
+
+def test_images_are_read_without_changing_filters_of_warnings(tmp_path: Path) -> None:
+    """In another process, as pytest has filters of its own."""
+    photo((40, 30)).save(tmp_path / "large.png")
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12"  # damaged
+    photo((20, 30)).save(tmp_path / "exif.jpg", exif=exif)
+    code = """if True:
+        import sys, warnings
+        from concurrent.futures import ThreadPoolExecutor
+        from pathlib import Path
+        from PIL import Image
+        from longtail.data.image_io import image_errors, open_image, read_or_record
+        Image.MAX_IMAGE_PIXELS, reasons, before = 1000, {}, list(warnings.filters)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda path: read_or_record(open_image, Path(path), reasons), 20 * sys.argv[1:]))
+        one, other = image_errors("one"), image_errors("other")  # entered and left as two threads may
+        for context in (one, other):
+            context.__enter__()
+        for context in (one, other):
+            context.__exit__(None, None, None)
+        assert warnings.filters == before
+        print(*reasons.values())
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "large.png"), str(tmp_path / "exif.jpg")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.stderr
+    assert "large.png: is larger than Pillow decodes safely (Image size (1200 pixels) exceeds" in done.stdout
+    assert "exif.jpg" not in done.stdout
 
 
 def test_files_that_are_no_images_by_their_names_are_told(tmp_path: Path) -> None:

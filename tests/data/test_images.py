@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -7,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from longtail.config import Data, Shots
 from longtail.data import image_io, images
 from longtail.data.dataset import LongTailedData
 from longtail.data.image_io import open_image
-from longtail.data.images import ArrayImages, CopiedImages, FileImages
+from longtail.data.images import ArrayImages, CopiedImages, EncodedImages, FileImages
 from longtail.data.inspection import inspect
 from longtail.data.sources import from_listing, load_data
 from longtail.errors import LongtailError
@@ -236,3 +239,16 @@ def test_a_file_is_predicted_from_the_pixels_that_it_is_trained_on(tmp_path: Pat
     assert torch.equal(predicted, trained.probabilities)
     # at their full size they are slightly different images
     assert not torch.equal(predicted, recognizer.predict([open_image(path) for path in paths]).probabilities)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("TIFF", "has values from -5 to 0, expected 0 to 1"), ("EPS", "is not an image that Pillow")]
+)
+def test_an_encoded_image_is_opened_as_a_file_is(kind: str, reason: str) -> None:
+    content = io.BytesIO()
+    image = Image.fromarray(np.array([[0, -5]], dtype=np.float32))
+    (image if kind == "TIFF" else image.convert("L")).save(content, kind)
+    encoded = EncodedImages(lambda _: content.getvalue(), 1, "table", size=8)
+    for read in (encoded.open, encoded.open_square):
+        with pytest.raises(LongtailError, match=f"^table, row 0: {reason}"):
+            read(0)

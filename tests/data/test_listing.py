@@ -14,7 +14,7 @@ import torch
 
 from longtail.config import Data
 from longtail.data.images import FileImages
-from longtail.data.listing import Entries, encode_labels, names_by_folder, read_list
+from longtail.data.listing import Entries, Listing, encode_labels, names_by_folder, read_list
 from longtail.data.source_spec import source_of
 from longtail.data.sources import load_data, read_listing
 from longtail.data.splits import write_split
@@ -104,7 +104,8 @@ def test_published_layouts(tmp_path: Path, layout: str) -> None:
 
 def test_lists_of_ones_own(tmp_path: Path) -> None:
     tree(tmp_path, {f"a b/{i}.png": i for i in range(8)} | {f"c/{i}.png": i for i in range(4)})
-    lines = [f"a b/{i}.png 0" for i in range(8)] + [f"c/{i}.png 1\r" for i in range(4)] + [""]
+    lines = [f"a b/{i}.png 0" for i in range(4)] + [f"a b/{i}.png\t0" for i in range(4, 8)]
+    lines += [f"c/{i}.png 1\r" for i in range(4)] + [""]
     (tmp_path / "mine.txt").write_text("\n".join(lines))
     config = Data(**source_of(str(tmp_path / "mine.txt")))
     data = load_data(config, seed=0)
@@ -159,6 +160,7 @@ def test_tables(tmp_path: Path) -> None:
         ("path,label\na.png,0,1\n", {}, "line 2: expected 2 columns, got 3"),
         ("path,label,label\na.png,0,1\n", {}, "two columns are called 'label'"),
         ("path,label\na.png,-1\n", {}, "row 1: column 'label' holds '-1'"),
+        ("path,label\na.png," + "1" * 5000, {}, "row 1: column 'label' holds '1{80}', expected a whole number"),
         ("path,label,split\na.png,0,x\n", {}, "row 1: split 'x' is not known: expected train, val or test"),
         ("path,label,split\na.png,0,\n", {}, "row 1: column 'split' holds nothing, expected train, val or test"),
         ("path,label\n,0\n", {}, "row 1: column 'path' holds nothing, expected a path"),
@@ -178,6 +180,8 @@ def test_tables_that_cannot_be_used(tmp_path: Path, text: str, columns: dict[str
         ("a.png 0\nb.png one\n", "line 2: expected 'path label' with a label from 0, got 'b.png one'"),
         ("a.png -1\n", "line 1: expected 'path label'"),
         ("a.png\n", "line 1: expected 'path label'"),
+        ("a.png " + "1" * 5000, "line 1: expected 'path label' with a label from 0, got 'a.png 1{74}'$"),
+        ("x\0y/\u00e9/a.png 0\nb\0.png 1\n", r"2 of 2 files are missing below .* has no 'x\\x00y'"),
         ("x/a.png 0\ny/b.png 1\n", r"2 of 2 files are missing below .* \(x/a.png, y/b.png\): .* has no 'x'"),
     ],
 )
@@ -220,6 +224,25 @@ def test_a_file_that_a_table_lists_twice_is_there_once(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("\n".join(["path,label", *rows, "0/1.png,1"]))
     with pytest.raises(LongtailError, match=r"0/1\.png is listed under '0' and '1'; correct one"):
         load_data(Data(**source_of(str(tmp_path / "t.csv"))), seed=0)
+
+
+@pytest.mark.parametrize("place", ["photos", "link"])
+def test_an_absolute_path_below_the_root_is_that_of_the_same_file(tmp_path: Path, place: str) -> None:
+    files = {f"{c}/{i}.png": 10 * c + i for c in range(2) for i in range(5)}
+    tree(tmp_path / "photos", files)
+    (tmp_path / "link").symlink_to("photos")
+
+    def listing(*more: str) -> Listing:
+        rows = [f"{file},{file[0]},train" for file in files]
+        (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows, *more]))
+        return read_listing(Data(source="list", train=str(tmp_path / "t.csv"), root=str(tmp_path / "link")))
+
+    absolute = tmp_path / place / "0" / "1.png"
+    twice = listing(f"{absolute},0,train")
+    assert twice.splits["all"].names == list(files)
+    assert "all: 1 entries name a file that is listed already, and are left out" in twice.remarks
+    assert listing(f"{absolute},1,train").errors == ["all: 0/1.png is listed under '0' and '1'; correct one"]
+    assert "1 file is listed in train and again in test (0/1.png)" in listing(f"{absolute},0,test").errors[0]
 
 
 def test_other_splits_are_numbered_as_training_is(tmp_path: Path) -> None:
@@ -266,7 +289,17 @@ def test_a_label_beyond_the_training_classes(tmp_path: Path) -> None:
         load_data(Data(source="imagenet-lt", root=str(tmp_path)), seed=0)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"images": [], "annotations": []}', '{"images": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[1]", "{", '{"images": [], "annotations": []}', '{"images": 3}', "[" * 200_000, "[" + "1" * 5000 + "]"),
+        *(
+            f'{{"images": [{{"id": 1, "file_name": {name}}}], "annotations": [{{"image_id": 1, "category_id": 1}}], '
+            '"categories": [{"id": 1, "name": "cat"}]}'
+            for name in ("null", "7")
+        ),
+    ],
+)
 def test_annotations_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(LongtailError, match=r"a\.json: (is not JSON|expected images)"):
@@ -280,7 +313,7 @@ def test_annotations_of_boxes_of_several_classes(tmp_path: Path) -> None:
         "annotations": [{"image_id": 1, "category_id": c, "bbox": [0, 0, 4, 4]} for c in (1, 2)],
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(LongtailError, match=r"of several classes in one image; for a detector, expected --data.source"):
+    with pytest.raises(LongtailError, match=r"several classes in one image; to train on these, expected --data.source"):
         load_data(Data(source="list", train=str(tmp_path / "a.json")), seed=0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def images(folder: Path, classes: dict[str, int], side: int = 16) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # pytest puts its own filter before that of the package
 @pytest.mark.parametrize("exif", [b"MM\x84*\x00\x00\x00\x08", b"MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12", b"II*\x00"])
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
 def test_damaged_exif_data_are_ignored(tmp_path: Path, suffix: str, exif: bytes) -> None:
@@ -150,6 +152,14 @@ def test_overlays_and_label_images_do_not_overwrite_each_other(tmp_path: Path) -
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     assert write_segmentation(out, tmp_path / "b.png", labels, 2)[0].name == "b-2.png"
     assert (out / "b.png").read_bytes() == b"no image"
+
+
+def test_a_segmented_image_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    file, labels = tmp_path / os.fsdecode(b"caf\xe9.png"), torch.zeros(8, 8, dtype=torch.int64)
+    Image.new("RGB", (8, 8)).save(file)
+    written = write_segmentation(tmp_path / "out", file, labels, 2)
+    assert written[0].name == file.name
+    assert write_segmentation(tmp_path / "out", file, labels, 2) == written  # it is known again
 
 
 def test_lines_have_no_byte_order_mark(tmp_path: Path) -> None:

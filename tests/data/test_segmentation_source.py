@@ -55,6 +55,19 @@ def test_a_folder_is_read(scenes: Path) -> None:
     assert source_of(str(scenes)) == {"source": "masks", "root": str(scenes)}
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_masks_without_a_label_evaluate_nothing(scenes: Path, split: str) -> None:
+    for path in (scenes / "annotations" / split).iterdir():
+        Image.fromarray(np.zeros((50, 66), dtype=np.uint8)).save(path)
+    if split == "test":
+        with pytest.raises(LongtailError, match=r"^test: the masks have no labelled pixel; expected some to evaluate"):
+            load(scenes)
+    else:
+        data = load(scenes)
+        assert data.val is None
+        assert "the validation masks have no labelled pixel, and are left out; the last epoch is kept" in data.remarks
+
+
 def test_without_a_test_split_the_validation_images_are_tested_on(scenes: Path) -> None:
     for part in ("images", "annotations"):
         for path in (scenes / part / "test").iterdir():

@@ -222,6 +222,20 @@ def test_transparent_pixels_are_white() -> None:
     assert to_square(Image.new("RGBA", (9, 9), (10, 20, 30, 0)), 9).unique().tolist() == [255]
 
 
+def test_an_empty_split_is_none(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "emu"):
+        for number in range(2):
+            save_image(tmp_path / "two" / name / f"{number}.png", seed=number)
+            save_image(tmp_path / "split" / "train" / name / f"{number}.png", seed=number)
+        save_image(tmp_path / "split" / "test" / name / "0.png").write_bytes(b"none")
+    data = load_data(Data(source="folder", root=str(tmp_path / "two"), val_fraction=0.2), 0)
+    assert data.val is None
+    assert any(remark.startswith("there is no validation image") for remark in data.remarks)
+    settings = Data(source="folder", root=str(tmp_path / "split"), max_unreadable_fraction=0.5)
+    with pytest.raises(LongtailError, match="there is no test image, or none that can be read"):
+        load_data(settings, 0)
+
+
 def test_a_set_with_a_test_split_holds_validation_images_out_of_its_training_images(
     photos: Path, tmp_path: Path
 ) -> None:

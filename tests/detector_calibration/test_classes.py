@@ -89,3 +89,17 @@ def test_names_are_matched_in_any_case() -> None:
 def test_a_mismatch_names_the_class(detector: ClassHead, ids: list[int], order: Any, message: str) -> None:
     with pytest.raises(LongtailError, match=message):
         match_classes(detector, ["person", "toothbrush"], ids, order)
+
+
+@pytest.mark.parametrize(
+    ("detector", "order"),
+    [(head(2, None, ("cell", "platelet")), "name"), (head(3, "first"), "id"), (head(2), "index")],
+)
+def test_a_category_without_objects_needs_no_output(detector: ClassHead, order: str) -> None:
+    """Roboflow writes the group of all classes as the category 0."""
+    names, ids = ("cells", "cell", "platelet"), (0, 1, 2)
+    match = match_classes(detector, names, ids, used=[False, True, True])
+    assert match.order == order
+    assert match.categories.tolist() == [1, 2]
+    with pytest.raises(LongtailError, match=r"classes: "):
+        match_classes(detector, names, ids, order, used=[True, True, True])

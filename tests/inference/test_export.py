@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,16 @@ def test_other_frequencies_than_those_of_a_file_without_some_class(tmp_path: Pat
     changed = model.change_prior(probabilities, "uniform")
     # 0.75 / 5 to 0.25 / 3; the file says nothing about c
     np.testing.assert_allclose(changed, [[9 / 14, 5 / 14, 0.0]], rtol=1e-4)
+    model.prior = "uniform"
+    # in single precision nothing is left of a and b
+    np.testing.assert_allclose(model.change_prior(np.array([[0, 0, 1.0]]), "train"), [[5 / 8, 3 / 8, 0.0]], rtol=1e-4)
+
+
+def test_names_of_classes_that_are_not_utf8(tmp_path: Path) -> None:
+    recognizer, names = build_recognizer(), (os.fsdecode(b"caf\xe9"), "h\u00f4tel", "bar")
+    recognizer.config = dataclasses.replace(recognizer.config, class_names=names)
+    export_onnx(recognizer, tmp_path / "m.onnx")
+    assert ONNXModel(tmp_path / "m.onnx").class_names == list(names)
 
 
 @pytest.mark.slow

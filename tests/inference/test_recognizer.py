@@ -14,6 +14,7 @@ from PIL import Image
 from longtail import Recognizer
 from longtail.config import Config
 from longtail.errors import LongtailError
+from longtail.inference.model import CalibrationStats
 from longtail.inference.model_config import ModelConfig
 from longtail.nn import CosineClassifier, Encoder
 from longtail.training.trainer import fit
@@ -45,6 +46,29 @@ def test_saved_and_loaded_it_predicts_the_same(tmp_path: Path) -> None:
     assert torch.allclose(loaded.predict(images).probabilities, recognizer.predict(images).probabilities, atol=1e-6)
     assert loaded.config == recognizer.config
     assert "Images per class: ant 90, bee 9, cow 1." in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_saved_over_another_model_nothing_of_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = build_recognizer(), build_recognizer(size=48)
+    first.calibration_stats = CalibrationStats(
+        torch.arange(3), torch.arange(3), torch.zeros(3), torch.zeros(3), torch.zeros(2, 3)
+    )
+    first.save(tmp_path)
+    assert Recognizer.load(tmp_path).calibration_stats is not None
+
+    def full(*_: object) -> None:
+        raise LongtailError("README.md: cannot be written: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("longtail.inference.model.write_text", full)
+        with pytest.raises(LongtailError, match="No space left"):
+            second.save(tmp_path)
+    assert Recognizer.load(tmp_path).config == first.config  # whole, as before
+    second.save(tmp_path)
+    loaded = Recognizer.load(tmp_path)
+    assert loaded.config == second.config
+    assert loaded.calibration_stats is None
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_every_kind_of_image_is_the_same_image(tmp_path: Path) -> None:

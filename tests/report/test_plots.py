@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def test_the_diagram_of_an_evaluation_is_drawn() -> None:
             low - 1e-9 <= entry["accuracy"] <= high + 1e-9 for entry, (low, high) in zip(bins, bars, strict=True)
         )
         assert dots == len(bins)
+
+
+def test_names_that_are_not_utf8_are_drawn_as_they_are_printed(tmp_path: Path) -> None:
+    figure = plots.class_histogram([os.fsdecode(b"caf\xe9"), "a$b$"], [3, 1], ["many", "few"])
+    plots.save_png(figure, tmp_path / "x.png")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [r"caf\xe9", r"a\$b\$"]
 
 
 @pytest.mark.filterwarnings("error")

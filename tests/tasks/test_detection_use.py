@@ -513,7 +513,7 @@ def test_a_drawing_shows_every_box_in_its_colour(size: tuple[int, int]) -> None:
     boxes = torch.tensor([[2.0, 2, width / 2, height - 2], [width / 2, 0, width, height]])
     detections = Detections(boxes, torch.tensor([0, 1]), torch.tensor([0.9, 0.8]))
     image = Image.new("RGB", size, "white")
-    drawing = draw_detections(image, detections, ["a class", "another"])
+    drawing = draw_detections(image, detections, ["a\nclass", "another"])
     assert max(drawing.size) >= 640
     assert drawing.width / drawing.height == width / height
     assert image.getcolors() == [(width * height, (255, 255, 255))]  # it is not drawn on

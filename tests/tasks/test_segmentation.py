@@ -159,6 +159,11 @@ def test_what_does_not_fit_is_refused(segmenting: Config, tmp_path: Path, tiny: 
         ({"method": "gml", "gml": {"ensemble_weight": 1.0}}, "gml.ensemble_weight: is not supported for segmentation"),
         ({"method": "gml", "teacher": {"cache": 2}}, "teacher.cache: is not supported for segmentation"),
         ({"method": "gml", "gml": {"queues": "batch"}}, "gml.queues batch: is not supported for segmentation"),
+        (
+            {"data": {"augment": "cifar"}},
+            "data.augment cifar: has no effect on images with masks; set segmentation.crop",
+        ),
+        ({"data": {"image_size": 64}}, "data.image_size 64: has no effect on images with masks"),
         ({"classifier": {"init": "class_means"}}, "classifier.init class_means: is not supported for segmentation"),
     ):
         with pytest.raises(LongtailError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,14 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def fit_in_two(config: Config, out: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train, interrupt the run without warning after some steps, and resume it."""
+def fit_in_two(
+    config: Config,
+    out: Path,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+    between: Callable[[], object] = lambda: None,
+) -> None:
+    """Train, interrupt the run without warning after some steps, and resume it; ``between`` is called before that."""
     method_class, done = METHODS[config.method], 0
     training_step = method_class.training_step
 
@@ -41,4 +48,5 @@ def fit_in_two(config: Config, out: Path, steps: int, monkeypatch: pytest.Monkey
         patched.setattr(method_class, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(config, out, quiet=True)
+    between()
     fit(config, out, resume=True, quiet=True)

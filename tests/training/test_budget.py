@@ -85,6 +85,16 @@ def test_several_classified_views_take_features_of_several(folder: Config) -> No
         assert choose(folder.replace(tune="head", **changes), SIZES, SPEED, 1, SIDES).feature_views == 2
 
 
+@pytest.mark.parametrize("minutes", [1, 10, 100])
+def test_epochs_that_are_given_are_kept_and_counted(folder: Config, minutes: int) -> None:
+    chosen = choose(folder, SIZES, SPEED, 60 * minutes, SIDES, epochs=20)
+    assert chosen.epochs == 20
+    settings = folder.replace(tune=chosen.tune, epochs=20, feature_views=chosen.feature_views)
+    scale = (chosen.side / SIDES[0]) ** 2
+    assert chosen.seconds == expected_seconds(settings, SIZES, SPEED.at(scale))
+    assert (chosen.tune == "lora") == (minutes == 100)
+
+
 def test_images_are_not_enlarged_beyond_the_largest_side(folder: Config) -> None:
     assert choose(folder, SIZES, SPEED, 36_000, sides_up_to(160)).side == 160
     assert choose(folder, SIZES, SPEED, 36_000, sides_up_to(48)).side == 48
@@ -161,7 +171,12 @@ def test_settings_that_differ_from_the_recipes_are_kept(photos: Path, tmp_path: 
     assert (chosen.tune, chosen.epochs, chosen.data.image_size) == ("lora", 30, 224)
     assert "more time would gain little" in reasons[0]
     chosen, _, _ = fit_to_minutes(config.replace(tune="norm", epochs=4), time.monotonic())
-    assert (chosen.tune, chosen.epochs) == ("norm", 4)
+    assert (chosen.tune, chosen.epochs, chosen.data.image_size) == ("norm", 4, 224)
+    chosen, reasons, _ = fit_to_minutes(config.replace(data={"image_size": 64}), time.monotonic())
+    assert (chosen.data.image_size, chosen.epochs) == (64, 30)
+    assert "images of 64 pixels, 30 epochs" in reasons[0]
+    slow = config.replace(minutes=0.01, tune="full", epochs=25)
+    assert "no settings are faster with the epochs that are given" in fit_to_minutes(slow, time.monotonic())[1][0]
     for tune in ("adapter:4", "last:1", "head"):
         assert fit_to_minutes(config.replace(tune=tune), time.monotonic())[0].tune == tune
 

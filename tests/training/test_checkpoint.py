@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +68,18 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
     monkeypatch.undo()
     assert load_checkpoint(path)["step"] == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_is_named_where_torch_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("unexpected pos 768 vs 662")
+
+    monkeypatch.setattr(torch, "save", short)
+    with pytest.raises(LongtailError, match="unexpected pos"):
+        save_checkpoint(tmp_path / "last.ckpt", {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5000))
+    with pytest.raises(LongtailError, match=r"last\.ckpt: cannot be written: No space left on device$"):
+        save_checkpoint(tmp_path / "last.ckpt", {})
 
 
 def test_the_scale_of_the_loss_goes_on(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

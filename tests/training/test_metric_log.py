@@ -14,7 +14,7 @@ import torch
 from longtail.config import Config
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
-from longtail.training.metric_log import NonFiniteLossGuard, read_metrics
+from longtail.training.metric_log import MetricLogger, NonFiniteLossGuard, read_metrics
 from longtail.training.trainer import fit
 
 
@@ -60,6 +60,17 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path: Path) -> Non
     (tmp_path / "last.ckpt").write_bytes(b"x")
     with pytest.raises(LongtailError, match=r"last\.ckpt is from an earlier step"):
         guard.add(8, {"classifier": torch.tensor(math.inf)})
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    MetricLogger(tmp_path, (), "run", 0).add({"kind": "epoch", "step": 1, "gradient_norm": math.inf, "loss": 2.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "kind": "epoch",
+        "step": 1,
+        "gradient_norm": None,
+        "loss": 2.0,
+    }
 
 
 def test_a_truncated_last_line_is_left_out(tmp_path: Path) -> None:

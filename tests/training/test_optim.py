@@ -84,6 +84,14 @@ def test_the_temperature_is_never_decayed() -> None:
     assert sorted(set(decays.values())) == [0.0, 5e-4, 0.1]
 
 
+def test_adamw_can_be_recorded_on_the_device_it_will_run_on() -> None:
+    config = Config().replace(optimizer={"name": "adamw"})
+    method = METHODS["la"](config, Encoder("conv8-tiny", [0.5], [0.5]), [9, 3, 1])  # moved there afterwards
+    groups = build_optimizer(method, config, True, torch.device("cuda")).param_groups
+    assert all(group["capturable"] for group in groups)
+    assert not any(group["capturable"] for group in build_optimizer(method, config, True).param_groups)
+
+
 def test_norms_of_the_classes_are_limited_to_a_maximum() -> None:
     config = Config().replace(method="la")
     method = METHODS["la"](config, Encoder("conv8-tiny", [0.5], [0.5]), [9, 3, 1])

@@ -6,9 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from longtail.data.sources import load_data
 from longtail.data.transforms import build_transform
 from longtail.errors import StoppedError
 from longtail.nn import Encoder
-from longtail.training.teacher_cache import teacher_cache
+from longtail.training.teacher_cache import TeacherCache, teacher_cache
 from longtail.training.trainer import fit
 from tests.training.runs import equal, weights
 
@@ -48,6 +50,29 @@ def test_a_cache_that_is_not_finished_leaves_nothing(tiny: Config, tmp_path: Pat
     make()
     assert [path.name for path in folder.glob("*.making")] == [written.name]
     assert len(list(folder.glob("*.npy"))) == 1
+
+
+def test_a_cache_that_two_need_is_made_once(tiny: Config, tmp_path: Path) -> None:
+    config = tiny.replace(teacher={"cache": 2})
+    data, encoder = load_data(config.data, 0), Encoder("conv8-tiny", [0.3], [0.4]).eval()
+    made: list[Any] = []
+
+    def loader(draws: Any) -> TrainLoader:
+        made.append(draws)
+        time.sleep(0.2)  # the other one comes meanwhile
+        return TrainLoader(data.train, 64, [build_transform("digits", 8)], config.seed, cache=draws)
+
+    def make(_: int) -> TeacherCache:
+        return teacher_cache(config, data, encoder, None, loader, tmp_path / "cache", torch.device("cpu"))
+
+    with ThreadPoolExecutor(2) as pool:
+        caches = list(pool.map(make, range(2)))
+    assert len(made) == 2  # one for each view
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
+    first, second = (cache.features for cache in caches)
+    assert first is not None
+    assert second is not None
+    assert np.array_equal(first, second)
 
 
 def test_the_caches_of_networks_with_the_same_weights_are_told_apart(tiny: Config, tmp_path: Path) -> None:

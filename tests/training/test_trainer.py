@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,11 +15,12 @@ import yaml
 
 from longtail.config import Config, read_config
 from longtail.data.sources import load_data
-from longtail.errors import LongtailError
+from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.evaluate import evaluate
 from longtail.methods.classifier import LogitAdjustment
 from longtail.training.checkpoint import load_checkpoint
-from longtail.training.metric_log import read_metrics
+from longtail.training.metric_log import MetricTracker, read_metrics
+from longtail.training.run_io import run_folder
 from longtail.training.trainer import fit
 from tests.conftest import TINY, save_image
 from tests.processes import LongtailProcess, start_longtail
@@ -123,6 +126,83 @@ def test_the_validation_set_picks_the_epoch(tiny: Config, photos: Path, tmp_path
     assert run.model_config.training_info["best_step"] == min(step for step, score in scores.items() if score == best)
     # val and test are the same images here, so the weights that were kept have the best score again
     assert run.metrics["balanced_accuracy"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_run_is_not_resumed_with_other_images_to_evaluate(
+    tiny: Config, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    root = tmp_path / "split"
+    for name in ("train", "val", "test"):
+        shutil.copytree(photos, root / name)
+    config = tiny.replace(method="la", data={"source": "folder", "root": str(root)})
+    with pytest.raises(LongtailError, match=f"was {'validated' if split == 'val' else 'tested'} on other images"):
+        fit_in_two(config, tmp_path / "run", 1, monkeypatch, lambda: (root / split / "cat" / "0.png").unlink())
+
+
+def test_a_refused_resumption_leaves_the_record_of_the_images(tiny: Config, photos: Path, tmp_path: Path) -> None:
+    config, out = tiny.replace(method="la", epochs=1, data={"source": "folder", "root": str(photos)}), tmp_path / "run"
+    fit(config, out, quiet=True)
+    before = (out / "train_images.npy").read_bytes()
+    save_image(photos / "cat" / "new.png")
+    with pytest.raises(LongtailError, match="was trained on other images"):
+        fit(config, out, resume=True, quiet=True)
+    assert (out / "train_images.npy").read_bytes() == before
+
+
+def test_a_signal_at_the_last_step_stops_before_the_evaluation(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.replace(method="la", epochs=1)
+    count = MetricTracker.global_means
+
+    def terminated(tracker: MetricTracker) -> dict[str, float]:  # after the last step of an epoch
+        os.kill(os.getpid(), signal.SIGTERM)
+        return count(tracker)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricTracker, "global_means", terminated)
+        with pytest.raises(StoppedError, match=r"stopped by SIGTERM at step (\d+) of \1, all of it saved"):
+            fit(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "recognizer").exists()
+    for name in ("run", "whole"):
+        fit(config, tmp_path / name, quiet=True, resume=True)
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tiny: Config, tmp_path: Path) -> None:
+    config, out = tiny.replace(method="la", epochs=1), tmp_path / "run"
+    resolved = fit(config, out, quiet=True).config
+    before = weights(out)
+    with run_folder(out, resolved, resume=True, overwrite=False):
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(LongtailError, match="another process trains in it"):
+                fit(config, out, quiet=True, **options)  # type: ignore[arg-type]
+    assert equal(weights(out), before)
+    fit(config, out, quiet=True, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_killed_process_left_is_replaced(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, out = tiny.replace(method="la", epochs=1), tmp_path / "run"
+    out.mkdir()
+    (out / ".config.yaml.partial").touch()
+    fit(config, out, quiet=True)
+    removed: list[Path] = []
+    unlink = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        removed.append(path)
+        if path.name == "last.ckpt":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, out, overwrite=True, quiet=True)
+    monkeypatch.undo()
+    assert removed
+    fit(config, out, overwrite=True, quiet=True)
 
 
 def test_an_existing_run_is_not_touched(tiny: Config, tmp_path: Path) -> None:

@@ -93,6 +93,16 @@ class LongTailedData:
     unreadable: tuple[tuple[str, str], ...] = ()
     """Path and reason of every image that could not be read and was left out."""
 
+    def __post_init__(self) -> None:
+        if self.val is not None and not len(self.val):
+            remark = (
+                "there is no validation image: too few in a class, or none that can be read; the last epoch is kept"
+            )
+            object.__setattr__(self, "val", None)
+            object.__setattr__(self, "remarks", (*self.remarks, remark))
+        if not len(self.test):
+            raise LongtailError("there is no test image, or none that can be read; expected some to evaluate on")
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the training set: ids, labels, class names and the signatures of some 64 images."""
@@ -104,10 +114,18 @@ class LongTailedData:
         return digest.hexdigest()
 
     @functools.cached_property
-    def test_fingerprint(self) -> str:
-        """Hash of the ids and labels of the test images, by which metrics of other test images are recognised."""
+    def fingerprints(self) -> dict[str, str | None]:
+        """Hashes of the training set, and of the ids and labels of the validation (None without) and test images.
+
+        By these a run that is resumed, or its metrics, are recognised as those of other images.
+        """
+        val = None if self.val is None else self.hash_of(self.val)
+        return {"images": self.fingerprint, "val_images": val, "test_images": self.hash_of(self.test)}
+
+    def hash_of(self, images: ImageSet) -> str:
+        """Return the hash of the ids and labels of a split that is not trained on."""
         digest = hashlib.blake2b(digest_size=8)
-        for tensor in (self.test.ids, self.test.labels):
+        for tensor in (images.ids, images.labels):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 

@@ -22,7 +22,10 @@ _CLEAN = 2  # times the side that is wanted; what a JPEG file's own scaling lose
 _ROWS = 256  # that are scaled to 8 bits at once
 _ORIENTATION, _ROTATED = 0x0112, frozenset({5, 6, 7, 8})  # Exif: those that exchange width and height
 
-_DAMAGED_EXIF = "Corrupt EXIF data"  # the pixels are as good without
+# once, not while an image is read: filters are those of all threads. The second is the last of them, as a program that
+# uses this package may have its own
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # the pixels are as good without
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)  # open_header refuses these
 
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 """Formats that Pillow decodes where it was built with a library."""
@@ -106,17 +109,31 @@ def read_or_record(read: Callable[[Path], Read], path: Path, unreadable: dict[Pa
 
 
 def open_header(file: Path | BinaryIO) -> ImageFile.ImageFile:
-    """Open an image file without decoding it, as ``Image.open`` does, in the formats that Pillow decodes by itself."""
-    return Image.open(file, formats=image_formats())
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open and decode an image file.
+    """Open an image file without decoding it, as ``Image.open`` does, in the formats that Pillow decodes by itself.
 
     Raises:
-        LongtailError: the file is missing, empty, damaged, no image, or larger than Pillow decodes safely.
+        DecompressionBombError: it has more pixels than ``Image.MAX_IMAGE_PIXELS``, above which Pillow warns.
     """
-    with image_errors(path), open_header(path) as image:
+    image = Image.open(file, formats=image_formats())
+    pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > most:
+        image.close()
+        raise Image.DecompressionBombError(f"Image size ({pixels} pixels) exceeds limit of {most} pixels")
+    return image
+
+
+def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Open and decode an image file.
+
+    Args:
+        file: its path, or its content as a binary stream.
+        name: of the image in messages; the path if not given.
+
+    Raises:
+        LongtailError: the file is missing, empty, damaged, no image, or larger than Pillow decodes safely, or the range
+            of its values is no usual one.
+    """
+    with image_errors(_name(file, name)), open_header(file) as image:
         image.load()
         _scale_to_8_bits(image)
     return image
@@ -137,7 +154,7 @@ def open_square(file: Path | BinaryIO, size: int, channels: int = 3, name: str |
     Raises:
         LongtailError: as :func:`open_image` does.
     """
-    with image_errors(name or (file if isinstance(file, Path) else "the image")), open_header(file) as image:
+    with image_errors(_name(file, name)), open_header(file) as image:
         whole = image.size
         draft = image.draft(None, (_CLEAN * size, _CLEAN * size))
         image.load()
@@ -151,6 +168,10 @@ def open_square(file: Path | BinaryIO, size: int, channels: int = 3, name: str |
     box = (left, top, left + side, top + side)
     square = image.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BICUBIC, box)
     return resize_center_crop(square, size, channels)  # which rotates it by its EXIF tag
+
+
+def _name(file: Path | BinaryIO, name: str | None) -> Path | str:
+    return name or (file if isinstance(file, Path) else "the image")
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -173,9 +194,7 @@ def read_shown_size(path: Path) -> tuple[int, int]:
 def transposed(image: Image.Image) -> Image.Image:
     """Return a copy of an image as its Exif tag rotates it; as it is stored where the Exif data are damaged."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _DAMAGED_EXIF)
-            return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image)
     except Exception:  # Pillow's reader raises errors of many kinds
         image = image.copy()
         image.info.pop("exif", None)
@@ -207,10 +226,7 @@ def image_errors(path: Path | str) -> Iterator[None]:
     """
     name = printable(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", _DAMAGED_EXIF)
-            yield
+        yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise LongtailError(f"{name}: cannot be read: {error.strerror}") from None
     except _RangeError as error:

@@ -354,9 +354,7 @@ class EncodedImages(LazyImages):
     def open(self, index: int) -> Image.Image:
         """Return the image of row ``index``."""
         place = self._place(index)
-        with image_errors(place), Image.open(io.BytesIO(self._content(index, place))) as image:
-            image.load()
-        return image
+        return open_image(io.BytesIO(self._content(index, place)), place)
 
     def open_square(self, index: int) -> Image.Image:
         """Return the image of row ``index`` as a square."""

@@ -12,7 +12,6 @@ import hashlib
 import io
 import itertools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -303,11 +302,9 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
     if not content:
         return None, None, "is empty"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with open_header(io.BytesIO(content)) as image:
-                sides = image.size
-                image.load()
+        with open_header(io.BytesIO(content)) as image:
+            sides = image.size
+            image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return digest, None, f"is larger than Pillow decodes safely ({error})"
     except UnidentifiedImageError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -74,7 +75,73 @@ def find_path(path: Path) -> Path:
         if not os.path.lexists(place / part):
             try:
                 name = next((entry.name for entry in place.iterdir() if nfc(entry.name) == nfc(part)), part)
-            except OSError:
+            except (OSError, ValueError):  # the latter for a name with a null character
                 return path
         place = place / name
     return place if os.path.lexists(place) else path
+
+
+def shortest_paths(paths: Iterable[str], root: Path) -> list[str]:
+    """Return paths in their shortest spelling, so that a file listed twice is recognised.
+
+    Args:
+        paths: of files. An absolute one below ``root`` becomes one that is relative to it.
+        root: the folder that the others are relative to.
+    """
+    roots = {nfc(f"{place.rstrip('/')}/") for place in (posixpath.normpath(root.absolute()), str(root.resolve()))}
+
+    def shortest(path: str) -> str:
+        path = posixpath.normpath(path) if "//" in path or "./" in path else path
+        for place in roots if path.startswith("/") else ():
+            *above, below = path.split("/", place.count("/"))
+            if nfc("/".join([*above, ""])) == place:
+                return below
+        return path
+
+    return [shortest(path) for path in paths]
+
+
+class Folders:
+    """What is in the folders below a root, each read once: a system call for each of a million files takes minutes.
+
+    Args:
+        root: the folder that paths are relative to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.contents: dict[str, tuple[set[str], dict[str, str]]] = {}
+
+    def find(self, name: str) -> str | None:
+        """Return the name that the disk has for a path, which may differ in its Unicode form; None if none exists."""
+        folder, _, file = name.rpartition("/")
+        exact, composed = self._read(folder)
+        if file in exact:
+            return name
+        if name.isascii():
+            return None
+        if not exact and folder:
+            found = self._find_folder(folder)
+            if found is None or found == folder:
+                return None
+            return self.find(f"{found}/{file}")
+        stored = composed.get(nfc(file))
+        return None if stored is None else (f"{folder}/{stored}" if folder else stored)
+
+    def _find_folder(self, folder: str) -> str | None:
+        found = find_path(self.root / folder)
+        if not found.is_dir():
+            return None
+        below = not Path(folder).is_absolute()  # else its place may be anywhere
+        return found.relative_to(self.root).as_posix() if below else found.as_posix()
+
+    def _read(self, folder: str) -> tuple[set[str], dict[str, str]]:
+        """Return the names in a folder that are no broken links, and those beyond ASCII by their composed form."""
+        if folder not in self.contents:
+            try:
+                with os.scandir(self.root / folder) as files:
+                    names = {entry.name for entry in files if not entry.is_symlink() or Path(entry).exists()}
+            except (OSError, ValueError):  # see above
+                names = set()
+            self.contents[folder] = (names, {nfc(name): name for name in names if not name.isascii()})
+        return self.contents[folder]

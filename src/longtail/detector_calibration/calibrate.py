@@ -125,7 +125,8 @@ def category_counts(annotations: Annotations, count_of: CountOf) -> Tensor:
 
 def map_classes(head: ClassHead, annotations: Annotations, class_order: ClassOrder = "auto") -> ClassMap:
     """Return which category of some annotations each class of a detector stands for."""
-    return match_classes(head, annotations.class_names, annotations.category_ids, class_order)
+    used = (annotations.object_counts > 0).tolist()
+    return match_classes(head, annotations.class_names, annotations.category_ids, class_order, used)
 
 
 def logit_statistics(

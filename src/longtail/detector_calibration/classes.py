@@ -47,7 +47,11 @@ class ClassMap:
 
 
 def match_classes(
-    head: ClassHead, class_names: Sequence[str], class_ids: Sequence[int], order: ClassOrder = "auto"
+    head: ClassHead,
+    class_names: Sequence[str],
+    class_ids: Sequence[int],
+    order: ClassOrder = "auto",
+    used: Sequence[bool] | None = None,
 ) -> ClassMap:
     """Return which category each class of a detector stands for.
 
@@ -59,45 +63,54 @@ def match_classes(
             a detection is the id of its category, as in torchvision's models of COCO (91 labels, some without a
             category); ``index``: the categories in the order of their ids are the classes, without gaps; ``auto``:
             name if the model has names, else id if every id is a label of the model, else index.
+        used: K, whether a category has objects; one without objects needs no output, such as the group of all classes
+            in Roboflow's files. All have if None.
 
     Raises:
-        LongtailError: a category has no output; the message names it.
+        LongtailError: a category with objects has no output; the message names it.
     """
     if order not in get_args(ClassOrder):
         raise LongtailError(f"class_order '{order}': expected {', '.join(get_args(ClassOrder))}")
     labels = [identity - head.first_label for identity in class_ids]
+    needed = [True] * len(class_ids) if used is None else list(used)
     if order == "auto":
         if head.label_names is not None:
             order = "name"
         else:
-            order = "id" if all(0 <= label < head.num_classes for label in labels) else "index"
+            are_labels = (0 <= label < head.num_classes or not need for label, need in zip(labels, needed, strict=True))
+            order = "id" if all(are_labels) else "index"
     if order == "name":
-        positions = _by_name(head, class_names)
+        positions = _by_name(head, class_names, needed)
     elif order == "index":
-        if len(class_names) != head.num_classes:
+        kept = list(range(len(class_ids)))
+        if len(kept) != head.num_classes:
+            kept = [category for category in kept if needed[category]]
+        if len(kept) != head.num_classes:
             raise LongtailError(
                 f"classes: the annotations have {len(class_names)} categories (the last is '{class_names[-1]}', id "
                 f"{class_ids[-1]}), the detector has {head.num_classes} classes; expected the same number, or "
                 "category ids that are the detector's labels"
             )
-        ascending = sorted(range(len(class_ids)), key=lambda category: class_ids[category])
-        positions = [0] * len(class_ids)
+        ascending = sorted(kept, key=lambda category: class_ids[category])
+        positions = [-1] * len(class_ids)
         for position, category in enumerate(ascending):
             positions[category] = position
     else:
-        positions = labels
-        for name, identity, label in zip(class_names, class_ids, labels, strict=True):
-            if not 0 <= label < head.num_classes:
+        positions = [label if 0 <= label < head.num_classes else -1 for label in labels]
+        for name, identity, position, need in zip(class_names, class_ids, positions, needed, strict=True):
+            if position < 0 and need:
                 raise LongtailError(
                     f"classes: '{name}' has the category id {identity}, but the detector's labels are "
                     f"{head.first_label} to {head.first_label + head.num_classes - 1}; use class_order index or name"
                 )
     categories = torch.full((head.num_classes,), -1, dtype=torch.int64)
-    categories[torch.tensor(positions, dtype=torch.int64)] = torch.arange(len(positions))
+    outputs = torch.tensor(positions, dtype=torch.int64)
+    categories[outputs[outputs >= 0]] = torch.nonzero(outputs >= 0).flatten()
     return ClassMap(categories, order)
 
 
-def _by_name(head: ClassHead, class_names: Sequence[str]) -> list[int]:
+def _by_name(head: ClassHead, class_names: Sequence[str], needed: Sequence[bool]) -> list[int]:
+    """Return the output of each category, −1 for one that has none and needs none."""
     if head.label_names is None:
         raise LongtailError("class_order name: the detector has no class names; use id or index")
 
@@ -108,12 +121,12 @@ def _by_name(head: ClassHead, class_names: Sequence[str]) -> list[int]:
     for position, name in enumerate(head.label_names):
         known.setdefault(key(name), position)
     positions = []
-    for name in class_names:
-        if key(name) not in known:
+    for name, need in zip(class_names, needed, strict=True):
+        if key(name) not in known and need:
             raise LongtailError(
                 f"classes: the detector has no class '{name}' of the annotations{did_you_mean(key(name), known)}"
             )
-        positions.append(known[key(name)])
+        positions.append(known.get(key(name), -1))
     return positions
 
 
@@ -132,7 +145,7 @@ def aligned_counts(head: ClassHead, counts: Any, class_map: ClassMap | None = No
         return class_map.counts(torch.as_tensor(counts))
     if isinstance(counts, Mapping):
         names = [str(name) for name in counts]
-        positions = _by_name(head, names)
+        positions = _by_name(head, names, [True] * len(names))
         values = torch.zeros(head.num_classes, dtype=torch.float64)
         values[positions] = torch.tensor([float(counts[name]) for name in counts], dtype=torch.float64)
         return values

@@ -170,7 +170,7 @@ def serialize(proto: Any, metadata: Mapping[str, Any]) -> bytes:
     import onnx
 
     entry = proto.metadata_props.add()
-    entry.key, entry.value = "longtail", json.dumps(metadata, ensure_ascii=False)
+    entry.key, entry.value = "longtail", json.dumps(metadata)  # in ASCII, as names of classes need not be Unicode
     onnx.checker.check_model(proto)
     content: bytes = proto.SerializeToString()
     return content

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -165,9 +166,25 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
         return self
 
     def save(self, folder: Path | str) -> None:
-        """Write ``model.safetensors``, ``config.json`` and ``README.md``."""
+        """Write ``model.safetensors``, ``config.json`` and ``README.md``.
+
+        Raises:
+            LongtailError: they cannot be written.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # a model that is there stays whole until all of the new one is on the disk
+            with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder) as place:
+                self._write(Path(place))
+                (folder / "config.json").unlink(missing_ok=True)
+                (folder / "validation.safetensors").unlink(missing_ok=True)
+                for path in sorted(Path(place).iterdir(), key=lambda path: path.name == "config.json"):
+                    path.replace(folder / path.name)  # last config.json: a folder that has it is complete
+        except OSError as error:
+            raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+    def _write(self, folder: Path) -> None:
         tensors = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
         tensors |= {f"classifier.{name}": tensor for name, tensor in self.classifier.state_dict().items()}
         weights = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -176,7 +193,6 @@ class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
             stats = {name: t.detach().cpu().contiguous() for name, t in self.calibration_stats._asdict().items()}
             atomic_write(folder / "validation.safetensors", lambda partial: save_file(stats, partial))
         write_text(folder / "README.md", model_card(self.config, self.card_text))
-        # last: a folder that has it is complete
         write_json(folder / "config.json", dataclasses.asdict(self.config))
 
     def _save_pretrained(self, save_directory: Path) -> None:

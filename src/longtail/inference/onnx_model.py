@@ -133,17 +133,25 @@ class ONNXModel:
     def change_prior(self, probabilities: Array, prior: ClassFrequencies) -> Array:
         """Return (N, C) probabilities as they would be under other class frequencies than those in the file.
 
+        Probabilities of less than about 1e-45 are 0 in the file's single precision. Where those of all classes that the
+        other frequencies allow are 0, nothing is known of the image among these classes: it has their frequencies.
+
         Args:
             probabilities: (N, C), this file's.
             prior: ``uniform``, ``train``, C frequencies, a mapping from class name to frequency, or a file of them.
+
+        Raises:
+            LongtailError: the frequencies do not fit the classes.
         """
         wanted, present = (
             np.asarray(resolve_class_frequencies(each, self.class_names, self.class_counts))
             for each in (prior, self.prior)
         )
         # a class that the file's frequencies exclude has probability 0 in it, and keeps it
-        factors = np.divide(wanted, present, out=np.zeros(len(wanted)), where=present > 0)
+        allowed = np.where(present > 0, wanted, 0)
+        factors = np.divide(allowed, present, out=np.zeros(len(wanted)), where=present > 0)
         weighted = probabilities.astype(np.float64) * factors
+        weighted = np.where(weighted.any(axis=1, keepdims=True), weighted, allowed)
         changed: Array = weighted / weighted.sum(axis=1, keepdims=True)
         return changed
 

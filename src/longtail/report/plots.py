@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from longtail.experiments.records import Record, columns, imbalances_of, methods_of, summarize
-from longtail.plots import INK, LINE_COLORS, label_classes, new_axes, plain_style
+from longtail.plots import INK, LINE_COLORS, label_classes, new_axes, plain_style, plain_text
 
 
 def comparison(records: Sequence[Record]) -> Figure:
@@ -19,7 +19,7 @@ def comparison(records: Sequence[Record]) -> Figure:
     methods, factors = methods_of(records), imbalances_of(records)
     names = [entry for entry in columns(records) if all(record.metrics[entry[0]] is not None for record in records)]
     width = max(2.4, 0.42 * len(methods))
-    shown = [(name if len(name) <= 28 else f"{name[:27]}…").replace("$", r"\$") for name in methods]
+    shown = [plain_text(name if len(name) <= 28 else f"{name[:27]}…") for name in methods]
     height = 3.4 + 0.06 * max(0, max(map(len, shown)) - 10)  # room for names that stand aslant
     figure = Figure(figsize=(width * len(names) + 0.6, height * len(factors)), layout="constrained")
     place = {method: position for position, method in enumerate(methods)}
@@ -67,7 +67,7 @@ def along_the_tail(
             present = [value for value in near if value is not None]
             points.append(sum(present) / len(present) if present else float("nan"))
         color, dot = LINE_COLORS[index % len(LINE_COLORS)], "o" if window == 1 else ""
-        axes.plot(points, color=color, linewidth=1.4, marker=dot, markersize=3, label=name.replace("$", r"\$"))
+        axes.plot(points, color=color, linewidth=1.4, marker=dot, markersize=3, label=plain_text(name))
     axes.set_ylim(0, min(101, 1.05 * axes.get_ylim()[1]))
     axes.set_ylabel(label)
     label_classes(axes, names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -25,7 +26,8 @@ from tqdm import tqdm
 
 from longtail.data.data_uri import image_data_uri
 from longtail.data.dataset import ImageSet
-from longtail.data.image_io import image_errors, open_header, to_rgb
+from longtail.data.image_io import image_errors, open_header, open_image, to_rgb
+from longtail.data.paths import printable
 from longtail.errors import LongtailError
 from longtail.inference.features import encode_split
 from longtail.inference.model import TrainedModel
@@ -91,7 +93,7 @@ def read_upload(body: bytes) -> Image.Image:
     """Return the uploaded image.
 
     Raises:
-        LongtailError: it is empty, not an image, damaged, or too large.
+        LongtailError: it is empty, not an image, damaged, or too large, or the range of its values is no usual one.
     """
     if not body:
         raise LongtailError("the upload: is empty, expected an image")
@@ -100,8 +102,7 @@ def read_upload(body: bytes) -> Image.Image:
             raise LongtailError(
                 f"the upload: has {image.width} × {image.height} pixels, expected at most {MOST_PIXELS:,} in all"
             )
-        image.load()
-    return image
+    return open_image(io.BytesIO(body), "the upload")
 
 
 def answer(
@@ -214,7 +215,7 @@ def build_app(
     slots, uploads = asyncio.Semaphore(_CONCURRENCY), _Uploads()
     pages = Environment(loader=PackageLoader("longtail.serve", "."), autoescape=True, trim_blocks=True)
     page = pages.get_template("page.html.j2").render(
-        title=title,
+        title=printable(title),
         model=model.config,
         neighbours=reference is not None,
         most_bytes=MOST_BYTES,
@@ -248,7 +249,8 @@ def build_app(
                 return JSONResponse({"error": str(error)}, 400)
             finally:
                 uploads.pending -= size
-        return JSONResponse(response)
+        # names of classes need not be Unicode, which JSONResponse expects
+        return Response(json.dumps(response, allow_nan=False), media_type="application/json")
 
     middleware = [] if hosts is None else [Middleware(TrustedHosts, hosts=hosts)]
     routes = [Route("/", home), Route("/predict", predict, methods=["POST"])]

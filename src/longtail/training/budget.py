@@ -55,7 +55,13 @@ def sides_up_to(largest: int) -> list[int]:
 
 
 def choose(
-    config: Config, sizes: Sizes, speed: Speed, seconds: float, sides: Sequence[int], head: bool = True
+    config: Config,
+    sizes: Sizes,
+    speed: Speed,
+    seconds: float,
+    sides: Sequence[int],
+    head: bool = True,
+    epochs: int | None = None,
 ) -> Choice:
     """Return the settings that make the most of a time.
 
@@ -64,13 +70,14 @@ def choose(
     uses the time well, the largest images are taken.
 
     Args:
-        config: settings of the run; ``tune`` is how the network is tuned, ``epochs`` is chosen.
+        config: settings of the run; ``tune`` is how the network is tuned.
         sizes: images of each split.
         speed: of the network at the smallest side.
         seconds: the time.
         sides: in pixels, in order.
         head: whether ``tune head`` is a choice, see :func:`head_is_possible`; where it is not, the fewest epochs at the
             smallest side are taken if nothing fits.
+        epochs: that are given; chosen if None.
     """
 
     def choice(tune: str, side: int, epochs: int, views: int = 1) -> Choice:
@@ -83,7 +90,7 @@ def choose(
         return [each for each in choices if each.seconds <= seconds]
 
     def head_only() -> Choice:
-        number = fine_tuning_epochs(sizes.train, config.batch_size)
+        number = epochs or fine_tuning_epochs(sizes.train, config.batch_size)
         views = range(least_feature_views(config), _MOST_FEATURE_VIEWS + 1)
         heads = [choice("head", side, number, each) for side in sides for each in views]
         fits = [each for each in heads if each.seconds <= seconds]
@@ -91,6 +98,9 @@ def choose(
 
     if config.tune == "head":
         return head_only()
+    if epochs is not None:
+        given = fitting(range(epochs, epochs + 1))
+        return given[-1] if given else head_only() if head else choice(config.tune, sides[0], epochs)
     steps = -(-sizes.train // config.batch_size)
     enough = min(_MOST_EPOCHS, max(_USUAL_EPOCHS, -(-_USUAL_STEPS // steps)))
     twice = min(_MOST_EPOCHS, 2 * enough)
@@ -234,33 +244,36 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     own = input_size(config.network)  # of a network that takes images of one size
     largest = _LARGEST_OF_SMALL if side is not None and side <= 64 else side or _SIDES[-1]
     sides = sides_up_to(largest) if own is None else [own]
+    given = config.data.image_size if side is None else config.network_size
+    side_is_open = own is None and given == (default.data.image_size if side is None else default.network_size)
+    if own is None and not side_is_open:
+        assert given is not None
+        sides = [given]
+    epochs = None if config.epochs == default.epochs else config.epochs
+    assert epochs != "auto"
     reference = min(_REFERENCE, sides[-1]) if own is None else own
     measured = measure_speed(encoder, reference, device)
     left = minutes * 60 - (time.monotonic() - started) - _REPORT
     head = tune_is_open and head_is_possible(config, encoder)
-    chosen = choose(config, sizes, measured.at((sides[0] / reference) ** 2), left, sides, head)
+    chosen = choose(config, sizes, measured.at((sides[0] / reference) ** 2), left, sides, head, epochs)
     changes: dict[str, object] = {"tune": chosen.tune}
     if chosen.tune == "head":
         changes["feature_views"] = chosen.feature_views
-    if config.epochs == default.epochs:
-        changes["epochs"] = chosen.epochs
-    if own is not None:
-        pass
-    elif side is None and config.data.image_size == default.data.image_size:
+    changes["epochs"] = chosen.epochs
+    if side_is_open and side is None:
         changes["data"] = {"image_size": chosen.side}
-    elif side is not None and config.network_size == default.network_size:
+    elif side_is_open:
         changes["network_size"] = chosen.side
     config = config.replace(**changes)
-    assert isinstance(config.epochs, int)
     reason = (
         f"minutes {minutes:g}: tune {config.tune}, images of {chosen.side} pixels, "
-        f"{config.epochs} epoch{'s' * (config.epochs != 1)}, "
+        f"{chosen.epochs} epoch{'s' * (chosen.epochs != 1)}, "
         f"expected to take {format_duration(time.monotonic() - started + chosen.seconds + _REPORT)} in all (measured: "
         f"{1000 * measured.train:.0f} ms to train on an image of {reference} pixels, {1000 * measured.encode:.0f} ms "
         "to pass it through)"
     )
-    if chosen.seconds < 0.8 * left:
+    if chosen.seconds > left:
+        reason += "; no settings are faster" + (" with the epochs that are given" if epochs is not None else "")
+    elif chosen.seconds < 0.8 * left and epochs is None and (side_is_open or own is not None):
         reason += "; more time would gain little"
-    elif chosen.seconds > left:
-        reason += "; no settings are faster"
     return config, [reason], data

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -221,9 +222,10 @@ class MetricLogger:
                 self._write_csv(kept)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Write a line."""
+        """Write a line; a number that is not finite, such as a gradient norm that overflowed in 16 bits, as None."""
         if rank() > 0:
             return
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -12,7 +12,9 @@ from longtail.nn import CosineClassifier
 from longtail.nn.tuning import layer_depths
 
 
-def build_optimizer(method: Method, config: Config, on_device: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    method: Method, config: Config, on_device: bool = False, device: torch.device | None = None
+) -> torch.optim.Optimizer:
     """Return the optimizer of the parameters of a method that require gradients.
 
     Every group has a factor ``lr_scale`` of the learning rate.
@@ -22,6 +24,7 @@ def build_optimizer(method: Method, config: Config, on_device: bool = False) -> 
         config: settings of the run.
         on_device: whether a step needs nothing of the host: its learning rate may then be a tensor, and a CUDA graph
             may contain it. All parameters are updated by one kernel.
+        device: where it will run, to which the method may not have been moved yet; that of the method if not given.
     """
     settings = config.optimizer
     options: dict[str, Any] = {"fused": True} if on_device else {}
@@ -30,7 +33,8 @@ def build_optimizer(method: Method, config: Config, on_device: bool = False) -> 
         for (scale, decay), parameters in _groups(method, config).items()
     ]
     if settings.name == "adamw":
-        options |= {"capturable": True} if on_device and next(method.parameters()).is_cuda else {}
+        device = device or next(method.parameters()).device
+        options |= {"capturable": True} if on_device and device.type == "cuda" else {}
         return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, **options)
     return torch.optim.SGD(
         groups,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
@@ -16,7 +20,7 @@ from longtail.distributed import rank
 from longtail.errors import LongtailError
 from longtail.files import write_text
 from longtail.inference.model_config import ModelConfig, read_model_config
-from longtail.run_folder import is_run
+from longtail.run_folder import RESULTS, is_partial, is_run
 from longtail.training.metric_log import read_metrics
 
 INCIDENTAL = frozenset(
@@ -51,27 +55,58 @@ class Run:
         return self.test_metrics[self.model_config.predicts_under]
 
 
-def create_run_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder of a run, with its ``config.yaml``.
+@contextlib.contextmanager
+def run_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Make the folder of a run, with its ``config.yaml``, and keep other trainings out of it meanwhile.
 
     Raises:
         LongtailError: it is not empty and neither ``resume`` nor ``overwrite`` is given, it is another run's or no
-            run's, it contains what the new run reads, or it cannot be written.
+            run's, it contains what the new run reads, another process trains in it, or it cannot be written.
     """
+    if rank() > 0:  # process 0 does it, and writes
+        yield
+        return
+    # beside the folder, whose content --overwrite removes; a teacher has a lock of its own, which its run waits for
+    lock = FileLock(folder.with_name(f".{folder.name}.training.lock"))
     try:
-        entries = list(folder.iterdir()) if folder.exists() else []
-        if entries:
-            # what is only continued is not removed: of settings that cannot be read the reader says why
-            if not (folder / "config.yaml").is_file() or ((overwrite or not resume) and not is_run(folder)):
-                raise LongtailError(f"{folder}: is not empty and not a run of longtail; choose another --out")
-            if overwrite or not resume:
-                check_reads_nothing_in(folder, config)
-            if overwrite:
-                shutil.rmtree(folder)
-            elif not resume:
-                raise LongtailError(f"{folder}: contains a run already; use --resume, --overwrite or another --out")
-            else:
-                _check_same_run(read_config(folder / "config.yaml"), config, folder)
+        _check_folder(folder, config, resume=resume, overwrite=overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LongtailError(
+            f"{folder}: another process trains in it; wait until it has ended, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    try:
+        _create(folder, config, overwrite=overwrite)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    entries = [path for path in folder.iterdir() if not is_partial(path.name)] if folder.exists() else []
+    if entries:
+        # what is only continued is not removed: of settings that cannot be read the reader says why
+        if not (folder / "config.yaml").is_file() or ((overwrite or not resume) and not is_run(folder)):
+            raise LongtailError(f"{folder}: is not empty and not a run of longtail; choose another --out")
+        if overwrite or not resume:
+            check_reads_nothing_in(folder, config)
+        if not (overwrite or resume):
+            raise LongtailError(f"{folder}: contains a run already; use --resume, --overwrite or another --out")
+        if not overwrite:
+            _check_same_run(read_config(folder / "config.yaml"), config, folder)
+
+
+def _create(folder: Path, config: Config, *, overwrite: bool) -> None:
+    try:
+        if overwrite and folder.exists():
+            # last what a run is recognised by, so that a folder of which a part is left can still be replaced
+            for path in sorted(folder.iterdir(), key=lambda path: (path.name == "config.yaml", path.name in RESULTS)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -136,7 +171,7 @@ def _check_same_run(there: Config, here: Config, folder: Path) -> None:
             longer = f"use --init {folder} with another --out to go on for longer, " if name == "epochs" else ""
             raise LongtailError(
                 f"{folder}: was started with {name} {old.get(name)}, not {new.get(name)}; "
-                f"resume with the same settings, {longer}or use --overwrite or another --out"
+                f"resume with the same settings and images, {longer}or use --overwrite or another --out"
             )
 
 
@@ -165,16 +200,7 @@ def find_finished(folder: Path, config: Config, data: LongTailedData | None = No
     model_config = read_model_config(folder)
     info = model_config.training_info
     if data is not None:
-        # versions before this one kept no fingerprint of the test images
-        for what, name, there_are in (
-            ("trained", "images", data.fingerprint),
-            ("tested", "test_images", data.test_fingerprint),
-        ):
-            if info.get(name, there_are) != there_are:
-                raise LongtailError(
-                    f"{folder}: was {what} on other images than there are now; restore them, or start again with "
-                    "--overwrite or another --out"
-                )
+        check_same_images(folder, info, data)
     return Run(
         folder,
         config,
@@ -184,6 +210,22 @@ def find_finished(folder: Path, config: Config, data: LongTailedData | None = No
         info["seconds"],
         info["teacher_seconds"],
     )
+
+
+def check_same_images(place: Path, there: Mapping[str, Any], data: LongTailedData) -> None:
+    """Raise LongtailError if a run used other images than the data has now.
+
+    Args:
+        place: the run, or its checkpoint, for the message.
+        there: its :attr:`~longtail.data.dataset.LongTailedData.fingerprints`; earlier versions kept fewer.
+        data: what its settings stand for now.
+    """
+    for (name, now), what in zip(data.fingerprints.items(), ("trained", "validated", "tested"), strict=True):
+        if there.get(name, now) != now:
+            raise LongtailError(
+                f"{place}: was {what} on other images than there are now; restore them, or start again with "
+                "--overwrite or another --out"
+            )
 
 
 def read_finished(folder: Path) -> Run:

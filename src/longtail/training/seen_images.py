@@ -23,7 +23,7 @@ FILE = "train_images.npy"
 
 
 def write_train_images(folder: Path, config: Config, data: LongTailedData) -> None:
-    """Write the ids of the training images, where they are those of files."""
+    """Write the ids of the training images, where they are those of files; a run that is resumed has the same ones."""
     if SOURCES[config.data.source].listing is not None:
         atomic_write(folder / FILE, lambda partial: _save(partial, data.train.ids.numpy()))
 

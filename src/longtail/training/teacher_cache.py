@@ -15,7 +15,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from longtail.config import Config
@@ -168,41 +169,71 @@ def teacher_cache(
     if wanted:
         shapes["scores"] = (views, len(data.train), len(data.class_names))
     paths = {kind: folder / f"{name}-{kind}.npy" for kind in shapes}
-    if write and not all(path.is_file() for path in paths.values()):
-        gib = sum(4 * int(np.prod(shape)) for shape in shapes.values()) / 2**30
-        logger.info(
-            "teacher: %d views of %s images once, kept in %s (%.2f GiB)", views, f"{len(data.train):,}", folder, gib
-        )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LongtailError(f"{folder}: cannot be made: {error.strerror}") from None
-        _remove_abandoned(folder)
-        unique = uuid.uuid4().hex  # the number of a process may be that of one of another machine too
-        partial = {kind: path.with_suffix(f".{unique}{_MAKING}") for kind, path in paths.items()}
-        try:
-            try:
-                arrays = {
-                    kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
-                    for kind, shape in shapes.items()
-                }
-                for path in partial.values() if hasattr(os, "posix_fallocate") else ():  # not on macOS
-                    with path.open("r+b") as file:  # now, rather than in the middle, when the disk turns out to be full
-                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            except OSError as error:
-                raise LongtailError(f"{folder}: {gib:.2f} GiB cannot be written: {error.strerror}") from None
+    if write and not _there(paths):
+
+        def fill(arrays: dict[str, np.memmap]) -> None:
             with autocast():
                 _fill(arrays, config, data, freeze(teacher).to(device), classifier, make_loader, device, check)
-            for kind, array in arrays.items():
-                array.flush()
-                _move(partial[kind], paths[kind])
-        finally:
-            for path in partial.values():
-                path.unlink(missing_ok=True)
+
+        with _locked(folder, name, check):
+            if not _there(paths):  # another process may have made it meanwhile
+                _make(folder, paths, shapes, fill)
     opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _there(paths) else {}
     if not opened:
         raise LongtailError(f"{folder}: the teacher's cache is not there; do all processes see the same folder?")
     return TeacherCache(opened.get("features"), opened.get("scores"), config.seed, share_key, distilled)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, name: str, check: Callable[[], None]) -> Iterator[None]:
+    """Let one process at a time make a cache; ``check`` is called while it waits for another."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{folder}: cannot be made: {error.strerror}") from None
+    lock = FileLock(folder.with_name(f".{folder.name}-{name}.lock"))
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            check()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(
+    folder: Path,
+    paths: dict[str, Path],
+    shapes: dict[str, tuple[int, int, int]],
+    fill: Callable[[dict[str, np.memmap]], None],
+) -> None:
+    """Write the files of a cache, of arrays that ``fill`` is given."""
+    views, images, _ = next(iter(shapes.values()))
+    gib = sum(4 * int(np.prod(shape)) for shape in shapes.values()) / 2**30
+    logger.info("teacher: %d views of %s images once, kept in %s (%.2f GiB)", views, f"{images:,}", folder, gib)
+    _remove_abandoned(folder)
+    unique = uuid.uuid4().hex  # the number of a process may be that of one of another machine too
+    partial = {kind: path.with_suffix(f".{unique}{_MAKING}") for kind, path in paths.items()}
+    try:
+        try:
+            arrays = {
+                kind: np.lib.format.open_memmap(partial[kind], mode="w+", dtype=np.float32, shape=shape)
+                for kind, shape in shapes.items()
+            }
+            for path in partial.values() if hasattr(os, "posix_fallocate") else ():  # not on macOS
+                with path.open("r+b") as file:  # now, rather than in the middle, when the disk turns out to be full
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            raise LongtailError(f"{folder}: {gib:.2f} GiB cannot be written: {error.strerror}") from None
+        fill(arrays)
+        for kind, array in arrays.items():
+            array.flush()
+            _move(partial[kind], paths[kind])
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
 def _remove_abandoned(folder: Path) -> None:

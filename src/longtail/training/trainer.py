@@ -44,7 +44,7 @@ from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteL
 from longtail.training.mixing import build_mixer
 from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
-from longtail.training.run_io import Run, create_run_folder, write_unreadable
+from longtail.training.run_io import Run, check_same_images, run_folder, write_unreadable
 from longtail.training.second_stage import first_stage_epochs, train_second_stage
 from longtail.training.seen_images import write_train_images
 from longtail.training.sharpness import SharpnessAware, check_sharpness, passes_per_step
@@ -107,11 +107,7 @@ def fit(
         def train_first(settings: Config, folder: Path) -> object:
             return fit(settings, folder, resume=True, quiet=quiet, teachers=teachers, data=data, turn=turn)
 
-        with wrap_peer_failure():
-            if rank() == 0:
-                create_run_folder(out, config, resume=resume, overwrite=overwrite)
-                write_unreadable(out, data)
-                write_train_images(out, config, data)
+        with wrap_peer_failure(), run_folder(out, config, resume=resume, overwrite=overwrite):
             barrier()
             if config.recipe != "teacher":  # the student's run has logged them
                 for line in (*method_reasons, *data.remarks, *why, *remarks, *reasons):
@@ -210,7 +206,7 @@ class _Trainer:
         on_device, remark = batches_on_device(config, loader, self.fabric.device)
         if remark:
             logger.info("%s", remark)
-        optimizer: Any = build_optimizer(method, config, on_device)
+        optimizer: Any = build_optimizer(method, config, on_device, self.fabric.device)
         wrapped, optimizer = self.fabric.setup(method, optimizer)
         tracker = MetricTracker()
         student = Student(
@@ -237,6 +233,8 @@ class _Trainer:
             method.init_memory(draw, self.data.train.labels)
         if rank() == 0:  # settings that do not make it another run may have changed
             write_text(self.out / "config.yaml", config.to_yaml())
+            write_unreadable(self.out, self.images)
+            write_train_images(self.out, config, self.images)
         log = MetricLogger(self.out, config.log, self.out.name, tracker.step)
         shown = (data.fingerprint, data.image_size, config.data.augment, config.data.contrast_augment)
         names = [(*shown, use) for use in self.method_class.views(config)]
@@ -260,6 +258,7 @@ class _Trainer:
                 progress=not self.quiet,
                 check=lambda: stop.check("while features were computed; those that are done are kept"),
             )
+            stop.check("after features were read")
         self.transforms = [draw_view] * len(self.transforms)
 
     def _loader(
@@ -352,7 +351,7 @@ class _Trainer:
                         steps.check()
                         self._save(student)
                         saved = time.monotonic()
-                    if signal_name and tracker.step < total:
+                    if signal_name:
                         raise StoppedError(signal_name, f"at step {tracker.step} of {total}")
                     # what follows a step is not counted as training time
                     tick = time.monotonic()
@@ -429,8 +428,7 @@ class _Trainer:
             "teacher_seconds": round(teacher_seconds, 3),
             "student_passes": tracker.student_passes,
             **({"pass_cost": round(cost, 3)} if cost != 1 else {}),
-            "images": self.data.fingerprint,
-            "test_images": self.data.test_fingerprint,
+            **self.images.fingerprints,
         }
         if tracker.best is not None:
             training_info["best_step"] = tracker.best["step"]
@@ -461,14 +459,10 @@ class _Trainer:
         if student.ema is not None:
             state["ema"] = student.ema.module.state_dict()
         if rank() == 0:
-            save_checkpoint(self.out / "last.ckpt", {"images": self.data.fingerprint, **state})
+            save_checkpoint(self.out / "last.ckpt", {**self.images.fingerprints, **state})
 
     def _restore(self, state: dict[str, Any], student: Student) -> None:
-        if state.get("images") != self.data.fingerprint:
-            raise LongtailError(
-                f"{self.out / 'last.ckpt'}: was trained on other images than there are now; "
-                "restore them, or start again with --overwrite"
-            )
+        check_same_images(self.out / "last.ckpt", state, self.images)
         try:
             student.method.load_state_dict(state["method"])
             load_optimizer(student.optimizer, state["optimizer"])

@@ -97,10 +97,10 @@ def test_the_boxes_are_part_of_what_a_set_is(tmp_path: Path) -> None:
     path = root / "labels" / "train" / "train000.txt"
     path.write_text(path.read_text().replace("2 0.", "1 0.", 1))
     assert load(root).fingerprint != before
-    tested = load(root).test_fingerprint
+    tested = load(root).fingerprints["test_images"]
     (path,) = (root / "labels" / "test").glob("*000.txt")
     path.write_text("0 0.5 0.5 0.25 0.25\n")
-    assert load(root).test_fingerprint != tested
+    assert load(root).fingerprints["test_images"] != tested
 
 
 def test_what_is_evaluated_is_held_out_where_there_is_none(tmp_path: Path) -> None:

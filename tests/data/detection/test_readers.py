@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -596,6 +597,32 @@ def test_files_whose_split_is_not_clear(tmp_path: Path) -> None:
     (root / "annotations" / "train.json").write_text("{}")
     with pytest.raises(LongtailError, match=r"instances_train\.json and train\.json may both hold the images of train"):
         read_annotated_images(Data(source="boxes", root=str(root)))
+
+
+def test_paths_of_one_file_are_recognised(tmp_path: Path) -> None:
+    root = WRITERS["COCO"](tmp_path, SPLITS)
+    path = root / "annotations" / "instances_test.json"
+    content = json.loads(path.read_text())
+    for file, message in (
+        ("test/test000.png", "test: the image test/test000.png is there twice"),
+        ("train/train003.png", "train/train003.png: is in train and in test"),
+    ):
+        content["images"][1]["file_name"] = str(root / file)
+        path.write_text(json.dumps(content))
+        with pytest.raises(LongtailError, match=message):
+            read_annotated_images(Data(source="boxes", root=str(root)))
+
+
+def test_names_in_another_unicode_form_are_those_of_the_disk(tmp_path: Path) -> None:
+    root = WRITERS["COCO"](tmp_path, SPLITS)
+    path = root / "annotations" / "instances_test.json"
+    content = json.loads(path.read_text())
+    for entry, name in zip(content["images"], ("caf\u00e9.png", "th\u00e9.png"), strict=False):
+        (root / "test" / entry["file_name"]).rename(root / "test" / unicodedata.normalize("NFD", name))
+        entry["file_name"] = name
+    path.write_text(json.dumps(content))
+    found = read_annotated_images(Data(source="boxes", root=str(root)))
+    assert found.splits["test"].files[:2] == ("test/cafe\u0301.png", "test/the\u0301.png")
 
 
 def test_other_classes_in_another_file(tmp_path: Path) -> None:

@@ -62,10 +62,9 @@ class DetectionData(LongTailedData):
         """Hash of the training set: what every set has, and the objects."""
         return _with_objects(super().fingerprint, self.annotations)
 
-    @functools.cached_property
-    def test_fingerprint(self) -> str:
-        """Hash of the test set: what every set has, and the objects."""
-        return _with_objects(super().test_fingerprint, annotations_of(self.test))
+    def hash_of(self, images: ImageSet) -> str:
+        """Return the hash of a split that is not trained on: what every set has, and the objects."""
+        return _with_objects(super().hash_of(images), annotations_of(images))
 
     def details(self, config: Data) -> DataDetails:
         """Return objects and images of each class, repeat factors, and what looks wrong with the annotations."""

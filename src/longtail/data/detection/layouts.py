@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import posixpath
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,12 +13,12 @@ import torch
 
 from longtail.config import Data
 from longtail.data.detection.annotations import Annotations
-from longtail.data.detection.assemble import AnnotationProblems
+from longtail.data.detection.assemble import AnnotationProblems, check_unique
 from longtail.data.detection.coco import read_coco
 from longtail.data.detection.voc import read_voc
 from longtail.data.detection.yolo import find_yolo_folders, read_yolo
 from longtail.data.listing import SPLITS, split_of
-from longtail.data.paths import find_path, printable
+from longtail.data.paths import Folders, find_path, printable, shortest_paths
 from longtail.errors import LongtailError, did_you_mean
 
 _OTHER = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")
@@ -185,8 +186,8 @@ def _read_json(root: Path, files: Mapping[str, Path], problems: AnnotationProble
         if first is not None:
             annotations = _with_classes(annotations, first, path, next(iter(files.values())))
         folder = _folder_of(root, path, split, annotations.files)
-        names = tuple(f"{folder}{name}" for name in annotations.files)
-        splits[split] = dataclasses.replace(annotations, files=names)
+        names = shortest_paths((posixpath.join(folder, name) for name in annotations.files), root)
+        splits[split] = dataclasses.replace(annotations, files=tuple(names))
     kind = "LVIS" if any(part.negatives is not None for part in splits.values()) else "COCO"
     shown = ", ".join(path.name for path in files.values())
     return AnnotatedImages(root, splits, f"{root}: {kind} ({shown}; {_sizes(splits)})", problems)
@@ -226,7 +227,7 @@ def _folder_of(root: Path, path: Path, split: str, names: Sequence[str]) -> str:
     for parent in (root, root / "images"):
         folders += [parent / name for name, of in _split_folders(parent).items() if split in {of, "all"}]
     for folder in folders:
-        if (folder / names[0]).is_file():
+        if find_path(folder / names[0]).is_file():
             below = os.path.relpath(folder, root)
             return "" if below == "." else f"{below}/"
     looked = ", ".join(dict.fromkeys(str(folder) for folder in folders if folder.is_dir()))
@@ -238,41 +239,32 @@ def _folder_of(root: Path, path: Path, split: str, names: Sequence[str]) -> str:
 
 
 def _check_images(found: AnnotatedImages) -> None:
-    """Raise LongtailError if an image is missing, or is in two splits; folders are read once, and no image is."""
-    contents: dict[str, set[str]] = {}
+    """Raise LongtailError if an image is missing, or is in two splits; folders are read once, and no image is.
+
+    Paths that differ from a file's name in their Unicode form only become that name.
+    """
+    folders = Folders(found.root)
     split_of_file: dict[str, str] = {}
     for split, part in found.splits.items():
-        missing = [name for name in part.files if not _exists(found.root, name, contents)]
+        files = [folders.find(name) for name in part.files]
+        missing = [name for name, file in zip(part.files, files, strict=True) if file is None]
         if missing:
             more = f" ({len(missing):,} of {len(part):,} images of {split} are missing)"
             raise LongtailError(
-                f"{found.root / missing[0]}: there is no such image{more if len(missing) > 1 else ''}; add it, or "
-                "remove it from the annotations"
+                f"{printable(found.root / missing[0])}: there is no such image{more if len(missing) > 1 else ''}; "
+                "add it, or remove it from the annotations"
             )
-        shared = [name for name in part.files if name in split_of_file]
+        names = tuple(name for name in files if name is not None)
+        check_unique(names, f"{printable(found.root)}: {split}", "the image")
+        shared = [name for name in names if name in split_of_file]
         if shared:
             first, count = shared[0], len(shared)
             raise LongtailError(
                 f"{printable(first)}: is in {split_of_file[first]} and in {split} ({count:,} such images); test and "
                 "validation images must not be trained on"
             )
-        split_of_file |= dict.fromkeys(part.files, split)
-
-
-def _exists(root: Path, name: str, contents: dict[str, set[str]]) -> bool:
-    folder, _, file = name.rpartition("/")
-    if folder not in contents:
-        try:
-            contents[folder] = set(_names(root / folder))
-        except OSError:
-            contents[folder] = set()
-    return file in contents[folder]
-
-
-def _names(folder: Path) -> Iterable[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            yield entry.name
+        split_of_file |= dict.fromkeys(names, split)
+        found.splits[split] = dataclasses.replace(part, files=names)
 
 
 def _sizes(splits: Mapping[str, Annotations]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from longtail.data.listing.types import Entries, Listing
-from longtail.data.paths import find_path, nfc, printable
+from longtail.data.paths import Folders, find_path, printable
 
 
 def check(listing: Listing) -> None:
@@ -52,7 +52,7 @@ def _check_names(names: Sequence[str], errors: list[str]) -> None:
 
 def _check_files(listing: Listing) -> None:
     """Look for every file, a folder at a time: a system call for each of a million files would take minutes."""
-    folders = _Folders(listing.root)
+    folders = Folders(listing.root)
     missing: dict[str, dict[str, list[str]]] = {}
     for split, entries in listing.splits.items():
         names = [folders.find(name) for name in entries.names]
@@ -74,48 +74,6 @@ def _check_files(listing: Listing) -> None:
             f"{', '.join(by_split)}: {count:,} of {total:,} files are missing below {printable(listing.root)} "
             f"({shown}): {reason}{hint}"
         )
-
-
-class _Folders:
-    """What is in the folders below a root, each read once."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.contents: dict[str, tuple[set[str], dict[str, str]]] = {}
-
-    def find(self, name: str) -> str | None:
-        """Return the name that the disk has for a path, which may differ in its Unicode form; None if none exists."""
-        folder, _, file = name.rpartition("/")
-        exact, composed = self._read(folder)
-        if file in exact:
-            return name
-        if name.isascii():
-            return None
-        if not exact and folder:
-            found = self._find_folder(folder)
-            if found is None or found == folder:
-                return None
-            return self.find(f"{found}/{file}")
-        stored = composed.get(nfc(file))
-        return None if stored is None else (f"{folder}/{stored}" if folder else stored)
-
-    def _find_folder(self, folder: str) -> str | None:
-        found = find_path(self.root / folder)
-        if not found.is_dir():
-            return None
-        below = not Path(folder).is_absolute()  # else its place may be anywhere
-        return found.relative_to(self.root).as_posix() if below else found.as_posix()
-
-    def _read(self, folder: str) -> tuple[set[str], dict[str, str]]:
-        """Return the names in a folder that are no broken links, and those beyond ASCII by their composed form."""
-        if folder not in self.contents:
-            try:
-                with os.scandir(self.root / folder) as files:
-                    names = {entry.name for entry in files if not entry.is_symlink() or Path(entry).exists()}
-            except OSError:
-                names = set()
-            self.contents[folder] = (names, {nfc(name): name for name in names if not name.isascii()})
-        return self.contents[folder]
 
 
 def _first_failure(root: Path, name: str) -> str:

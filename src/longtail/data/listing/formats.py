@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import json
-import posixpath
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from longtail.data.listing.folders import names_by_folder
 from longtail.data.listing.tables import (
+    MOST_DIGITS,
     Table,
     from_latin1,
     is_undecoded,
@@ -23,7 +23,7 @@ from longtail.data.listing.tables import (
     read_text,
 )
 from longtail.data.listing.types import SPLITS, Entries, Listing
-from longtail.data.paths import nfc, printable
+from longtail.data.paths import nfc, printable, shortest_paths
 from longtail.errors import LongtailError, did_you_mean
 
 Label = TypeVar("Label", int, str)
@@ -37,16 +37,17 @@ def read_list(path: Path) -> tuple[list[str], list[int]]:
     """
     names: list[str] = []
     labels: list[int] = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        name, _, label = line.rstrip("\r").rpartition(" ")
-        if not name:
-            if not line.strip():
-                continue
-            name, _, label = line.strip().rpartition("\t")
-        if not name or not label.isdecimal():
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
+        line = text.strip()
+        if not line:
+            continue
+        name, _, label = line.rpartition("\t")  # blanks before it are of the path
+        if not label.isdecimal():
+            name, _, label = line.rpartition(" ")
+        if not name or not label.isdecimal() or len(label) > MOST_DIGITS:
             raise LongtailError(
                 f"{printable(path)}, line {number}: expected 'path label' with a label from 0, got "
-                f"'{printable(line.rstrip()[:80])}'"
+                f"'{printable(line[:80])}'"
             )
         names.append(name.strip())
         labels.append(int(label))
@@ -70,9 +71,13 @@ def read_annotations(
     Raises:
         LongtailError: it is not JSON, or lacks images, annotations or categories.
     """
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path))
-        files = {image["id"]: image["file_name"] for image in content["images"]}
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or thousands of brackets
+        raise LongtailError(f"{printable(path)}: is not JSON: {error}") from None
+    try:
+        files = {image["id"]: _file_name(image) for image in content["images"]}
         categories = sorted((entry["id"], nfc(str(entry["name"]))) for entry in content["categories"])
         if category_ids is None:
             used = {entry["category_id"] for entry in content["annotations"]}
@@ -90,8 +95,6 @@ def read_annotations(
         if unknown is not None:
             raise LongtailError(f"{printable(path)}: category {unknown} is not among the training classes")
         pairs = [(files[entry["image_id"]], index[entry["category_id"]]) for entry in content["annotations"]]
-    except json.JSONDecodeError as error:
-        raise LongtailError(f"{printable(path)}: is not JSON: {error}") from None
     except (KeyError, TypeError) as error:
         raise LongtailError(
             f"{printable(path)}: expected images (id, file_name), annotations (image_id, category_id) and categories "
@@ -101,13 +104,19 @@ def read_annotations(
         raise LongtailError(f"{printable(path)}: lists no images")
     if len(set(pairs)) > len({name for name, _ in pairs}) and any("bbox" in each for each in content["annotations"]):
         raise LongtailError(
-            f"{printable(path)}: annotations have boxes of several classes in one image; for a detector, expected "
+            f"{printable(path)}: annotations have boxes of several classes in one image; to train on these, expected "
             f"--data.source boxes --data.train {printable(path)}"
         )
     names = [name for _, name in categories]
     if len(set(names)) < len(names):  # iNaturalist 2018 was published with numbers for names, and without
         names = [f"{name} ({identity})" for identity, name in categories]
     return [name for name, _ in pairs], [label for _, label in pairs], names, order
+
+
+def _file_name(image: Mapping[str, Any]) -> str:
+    if not isinstance(image["file_name"], str):
+        raise TypeError("'file_name'")
+    return image["file_name"]
 
 
 def encode_labels(labels: Sequence[Label], classes: Sequence[Label] | None = None) -> tuple[Tensor, list[Label]]:
@@ -200,7 +209,7 @@ def read_splits(
             numbers, classes = encode_labels(labels, classes)
         except LongtailError as error:
             raise LongtailError(f"{split}: {error}") from None
-        entries[split] = Entries([_normalize(file) for file in files], numbers)
+        entries[split] = Entries(shortest_paths(files, root), numbers)
     assert classes is not None
     if names is None:
         names = class_names_of_labels(classes, remarks) or names_by_folder(entries["train"], len(classes))
@@ -275,8 +284,3 @@ def _check_kinds(raw: Mapping[str, tuple[list[str], list[Any]]]) -> None:
     for split, kind in kinds.items():
         if kind != kinds["train"]:
             raise LongtailError(f"{split}: its labels are {kind}, those of train are {kinds['train']}; use one of them")
-
-
-def _normalize(path: str) -> str:
-    """Return a path in its shortest spelling, so that a file listed twice is recognised."""
-    return posixpath.normpath(path) if "//" in path or "./" in path else path

@@ -32,7 +32,9 @@ _GROUP_COLUMNS = re.compile(
 )
 _SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "'|'"}
 _ROWS_LOOKED_AT = 1000  # to guess what a column contains
-_WHOLE = re.compile(r"(0|[1-9]\d*)(\.0*|,0{0,2})?", re.ASCII)  # 1,000 is a thousand
+MOST_DIGITS = 100
+"""Of a label, which may be an id; Python reads no number of thousands of digits."""
+_WHOLE = re.compile(rf"(0|[1-9]\d{{,{MOST_DIGITS - 1}}})(\.0*|,0{{0,2}})?", re.ASCII)  # 1,000 is a thousand
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d*)?|[+-]?[.,]\d+|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
 
 
@@ -154,7 +156,7 @@ def parse_labels(columns: Sequence[LabelColumn]) -> list[list[int] | list[str]]:
                 if text not in numbers
             )
             raise LongtailError(
-                f"{column.where}, row {row}: column '{column.name}' holds '{text}', expected a whole number of at "
+                f"{column.where}, row {row}: column '{column.name}' holds '{text:.80}', expected a whole number of at "
                 "least 0 or a class name; correct it, or remove the row"
             )
     return [list(column.texts) for column in columns]

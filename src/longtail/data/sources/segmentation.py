@@ -211,6 +211,11 @@ def load_segmentation(
         remarks.append("data.val_fraction is not used: masks have the splits of their folders")
     unreadable.check(remarks)
     pairs["train"], counted["train"] = _without_unlabelled(pairs["train"], counted["train"])
+    if test != "val" and "val" in counted and not counted["val"].counts[:, 1:].any():
+        remarks.append("the validation masks have no labelled pixel, and are left out; the last epoch is kept")
+        del pairs["val"], counted["val"]
+    if not counted[test].counts[:, 1:].any():
+        raise LongtailError(f"{test}: the masks have no labelled pixel; expected some to evaluate on")
     train = counted["train"].counts[:, 1:]
     train = torch.nn.functional.pad(train, (0, len(names) - train.shape[1]))
     totals = train.sum(dim=0)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from longtail.data.detection import Detections
 from longtail.data.palette import class_colors
+from longtail.data.paths import printable
 from longtail.evaluation.detection_matches import coco_masks, encode_mask
 
 Color = tuple[int, int, int]
@@ -49,7 +50,7 @@ def draw_detections(
         draw_box(canvas, boxes[index], colors[labels[index]], width)
     texts = []
     for index in reversed(order):  # of names in each other's way that of the highest score is placed first
-        text = f"{class_names[labels[index]]} {scores[index]:.2f}"
+        text = f"{printable(class_names[labels[index]])} {scores[index]:.2f}"
         place = _place(canvas, boxes[index], text, height, drawing.size, taken)
         taken.append(place)
         texts.append((place, text, colors[labels[index]]))

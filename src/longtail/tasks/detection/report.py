@@ -146,7 +146,7 @@ def _over_images(
             if ends is not None:
                 axes.plot([place, place], ends, color=color, linewidth=0.9, alpha=0.6)
             if len(names) <= 20:
-                text = names[index].replace("$", r"\$")
+                text = plots.plain_text(names[index])
                 axes.annotate(
                     text,
                     (place, value),
@@ -174,7 +174,7 @@ def _curves(curves: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure
     figure, axes = plots.new_axes(height=3.2)
     for index, curve in enumerate(curves):
         color, style = plots.LINE_COLORS[index % len(plots.LINE_COLORS)], ("-", "--", ":", "-.")[index % 4]
-        name = names[curve["class"]].replace("$", r"\$")
+        name = plots.plain_text(names[curve["class"]])
         axes.plot(curve["recall"], curve["precision"], style, color=color, linewidth=1.6, label=name)
     axes.set_xlim(0, 101)
     axes.set_ylim(0, 101)

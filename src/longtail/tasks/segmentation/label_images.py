@@ -10,8 +10,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from longtail.data.image_io import image_errors, open_image, to_rgb
+from longtail.data.image_io import image_errors, open_header, open_image, to_rgb
 from longtail.data.palette import class_colors
+from longtail.data.paths import printable
 from longtail.errors import LongtailError
 from longtail.files import atomic_write
 
@@ -35,13 +36,14 @@ def write_segmentation(out: Path, file: Path, labels: Tensor, classes: int) -> t
     A number is appended to a name that another image has taken.
     """
     stem, number = file.stem, 1
+    source = printable(file.resolve())  # PNG's texts are Unicode, names of files may be other bytes
     paths = (out / f"{stem}.png", out / f"{stem}-overlay.png")
-    while any(path.exists() and _source(path) != str(file.resolve()) for path in paths):
+    while any(path.exists() and _source(path) != source for path in paths):
         number += 1
         stem = f"{file.stem}-{number}"
         paths = (out / f"{stem}.png", out / f"{stem}-overlay.png")
     metadata = PngInfo()
-    metadata.add_text("Source", str(file.resolve()))
+    metadata.add_text("Source", source)
     images = (label_image(labels, classes), overlay(open_image(file), labels, classes))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,7 @@ def write_segmentation(out: Path, file: Path, labels: Tensor, classes: int) -> t
 def _source(path: Path) -> str | None:
     """Return which image a file was made of; None if it is another kind of file."""
     try:
-        with image_errors(path), Image.open(path) as image:
+        with image_errors(path), open_header(path) as image:
             return image.info.get("Source")
     except LongtailError:
         return None

@@ -80,6 +80,14 @@ class Segmentation(Task[Segmenter]):
                 f"network {config.network}: returns one feature vector per image; for {config.data.source} expected "
                 f"{' or '.join(DECODERS)}:ENCODER, for example {DECODERS[0]}:{config.network}"
             )
+        for name, value, usual in (
+            ("augment", config.data.augment, {"auto", "none"}),
+            ("image_size", config.data.image_size, {None}),
+        ):
+            if value not in usual:
+                raise LongtailError(
+                    f"data.{name} {value}: has no effect on images with masks; set segmentation.crop, .scale, .jitter"
+                )
         unsupported = {
             "teacher.cache": config.teacher.cache > 0,
             "classifier.views above 1": config.classifier.views > 1,
