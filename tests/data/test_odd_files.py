@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from longtail import plots
@@ -18,7 +17,7 @@ from longtail.data.image_io import find_images, open_image, open_square, read_sh
 from longtail.data.paths import visible_files
 from longtail.errors import LongtailError
 from longtail.files import atomic_write, read_lines, write_text
-from longtail.tasks.segmentation.label_images import write_segmentation
+from longtail.inference.label_images import write_label_image
 from tests.conftest import Command
 
 
@@ -139,27 +138,27 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, mon
 def test_overlays_and_label_images_do_not_overwrite_each_other(tmp_path: Path) -> None:
     out = tmp_path / "out"
     written: list[Path] = []
-    labels = torch.zeros(8, 8, dtype=torch.int64)
+    labels = np.zeros((8, 8), dtype=np.int64)
     for name in ("a-overlay.png", "a.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-        written += write_segmentation(out, tmp_path / name, labels, 2)
+        written += write_label_image(out, tmp_path / name, labels, 2)
     assert len(set(written)) == 4
     with Image.open(out / "a-overlay.png") as label_image:
         assert label_image.mode == "P"
-    again = write_segmentation(out, tmp_path / "a.png", labels, 2)
+    again = write_label_image(out, tmp_path / "a.png", labels, 2)
     assert list(again) == written[2:]  # of the same image
     (out / "b.png").write_bytes(b"no image")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
-    assert write_segmentation(out, tmp_path / "b.png", labels, 2)[0].name == "b-2.png"
+    assert write_label_image(out, tmp_path / "b.png", labels, 2)[0].name == "b-2.png"
     assert (out / "b.png").read_bytes() == b"no image"
 
 
 def test_a_segmented_image_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
-    file, labels = tmp_path / os.fsdecode(b"caf\xe9.png"), torch.zeros(8, 8, dtype=torch.int64)
+    file, labels = tmp_path / os.fsdecode(b"caf\xe9.png"), np.zeros((8, 8), dtype=np.int64)
     Image.new("RGB", (8, 8)).save(file)
-    written = write_segmentation(tmp_path / "out", file, labels, 2)
+    written = write_label_image(tmp_path / "out", file, labels, 2)
     assert written[0].name == file.name
-    assert write_segmentation(tmp_path / "out", file, labels, 2) == written  # it is known again
+    assert write_label_image(tmp_path / "out", file, labels, 2) == written  # it is known again
 
 
 def test_lines_have_no_byte_order_mark(tmp_path: Path) -> None:

@@ -92,6 +92,23 @@ def test_a_segmenter(segmenting: Config, scenes: Path, tmp_path: Path, command: 
     assert got.shape == (3, 3, 50, 66)
     expected = torch.stack(list(Segmenter.load(tmp_path / "run").segment([test / f"{n:02}.png" for n in range(3)])))
     assert (got.argmax(axis=1) == expected.numpy()).mean() > 0.999
+    # as the run does, also for other frequencies and an image of another size
+    Image.open(test / "00.png").resize((132, 100)).save(tmp_path / "large.png")
+    for number, flags in enumerate((["--prior", "uniform"], ["--prior", "train"])):
+        tables = []
+        for name, model in (("run", tmp_path / "run"), ("file", tmp_path / "run" / "model.onnx")):
+            out, table = tmp_path / f"{name}{number}", tmp_path / f"{name}{number}.json"
+            assert command("predict", model, test, *flags, "--out", out, "--json", table)[0] == 0
+            tables.append(json.loads(table.read_text()))
+        for a, b in zip(*tables, strict=True):
+            assert a["shares"] == pytest.approx(b["shares"], abs=2e-3)
+            labels = [np.array(Image.open(each["labels"])) for each in (a, b)]
+            assert (labels[0] == labels[1]).mean() > 0.998
+    code, shown, _ = command(
+        "predict", tmp_path / "run" / "model.onnx", tmp_path / "large.png", "--out", tmp_path / "l"
+    )
+    assert code == 0
+    assert np.array(Image.open(tmp_path / "l" / "large.png")).shape == (100, 132)
     code, _, err = command("export", tmp_path / "run")
     assert (code, "exists already; use --overwrite" in err) == (2, True)
     code, _, err = command("export", tmp_path / "run", "--out", tmp_path / "x.pt")

@@ -19,6 +19,7 @@ from longtail.inference.options import InferenceOptions
 from longtail.inference.output import (
     OBJECT_THRESHOLD,
     OBJECTS_HEADER,
+    SEGMENTED,
     PredictionOutput,
     object_records,
     object_rows,
@@ -148,7 +149,7 @@ def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOut
     )
     task = TASKS[model.config.task]
     check_inference_options(inference, task.label_kind, "predict")
-    out = options.out or (Path("segmented") if task.label_kind == "pixels" else None)
+    out = options.out or (SEGMENTED if task.label_kind == "pixels" else None)
     return task.predict_files(model, _find_images(options.images, out), request)
 
 
@@ -157,10 +158,8 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
     from longtail.inference.onnx_model import ONNXModel
 
     model = ONNXModel(options.run)
-    if model.label_maps:
-        raise LongtailError(f"{options.run}: labels pixels, for use in other programs; predict with its run instead")
     unsupported = {
-        "--out": options.out is not None,
+        "--out": options.out is not None and not model.label_maps,
         "--coverage": options.coverage is not None,
         "--prior estimate": options.prior == "estimate",
         "--threshold": options.threshold is not None and not model.finds_objects,
@@ -175,9 +174,12 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
             f"{options.run}: --tta {inference.tta} needs a file with it inside, this one has {model.tta}; use longtail "
             f"export RUN --tta {inference.tta}"
         )
-    files = _find_images(options.images)
+    out = (options.out or SEGMENTED) if model.label_maps else None
+    files = _find_images(options.images, out)
     if model.finds_objects:
         return _find_with_onnx(model, files, options)
+    if out is not None:
+        return _segment_with_onnx(model, files, out, options)
     unreadable: dict[Path, str] = {}
     probabilities = model.predict(files, unreadable=unreadable)
     if options.prior is not None:
@@ -187,10 +189,27 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
         [(model.class_names[c], float(row[c])) for c in classes]
         for row, classes in zip(probabilities, order, strict=True)
     ]
-    inside = options.prior is None and model.prior != "uniform"
-    notes = [f"probabilities under {_prior_inside(model)}, as the file was exported"] if inside else []
-    output = prediction_table(readable_files(files, unreadable), top, unreadable=unreadable)
-    return dataclasses.replace(output, notes=[*output.notes, *notes])
+    return _with_prior(model, options, prediction_table(readable_files(files, unreadable), top, unreadable=unreadable))
+
+
+def _segment_with_onnx(model: ONNXModel, files: Sequence[Path], out: Path, options: Predict) -> PredictionOutput:
+    from longtail.inference.label_images import predict_label_images
+
+    if options.prior is not None:
+        model.has_prior(options.prior)  # refused before the first image
+    progress = not options.quiet and sys.stderr.isatty()
+    output = predict_label_images(
+        files, lambda image: model.segment(image, options.prior), model.class_names, out, options.top, progress
+    )
+    return _with_prior(model, options, output)
+
+
+def _with_prior(model: ONNXModel, options: Predict, output: PredictionOutput) -> PredictionOutput:
+    """Return predictions with a note on the frequencies in the file, where these are not the usual ones."""
+    if options.prior is not None or model.prior == "uniform":
+        return output
+    note = f"probabilities under {_prior_inside(model)}, as the file was exported"
+    return dataclasses.replace(output, notes=[*output.notes, note])
 
 
 def _prior_inside(model: ONNXModel) -> str:

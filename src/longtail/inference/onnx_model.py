@@ -80,7 +80,9 @@ class ONNXModel:
         batch_size: int = 256,
         unreadable: dict[Path, str] | None = None,
     ) -> Array:
-        """Return probabilities, (N, C), or (N, C, H, W); of a model that finds objects use :meth:`find`.
+        """Return probabilities, (N, C); of a model that labels pixels, (N, C, H, W) at its own size.
+
+        Of a model that finds objects use :meth:`find`.
 
         Args:
             images: files or Pillow images, of any size.
@@ -105,6 +107,33 @@ class ONNXModel:
         return (
             np.concatenate(probabilities) if probabilities else np.empty((0, len(self.class_names)), dtype=np.float32)
         )
+
+    def segment(self, image: Image.Image, prior: ClassFrequencies | None = None) -> Array:
+        """Return the most probable class of every pixel, (H, W) int64, of a model that labels pixels.
+
+        The image is resized to the file's size, and the probabilities are resized back (bilinear).
+
+        Args:
+            image: of any size.
+            prior: class frequencies, see :meth:`change_prior`; those in the file if not given.
+
+        Raises:
+            LongtailError: the model does not label pixels, or the frequencies do not fit the classes.
+        """
+        if not self.label_maps:
+            raise LongtailError("segment: this model does not label pixels; use predict or find")
+        image = to_rgb(image)
+        (probabilities,) = self._run([self._preprocess(image)])
+        if prior is not None:
+            rows = probabilities.reshape(len(self.class_names), -1).T
+            probabilities = self.change_prior(rows, prior).T.reshape(probabilities.shape)
+        labels, best = np.zeros(image.size[::-1], dtype=np.int64), np.zeros(image.size[::-1], dtype=np.float32)
+        for index, plane in enumerate(probabilities):  # one class at a time: there may be hundreds
+            resized = Image.fromarray(plane.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+            values = np.asarray(resized)
+            labels[values > best] = index
+            best = np.maximum(best, values)
+        return labels
 
     def find(
         self, images: Iterable[Path | str | Image.Image], unreadable: dict[Path, str] | None = None

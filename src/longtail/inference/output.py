@@ -37,6 +37,8 @@ def readable_files(files: Sequence[Path], unreadable: Mapping[Path, str]) -> lis
     return readable
 
 
+SEGMENTED = Path("segmented")
+"""Folder of the label images, if no other one is asked for."""
 OBJECT_THRESHOLD = 0.5
 """Lowest score of an object that is shown, if nothing else is asked for."""
 OBJECTS_HEADER = ("path", "class", "score", "x1, y1, x2, y2")

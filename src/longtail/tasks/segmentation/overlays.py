@@ -12,8 +12,8 @@ from torch import Tensor
 from longtail.data.data_uri import image_data_uri
 from longtail.data.sources.segmentation import SegmentationImages, SegmentationSample
 from longtail.errors import LongtailError
+from longtail.inference.label_images import overlay
 from longtail.tasks.loading import load_run
-from longtail.tasks.segmentation.label_images import overlay
 from longtail.tasks.segmentation.segmenter import Segmenter
 
 _MISSED, _WRONG, _OTHER = (204, 51, 68), (51, 102, 204), (150, 150, 150)
@@ -59,8 +59,8 @@ def comparison_strip(sample: SegmentationSample, predicted: Tensor, focus: int, 
         difference[pixels] = torch.tensor(color, dtype=torch.uint8)
     panels = [
         sample.image,
-        overlay(sample.image, labels, classes),
-        overlay(sample.image, torch.where(labelled, predicted, -1), classes),
+        overlay(sample.image, sample.labels, classes),
+        overlay(sample.image, torch.where(labelled, predicted, -1).numpy(), classes),
         Image.fromarray(difference.numpy()),
     ]
     width, height = sample.image.size

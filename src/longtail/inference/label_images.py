@@ -1,0 +1,124 @@
+"""Label images and overlays: files and pictures of predicted labels, and the table of them. Imports no torch.
+
+Legend: C classes, H and W sides in pixels; labels are (H, W) of any type of integers, −1 where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from longtail.data.image_io import image_errors, open_header, open_image, read_or_record, to_rgb
+from longtail.data.palette import class_colors
+from longtail.data.paths import printable
+from longtail.errors import LongtailError
+from longtail.files import atomic_write
+from longtail.inference.output import PredictionOutput, readable_files
+
+Labels = np.ndarray[Any, Any]
+
+
+def predict_label_images(
+    files: Sequence[Path],
+    predict: Callable[[Image.Image], Labels],
+    names: Sequence[str],
+    out: Path,
+    top: int | None = None,
+    progress: bool = False,
+) -> PredictionOutput:
+    """Write the labels of every image file as a PNG, and an overlay, and return the table of them.
+
+    Args:
+        files: that are read one at a time.
+        predict: returns the labels of an image, at its size.
+        names: C names of the classes.
+        out: the folder.
+        top: how many classes the table shows, those with most pixels; 3 if not given.
+        progress: show a progress bar.
+
+    Raises:
+        LongtailError: no file can be read, or the folder cannot be written.
+    """
+    records: list[dict[str, Any]] = []
+    unreadable: dict[Path, str] = {}
+    for file in tqdm(files, unit="image", disable=not progress, leave=False):
+        image = read_or_record(open_image, file, unreadable)
+        if image is None:
+            continue
+        labels = predict(image)
+        counts = np.bincount(labels.ravel(), minlength=len(names))
+        present = [index for index in np.argsort(-counts, kind="stable").tolist() if counts[index]]
+        label_file, overlay_file = write_label_image(out, file, labels, len(names))
+        shares = {names[index]: float(counts[index]) / labels.size for index in present}
+        records.append({"path": str(file), "labels": str(label_file), "overlay": str(overlay_file), "shares": shares})
+    readable_files(files, unreadable)  # an error if there is none
+    rows = [
+        [
+            record["path"],
+            record["labels"],
+            ", ".join(f"{name} {value:.3f}" for name, value in list(record["shares"].items())[: top or 3]),
+        ]
+        for record in records
+    ]
+    notes = [f"labels (value 1 is {names[0]}) and overlays: {out}"]
+    return PredictionOutput(records, ["path", "labels", "largest shares"], rows, notes, unreadable)
+
+
+def label_image(labels: Labels, classes: int) -> Image.Image:
+    """Return labels as an image in the format of ``annotations/``: 1 for the first class, 0 where unlabelled.
+
+    Up to 255 classes it has a palette, so that viewers show colours.
+    """
+    values = labels + 1
+    if classes > 255:
+        return Image.fromarray(values.astype(np.uint16))
+    image = Image.fromarray(values.astype(np.uint8), mode="P")
+    image.putpalette([0, 0, 0, *(value for color in class_colors(classes) for value in color)])
+    return image
+
+
+def write_label_image(out: Path, file: Path, labels: Labels, classes: int) -> tuple[Path, Path]:
+    """Write ``NAME.png`` with the labels of an image and an overlay ``NAME-overlay.png``; return both paths.
+
+    A number is appended to a name that another image has taken.
+    """
+    stem, number = file.stem, 1
+    source = printable(file.resolve())  # PNG's texts are Unicode, names of files may be other bytes
+    paths = (out / f"{stem}.png", out / f"{stem}-overlay.png")
+    while any(path.exists() and _source(path) != source for path in paths):
+        number += 1
+        stem = f"{file.stem}-{number}"
+        paths = (out / f"{stem}.png", out / f"{stem}-overlay.png")
+    metadata = PngInfo()
+    metadata.add_text("Source", source)
+    images = (label_image(labels, classes), overlay(open_image(file), labels, classes))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
+    for path, image in zip(paths, images, strict=True):
+        atomic_write(path, lambda partial, image=image: image.save(partial, "PNG", pnginfo=metadata))  # type: ignore[misc]
+    return paths
+
+
+def _source(path: Path) -> str | None:
+    """Return which image a file was made of; None if it is another kind of file."""
+    try:
+        with image_errors(path), open_header(path) as image:
+            return image.info.get("Source")
+    except LongtailError:
+        return None
+
+
+def overlay(image: Image.Image, labels: Labels, classes: int, opacity: float = 0.6) -> Image.Image:
+    """Return an image with the colours of its labels over it; unlabelled pixels stay as they are."""
+    colors = np.array(class_colors(classes), dtype=np.float32)[labels.clip(min=0)]
+    pixels = np.array(to_rgb(image), dtype=np.float32)
+    mixed = np.where((labels >= 0)[..., None], opacity * colors + (1 - opacity) * pixels, pixels)
+    return Image.fromarray(mixed.round().astype(np.uint8))
