@@ -122,7 +122,7 @@ class Predict(InferenceFlags):
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of the run, or of a model."""
+    """Folder of the run, or of a model; or an ONNX file that longtail export wrote."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")]
     """Image files, or folders of them."""
     prior: str | None = None
