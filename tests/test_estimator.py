@@ -309,6 +309,22 @@ def test_a_fit_that_fails_leaves_the_last_one() -> None:
         LongTailClassifier("gml", queue_size=5).fit(X, y)
 
 
+def test_a_fit_of_a_table_warns_of_no_feature_names() -> None:
+    pandas = pytest.importorskip("pandas")
+    X, _, y = clusters(5, 4)  # noqa: N806
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        LongTailClassifier(random_state=0).fit(pandas.DataFrame(X).add_prefix("f"), y)
+
+
+@pytest.mark.parametrize("change", [{"scale": 1.0}, {"method": "ce"}])
+def test_predictions_are_those_of_the_fitted_parameters(change: dict[str, Any]) -> None:
+    X, _, y = clusters(5, 4)  # noqa: N806
+    model = LongTailClassifier(hidden=32, random_state=0).fit(X[3:], y[3:])
+    before = model.predict_proba(X)
+    assert (model.set_params(**change).predict_proba(X) == before).all()
+
+
 @pytest.mark.parametrize("method", ["la", "gml"])
 def test_the_callers_state_of_torch_does_not_matter(method: str) -> None:
     X, y = load_digits(return_X_y=True)  # noqa: N806

@@ -297,6 +297,42 @@ def test_the_global_random_states_stay() -> None:
     assert np.array_equal(model.predict_proba(X), again.predict_proba(X))
 
 
+@pytest.mark.parametrize("method", ["la", "gml"])
+def test_a_part_that_fails_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y, *_ = digits()  # noqa: N806
+    model, undisturbed = (LongTailClassifier(method, **SMALL).partial_fit(X, y, range(10)) for _ in range(2))
+    before = model.predict_proba(X)
+    step, steps = Learner.step, 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal steps
+        step(*arguments)
+        steps += 1
+        if steps == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.partial_fit(5 * X + 3, y)
+    with pytest.raises(ValueError, match="device"):
+        model.set_params(device="none").partial_fit(5 * X + 3, y)
+    model.set_params(device="auto")
+    assert np.array_equal(model.class_counts_, np.bincount(y))
+    assert np.array_equal(model.predict_proba(X), before)
+    # the training goes on as if there had been none
+    assert np.array_equal(model.partial_fit(X, y).predict_proba(X), undisturbed.partial_fit(X, y).predict_proba(X))
+
+
+def test_one_weight_for_all_samples(few_steps: None) -> None:
+    X, y, *_ = digits()  # noqa: N806
+    one, none = (LongTailClassifier(epochs=1, **SMALL).fit(X, y, weight) for weight in (2.0, None))
+    assert np.allclose(one.predict_proba(X), none.predict_proba(X))
+    assert np.array_equal(one.class_counts_, 2 * none.class_counts_)
+    with pytest.raises(ValueError, match="sample_weight: expected weights of at least 0, got -1"):
+        LongTailClassifier(**SMALL).fit(X, y, -1)
+
+
 def test_parts_that_do_not_fit() -> None:
     X, y, *_ = digits()  # noqa: N806
     model = LongTailClassifier(**SMALL)

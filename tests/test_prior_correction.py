@@ -96,6 +96,19 @@ def test_the_correction_gives_the_posterior_of_the_other_frequencies() -> None:
     assert np.allclose(default.predict_proba(X), Posterior(USED).predict_proba(X))
 
 
+def test_a_class_without_weight_has_no_probability() -> None:
+    X, y = draw([20, 20, 20])  # noqa: N806
+    weights = (y != 1) * np.where(y == 0, 3.0, 1.0)
+    model = PriorCorrectedClassifier(LongTailClassifier(hidden=8, prior="train", random_state=0))
+    model.fit(X, y, weights)
+    assert np.allclose(model.training_frequencies_, [0.75, 0, 0.25])
+    probabilities = model.predict_proba(X)
+    assert np.allclose(probabilities[:, 1], 0)
+    assert np.allclose(probabilities.sum(axis=1), 1)
+    uniform = model.estimator_.set_params(prior="uniform").predict_proba(X)
+    assert np.allclose(probabilities[:, [0, 2]], uniform)
+
+
 def test_the_target_is_estimated_from_the_samples() -> None:
     X, y = draw([700, 200, 100])  # noqa: N806
     X_used, _ = draw([250, 750, 4000], seed=1)  # noqa: N806

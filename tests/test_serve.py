@@ -237,8 +237,10 @@ def test_no_other_program_is_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_further_hosts(run: Path) -> None:
-    client = TestClient(build_app(loaded(run)[0], hosts=[*trusted_hosts("127.0.0.1"), "page.example"]))
-    assert client.get("/", headers={"Host": "page.example"}).status_code == 200
+    hosts = [*trusted_hosts("127.0.0.1"), "page.example", "Other.example:8443", "[fd00::7]:80"]
+    client = TestClient(build_app(loaded(run)[0], hosts=hosts))
+    for host in ("page.example", "other.example", "other.example:8443", "[fd00::7]:8000"):
+        assert client.get("/", headers={"Host": host}).status_code == 200, host
 
 
 def test_uploads_beyond_what_is_kept_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,21 +423,42 @@ def test_a_hundred_megabytes_are_not_taken_in(server: Any) -> None:
         assert answered.status == 200
 
 
-def test_a_port_that_is_taken(run: Path, command: Command) -> None:
+def test_a_port_that_is_taken_and_a_host_that_is_no_name(run: Path, command: Command) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        code, _, err = command("serve", run, "--port", str(taken.getsockname()[1]))
-    assert code == 2
-    assert "cannot be listened at" in err
-    assert len(err.splitlines()) == 1
+        for place in (("--port", str(taken.getsockname()[1])), ("--host", "é" * 70)):
+            code, _, err = command("serve", run, *place)
+            assert (code, "cannot be listened at" in err, len(err.splitlines())) == (2, True, 1), err
 
 
+BROWSER = shutil.which("chromium")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Debian's chromium")
+
+
+def shown_by_browser(address: str) -> str:
+    """Return the page at an address after its scripts have run."""
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
+    return subprocess.run([*command, address], capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@needs_browser
+def test_an_answer_that_comes_after_that_for_a_newer_prior_is_not_shown(client: TestClient, tmp_path: Path) -> None:
+    script = """<script>
+    const answer = url => ({ json: async () => ({ top: [{ class: url, probability: 1 }], nearest: [] }) });
+    window.fetch = url => new Promise(done => setTimeout(() => done(answer(url)), url.endsWith("train") ? 10 : 500));
+    add([new File(["image"], "a.png")]);
+    const prior = document.getElementById("prior"); prior.value = "train"; prior.dispatchEvent(new Event("change"));
+    </script></body>"""
+    (tmp_path / "page.html").write_text(client.get("/").text.replace("</body>", script), encoding="utf-8")
+    shown = shown_by_browser((tmp_path / "page.html").as_uri())
+    assert "<span>predict?prior=train</span>" in shown
+    assert "<span>predict?prior=uniform</span>" not in shown
+
+
+@needs_browser
 def test_in_a_browser(tmp_path: Path) -> None:
     """Class names that look like code are shown as text, and nothing of them runs."""
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("needs Debian's chromium")
     from longtail.nn import CosineClassifier, Encoder
 
     torch.manual_seed(0)
@@ -463,10 +486,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     while not server.started:
         time.sleep(0.05)
     port = server.servers[0].sockets[0].getsockname()[1]
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
-    shown = subprocess.run(
-        [*command, f"http://127.0.0.1:{port}/dropped"], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
+    shown = shown_by_browser(f"http://127.0.0.1:{port}/dropped")
     server.should_exit = True
     thread.join(timeout=30)
     results = shown[

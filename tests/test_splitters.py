@@ -104,10 +104,21 @@ def test_names_are_said() -> None:
     ]
     _, texts = splits(LongTailKFold(3, random_state=0, strict_groups=True), y, birds)
     assert texts == [
-        "classes have no training sample where they are tested: emu, rhea (2 of 4)",
+        "classes with a single sample are in the training part of every fold: emu (1 of 4)",
+        "classes have no training sample where they are tested: rhea (1 of 4)",
         "classes are in the test part of some of the 3 folds only: kite (1 of 4)",
     ]
     assert splits(LongTailSplit(random_state=0), y[:8], birds[:8])[1] == []
+    # one of two groups is tested, and with it a class that is nowhere else
+    y, birds = ["owl", "owl", "kite", "emu"], ["a", "b", "b", "a"]
+    parts, texts = splits(LongTailSplit(test_size=0.5, random_state=0, strict_groups=True), y, birds)
+    trained, tested = ("kite", "emu") if 2 in parts[0][0] else ("emu", "kite")
+    assert texts == [
+        f"classes with a single sample are in the training part only: {trained} (1 of 3)",
+        f"classes are missing from one part, since no group is divided: {tested} (1 of 3)",
+    ]
+    _, texts = splits(LongTailKFold(2, random_state=0, strict_groups=True), y, birds)
+    assert texts == ["classes have no training sample where they are tested: emu, kite (2 of 3)"]
 
 
 def test_many_names_are_cut() -> None:
@@ -176,10 +187,14 @@ def test_groups_are_passed_on_by_scikit_learn() -> None:
     ("splitter", "y", "groups", "message"),
     [
         (LongTailSplit(test_size=1.0), [0, 0], None, "test_size: expected a fraction above 0 and below 1, got 1.0"),
-        (LongTailSplit(0), [0, 0], None, "n_splits: expected at least 1, got 0"),
-        (LongTailKFold(1), [0, 0], None, "n_splits: expected at least 2, got 1"),
+        (LongTailSplit(0), [0, 0], None, "n_splits: expected an integer of at least 1, got 0"),
+        (LongTailKFold(1), [0, 0], None, "n_splits: expected an integer of at least 2, got 1"),
         (LongTailSplit(), [0, 1], None, "y: no class can be in both parts"),
         (LongTailSplit(strict_groups=True), [0, 0], ["a", "a"], "y: no class can be in both parts"),
+        (LongTailSplit(), [], None, "y: expected the class of every sample, got no sample"),
+        (LongTailKFold(2), [], None, "y: expected the class of every sample, got no sample"),
+        (LongTailSplit(2.0), [0, 0], None, "n_splits: expected an integer of at least 1, got 2.0"),  # type: ignore[arg-type]
+        (LongTailKFold(2.0), [0, 0], None, "n_splits: expected an integer of at least 2, got 2.0"),  # type: ignore[arg-type]
         (LongTailKFold(3), [0, 0, 1], None, "n_splits: expected at most the number of samples that can be tested"),
         (LongTailKFold(3, strict_groups=True), [0] * 9, [0, 1, 1] * 3, "n_splits: expected at most the number of"),
         (LongTailSplit(), [0, 0], ["a"], "X, y and groups: Found input variables with inconsistent numbers of samples"),
@@ -191,7 +206,7 @@ def test_groups_are_passed_on_by_scikit_learn() -> None:
 @pytest.mark.filterwarnings("ignore:classes")
 def test_what_cannot_be_split(splitter: Any, y: Any, groups: Any, message: str) -> None:
     with pytest.raises(LongtailError, match=re.escape(message)):
-        next(splitter.split(np.zeros((len(y or "ab"), 1)), y, groups))
+        next(splitter.split(np.zeros((2 if y is None else len(y), 1)), y, groups))
 
 
 def test_samples_may_be_left_out_and_groups_unknown() -> None:

@@ -102,8 +102,16 @@ def write_text(path: Path, text: str, errors: str = "backslashreplace") -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a JSON file, atomically.
+
+    Raises:
+        LongtailError: it cannot be written, or has a number that is not finite, which JSON lacks.
+    """
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise LongtailError(f"{path}: cannot be written: a number is not finite") from None
+    write_text(path, text + "\n")
 
 
 def write_json_output(path: Path, value: Any) -> None:

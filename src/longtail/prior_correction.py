@@ -99,7 +99,19 @@ class _ProbabilityClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator)
     def _probabilities(self, X: Any) -> Array:  # noqa: N803
         """Return (N, C) probabilities of the estimator."""
         check_is_fitted(self)
-        return np.asarray(self.estimator_.predict_proba(X), dtype=np.float64)
+        return self._of_all_classes(np.asarray(self.estimator_.predict_proba(X), dtype=np.float64))
+
+    @property
+    def _fitted_classes(self) -> Array:
+        """Labels that the estimator knows, which may leave out those whose samples all have weight 0."""
+        own: Array = getattr(self.estimator_, "classes_", self.classes_)
+        return own if len(own) < len(self.classes_) else self.classes_
+
+    def _of_all_classes(self, values: Array) -> Array:
+        """Return (…, C) values of all classes, 0 for those that the estimator does not know."""
+        result = np.zeros((*values.shape[:-1], len(self.classes_)))
+        result[..., np.searchsorted(self.classes_, self._fitted_classes)] = values
+        return result
 
     def __sklearn_tags__(self) -> Any:
         from sklearn.utils import get_tags
@@ -194,8 +206,11 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
         if self.training_frequencies is not None:
             self.training_frequencies_ = self._resolve(self.training_frequencies, "training_frequencies")
         else:
-            weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-            self.training_frequencies_ = effective_frequencies(self.estimator_, y, self.classes_, weights)
+            known = np.isin(y, self._fitted_classes)
+            weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)[known]
+            self.training_frequencies_ = self._of_all_classes(
+                effective_frequencies(self.estimator_, y[known], self._fitted_classes, weights)
+            )
         return self
 
     @property

@@ -102,8 +102,10 @@ class LongTailSplit(BaseShuffleSplit):  # type: ignore[misc]
             tests.append(parts.numpy() == 2)
         if not all(test.any() and not test.all() for test in tests):
             raise LongtailError("y: no class can be in both parts; expected one with two samples, not all in one group")
-        data.warn("classes with a single sample are in the training part only", data.single)
-        data.warn("classes are missing from one part, since no group is divided", missing - data.single)
+        # a group that is not divided may take one to the test part
+        trained = data.single - set(data.labels.numpy()[np.any(tests, axis=0)].tolist())
+        data.warn("classes with a single sample are in the training part only", trained)
+        data.warn("classes are missing from one part, since no group is divided", missing - trained)
         data.warn_divided(divided, divided_for)
         for test in tests:
             yield np.flatnonzero(~test), np.flatnonzero(test)
@@ -125,7 +127,8 @@ class LongTailKFold(BaseCrossValidator):  # type: ignore[misc]
 
     Args:
         n_splits: number of folds, at least 2.
-        strict_groups: divide no group; a class may then be tested without training samples.
+        strict_groups: divide no group; a class may then be tested without training samples, also one with a single
+            sample in a group of other classes.
         test_singletons: whether classes with a single sample are tested.
         random_state: an int for the same folds in every call, a ``RandomState``, or None.
 
@@ -170,8 +173,10 @@ class LongTailKFold(BaseCrossValidator):  # type: ignore[misc]
         (seed,) = _seeds(self.random_state, 1)
         classes = len(data.classes)
         train_only = torch.zeros(classes, dtype=torch.bool)
-        if not self.test_singletons and not (data.groups is not None and self.strict_groups):
+        if not self.test_singletons:
             train_only[sorted(data.single)] = True
+        if data.groups is not None and self.strict_groups:  # a group that is tested for other classes stays whole
+            train_only[data.labels[torch.isin(data.groups, data.groups[~train_only[data.labels]])]] = False
         divided, divided_for = set[int](), set[int]()
         if data.groups is None:
             folds = torch.full_like(data.labels, ALWAYS_TRAIN)
@@ -226,6 +231,8 @@ class _Samples:
                 check_classification_targets(values)
         except (TypeError, ValueError) as error:
             raise LongtailError(f"X, y and groups: {' '.join(str(error).split())}") from None
+        if len(values) == 0:
+            raise LongtailError("y: expected the class of every sample, got no sample")
         self.classes, labels = np.unique(values, return_inverse=True)
         self.labels = torch.from_numpy(labels.astype(np.int64).reshape(-1))
         counts = torch.bincount(self.labels)
@@ -265,8 +272,8 @@ def _seeds(random_state: Any, count: int) -> list[int]:
 
 
 def _check_splits(count: int, least: int) -> None:
-    if count < least:
-        raise LongtailError(f"n_splits: expected at least {least}, got {count}")
+    if not isinstance(count, int | np.integer) or count < least:
+        raise LongtailError(f"n_splits: expected an integer of at least {least}, got {count}")
 
 
 def _where(mask: Array) -> set[int]:

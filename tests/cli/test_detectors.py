@@ -298,6 +298,26 @@ def test_annotations_in_a_folder(command: Command, tmp_path: Path) -> None:
         (["results.json", "--power", "1", "--export", "x.onnx"], "--export is for a detector, not for a result file"),
         (["results.json", "--power", "1"], "results.json: cannot be read: No such file"),
         (["MODEL", "--power", "1", "--export", "x.pt"], "expected a name that ends in .onnx"),
+        *(
+            (["results.json", "--power", "1", *given], f"{given[0]} is for a detector, not for a result file")
+            for given in (
+                ["--class_order", "id"],
+                ["--score_threshold", "0.1"],
+                ["--classes", "3"],
+                ["--statistics_images", "5"],
+            )
+        ),
+        (["MODEL", "--power", "1", "--statistics_images", "5"], "--statistics_images: is for --method logn"),
+        *(
+            (["MODEL", "--method", "logn", "--images", "IMAGES", *given], f"{given[0]}: is for --method norcal")
+            for given in (["--counts", "objects"], ["--normalization", "paper"])
+        ),
+        (
+            ["MODEL", "--images", "IMAGES", "--validation", "TRAIN"],
+            "train.json: is --annotations; expected annotations",
+        ),
+        (["MODEL", "--power", "1", "--json", "TRAIN"], "is among what this command reads, and would be overwritten"),
+        (["TRAIN", "--power", "1", "--json", "TRAIN"], "is among what this command reads, and would be overwritten"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -323,6 +343,60 @@ def test_bad_input_is_one_line(
     assert message in errors
     assert errors.count("\n") == 1
     assert not out.exists()
+
+
+def test_inputs_are_not_overwritten(command: Command, tmp_path: Path, train: Path, validation: Path) -> None:
+    results, link = tmp_path / "results.json", tmp_path / "link.json"
+    results.write_text("[]")
+    link.symlink_to(validation)
+    for path in (train, link, results):
+        before = path.read_text()
+        code, _, errors = command(
+            *("calibrate-detector", results, "--annotations", train, "--validation", validation, "--json", path),
+            *("--out", tmp_path / "out"),
+        )
+        assert (code, errors.count("\n")) == (2, 1)
+        assert f"--json {path}: is among what this command reads" in errors
+        assert path.read_text() == before
+    # annotations in a folder
+    code, _, errors = command(
+        *("calibrate-detector", results, "--annotations", train.parent, "--json", train, "--out", tmp_path / "out"),
+        *("--power", "1"),
+    )
+    assert (code, "is among what this command reads" in errors) == (2, True)
+
+
+def test_a_correction_is_not_corrected(command: Command, tmp_path: Path, train: Path, weights: Path) -> None:
+    results, out = tmp_path / "results.json", tmp_path / "out"
+    results.write_text(json.dumps([{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "score": 0.5}]))
+    arguments = ("--annotations", train, "--power", "0.5", "--quiet", "--out")
+    for source, corrected in (
+        ([results], [out / results.name]),
+        ([NAME, "--weights", weights], [NAME, "--weights", out / weights.name]),
+    ):
+        assert command("calibrate-detector", *source, *arguments, out, "--overwrite")[0] == 0
+        code, _, errors = command("calibrate-detector", *corrected, *arguments, tmp_path / "again")
+        assert (code, errors.count("\n")) == (2, 1)
+        assert f"{out}: was corrected already (it has calibration.json)" in errors
+
+
+@pytest.mark.parametrize("place", ["out/x.onnx", "out/sub/x.onnx", "x.onnx"])
+def test_where_the_export_is_written(
+    command: Command, tmp_path: Path, train: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def write(model: Any, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("model")
+
+    monkeypatch.setattr("longtail.detector_calibration.storage.export_detector", write)
+    for further in ((), ("--overwrite",)):
+        code, _, errors = command(
+            *("calibrate-detector", NAME, "--weights", weights, "--annotations", train, "--power", "0.5", "--quiet"),
+            *("--out", tmp_path / "out", "--export", tmp_path / place, *further),
+        )
+        assert (code, errors) == (0, "")
+        assert (tmp_path / place).read_text() == "model"
+        assert (tmp_path / "out" / "weights.pth").is_file()
 
 
 def test_a_class_that_the_model_lacks(command: Command, tmp_path: Path, train: Path, detr: Path) -> None:

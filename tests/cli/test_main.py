@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from longtail.config import read_config
+from longtail.config import Config, read_config
 from longtail.data.source_spec import named_sets
 from longtail.training.run_io import flatten
 from tests.conftest import TINY, Command, save_image
@@ -380,6 +380,7 @@ def test_help_fills_its_lines(command: Command, monkeypatch: pytest.MonkeyPatch)
         (("train", "phtos/"), "data 'phtos/': there is no such folder or set"),
         (("compare", "digits-lt", "--method", "la"), "--method: is for longtail train; a comparison takes --methods"),
         (("inspect", "digits-lt", "--json", "table.csv"), "--json table.csv: expected a name that ends in .json"),
+        (("recipes", "--json", "table.jsonl"), "--json table.jsonl: expected a name that ends in .json"),
     ],
 )
 def test_what_a_new_user_may_mistake(command: Command, arguments: tuple[str, ...], message: str) -> None:
@@ -398,6 +399,17 @@ def test_a_table_of_data_is_not_overwritten(command: Command, photos: Path, subc
     assert table.read_text() == before
 
 
+def test_a_split_is_not_replaced_by_mistake(command: Command, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "split.csv"
+    assert command("split", photos, "--out", out)[0] == 0
+    before = out.read_text()
+    code, _, err = command("split", photos, "--out", out, "--seed", "1")
+    assert (code, "split.csv: exists already; use --overwrite, or another --out" in err) == (2, True)
+    assert out.read_text() == before
+    assert command("split", photos, "--out", out, "--seed", "1", "--overwrite")[0] == 0
+    assert out.read_text() != before
+
+
 @pytest.mark.parametrize("subcommand", ["inspect", "split", "train", "compare"])
 def test_annotations_are_not_overwritten(command: Command, tmp_path: Path, subcommand: str) -> None:
     annotations = tmp_path / "a.json"
@@ -407,6 +419,19 @@ def test_annotations_are_not_overwritten(command: Command, tmp_path: Path, subco
     assert (code, len(err.splitlines())) == (2, 1), err
     assert "a.json: is the table that the data is read from" in err
     assert annotations.read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "ce-seed0/metrics.jsonl", "ce-seed0/recognizer/config.json"])
+def test_files_of_runs_are_not_overwritten(command: Command, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "ce-seed0"
+    (run / "recognizer").mkdir(parents=True)
+    (run / "config.yaml").write_text(Config().to_yaml())
+    (tmp_path / "comparison.json").write_text('{"format": 1, "recipe": "digits-lt"}')
+    subcommand = ("compare", "digits-lt") if name.endswith(".jsonl") else ("recipes",)
+    code, _, err = command(*subcommand, "--json", tmp_path / name)
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert "is a file of a run or a comparison, expected another name" in err
+    assert command("recipes", "--quiet", "--json", run / "recipes.json") == (0, "", "")
 
 
 def test_a_null_byte_is_one_line(command: Command) -> None:

@@ -172,6 +172,8 @@ def test_unknown_groups_are_groups_of_their_own() -> None:
     numbers, names = number_groups(["a", None, "a", float("nan"), "", " ", np.nan, 3, 3])
     assert numbers.tolist() == [0, 1, 0, 2, 3, 4, 5, 6, 6]
     assert names == ["a", "sample 1", "sample 3", "sample 4", "sample 5", "sample 6", "3"]
+    no_time = np.datetime64("NaT")
+    assert number_groups([no_time, no_time, np.datetime64("2020-01-01")])[0].tolist() == [0, 1, 2]
 
 
 @pytest.fixture
@@ -218,7 +220,20 @@ def test_the_command_keeps_groups_together(birds: Path, tmp_path: Path, command:
     assert (content["groups"], content["ungrouped"]) == (7, 1)
     assert (content["divided"], content["divided_for"], content["short"]) == (["e"], ["emu"], [])
     code, text, _ = command(
-        *("split", birds, "--groups", "Animal ID", "--out", out, "--val", "0", "--test", "0.3", "--strict_groups")
+        *(
+            "split",
+            birds,
+            "--groups",
+            "Animal ID",
+            "--out",
+            out,
+            "--val",
+            "0",
+            "--test",
+            "0.3",
+            "--strict_groups",
+            "--overwrite",
+        )
     )
     assert code == 0
     assert "each of 7 groups is in one split" in text

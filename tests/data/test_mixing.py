@@ -153,6 +153,9 @@ def test_some_images_are_mixed_and_none_late_in_the_training() -> None:
 
     assert unmixed(5) == pytest.approx(0.7, abs=0.02)
     assert unmixed(6) == 1
+    # 0.55 · 100 is above 55 in floating point
+    mixer = Mixer(Mixing(kind="mixup", until=0.55), COUNTS, seed=7, epochs=100)
+    assert (unmixed(54), unmixed(55)) == (0, 1)
 
 
 def _equal(ours: Batch, theirs: Batch, rows: slice = slice(None)) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from longtail import plots
 from longtail.data.image_io import find_images, open_image, open_square, read_shown_size, to_rgb
@@ -18,6 +19,7 @@ from longtail.data.paths import visible_files
 from longtail.errors import LongtailError
 from longtail.files import atomic_write, read_lines, write_text
 from longtail.inference.label_images import write_label_image
+from longtail.inference.pictures import OBJECTS, free_paths, source_of, write_picture, written_pictures
 from tests.conftest import Command
 
 
@@ -159,6 +161,38 @@ def test_a_segmented_image_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> N
     written = write_label_image(tmp_path / "out", file, labels, 2)
     assert written[0].name == file.name
     assert write_label_image(tmp_path / "out", file, labels, 2) == written  # it is known again
+
+
+@pytest.mark.parametrize("letter", ["x", "ä", "\udce9"])
+def test_pictures_of_an_image_with_a_very_long_name(tmp_path: Path, letter: str) -> None:
+    stem, labels = letter * (248 // len(os.fsencode(letter))), np.zeros((8, 8), dtype=np.int64)
+    written: list[Path] = []
+    for name in (f"{stem}.png", f"{stem}.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        written += write_label_image(tmp_path / "out", tmp_path / name, labels, 2)
+        written += free_paths(tmp_path / "out", tmp_path / name, [OBJECTS])
+        write_picture(written[-1], Image.new("RGB", (8, 8)), tmp_path / name)
+    assert len(set(written)) == len(list((tmp_path / "out").iterdir())) == 6
+    assert {path.name.partition("-")[0].removesuffix(".png") for path in written} == {stem[: 200 // (248 // len(stem))]}
+
+
+def test_pictures_that_predictions_wrote_are_told_from_photos(tmp_path: Path) -> None:
+    """Also where a photo has such a name, or a text about its source, as cameras and scanners write them."""
+    photo, out = tmp_path / "a.png", tmp_path / "out"
+    Image.new("RGB", (8, 8)).save(photo)
+    (overlaid, overlay), alone = (write_label_image(out / name, photo, np.zeros((8, 8), int), 2) for name in "xy")
+    alone[1].unlink()
+    (drawing,) = free_paths(out, photo, [OBJECTS])
+    write_picture(drawing, Image.new("RGB", (8, 8)), photo)
+    assert source_of(drawing) == source_of(overlay) == str(photo.resolve())
+    Image.new("RGB", (8, 8)).save(out / f"b{OBJECTS}", comment="Source: a camera")
+    texts = PngInfo()
+    texts.add_text("Source", "Scanner 3000")
+    Image.new("RGB", (8, 8)).save(out / "b-overlay.png", pnginfo=texts)
+    files = find_images([tmp_path])
+    assert len(files) == 7
+    assert written_pictures(files, None) == {overlaid, overlay, drawing}
+    assert written_pictures(files, out / "y") == {overlaid, overlay, drawing, alone[0]}  # its overlay was deleted
 
 
 def test_lines_have_no_byte_order_mark(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from longtail.data.samplers import ClassAwareSampler, class_shares, ends_balanced, epoch_order
+from longtail.data.samplers import ClassAwareSampler, class_shares, deferred_shares, ends_balanced, epoch_order
 from longtail.errors import LongtailError
 from longtail.registry import SAMPLERS
 from tests.processes import start_longtail
@@ -28,8 +28,8 @@ LABELS = torch.repeat_interleave(torch.arange(3), COUNTS)[
 ]
 
 
-def shares(sampler: str, epoch: int) -> list[float]:
-    shown = torch.cat([LABELS[epoch_order(LABELS, sampler, seed, epoch, epochs=11)] for seed in range(40)])
+def shares(sampler: str, epoch: int, epochs: int = 11) -> list[float]:
+    shown = torch.cat([LABELS[epoch_order(LABELS, sampler, seed, epoch, epochs)] for seed in range(40)])
     return [float(value) for value in torch.bincount(shown, minlength=3) / len(shown)]
 
 
@@ -170,6 +170,19 @@ def test_an_epoch_is_resumed_where_it_was(scheme: str, drawn: int) -> None:
     resumed.load_state_dict(state)
     resumed.set_epoch(10)  # of another epoch nothing was drawn
     assert len(list(resumed)) == len(whole)
+
+
+def test_after_a_whole_epoch_comes_the_next_one() -> None:
+    sampler = make(LABELS[:-1], replicas=2, rank=1)
+    list(sampler)
+    state, following = sampler.state_dict(), list(sampler)
+    assert (state["epoch"], state["drawn"]) == (0, 498)
+    resumed = make(LABELS[:-1], replicas=2, rank=1)
+    resumed.load_state_dict(state)
+    assert (list(resumed), list(resumed)) == ([], following)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(1)
+    assert list(resumed) == following
 
 
 def test_chunks_do_not_show() -> None:
@@ -332,6 +345,12 @@ def test_with_the_stateful_loader_of_torchdata(workers: int) -> None:
         assert rest == whole[taken:]
         resumed_sampler.set_epoch(4)
         assert [batch.tolist() for batch in resumed] == whole
+    first = loader(make(scheme="class", replicas=2, rank=0))
+    list(first)
+    state, following = first.state_dict(), [batch.tolist() for batch in first]
+    resumed = loader(make(scheme="class", replicas=2, rank=0))
+    resumed.load_state_dict(state)  # of an iterator that has ended
+    assert [batch.tolist() for batch in resumed] == following
 
 
 def show_epochs(rank: int, world: int, folder: str) -> None:
@@ -369,6 +388,19 @@ def test_in_processes_that_train_together(tmp_path: Path, world: int) -> None:
 
 
 def test_which_samplers_end_with_classes_equally_often() -> None:
-    balanced = {name for name in SAMPLERS if ends_balanced(name, 0.8)}
+    balanced = {name for name in SAMPLERS if ends_balanced(name, 0.8, 100)}
     assert balanced == {"class", "progressive", "deferred"}
-    assert not ends_balanced("deferred", 1.0)
+    assert not ends_balanced("deferred", 1.0, 100)
+    # a single epoch is the first one of a progressive training
+    assert not ends_balanced("progressive", 0.8, 1)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 10])
+def test_a_deferred_phase_begins_in_the_last_epoch_at_the_latest(epochs: int) -> None:
+    assert ends_balanced("deferred", 0.8, epochs)
+    assert shares("deferred", epochs - 1, epochs) == pytest.approx([1 / 3] * 3, abs=0.02)
+
+
+def test_a_deferred_phase_begins_at_its_fraction() -> None:
+    # 0.55 · 100 is above 55 in floating point
+    assert [deferred_shares(COUNTS, epoch, 100, 0.55) is None for epoch in (54, 55)] == [True, False]

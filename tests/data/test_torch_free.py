@@ -24,7 +24,7 @@ from tests.conftest import save_image
 
 
 def test_no_torch_is_imported() -> None:
-    modules = ["class_order", "data_uri", "image_io", "prefetch", "source_spec"]
+    modules = ["class_order", "data_uri", "image_io", "prefetch", "source_spec", "text"]
     code = (
         f"import sys, importlib\nfor name in {modules}: importlib.import_module('longtail.data.' + name)\n"
         "from longtail.data.source_spec import source_of\nsource_of('digits-lt')\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -179,6 +181,19 @@ def test_errors_against_a_loop() -> None:
     few = metrics["diagram"]["few"]
     assert all(low <= entry["accuracy"] <= high for entry in few for low, high in [entry["interval"]])
     assert sum(entry["images"] for entry in few) == int(((labels == 1) | (labels == 2)).sum())
+
+
+def test_a_row_with_nan_is_wrong_with_confidence_0() -> None:
+    scores = torch.tensor([[4.0, 0.0], [math.nan, 1.0], [math.nan, math.nan]])
+    labels, groups = torch.tensor([0, 0, 1]), group_numbers(["many", "few"])
+    sums = reliability(scores.log_softmax(dim=1), labels, groups)
+    good = reliability(scores[:1].log_softmax(dim=1), labels[:1], groups)
+    assert sums.counts[:, 0].tolist() == [1, 0, 1]
+    assert torch.equal(sums.confidence, good.confidence)
+    assert torch.equal(sums.hits, good.hits)
+    assert torch.equal(sums.class_confidence, good.class_confidence)
+    assert float(sums.brier.sum() - good.brier.sum()) == pytest.approx(2)
+    assert sums.nll.tolist() == [math.inf, 0, math.inf]
 
 
 def test_overconfident_probabilities_have_a_large_error() -> None:

@@ -107,6 +107,27 @@ def test_classes_that_are_not_there_can_be_left_out(tmp_path: Path) -> None:
         resolve({"cat": 1, "dgo": 1, "emu": 1}, ignore_unknown=True)
 
 
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("a, b", "c"), '"a, b";0.5\nc;0.5\n'),
+        (("a, b", "c"), '"a, b";0,5\nc;0,5\n'),
+        (("a, b", "c"), "a, b;0.5\nc;0.5\n"),
+        (("a;b", "a"), "a;b,0.5\na,0.5\n"),
+        (("a;b", "c;d"), "name,frequency\na;b,0.5\nc;d,0.5\n"),
+    ],
+)
+def test_the_separator_gives_two_columns(tmp_path: Path, names: tuple[str, ...], text: str) -> None:
+    (tmp_path / "p.csv").write_text(text)
+    assert resolve_class_frequencies(tmp_path / "p.csv", names, [5, 5]) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8-sig", "utf-16"])
+def test_tables_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "p.csv").write_bytes("caf\xe9;0,25\nthé;0,75\n".encode(encoding))
+    assert resolve_class_frequencies(tmp_path / "p.csv", ["caf\xe9", "thé"], [5, 5]) == [0.25, 0.75]
+
+
 def test_large_frequencies_do_not_overflow() -> None:
     assert resolve([1e308, 1e308, 1e308]) == pytest.approx([1 / 3] * 3)
 
@@ -150,10 +171,10 @@ def test_files_that_do_not_fit(tmp_path: Path, name: str, text: str, message: st
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(LongtailError, match="cannot be read: No such file"):
+    with pytest.raises(LongtailError, match=r"none\.json: cannot be read: No such file"):
         resolve(tmp_path / "none.json")
     (tmp_path / "latin.json").write_bytes(json.dumps({"caf\xe9": 1}, ensure_ascii=False).encode("latin-1"))
-    with pytest.raises(LongtailError, match="cannot be read"):
+    with pytest.raises(LongtailError, match="cannot be read: is no text in UTF-8"):
         resolve(tmp_path / "latin.json")
 
 

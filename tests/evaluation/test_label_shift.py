@@ -49,6 +49,17 @@ def test_integer_weights_equal_repeated_images() -> None:
     )
 
 
+def test_map_leaves_out_images_of_weight_0() -> None:
+    scores, _ = sample(np.array([0.2, 0.3, 0.5]), 6, 1)
+    halves = np.array([[0.1, 0.0, -0.1], [0.0, 0.1, -0.1]])
+    for images in ([0], [1, 4], [0, 2, 3, 5]):
+        weights = np.zeros(6)
+        weights[images] = 2
+        got = estimate_map(scores, COUNTS, np.zeros(3), halves, weights)
+        assert got == estimate_map(scores[images], COUNTS, np.zeros(3), halves, weights[images])
+        assert np.isfinite([got.frequencies, got.low, got.high]).all()
+
+
 COUNTS = [100, 30, 3]  # training images of the three classes
 COUNTS_OF_FIVE = [100, 30, 20, 10, 3]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from longtail.config import Config, read_config
+from longtail.config import Config, first_stage_epochs, read_config
 from longtail.errors import LongtailError
 from longtail.experiments.compare import compare, plan
 from longtail.experiments.records import Record, differences, table
 from longtail.training import second_stage
-from longtail.training.second_stage import first_stage_epochs
+from longtail.training.run_io import alone_in
 from longtail.training.sharpness import passes_per_step
 from longtail.training.trainer import fit
 from tests.conftest import save_image
@@ -250,6 +250,31 @@ def test_a_method_that_does_not_fit_is_refused_before_another_is_trained(tiny: C
         with pytest.raises(LongtailError, match=message):
             compare(config, methods, [0], tmp_path / "out", quiet=True)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_other_settings_is_found_before_another_is_trained(tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare(tiny.replace(epochs=1), ["ce"], [0], out, quiet=True)
+    with pytest.raises(LongtailError, match="ce-seed0: was started with epochs 1, not 2"):
+        compare(tiny.replace(epochs=2), ["la", "ce"], [0], out, quiet=True)
+    assert not (out / "la-seed0").exists()
+
+
+def test_a_comparison_in_which_a_process_trains_is_left_alone(tiny: Config, tmp_path: Path) -> None:
+    config, out = tiny.replace(epochs=1), tmp_path / "out"
+    compare(config, ["la"], [0], out, quiet=True)
+    for folder in (out, out / "ce-seed0", out / "teachers" / "la"):
+        with alone_in(folder), pytest.raises(LongtailError, match=f"{folder}: another process trains in it"):
+            compare(config, ["la"], [0], out, overwrite=True, quiet=True)
+    assert (out / "la-seed0" / "recognizer").exists()
+
+
+def test_runs_of_an_earlier_call_are_named(tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="longtail"):
+        compare(tiny.replace(epochs=1), ["la"], [0], tmp_path / "out", quiet=True)
+        assert "earlier call" not in caplog.text
+        compare(tiny.replace(epochs=1), ["ce"], [0], tmp_path / "out", quiet=True)
+    assert "has 1 runs of an earlier call (la-seed0), which are not in this table; longtail report" in caplog.text
 
 
 def test_a_refused_comparison_leaves_the_record_of_the_first(tiny: Config, tmp_path: Path) -> None:

@@ -92,6 +92,14 @@ def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> N
     assert recommendation([*ce, *la, *clear]) == "take gml: best balanced accuracy, 57.3"
     assert "one seed" in recommendation([ce[0], la[0]])
     assert recommendation(la) == ""
+    # without pairs nothing is known of a difference
+    doubt = "fewer than two seeds and sets of test images in common with ce, so differences may be chance"
+    assert doubt in recommendation([ce[0], la[1]])
+    assert doubt in recommendation([ce[0], *la])
+    other = [replace(each, test_images="b") for each in ce]
+    assert doubt in recommendation([*other, *(replace(each, test_images="a") for each in la)])
+    assert not differences([*other, *(replace(each, test_images="a") for each in la)])
+    assert recommendation([*other, *la]) == "take la: best balanced accuracy, 55.2"  # of an earlier version
 
 
 def test_a_metric_that_an_earlier_version_did_not_compute_is_left_out() -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from longtail.data.samplers import ClassAwareSampler
 from longtail.integrations.huggingface import TrainSamplerMixin, compute_loss_func, compute_metrics
-from longtail.losses import LogitAdjustedLoss
+from longtail.losses import AsymmetricLoss, LogitAdjustedLoss
 from tests.integrations.tail import COUNTS, encoder, long_tailed_digits
 
 transformers = pytest.importorskip("transformers")
@@ -95,6 +95,9 @@ def test_the_loss_is_the_mean_over_the_items() -> None:
     # Trainer counts every entry of soft labels
     soft = torch.softmax(torch.randn(6, 3), dim=1)
     assert torch.allclose(compute(scores, soft, num_items_in_batch=18), loss(scores, soft))
+    several = AsymmetricLoss()
+    for hot in (soft > 0.4, (soft > 0.4).long(), (soft > 0.4).float()):
+        assert torch.allclose(compute_loss_func(several)(scores, hot, num_items_in_batch=18), several(scores, hot))
     assert loss.reduction == "mean"
     with pytest.raises(ValueError, match="loss: expected a module with the attribute reduction"):
         compute_loss_func(nn.Linear(1, 1))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from longtail import ClassPrior, CosineClassifier
+from longtail.errors import LongtailError
 from longtail.integrations.lightning import GMLCallbackMixin
 from longtail.integrations.mixture import WithIds
 from longtail.losses import posterior_cross_entropy
@@ -114,6 +115,15 @@ def test_a_checkpoint_has_the_queues(tmp_path: Path) -> None:
         assert torch.equal(tensor, other), name
     loaded: Any = Lit.load_from_checkpoint(path, strict=False)
     assert torch.equal(loaded.encoder[1].weight, module.encoder[1].weight)
+
+
+def test_manual_optimization_raises() -> None:
+    images, labels, *_ = long_tailed_digits()
+    module: Any = Lit()
+    module.automatic_optimization = False
+    trainer = pl.Trainer(max_epochs=1, callbacks=[callback()], enable_checkpointing=False, **QUIET)
+    with pytest.raises(LongtailError, match="automatic_optimization: expected True"):
+        trainer.fit(module, loader(images, labels))
 
 
 def test_a_step_without_features_raises() -> None:

@@ -55,6 +55,29 @@ def test_without_ids_the_temperature_is_constant() -> None:
     assert terms.criterion.temperature_logit.grad is None
 
 
+def test_a_batch_of_one_image() -> None:
+    terms = MixtureTerms([2, 3], 5, 7)
+    features, teacher_features, labels, ids = torch.randn(4, 5), torch.randn(4, 7), torch.arange(4) % 2, torch.arange(4)
+    terms(features, teacher_features, labels, ids)
+    before = {name: buffer.clone() for name, buffer in terms.named_buffers()}
+    one = terms(features[:1], teacher_features[:1], labels[:1], torch.tensor([7]))
+    (one.mixture + one.temperature).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in terms.parameters() if p.grad is not None)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in terms.named_buffers())
+    terms(features, teacher_features, labels, ids)
+    assert terms.query_mlp.training
+    assert terms.key_mlp.training
+
+
+def test_an_evaluation_does_not_change_the_queues() -> None:
+    terms = MixtureTerms([2, 3], 5, 7)
+    batch = torch.randn(4, 5), torch.randn(4, 7), torch.arange(4) % 2, torch.arange(4)
+    terms(*batch)
+    before = terms.queues.slots().features.clone()
+    terms.eval()(batch[0], -batch[1], *batch[2:])
+    assert torch.equal(terms.queues.slots().features, before)
+
+
 def test_the_queues_move_with_the_module() -> None:
     terms = MixtureTerms([2, 3], 5, 7).to("meta")
     assert terms.queues.slots().features.is_meta

@@ -52,8 +52,16 @@ def test_powers_of_the_frequency_and_the_limits_of_the_effective_number() -> Non
 
 def test_a_mapping_names_some_classes() -> None:
     assert compute_class_weights({3: 5, 0: 0.5}, COUNTS).tolist() == [0.5, 1, 0, 5]
-    assert compute_class_weights({np.int64(2): 2.0}, COUNTS).tolist() == [1, 1, 2, 1]
+    assert compute_class_weights({np.int64(1): 2.0}, COUNTS).tolist() == [1, 2, 0, 1]
     assert compute_class_weights({}, COUNTS).tolist() == [1, 1, 0, 1]
+
+
+def test_no_weight_brings_a_class_without_images_back() -> None:
+    assert compute_class_weights({2: 2.0}, COUNTS).tolist() == [1, 1, 0, 1]
+    assert compute_class_weights([1, 2, 3, 4], COUNTS).tolist() == [1, 2, 0, 4]
+    scores, labels = torch.zeros(1, 4), torch.tensor([2])
+    for loss in (ClassBalancedLoss(COUNTS, [1.0] * 4), FocalLoss(0.0, [1.0] * 4, COUNTS), LDAMLoss(COUNTS)):
+        assert loss(scores, labels) == 0
 
 
 def test_a_sequence_is_taken_as_it_is() -> None:
@@ -103,8 +111,8 @@ def test_all_modules_understand_the_same(name: str, weights: Any) -> None:
 
 
 def test_without_weights_all_classes_that_have_images_count_alike() -> None:
-    assert MODULES["FocalLoss"](None) is None
-    assert MODULES["AsymmetricLoss"](None) is None
+    assert FocalLoss().weights is None
+    assert AsymmetricLoss().weights is None
     margins = MODULES["LDAMLoss"]
     expected = ([1, 1, 0, 1], [1, 2, 0, 4])  # a class without images has no margin, whatever its weight
     assert tuple(margins(weights).tolist() for weights in (None, [1, 2, 3, 4])) == expected  # type: ignore[union-attr]

@@ -154,7 +154,7 @@ def test_every_code_path_has_the_oracles_values_and_gradients(seed: int) -> None
         return mixture, loo
 
     criterion = GMLLoss(p["log_prior"].exp().mul(1e6).round().long(), temperature=0.3).double()
-    criterion.class_prior.log_prior = p["log_prior"]
+    criterion.class_prior.finite_log_prior = p["log_prior"]
     got = criterion.terms(queries, p["labels"], keys, p["key_labels"], p["ids"], p["key_ids"])
     want = terms(queries, keys, criterion.temperature)
     assert got.mixture.item() == pytest.approx(want[0].item(), abs=1e-10)

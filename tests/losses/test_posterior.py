@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from longtail.losses import ClassPrior, agreement, compute_log_prior, distillation, posterior, posterior_cross_entropy
+from longtail.losses import (
+    ClassPrior,
+    GMLLoss,
+    LogitAdjustedLoss,
+    agreement,
+    compute_log_prior,
+    distillation,
+    posterior,
+    posterior_cross_entropy,
+)
 from longtail.losses.reweighting import focal_loss, weighted_cross_entropy
 
 
@@ -99,6 +110,31 @@ def test_scores_of_pixels_equal_those_of_samples() -> None:
         weighted_cross_entropy(*flat, weights).item(), abs=1e-12
     )
     assert focal_loss(scores, labels, 1.5).item() == pytest.approx(focal_loss(*flat, 1.5).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LogitAdjustedLoss, ClassPrior, GMLLoss])
+def test_weight_averages_with_buffers_stay_finite(kind: type[torch.nn.Module]) -> None:
+    module = kind([3, 1, 0])
+    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(50):
+        averaged.update_parameters(module)
+    inner: Any = averaged.module
+    inner = inner.class_prior if kind is GMLLoss else inner
+    assert all(bool(buffer.isfinite().all()) for buffer in inner.buffers())
+    assert inner.log_prior.tolist() == pytest.approx([math.log(0.75), math.log(0.25), -math.inf])
+    assert inner.half().log_prior[2] == -math.inf
+    if kind is LogitAdjustedLoss:
+        scores, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+        assert averaged(scores, labels).item() == pytest.approx(module(scores, labels).item(), rel=1e-3)
+
+
+def test_a_prior_of_an_earlier_version_is_loaded() -> None:
+    before = {"log_prior": compute_log_prior([3, 1, 0]), "class_counts": torch.tensor([3, 1, 0])}
+    prior = ClassPrior([1, 1, 1])
+    torch.nn.ModuleDict({"prior": prior}).load_state_dict({f"prior.{name}": tensor for name, tensor in before.items()})
+    assert torch.equal(prior.log_prior, before["log_prior"])
+    assert torch.equal(prior.class_counts, before["class_counts"])
+    assert bool(prior.finite_log_prior.isfinite().all())
 
 
 def test_unlabelled_pixels_have_no_gradient() -> None:

@@ -119,3 +119,7 @@ def test_all_classes_of_a_batch_count_even_if_they_are_more() -> None:
     chosen = federated_classes(torch.tensor([0, 1, 2, 4]), torch.ones(4), 2)
     assert chosen.tolist() == [True, True, True, False]
     assert federated_classes(torch.tensor([4]), torch.ones(4), 9).all()
+
+
+def test_a_class_without_images_is_not_drawn_where_few_have_some() -> None:
+    assert federated_classes(torch.tensor([3]), torch.tensor([10.0, 0.0, 0.0]), 2).tolist() == [True, False, False]

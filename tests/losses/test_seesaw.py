@@ -113,3 +113,10 @@ def test_every_pixel_is_a_sample_also_where_a_side_has_as_many_as_there_are_clas
     rows = scores.movedim(1, -1).reshape(-1, columns)
     expected = seesaw_loop(rows, labels.flatten(), counts.tolist(), 0.8, 2.0, 0.01, background)
     assert seesaw_loss(scores, labels, counts).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_counts_survive_half_precision() -> None:
+    torch.manual_seed(0)
+    scores, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = SeesawLoss([200_000, 10, 100_000])(scores, labels)
+    assert torch.equal(SeesawLoss([200_000, 10, 100_000]).half()(scores, labels), expected)

@@ -269,6 +269,26 @@ def test_samples_of_a_class_without_training_images_are_left_out(
         assert (early == pytest.approx(loss.item(), rel=1e-3)) == (epoch_fraction == 0)
 
 
+def test_ldam_weighs_the_classes_in_the_last_epoch_at_the_latest(tiny: Config, data: LongTailedData) -> None:
+    # 0.8 of two epochs would be after the second one has begun
+    method = METHODS["ldam"](tiny.replace(method="ldam"), new_encoder(), data.class_counts).eval()
+    batch = batches(method, data)[0]
+    early, late, later = (
+        method(dataclasses.replace(batch, epoch_fraction=fraction))["classifier"].item() for fraction in (0.0, 0.5, 0.9)
+    )
+    assert early != pytest.approx(late, rel=1e-3)
+    assert late == later
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 5])
+@pytest.mark.parametrize(("sampler", "balanced"), [("deferred", {1, 3, 5}), ("progressive", {3, 5})])
+def test_short_runs_predict_under_the_frequencies_that_they_show(
+    tiny: Config, sampler: str, balanced: set[int], epochs: int
+) -> None:
+    config = tiny.replace(method="ce", epochs=epochs, data={"sampler": sampler})
+    assert METHODS["ce"].predicts_under(config) == ("uniform" if epochs in balanced else "train")
+
+
 @pytest.mark.parametrize("name", FOR_IMAGES)
 def test_every_method_trains_where_a_class_has_no_image(tiny: Config, data: LongTailedData, name: str) -> None:
     config, counts = tiny.replace(method=name), [*data.class_counts[:-1], 0]

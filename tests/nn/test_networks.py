@@ -43,6 +43,9 @@ def test_images_are_resized() -> None:
     shrunk = torch.nn.functional.interpolate(large, size=16, mode="bicubic", antialias=True).clamp(0, 1)
     encoder.resize = 16
     assert torch.allclose(encoder(large), encoder(shrunk), atol=1e-6)
+    tall = torch.rand(1, 3, 32, 16)
+    square = torch.nn.functional.interpolate(tall, size=16, mode="bicubic", antialias=True).clamp(0, 1)
+    assert torch.allclose(encoder(tall), encoder(square), atol=1e-6)
 
 
 def test_an_unknown_network_is_named() -> None:

@@ -82,7 +82,7 @@ def test_any_runs_side_by_side(tiny: Config, tmp_path: Path) -> None:
     changes: dict[str, dict[str, object]] = {
         "la": {"method": "la"},
         "la-again": {"method": "la", "seed": 1},
-        "warm": {"method": "ce", "schedule": {"warmup": 0.1}},
+        "warm": {"method": "ce", "schedule": {"name": "cosine", "warmup": 0.1}},
         "ce": {"method": "ce"},
     }
     for name, change in changes.items():
@@ -91,7 +91,7 @@ def test_any_runs_side_by_side(tiny: Config, tmp_path: Path) -> None:
     page = tmp_path / "pages" / "side.html"
     records = runs_report([tmp_path / name for name in changes], page)
     # seeds of one setting are one row; a setting beyond the method names it
-    assert [record.method for record in records] == ["la", "la", "ce, warmup 0.1", "ce"]
+    assert [record.method for record in records] == ["la", "la", "ce, name cosine, warmup 0.1", "ce"]
     text = page.read_text(encoding="utf-8")
     for part in (
         "Different settings",
@@ -101,7 +101,7 @@ def test_any_runs_side_by_side(tiny: Config, tmp_path: Path) -> None:
         'href="../la/report.html"',
     ):
         assert part in text
-    assert "uniform prior, those of ce, warmup 0.1; ce the training prior, as they were trained." in text
+    assert "uniform prior, those of ce, name cosine, warmup 0.1; ce the training prior, as they were trained." in text
     assert text.count("<a href=") == 1  # the others have no page to go to
     # seed 1 has other digits in its head, so places in the tail stand for them
     assert "place in the tail" in text

@@ -22,6 +22,7 @@ from longtail.data.detection import Detections
 from longtail.data.detection.coco import write_coco
 from longtail.data.palette import class_colors
 from longtail.data.sources import load_data
+from longtail.detector_calibration import calibrate_detector
 from longtail.detector_calibration.heads import corrected_copy
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
@@ -267,7 +268,7 @@ def test_images_of_one_name_have_drawings_of_their_own(run: Path, root: Path, tm
     files = [root / "images0" / "000.png", root / "images2" / "000.png"]
     output = predict_files(Detector.load(run), files, PredictionRequest(out=tmp_path))
     assert [record["image_id"] for record in output.records] == [1, 2]
-    assert sorted(path.name for path in tmp_path.glob("*.jpg")) == ["000-objects-2.jpg", "000-objects.jpg"]
+    assert sorted(path.name for path in tmp_path.glob("*.jpg")) == ["000-2-objects.jpg", "000-objects.jpg"]
 
 
 @pytest.mark.usefixtures("sees_rectangles")
@@ -419,6 +420,11 @@ def test_a_corrected_run_is_used_like_a_run(run: Path, root: Path, command: Comm
     assert (code, err) == (0, "")
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert Detector.load(tmp_path / "model").config.predicts_under == "uniform"
+    for corrected in (out, out / "recognizer"):
+        code, _, err = command("calibrate-detector", corrected, *train, "--power", "1", "--out", tmp_path / "twice")
+        assert (code, "was corrected already" in err, len(err.splitlines())) == (2, True, 1)
+    with pytest.raises(LongtailError, match="was corrected already"):
+        calibrate_detector(Detector.load(out), [3, 2, 1], power=1)
 
 
 def test_examples_and_curves() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from longtail.tasks.detection.evaluate_results import evaluate_results
+from tests.conftest import Command
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -126,3 +127,11 @@ def test_what_is_left_out_of_the_training_counts_is_said(tmp_path: Path, caplog:
     (remark,) = (record.message for record in caplog.records)
     assert remark.startswith("1 box has no")
     assert remark.endswith("a.json: annotation 2 of 1.png")
+
+
+def test_class_names_are_printed_without_control_characters(tmp_path: Path, command: Command) -> None:
+    """Those of annotations come from elsewhere."""
+    annotations = {**objects(one([5, 5, 20, 20])), "categories": [{"id": 1, "name": "c\x1b[31mat"}]}
+    truth, results = write(tmp_path / "a.json", annotations), write(tmp_path / "b.json", found([5, 5, 20, 20]))
+    code, shown, err = command("evaluate", results, "--annotations", truth)
+    assert (code, r"c\x1b[31mat" in shown, "\x1b" in shown) == (0, True, False), err

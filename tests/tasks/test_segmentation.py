@@ -370,12 +370,50 @@ def test_on_the_command_line(segmenting: Config, scenes: Path, tmp_path: Path, c
     assert (code, "00.png" in shown, "classes.txt: is not an image" in err) == (1, True, True)
 
 
+def test_pictures_that_predict_wrote_are_not_predicted_again(
+    segmenting: Config, command: Command, tmp_path: Path
+) -> None:
+    """Wherever they are, the folder itself too; photographs in the folder of the output are predicted."""
+    run, photos = tmp_path / "run", tmp_path / "photos"
+    fit(segmenting, run, quiet=True)
+    for name in ("a.png", "out/b.png"):
+        save_image(photos / name, (40, 40))
+    (photos / "notes.txt").touch()
+    table = tmp_path / "p.json"
+    for out, left_out in ((photos / "out", 0), (photos, 4), (tmp_path / "elsewhere", 8)):
+        code, _, err = command("predict", run, photos, "--out", out, "--json", table)
+        assert [Path(row["path"]).name for row in json.loads(table.read_text())] == ["a.png", "b.png"]
+        assert (code, f"{left_out} pictures are of earlier predictions" in err) == (0, left_out > 0)
+        assert "1 file is no image by its name, and is left out (notes.txt)" in err
+    assert command("predict", run, photos, "--out", photos, "--quiet") == (0, "", "")
+    code, _, err = command("predict", run, tmp_path / "elsewhere", "--out", photos)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "elsewhere: holds no images but those that longtail predict wrote (a-overlay.png, a.png, b-over" in err
+    assert command("predict", run, tmp_path / "elsewhere" / "a.png", "--out", photos)[0] == 0  # it is named
+
+
+def test_class_names_are_printed_without_control_characters(
+    segmenting: Config, scenes: Path, command: Command, tmp_path: Path
+) -> None:
+    (scenes / "classes.txt").write_text("s\x1b[31mky\nground\nsign\n")
+    fit(segmenting, tmp_path / "run", quiet=True)
+    code, shown, err = command("predict", tmp_path / "run", scenes / "images" / "test", "--out", tmp_path / "seen")
+    assert (code, r"labels (value 1 is s\x1b[31mky) and overlays" in shown, "\x1b" in shown) == (0, True, False), err
+
+
 def test_a_page_with_the_worst_classes(segmenting: Config, scenes: Path, tmp_path: Path) -> None:
     fit(segmenting, tmp_path / "run", quiet=True)
     text = run_report(tmp_path / "run").read_text(encoding="utf-8")
     for part in ("The worst classes", "IoU by class", "boundary IoU", "training pixels", "data:image/jpeg;base64,"):
         assert part in text
     assert text.count("<figure>") == 3
+    test = [scenes / part / "test" / "05.png" for part in ("images", "annotations")]
+    for path in test:
+        path.rename(path.with_suffix(".gone"))
+    assert "<figure>" not in run_report(tmp_path / "run").read_text(encoding="utf-8")  # others have the positions now
+    for path in test:
+        path.with_suffix(".gone").rename(path)
+    assert "<figure>" in run_report(tmp_path / "run").read_text(encoding="utf-8")
     scenes.rename(tmp_path / "moved")  # a page is made where the images are not, too
     assert "<figure>" not in run_report(tmp_path / "run").read_text(encoding="utf-8")
 

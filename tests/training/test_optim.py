@@ -10,7 +10,7 @@ import torch
 
 from longtail.config import Config, Optimizer
 from longtail.errors import LongtailError
-from longtail.nn import Encoder
+from longtail.nn import Encoder, LinearClassifier, RegionClassifier
 from longtail.nn.tuning import layer_depths, set_trainable
 from longtail.registry import METHODS
 from longtail.training.checkpoint import load_checkpoint
@@ -105,6 +105,15 @@ def test_norms_of_the_classes_are_limited_to_a_maximum() -> None:
         norm = sum(float(value) ** 2 for value in row) ** 0.5
         torch.testing.assert_close(after, row * min(1.0, limit / max(norm, 1e-12)), rtol=1e-6, atol=1e-7)
     assert method.classifier.weight.norm(dim=1).max().item() == pytest.approx(limit, rel=1e-6)
+
+
+@pytest.mark.parametrize("classifier", [LinearClassifier(4, 3), RegionClassifier(4, 3)])
+def test_norms_of_other_classifiers_are_limited_too(classifier: LinearClassifier | RegionClassifier) -> None:
+    method: Any = METHODS["la"](Config().replace(method="la"), Encoder("conv8-tiny", [0.5], [0.5]), [9, 3, 1])
+    method.classifier = classifier
+    torch.nn.init.constant_(classifier.weight, 2.0)
+    limit_row_norms(method, 0.5)
+    assert classifier.weight.norm(dim=1).tolist() == pytest.approx([0.5] * len(classifier.weight))
 
 
 @pytest.mark.parametrize("batches", ["host", "device"])

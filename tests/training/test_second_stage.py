@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longtail import Recognizer
-from longtail.config import Config
+from longtail.config import Config, first_stage_epochs
 from longtail.data.samplers import epoch_order
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.rebalance import RebalanceSettings, rebalance
@@ -22,7 +22,7 @@ from longtail.training import second_stage
 from longtail.training.metric_log import read_metrics
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import find_finished
-from longtail.training.second_stage import HeadSettings, first_stage_epochs, fit_head, head_loss
+from longtail.training.second_stage import HeadSettings, fit_head, head_loss
 from longtail.training.trainer import fit
 from tests.training.runs import equal, fit_in_two, weights
 

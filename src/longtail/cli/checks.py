@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longtail.errors import LongtailError
+from longtail.run_folder import is_comparison, is_run
 
 if TYPE_CHECKING:
     from longtail.config import Data
+
+_OF_RUNS = frozenset({"config.json", "config.yaml", "metrics.jsonl", "records.jsonl", "comparison.json"})
+"""Files in the folders of runs and comparisons that ``--json`` may not overwrite."""
 
 
 def check_folder(path: Path) -> None:
@@ -24,17 +29,48 @@ def check_folder(path: Path) -> None:
         )
 
 
-def check_output(path: Path | None, flag: str = "--json", suffix: str | None = None) -> None:
-    """Raise LongtailError if a file cannot be written, or its name has another ending; JSON takes no other file's."""
+def check_output(
+    path: Path | None,
+    flag: str = "--json",
+    suffix: str | None = None,
+    *,
+    inputs: Iterable[str | Path | None] = (),
+    lines: bool = False,
+) -> None:
+    """Raise LongtailError if a file cannot be written, or would take the place of another.
+
+    Args:
+        path: the file; None if none is to be written.
+        flag: the flag that it is given by. The file of ``--json`` is overwritten, so that its name has the ending of no
+            other format, and it is none of those of a run.
+        suffix: the ending that its name must have, if any.
+        inputs: files and folders that the command reads: it may be none of these, and no file that is in one of these.
+        lines: whether ``--json`` writes lines where the name ends in ``.jsonl``.
+    """
     if path is None:
         return
     if path.is_dir():
         raise LongtailError(f"{flag} {path}: is a folder, expected a file")
     if suffix is not None and path.suffix.lower() != suffix:
         raise LongtailError(f"{flag} {path}: expected a name that ends in {suffix}")
-    if flag == "--json" and path.suffix.lower() not in {".json", ".jsonl", ""}:
-        raise LongtailError(f"{flag} {path}: expected a name that ends in .json, since the file is overwritten")
+    place = _real_path(path)
+    if flag == "--json":
+        endings = {".json", ".jsonl", ""} if lines else {".json", ""}
+        if path.suffix.lower() not in endings:
+            raise LongtailError(f"{flag} {path}: expected a name that ends in .json, since the file is overwritten")
+        if place.name in _OF_RUNS and any(is_run(folder) or is_comparison(folder) for folder in place.parents):
+            raise LongtailError(f"{flag} {path}: is a file of a run or a comparison, expected another name")
+    read = {_real_path(source) for source in inputs if source is not None}
+    if place in read or (place.exists() and not read.isdisjoint(place.parents)):
+        raise LongtailError(
+            f"{flag} {path}: is among what this command reads, and would be overwritten; choose another name"
+        )
     check_folder(path.parent)
+
+
+def _real_path(path: str | Path) -> Path:
+    """Return a path without links; those that lead in a circle stay, while Path.resolve raises RuntimeError."""
+    return Path(os.path.realpath(path))
 
 
 def check_is_not_data(path: Path | None, flag: str, data: Data) -> None:

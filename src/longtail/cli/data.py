@@ -129,6 +129,10 @@ def split(arguments: list[str]) -> None:
     else:
         check_folder(out)
 
+    written = [out] if table else [out / f"{name}.json" for name in ("train", "val", "test")]
+    there = next((path for path in written if path.exists()), None)
+    if there is not None and not options.overwrite:
+        raise LongtailError(f"{there}: exists already; use --overwrite, or another --out")
     if options.strict_groups and options.groups is None:
         raise LongtailError("--strict_groups: needs --groups COLUMN")
     summary = write_split(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,13 @@ _COLUMNS = {
     "common": "AP common",
     "frequent": "AP frequent",
 }
+_OF_DETECTORS = (
+    *("method", "export", "images", "weights", "classes", "class_order", "normalization", "score_threshold"),
+    "statistics_images",
+)
+"""Flags that the correction of a result file does not use."""
+_OF_NORCAL = ("power", "counts", "normalization")
+_OF_LOGN = ("statistics_images",)
 
 
 def calibrate_detector(arguments: list[str]) -> None:
@@ -52,7 +60,7 @@ def calibrate_detector(arguments: list[str]) -> None:
 def _check(options: CalibrateDetector, is_results: bool) -> float | None:
     """Check what can be checked before anything is read; return the power, None for auto and LogN."""
     check_folder(options.out)
-    check_output(options.json)
+    check_output(options.json, inputs=(options.model, options.annotations, options.validation, options.weights))
     check_output(options.export, "--export", ".onnx")
     if options.score_threshold is not None and not 0 <= options.score_threshold < 1:
         raise LongtailError(
@@ -62,26 +70,20 @@ def _check(options: CalibrateDetector, is_results: bool) -> float | None:
         raise LongtailError(f"--statistics_images {options.statistics_images}: expected at least 1")
     if options.export is not None and options.export.exists() and not options.overwrite:
         raise LongtailError(f"{options.export}: exists already; use --overwrite or another --export")
-    if is_results:
-        unused = {
-            "--method logn": options.method == "logn",
-            "--export": options.export is not None,
-            "--images": options.images is not None,
-            "--weights": options.weights is not None,
-            "--normalization paper": options.normalization == "paper",
-        }
-        for flag, used in unused.items():
-            if used:
-                raise LongtailError(f"{options.model}: {flag} is for a detector, not for a result file")
+    if is_results and (flag := _first_given(options, _OF_DETECTORS)):
+        raise LongtailError(f"{options.model}: {flag} is for a detector, not for a result file; leave it out")
+    other, of_other = ("logn", _OF_LOGN) if options.method == "norcal" else ("norcal", _OF_NORCAL)
+    if flag := _first_given(options, of_other):
+        raise LongtailError(f"{flag}: is for --method {other}; leave it out")
     if options.images is not None and not options.images.is_dir():
         raise LongtailError(f"--images {options.images}: there is no such folder")
-    if options.method == "logn":
-        if _image_folder(options, options.annotations) is None:
-            raise LongtailError("--method logn: needs --images, the folder of the training images")
-        if options.power != "auto":
-            raise LongtailError("--power: is for --method norcal")
+    if options.method == "logn" and _image_folder(options, options.annotations) is None:
+        raise LongtailError("--method logn: needs --images, the folder of the training images")
     if options.validation is not None and _image_folder(options, options.validation) is None and not is_results:
         raise LongtailError("--validation: needs --images, the folder of the validation images")
+    validation = options.validation  # a folder of annotations has both splits, a file one
+    if validation is not None and validation.is_file() and validation.resolve() == options.annotations.resolve():
+        raise LongtailError(f"--validation {validation}: is --annotations; expected annotations of other images")
     if options.method == "logn":
         return None
     if options.power == "auto":
@@ -95,6 +97,11 @@ def _check(options: CalibrateDetector, is_results: bool) -> float | None:
     if not 0 <= power < float("inf"):
         raise LongtailError(f"--power {options.power}: expected auto or a number of at least 0")
     return power
+
+
+def _first_given(options: CalibrateDetector, names: Sequence[str]) -> str | None:
+    """Return the first of some flags that differs from its default."""
+    return next((f"--{name}" for name in names if getattr(options, name) != getattr(CalibrateDetector, name)), None)
 
 
 def _image_folder(options: CalibrateDetector, annotations: Path | None) -> Path | None:
@@ -113,13 +120,15 @@ def _correct_model(
         logit_statistics,
         map_classes,
     )
-    from longtail.detector_calibration.heads import corrected_copy, find_class_head, removes_prior
+    from longtail.detector_calibration.heads import check_uncorrected, corrected_copy, find_class_head, removes_prior
     from longtail.detector_calibration.running import DetectorRunner, on_device
-    from longtail.detector_calibration.storage import export_detector, load_detector, write_folder
+    from longtail.detector_calibration.storage import check_original, export_detector, load_detector, write_folder
     from longtail.devices import select_device
     from longtail.evaluation.detector_scores import logn_correction, norcal_correction
 
+    check_original(Path(options.model) if options.weights is None else options.weights.parent)
     stored = load_detector(options.model, options.weights, options.classes)
+    check_uncorrected(stored.model)
     head, device = find_class_head(stored.model), select_device()
     images = _image_folder(options, options.validation)
 
@@ -175,15 +184,15 @@ def _correct_model(
             _print_metrics(options, "detector", {"as it is": record["before"], "corrected": record["after"]})
             if removes_prior(stored.model) and not options.quiet:
                 print("as it is: with the training prior removed, NorCal of power 1, whose place a correction takes")
-    export = options.export
-    inside = export is not None and export.parent.resolve() == options.out.resolve()
+    export, out = options.export, options.out.resolve()
+    inside = export is not None and out in export.resolve().parents
     if export is not None and not inside:
         export_detector(corrected, export)
 
     def write(folder: Path) -> None:
         stored.save(corrected, folder)
-        if export is not None and inside:
-            export_detector(corrected, folder / export.name)
+        if export is not None and inside:  # the folder takes the place of what is there
+            export_detector(corrected, folder / export.resolve().relative_to(out))
 
     write_folder(options.out, write, record, options.overwrite)
     _say(options, f"{options.out}: {options.method}{'' if power is None else f', power {power:g}'}")
@@ -199,9 +208,10 @@ def _correct_results(
 
     from longtail.detector_calibration.calibrate import POWERS, category_counts
     from longtail.detector_calibration.results import LIMITS, ResultFile
-    from longtail.detector_calibration.storage import write_folder
+    from longtail.detector_calibration.storage import check_original, write_folder
     from longtail.files import write_text
 
+    check_original(Path(options.model).parent)
     results = ResultFile(Path(options.model), train)
     counts = category_counts(train, options.counts)
     record: dict[str, Any] = {

@@ -36,7 +36,9 @@ def evaluate(arguments: list[str]) -> None:
     """Print the metrics of a run on its test set."""
     options = parse(Evaluate, "evaluate", arguments)
     inference = options.inference_options
-    check_output(options.json)
+    results = options.run if options.run.suffix.lower() == ".json" else None
+    inputs = (results, options.annotations, options.train_annotations, options.prior, options.test_prior)
+    check_output(options.json, inputs=inputs)
     if options.annotations is not None or options.run.suffix.lower() == ".json":
         _evaluate_results(options)
         return
@@ -71,7 +73,7 @@ def _show_metrics(options: Evaluate, task: Task[Any], metrics: dict[str, Any]) -
     if not options.quiet:
         print_metrics(task.name, metrics)
         for line in task.summary_lines(metrics):
-            print(line)
+            print(printable(line))
 
 
 def _evaluate_results(options: Evaluate) -> None:
@@ -103,7 +105,7 @@ def predict(arguments: list[str]) -> None:
     """Predict image files; exit with code 1 where some of them cannot be read."""
     options = parse(Predict, "predict", arguments)
     inference = options.inference_options
-    check_output(options.json)
+    check_output(options.json, inputs=(options.prior,))
     is_onnx = options.run.suffix.lower() == ".onnx"
     if not is_onnx:
         check_run(options.run)
@@ -123,7 +125,7 @@ def predict(arguments: list[str]) -> None:
     if not options.quiet:
         print_table(output.header, output.rows)
         for note in output.notes:
-            print(note)
+            print(printable(note))
     if unreadable:
         for _, reason in unreadable:
             print(f"longtail: error: {printable(reason)}", file=sys.stderr)
@@ -150,7 +152,7 @@ def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOut
     task = TASKS[model.config.task]
     check_inference_options(inference, task.label_kind, "predict")
     out = options.out or (SEGMENTED if task.label_kind == "pixels" else None)
-    return task.predict_files(model, _find_images(options.images, out), request)
+    return task.predict_files(model, _find_images(options, out), request)
 
 
 def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOutput:
@@ -175,7 +177,7 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
             f"export RUN --tta {inference.tta}"
         )
     out = (options.out or SEGMENTED) if model.label_maps else None
-    files = _find_images(options.images, out)
+    files = _find_images(options, out)
     if model.finds_objects:
         return _find_with_onnx(model, files, options)
     if out is not None:
@@ -216,29 +218,48 @@ def _prior_inside(model: ONNXModel) -> str:
     return "the frequencies of training" if model.prior == "train" else "given frequencies"
 
 
-def _find_images(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Return the images that are named, and say which files of folders are none.
+def _find_images(options: Predict, out: Path | None = None) -> list[Path]:
+    """Return the images that are named, and say which files of folders are none or were written by predictions.
 
     Args:
-        paths: files and folders.
-        out: folder of the output; where it is within a folder, pictures in it are of an earlier prediction.
+        options: of the command.
+        out: folder of the output.
+
+    Raises:
+        LongtailError: a path does not exist, or a folder has no images, or there are none but written ones.
     """
     from longtail.data.image_io import find_images
+    from longtail.data.paths import find_path
+    from longtail.inference.pictures import written_pictures
 
-    left_out: list[Path] = []
-    files = find_images(paths, left_out)
-    if out is not None and any(path.resolve() in out.resolve().parents for path in paths):
-        earlier = [file for file in files if out.resolve() in file.resolve().parents and file not in paths]
-        files = [file for file in files if file not in set(earlier)]
-    if left_out:
-        names = ", ".join(printable(path.name) for path in left_out[:3]) + ("…" if len(left_out) > 3 else "")
+    no_images: list[Path] = []
+    found = find_images(options.images, no_images)
+    named = {find_path(path) for path in options.images}  # files that are named themselves are predicted in any case
+    written = written_pictures([file for file in found if file not in named], out)
+    files = [file for file in found if file not in written]
+    if not files:
+        raise LongtailError(
+            f"{options.images[0]}: holds no images but those that longtail predict wrote{_examples(sorted(written))}; "
+            "name other images, or these themselves"
+        )
+    lines = []
+    if no_images:
         count = (
             "1 file is no image by its name, and is"
-            if len(left_out) == 1
-            else (f"{len(left_out):,} files are no images by their names, and are")
+            if len(no_images) == 1
+            else (f"{len(no_images):,} files are no images by their names, and are")
         )
-        print(f"longtail: {count} left out ({names}); convert HEIC and raw photographs to JPEG", file=sys.stderr)
+        lines.append(f"{count} left out{_examples(no_images)}; convert HEIC and raw photographs to JPEG")
+    if written:
+        count = "1 picture is" if len(written) == 1 else f"{len(written):,} pictures are"
+        lines.append(f"{count} of earlier predictions, and left out{_examples(sorted(written))}")
+    for line in [] if options.quiet else lines:
+        print(f"longtail: {line}", file=sys.stderr)
     return files
+
+
+def _examples(paths: Sequence[Path]) -> str:
+    return " (" + ", ".join(printable(path.name) for path in paths[:3]) + ("…)" if len(paths) > 3 else ")")
 
 
 def _find_with_onnx(model: ONNXModel, files: Sequence[Path], options: Predict) -> PredictionOutput:
@@ -273,7 +294,7 @@ def _find_with_onnx(model: ONNXModel, files: Sequence[Path], options: Predict) -
 def export(arguments: list[str]) -> None:
     """Write a model as an ONNX file."""
     options = parse(Export, "export", arguments)
-    check_output(options.json)
+    check_output(options.json, inputs=(options.prior,))
     check_run(options.run)
     out = options.out or options.run / "model.onnx"
     check_output(out, "--out", ".onnx")

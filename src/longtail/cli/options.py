@@ -348,6 +348,8 @@ class Split:
     """Divide no group; a class may then be missing from a split."""
     seed: int = 0
     """Seed of the split."""
+    overwrite: Flag = False
+    """Replace a split that is there."""
     json: Path | None = None
     """Also write the counts to this file."""
     quiet: Flag = False

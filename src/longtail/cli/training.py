@@ -65,7 +65,7 @@ def compare(arguments: list[str]) -> None:
     out = options.out or Path("runs") / f"compare-{recipe.name}"
     check_folder(out)
     check_outside_data(out, config.data)
-    check_output(options.json)
+    check_output(options.json, lines=True)
     check_is_not_data(options.json, "--json", config.data)
     show_messages(options.quiet)
 
@@ -89,7 +89,9 @@ def compare(arguments: list[str]) -> None:
         run_report(out / run_name(record.method, record.seed, record.imbalance))
     page = comparison_report(records, out, options.budget)
     if options.json:
-        write_json_output(options.json, as_json_lines(records) if options.json.suffix == ".jsonl" else as_json(records))
+        write_json_output(
+            options.json, as_json_lines(records) if options.json.suffix.lower() == ".jsonl" else as_json(records)
+        )
     print_table(*table(records))
     print(f"in %, mean ± standard deviation over {options.seeds} seed{'s' * (options.seeds != 1)}; ", end="")
     print("equal student passes" if options.budget == "passes" else "equal epochs")

@@ -107,7 +107,8 @@ class Data:
     square root of the class size), progressive (from instance to class over the training), deferred (class towards the
     end), repeat_factor (images of rare classes repeated, as published for LVIS)."""
     deferred_from: Fraction = 0.8
-    """Fraction of the training after which the deferred sampler shows all classes equally often."""
+    """Fraction of the training after which the deferred sampler shows all classes equally often; below 1, at least in
+    its last epoch."""
     repeat_threshold: PositiveFloat = 0.001
     """Fraction of the images that a class must be in not to be repeated by the repeat_factor sampler."""
     augment: str = "auto"
@@ -336,6 +337,22 @@ _CORE_SECTIONS: dict[str, type] = {
     "accelerator": Accelerator,
     "shots": Shots,
 }
+
+
+def first_stage_epochs(config: Config) -> int:
+    """Return the epochs of the first stage: all, or those that a second stage leaves, at least one for either.
+
+    >>> [first_stage_epochs(Config(epochs=epochs, second_stage="crt")) for epochs in (2, 14, 200)]
+    [1, 13, 180]
+
+    Args:
+        config: settings of the run; ``epochs`` is resolved.
+    """
+    assert isinstance(config.epochs, int)
+    if config.second_stage == "none":
+        return config.epochs
+    second = max(1, round(config.second_stage_fraction * config.epochs))
+    return max(1, config.epochs - second)
 
 
 def settings_type(name: str) -> type[Settings] | None:

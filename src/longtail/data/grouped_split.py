@@ -14,7 +14,6 @@ Legend: N samples, C classes, n_c samples of class c, G groups, P parts; part 0 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +56,7 @@ class GroupedSplit(NamedTuple):
 def number_groups(values: Iterable[Hashable]) -> tuple[Tensor, list[str]]:
     """Return the (N,) int64 group of each sample, and the names of the groups.
 
-    A sample whose value is None, NaN or an empty text is a group of its own, named by its number.
+    A sample whose value is None, NaN, NaT or an empty text is a group of its own, named by its number.
 
     >>> number_groups(["ann", "bob", "ann", None])
     (tensor([0, 1, 0, 2]), ['ann', 'bob', 'sample 3'])
@@ -66,9 +65,8 @@ def number_groups(values: Iterable[Hashable]) -> tuple[Tensor, list[str]]:
     names: list[str] = []
     numbers = []
     for sample, value in enumerate(values):
-        unknown = (
-            value is None or str(value).strip() in {"", "<NA>"} or (isinstance(value, float) and math.isnan(value))
-        )
+        # NaN and NaT differ from themselves; pandas.NA does not say
+        unknown = value is None or str(value).strip() in {"", "<NA>"} or bool(value != value)
         number = index.setdefault(_Unknown(sample) if unknown else value, len(names))
         if number == len(names):
             names.append(f"sample {sample}" if unknown else str(value))

@@ -121,7 +121,7 @@ class Mixer:
         if self._counts.device != ids.device:
             self._counts, self._quantiles = self._counts.to(ids.device), self._quantiles.to(ids.device)
         chosen, share, row, column = uniform(ids, 4, self.seed, _SHARE, epoch).unbind(dim=1)
-        probability = settings.probability if epoch < settings.until * self.epochs else 0.0
+        probability = settings.probability if epoch / self.epochs < settings.until else 0.0
         weights = torch.where(chosen < probability, lookup_quantile(self._quantiles, share), 1.0)
         if settings.kind == "cutmix":
             inside = boxes(1 - weights, row, column, size)

@@ -13,7 +13,6 @@ a class that is in it.
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,23 +82,31 @@ def sqrt_shares(class_counts: Tensor, _epoch: int, _epochs: int, _deferred_from:
 def progressive_shares(class_counts: Tensor, epoch: int, epochs: int, deferred_from: float) -> Tensor:
     """Go linearly from :func:`instance_shares` to :func:`class_shares` along the training (Kang et al., ICLR 2020)."""
     natural = class_counts.double() / class_counts.sum()
-    progress = min(epoch / max(epochs - 1, 1), 1.0)
+    progress = min(epoch, epochs - 1) / max(epochs - 1, 1)
     return (1 - progress) * natural + progress * class_shares(class_counts, epoch, epochs, deferred_from)
 
 
 def deferred_shares(class_counts: Tensor, epoch: int, epochs: int, deferred_from: float) -> Tensor | None:
     """Use :func:`instance_shares`, and :func:`class_shares` late in the training (Cao et al., NeurIPS 2019)."""
-    if epoch < math.ceil(deferred_from * epochs):
+    if epoch / epochs < last_phase_start(deferred_from, epochs):
         return None
     return class_shares(class_counts, epoch, epochs, deferred_from)
 
 
-def ends_balanced(sampler: str, deferred_from: float) -> bool:
-    """Return whether the last epochs of a training show all classes equally often, whatever their counts are."""
+def last_phase_start(fraction: float, epochs: int) -> float:
+    """Return the fraction of a training from which its last phase is: ``fraction``, if that leaves it an epoch.
+
+    A fraction below 1 asks for such a phase, which a short training would otherwise not reach: 0.8 of 3 epochs.
+    """
+    return min(fraction, (epochs - 1) / epochs) if fraction < 1 else 1.0
+
+
+def ends_balanced(sampler: str, deferred_from: float, epochs: int) -> bool:
+    """Return whether the last epoch of a training shows all classes equally often, whatever their counts are."""
     scheme, counts = SAMPLERS[sampler], torch.tensor([2, 1])
     if isinstance(scheme, ImageWeights):
         return False
-    shares = scheme(counts, 999, 1000, deferred_from)
+    shares = scheme(counts, epochs - 1, epochs, deferred_from)
     return shares is not None and torch.allclose(shares, shares.mean())
 
 
@@ -374,8 +381,9 @@ class ClassAwareSampler(DistributedSampler[int]):
         """
         self._find_place()
         if self._begun:
-            # loaders make iterators that they do not use
-            self.epoch += not self._chosen and self._progress.yielded > 0
+            # loaders make iterators that they do not use, also one of the empty rest of a whole epoch
+            whole = self._size - self._progress.start < self.num_replicas
+            self.epoch += not self._chosen and (whole or self._progress.yielded > 0)
             self._progress = _Progress(0)
         self._begun, self._chosen = True, False
         return self._indices(self._progress, self.epoch, self.num_replicas, self.rank)
@@ -414,7 +422,7 @@ class ClassAwareSampler(DistributedSampler[int]):
         return {"epoch": self.epoch, "drawn": drawn, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue an epoch: the next iterator begins after the images that were drawn.
+        """Continue an epoch: the next iterator begins after the images that were drawn; it is empty if all were.
 
         The number of replicas may be another one than before.
 

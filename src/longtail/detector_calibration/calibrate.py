@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longtail.data.detection import Annotations, DetectionImages, Detections
 from longtail.detector_calibration.classes import ClassMap, ClassOrder, CountOf, aligned_counts, match_classes
-from longtail.detector_calibration.heads import ClassHead, corrected_copy, find_class_head
+from longtail.detector_calibration.heads import ClassHead, check_uncorrected, corrected_copy, find_class_head
 from longtail.detector_calibration.running import DetectorRunner
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
@@ -78,9 +78,10 @@ def calibrate_detector(
         class_order: how annotations are matched, see :func:`~longtail.detector_calibration.classes.match_classes`.
 
     Raises:
-        LongtailError: the detector is not supported, the counts are not those of its classes, or an argument of the
-            method is missing.
+        LongtailError: the detector is not supported or was corrected already, the counts are not those of its classes,
+            or an argument of the method is missing.
     """
+    check_uncorrected(model)
     head = find_class_head(model)
     correction = make_correction(head, counts, method, power, statistics, count_of, normalization, class_order)
     return corrected_copy(model, correction)

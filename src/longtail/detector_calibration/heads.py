@@ -210,6 +210,12 @@ def removes_prior(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "predicts_under", None) == "train")
 
 
+def check_uncorrected(model: Any) -> None:
+    """Raise LongtailError for a detector of longtail that says that it was corrected: corrections would add up."""
+    if getattr(getattr(model, "config", None), "training_info", {}).get("calibrated"):
+        raise LongtailError("the detector was corrected already; correct the original one")
+
+
 def corrected_copy(model: Model, correction: LogitCorrection) -> Model:
     """Return a copy of a detector whose class layer holds the correction; raises as :meth:`ClassHead.fold` does.
 

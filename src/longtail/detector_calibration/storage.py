@@ -240,6 +240,12 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise LongtailError(f"{out}: is not a folder that this command wrote (no {NOTE}); choose another --out")
 
 
+def check_original(source: Path) -> None:
+    """Raise LongtailError if a folder holds a corrected detector or results, to which a correction would be added."""
+    if (source / NOTE).is_file():
+        raise LongtailError(f"{source}: was corrected already (it has {NOTE}); correct the original")
+
+
 def export_detector(model: Any, path: Path, size: tuple[int, int] | None = None) -> None:
     """Write a detector as an ONNX file.
 

@@ -6,7 +6,9 @@ Legend: N samples, D features, H hidden width, C classes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -92,6 +94,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """
 
     _learner: Learner | None
+    _standardization: Standardization
 
     def __init__(
         self,
@@ -138,7 +141,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Args:
             X: (N, D) embeddings.
             y: (N,) labels of any kind that scikit-learn accepts as classes.
-            sample_weight: (N,) weights, at least 0; 1 for all samples if not given.
+            sample_weight: (N,) weights, at least 0, or one number for all samples; 1 if not given.
 
         Raises:
             ValueError: a parameter is out of range, an embedding or a weight is not finite, a weight is negative, or
@@ -198,8 +201,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 label, or a parameter has changed that is part of the network.
         """
         self._check_parameters()
-        first = getattr(self, "_learner", None) is None
-        with self._all_or_nothing() if first else contextlib.nullcontext(), _gradients():
+        with self._all_or_nothing(), _gradients():
             self._partial_fit(X, y, classes, sample_weight)
         return self
 
@@ -215,10 +217,11 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if learner is None:
             self._reset_statistics(known, X.shape[1])
         else:
-            self._log_prior()  # raises for a wrong prior before anything changes
+            # copies, which leave those of the last call as they are where this one fails
+            self._learner, self._standardization = copy.deepcopy((learner, self._standardization))
         labels = self._add_statistics(X, y, weights)
+        self._log_prior()  # raises for a wrong prior before the training
         if learner is None:
-            self._log_prior()
             # of the frequencies, nothing is known yet
             size = self.queue_size or max(1024, self.queue_minimum * len(known))
             self._learner = self._new_learner(self._check_random_state(), np.ones(len(known), np.int64), size)
@@ -255,6 +258,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_classification_targets(y)
         if sample_weight is None:
             return X, y, np.ones(len(X))
+        if isinstance(sample_weight, numbers.Real):
+            sample_weight = np.full(len(X), sample_weight)
         weights = check_array(sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight")
         if weights.shape != y.shape:
             raise ValueError(
@@ -372,7 +377,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         total = np.bincount(truth, weights, classes)
         accuracy, baseline = (
             100 * (np.bincount(truth, weights * (predicted == truth), classes)[total > 0] / total[total > 0]).mean()
-            for predicted in (self._scores(X[checked]).argmax(axis=1), nearest)
+            for predicted in (self._scores_of(X[checked]).argmax(axis=1), nearest)
         )
         if accuracy < baseline - 5:
             warnings.warn(
@@ -416,15 +421,20 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _scores(self, X: Any) -> Array:  # noqa: N803
         """Return (N, C) scores, log-likelihoods without any prior; −inf for a class without a training sample."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False)  # noqa: N806
+        return self._scores_of(validate_data(self, X, dtype=np.float64, reset=False))
+
+    def _scores_of(self, X: Array) -> Array:  # noqa: N803
+        """Return :meth:`_scores` of checked samples, by the method and scale of the training, whatever is set now."""
+        assert self._learner is not None
+        trained = self._learner.parameters_of_training
         # in float64, so that a sample's scores do not depend on the other samples of the array
         features = self._standardization(X)
         if self._hidden is not None:
             features = np.maximum(features @ self._hidden[0].T + self._hidden[1], 0)
         norms = np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
-        scores: Array = self.scale * (features / norms) @ self._class_directions.T
+        scores: Array = trained["scale"] * (features / norms) @ self._class_directions.T
         seen = self.class_counts_ > 0
-        if self.method == "ce":
+        if trained["method"] == "ce":
             scores = scores - np.log(np.where(seen, self.class_counts_, 1) / self.class_counts_.sum())
         return scores if seen.all() else np.where(seen, scores, -math.inf)
 

@@ -170,12 +170,17 @@ class Reliability(NamedTuple):
 def reliability(log_probabilities: Tensor, labels: Tensor, group_of: Tensor) -> Reliability:
     """Return the calibration sums of images.
 
+    An image with a NaN is predicted wrongly, as by :func:`~longtail.evaluation.metrics.count_correct`: every class has
+    probability 0, so that its confidence is 0, its Brier score 1 and its NLL infinite.
+
     Args:
         log_probabilities: (N, C).
         labels: (N,) true classes.
         group_of: (C,) int64, the index in :data:`GROUPS` of each class's group.
     """
     log_p = log_probabilities.to(torch.float32 if log_probabilities.device.type == "mps" else torch.float64)
+    undefined = log_p.isnan().any(dim=1)
+    log_p = log_p.masked_fill(undefined[:, None], -math.inf)
     p = log_p.exp()
     classes = p.shape[1]
     confidence, predicted = p.max(dim=1)
@@ -197,7 +202,7 @@ def reliability(log_probabilities: Tensor, labels: Tensor, group_of: Tensor) -> 
     return Reliability(
         sum_cells(torch.ones_like(confidence)),
         sum_cells(confidence),
-        sum_cells(predicted == labels),
+        sum_cells((predicted == labels) & ~undefined),
         sum_groups(-log_p.gather(1, labels[:, None])[:, 0]),
         sum_groups(((p - one_hot) ** 2).sum(dim=1)),
         sum_classes(p),

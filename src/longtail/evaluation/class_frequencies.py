@@ -9,12 +9,13 @@ import csv
 import difflib
 import json
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from longtail.data.class_order import head_first
 from longtail.data.paths import find_path, nfc
+from longtail.data.text import from_latin1, is_undecoded, read_text
 from longtail.errors import LongtailError, did_you_mean
 
 PriorName = Literal["uniform", "train"]
@@ -118,27 +119,16 @@ def long_tailed_frequencies(class_counts: Sequence[int], direction: str, imbalan
 
 def _read_pairs(path: Path, class_names: Sequence[Hashable], where: str) -> list[tuple[Any, Any]]:
     """Return the entries of a file as pairs of class name and value."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LongtailError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    text = read_text(path)
+    names = {nfc(str(name)) for name in class_names}
     if path.suffix.lower() in {".csv", ".tsv"}:
-        first = text.partition("\n")[0]
-        semicolon = ";" in first and "," not in first.partition(";")[0]  # as spreadsheets write it beside 0,5
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if semicolon else ","
-        try:
-            rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter, strict=True) if row]
-        except csv.Error as error:
-            raise LongtailError(f"{where}: cannot be read as a table: {error}") from None
-        if semicolon:
-            rows = [[*row[:1], *(value.replace(",", ".") for value in row[1:])] for row in rows]
-        wrong_row = next((row for row in rows if len(row) != 2), None)
-        if wrong_row is not None:
-            raise LongtailError(f"{where}: expected two columns, a class and its frequency, got {wrong_row}")
-        pairs = [(row[0], row[1]) for row in rows]
-        names = {nfc(str(name)) for name in class_names}
+        pairs = _table_pairs(
+            from_latin1(text) if is_undecoded(text) else text, path.suffix.lower() == ".tsv", names, where
+        )
         has_header = bool(pairs) and _to_float(pairs[0][1]) is None and nfc(pairs[0][0]) not in names
         return pairs[1:] if has_header else pairs
+    if is_undecoded(text):
+        raise LongtailError(f"{where}: cannot be read: is no text in UTF-8, as JSON is; save it as such")
     try:
         entries = json.loads(text, object_pairs_hook=list)
     except json.JSONDecodeError as error:
@@ -146,6 +136,32 @@ def _read_pairs(path: Path, class_names: Sequence[Hashable], where: str) -> list
     if not isinstance(entries, list) or not all(isinstance(entry, tuple) for entry in entries):
         raise LongtailError(f"{where}: expected an object of class names and frequencies")
     return entries
+
+
+def _table_pairs(text: str, has_tabs: bool, names: Collection[str], where: str) -> list[tuple[str, str]]:
+    """Return the rows of a table, whose columns a tab, comma or semicolon divides: what gives the most class names,
+    then two columns in the most rows, then the most numbers.
+    """
+    readings: list[tuple[tuple[int, ...], list[list[str]]]] = []
+    problem = ""
+    for delimiter in "\t" if has_tabs else ",;":
+        try:
+            rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter, strict=True) if row]
+        except csv.Error as error:
+            problem = problem or f"cannot be read as a table: {error}"
+            continue
+        if delimiter == ";":  # as spreadsheets write it beside 0,5
+            rows = [[*row[:1], *(value.replace(",", ".") for value in row[1:])] for row in rows]
+        in_two = [row for row in rows if len(row) == 2]
+        known = sum(nfc(row[0]) in names for row in rows)
+        readings.append(((known, len(in_two), sum(_to_float(row[1]) is not None for row in in_two)), rows))
+    if not readings:
+        raise LongtailError(f"{where}: {problem}")
+    _, rows = max(readings, key=lambda reading: reading[0])
+    wrong_row = next((row for row in rows if len(row) != 2), None)
+    if wrong_row is not None:
+        raise LongtailError(f"{where}: expected two columns, a class and its frequency, got {wrong_row}")
+    return [(row[0], row[1]) for row in rows]
 
 
 def _from_pairs(

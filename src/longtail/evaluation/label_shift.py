@@ -94,7 +94,7 @@ def estimate_map(
         class_counts: (C,) training images of each class; a class without any is taken to have one.
         bias: (C,) correction of the scores, see :func:`~longtail.evaluation.calibration.fit_bias`; none if not given.
         halves: (2, C) corrections fitted on each half of the validation images; required with ``bias``.
-        weights: (N,) how many images each image counts as; 1 if not given.
+        weights: (N,) how many images each image counts as; 1 if not given. With 0 an image is left out.
         validation_images: number of images that the corrections were fitted on, for the record.
 
     Returns:
@@ -105,6 +105,9 @@ def estimate_map(
             a weight is not finite and at least 0.
     """
     scores, weights = _check_scores(scores), _image_weights(scores, weights)
+    counted = weights > 0
+    if not counted.all():  # a half of the images whose weights are all 0 would have no frequencies
+        scores, weights = scores[counted], weights[counted]
     counts = np.asarray(class_counts, dtype=np.float64)
     if counts.shape != scores.shape[1:] or not (np.isfinite(counts) & (counts >= 0)).all():
         raise LongtailError(

@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from longtail.config import Config
+from longtail.config import Config, first_stage_epochs
 from longtail.data.dataset import LongTailedData
 from longtail.data.sources import is_balanced, load_data
 from longtail.devices import select_device
@@ -36,8 +36,13 @@ from longtail.training.checkpoint import FORMAT
 from longtail.training.init_weights import fit_init, with_init
 from longtail.training.mixing import build_mixer
 from longtail.training.preemption import PreemptionHandler
-from longtail.training.run_io import check_reads_nothing_in, find_finished
-from longtail.training.second_stage import first_stage_epochs
+from longtail.training.run_io import (
+    alone_in,
+    check_nobody_trains_in,
+    check_reads_nothing_in,
+    check_run_folder,
+    find_finished,
+)
 from longtail.training.sharpness import check_sharpness, passes_per_step
 from longtail.training.trainer import fit
 
@@ -170,7 +175,7 @@ def compare(
         methods: names of the methods.
         seeds: seeds.
         out: folder that holds the runs, ``METHOD-seedN`` each; finished runs in it are not trained again.
-            ``records.jsonl`` in it has one line per finished run.
+            ``records.jsonl`` in it has one line per finished run of this call.
         budget: see :func:`plan`.
         imbalances: see :func:`plan`.
         jobs: runs at a time. On a CPU each is a process of its own with its share of the cores, and it is one if not
@@ -198,8 +203,31 @@ def compare(
         raise LongtailError("compare: runs in one process; to use several, start torchrun for each training")
     if out.exists() and any(out.iterdir()) and not is_comparison(out):
         raise LongtailError(f"{out}: is not empty and not a comparison of longtail; choose another --out")
+    if not overwrite:
+        for planned in _of_first(runs):
+            check_run_folder(out / planned.name, auto_config(planned.config, data)[0], resume=True, overwrite=False)
+    with alone_in(out):
+        return _compare(config, runs, out, data, jobs, overwrite=overwrite, quiet=quiet)
+
+
+def _of_first(runs: Sequence[Planned]) -> list[Planned]:
+    """Return the runs of the first seed and imbalance factor, whose data are loaded."""
+    return [run for run in runs if (run.config.seed, run.config.data) == (runs[0].config.seed, runs[0].config.data)]
+
+
+def _compare(
+    config: Config,
+    runs: Sequence[Planned],
+    out: Path,
+    data: LongTailedData,
+    jobs: int | None,
+    *,
+    overwrite: bool,
+    quiet: bool,
+) -> list[Record]:
     if overwrite and out.exists():
         check_reads_nothing_in(out, config)
+        check_nobody_trains_in(out)
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -208,10 +236,16 @@ def compare(
     comparison = {"format": FORMAT, "recipe": config.to_dict()}
     if not (out / "comparison.json").exists():  # what is there is replaced when a run of it has been accepted
         write_json(out / "comparison.json", comparison)
+    if earlier := sorted(_earlier(out) - {run.name for run in runs}):
+        logger.info(
+            "%s: has %d runs of an earlier call (%s), which are not in this table; longtail report %s/*-seed* compares "
+            "all of them",
+            *(out, len(earlier), ", ".join(earlier[:3]) + ("…" if len(earlier) > 3 else ""), out),
+        )
     records: dict[Planned, Record] = {}
     in_threads = jobs != 1 and _on_accelerator(config)
     if in_threads:
-        reasons = [reason_against_threads(auto_config(run.config, data)[0], data) for run in runs[: len(methods)]]
+        reasons = [reason_against_threads(auto_config(run.config, data)[0], data) for run in _of_first(runs)]
         if reason := next(filter(None, reasons), ""):
             logger.info("the runs cannot share one process: %s", reason)
             in_threads = False
@@ -232,6 +266,11 @@ def compare(
         shown = "n/a" if value is None else f"{value:.1f} %"
         logger.info("%d/%d %s: %s %s, %.0f s", len(records), len(runs), what, title, shown, entry.seconds)
     return [records[run] for run in runs]
+
+
+def _earlier(out: Path) -> set[str]:
+    """Return the names of the finished runs in the folder of a comparison."""
+    return {path.parent.parent.name for path in out.glob("*-seed*/recognizer/config.json")}
 
 
 def _check_settings(planned: Planned, data: LongTailedData) -> None:

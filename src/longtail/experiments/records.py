@@ -38,6 +38,8 @@ class Record:
     imbalance: float | None = None
     """Imbalance factor, where the comparison has several."""
     task: str = "classification"
+    test_images: str | None = None
+    """Hash of the test images; None where the version that trained the run kept none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the metrics beside the rest."""
@@ -66,6 +68,7 @@ def run_record(run: Run) -> Record:
         seconds=run.seconds,
         teacher_seconds=run.teacher_seconds,
         task=run.model_config.task,
+        test_images=run.model_config.training_info.get("test_images"),
     )
 
 
@@ -151,7 +154,7 @@ def summarize(records: Sequence[Record], method: str, name: str) -> Summary | No
 def differences(records: Sequence[Record], baseline: object = None) -> list[Difference]:
     """Return every method against each that stands before it, or all against ``baseline``, paired by seed.
 
-    There is one difference per pair and compared metric of the task.
+    Runs on other test images are no pair. There is one difference per pair and compared metric of the task.
     """
     results: list[Difference] = []
     measures = TASKS[records[0].task].compared_metrics if records else ()
@@ -169,10 +172,10 @@ def differences(records: Sequence[Record], baseline: object = None) -> list[Diff
 def _difference(
     records: Sequence[Record], method: str, baseline: str, imbalance: float | None, measure: str
 ) -> Difference | None:
-    ours, theirs = (
-        {r.seed: r.metrics.get(measure) for r in records if r.method == name} for name in (method, baseline)
-    )
-    both = ((ours[seed], theirs[seed]) for seed in ours if seed in theirs)
+    ours, theirs = ({r.seed: r for r in records if r.method == name} for name in (method, baseline))
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    same = [pair for pair in pairs if len({each.test_images for each in pair} - {None}) <= 1]
+    both = ((a.metrics.get(measure), b.metrics.get(measure)) for a, b in same)
     gaps = [a - b for a, b in both if a is not None and b is not None]
     if not gaps:
         return None
@@ -194,7 +197,8 @@ def recommendation(records: Sequence[Record]) -> str:
     """Return one line that says which method to take; empty for a single method.
 
     It is the best in the task's main metric, or the cheapest (teacher included) of the methods that are not shown to be
-    worse, cost at least a tenth less, and less with every seed than the best with any; with one seed, the best.
+    worse, cost at least a tenth less, and less with every seed than the best with any. Where a method has fewer than
+    two pairs with the best, it is the best, with that doubt.
     """
     methods = methods_of(records)
     if len(methods) < 2 or imbalances_of(records) != [None]:
@@ -212,23 +216,26 @@ def recommendation(records: Sequence[Record]) -> str:
     def cost(method: str) -> float:
         return statistics.fmean(costs(method))
 
-    def as_good(method: str) -> bool:
-        difference = _difference(records, best, method, None, measure)
-        return difference is not None and difference.low is not None and difference.low <= 0
+    lows = {
+        method: None if difference is None else difference.low
+        for method in scores
+        if method != best
+        for difference in [_difference(records, best, method, None, measure)]
+    }
+    unknown = [method for method, low in lows.items() if low is None]
+    as_good = [method for method, low in lows.items() if low is not None and low <= 0]
 
     # times of equal work differ by chance: a method is cheaper if it takes a tenth less, with every seed
     cheaper = [
-        method
-        for method in scores
-        if as_good(method) and cost(method) < _CHEAPER * cost(best) and max(costs(method)) < min(costs(best))
+        method for method in as_good if cost(method) < _CHEAPER * cost(best) and max(costs(method)) < min(costs(best))
     ]
     taken = min([best, *cheaper], key=cost)
-    seeds = len({record.seed for record in records})
-    if seeds == 1:
-        return f"best: {best} ({title} {scores[best]:.1f}); one seed, so differences may be chance: --seeds 3"
+    if unknown:
+        common = f"fewer than two seeds and sets of test images in common with {', '.join(unknown)}"
+        why = "one seed" if len({record.seed for record in records}) == 1 else common
+        return f"best: {best} ({title} {scores[best]:.1f}); {why}, so differences may be chance: --seeds 3"
     if taken == best:
-        rivals = ", ".join(method for method in scores if method != best and as_good(method))
-        doubt = f", but not shown to be better than {rivals}" if rivals else ""
+        doubt = f", but not shown to be better than {', '.join(as_good)}" if as_good else ""
         return f"take {best}: best {title}, {scores[best]:.1f}{doubt}"
     compared = f"not shown to be worse than {best} ({scores[best]:.1f}), and cheaper"
     return f"take {taken}: {title} {scores[taken]:.1f}, {compared}"

@@ -11,15 +11,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from longtail.data.image_io import image_errors, open_header, open_image, read_or_record, to_rgb
+from longtail.data.image_io import open_image, read_or_record, to_rgb
 from longtail.data.palette import class_colors
-from longtail.data.paths import printable
-from longtail.errors import LongtailError
-from longtail.files import atomic_write
 from longtail.inference.output import PredictionOutput, readable_files
+from longtail.inference.pictures import OVERLAY, free_paths, write_picture
 
 Labels = np.ndarray[Any, Any]
 
@@ -88,32 +85,11 @@ def write_label_image(out: Path, file: Path, labels: Labels, classes: int) -> tu
 
     A number is appended to a name that another image has taken.
     """
-    stem, number = file.stem, 1
-    source = printable(file.resolve())  # PNG's texts are Unicode, names of files may be other bytes
-    paths = (out / f"{stem}.png", out / f"{stem}-overlay.png")
-    while any(path.exists() and _source(path) != source for path in paths):
-        number += 1
-        stem = f"{file.stem}-{number}"
-        paths = (out / f"{stem}.png", out / f"{stem}-overlay.png")
-    metadata = PngInfo()
-    metadata.add_text("Source", source)
-    images = (label_image(labels, classes), overlay(open_image(file), labels, classes))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
-    for path, image in zip(paths, images, strict=True):
-        atomic_write(path, lambda partial, image=image: image.save(partial, "PNG", pnginfo=metadata))  # type: ignore[misc]
-    return paths
-
-
-def _source(path: Path) -> str | None:
-    """Return which image a file was made of; None if it is another kind of file."""
-    try:
-        with image_errors(path), open_header(path) as image:
-            return image.info.get("Source")
-    except LongtailError:
-        return None
+    label_path, overlay_path = free_paths(out, file, (".png", OVERLAY))
+    mixed = overlay(open_image(file), labels, classes)
+    write_picture(label_path, label_image(labels, classes), file)
+    write_picture(overlay_path, mixed, file)
+    return label_path, overlay_path
 
 
 def overlay(image: Image.Image, labels: Labels, classes: int, opacity: float = 0.6) -> Image.Image:

@@ -60,8 +60,8 @@ def compute_loss_func(loss: nn.Module) -> Callable[..., Tensor]:
         if num_items_in_batch is None:
             mean: Tensor = loss(scores, labels)
             return mean
-        # of probabilities, every entry is counted as an item
-        entries = labels.shape[1] if labels.is_floating_point() else 1
+        # of labels for every class, each entry is counted as an item
+        entries = labels.shape[1] if labels.shape == scores.shape else 1
         summed: Tensor = total(scores, labels)
         return summed * entries / num_items_in_batch
 

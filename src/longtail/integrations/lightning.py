@@ -34,6 +34,9 @@ class GMLCallbackMixin:
         mixture_weight: weight of both terms [the paper's β].
         unpack: from a batch to images, labels and ids; the first three entries, if not given.
         **options: of :class:`~longtail.integrations.mixture.MixtureTerms`.
+
+    Raises:
+        LongtailError: (by a fit) the module optimizes manually, or its ``training_step`` returns no features.
     """
 
     def __init__(
@@ -57,6 +60,11 @@ class GMLCallbackMixin:
         """Give the module the trained parts, and add the terms to what its ``training_step`` returns."""
         if stage != "fit":
             return
+        if not pl_module.automatic_optimization:
+            raise LongtailError(
+                "automatic_optimization: expected True, since the terms are added to the loss that training_step "
+                "returns, which manual optimization does not use; compute them with MixtureTerms in training_step"
+            )
         self.teardown(trainer, pl_module, stage)  # which an interrupted fit has left out
         pl_module.add_module("gml", self.terms)
         step = pl_module.training_step

@@ -68,7 +68,10 @@ class MixtureTerms(nn.Module):
     def forward(
         self, features: Tensor, teacher_features: Tensor, labels: Tensor, ids: Tensor | None = None
     ) -> GMLTerms:
-        """Push the teacher's features into the queues, and return both terms.
+        """Push the teacher's features into the queues, in training mode, and return both terms.
+
+        A batch of one image has no statistics: both projections then use their running ones, and leave them as they
+        are.
 
         Args:
             features: (B, F) of the network that is trained; under several processes, B is the same in all.
@@ -87,9 +90,17 @@ class MixtureTerms(nn.Module):
                     "learn_temperature=False"
                 )
             ids = torch.full_like(labels, -1)
-        self.queues.push(teacher_features, labels, ids)
+        if self.training:
+            self.queues.push(teacher_features, labels, ids)
         slots = self.queues.slots()
+        alone = self.training and len(features) == 1
+        if alone:
+            self.query_mlp.eval()
+            self.key_mlp.eval()
         queries, keys = self.query_mlp(features), self.key_mlp(slots.features)
+        if alone:
+            self.query_mlp.train()
+            self.key_mlp.train()
         return self.criterion.terms(queries, labels, keys, slots.labels, ids, slots.ids)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:

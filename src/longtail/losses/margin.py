@@ -162,7 +162,7 @@ class LDAMLoss(ScoreLoss):
         self.scale = scale
         counts = as_counts(class_counts)
         present = (counts > 0).float()
-        weights = present if class_weights is None else compute_class_weights(class_weights, counts, beta) * present
+        weights = present if class_weights is None else compute_class_weights(class_weights, counts, beta)
         if isinstance(class_weights, str):
             weights = scale_to_images(weights, counts)
         self.register_buffer("margins", ldam_margins(counts, max_margin), persistent=False)

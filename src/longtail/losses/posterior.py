@@ -30,7 +30,7 @@ from longtail.losses.score_loss import (
     without_classes,
 )
 
-_LEAST_LOG = -1e4  # of a probability: its exponential is 0
+_LEAST_LOG = -1e4  # of a probability, also in half precision: its exponential is 0
 
 
 def compute_log_prior(class_counts: Counts) -> Tensor:
@@ -46,6 +46,16 @@ def compute_log_prior(class_counts: Counts) -> Tensor:
     return (counts / counts.sum()).log().float()
 
 
+def _to_finite(log_prior: Tensor) -> Tensor:
+    """Return a log prior as a buffer keeps it: a weight average that includes buffers would make NaN of −inf."""
+    return log_prior.clamp(min=_LEAST_LOG)
+
+
+def _from_finite(buffer: Tensor) -> Tensor:
+    """Return the log prior of a buffer, −inf for a class without images."""
+    return buffer.masked_fill(buffer < _LEAST_LOG / 2, -math.inf)
+
+
 class ClassPrior(nn.Module):
     """Class counts of a training set, and the logarithm of the class frequencies, as buffers.
 
@@ -54,26 +64,38 @@ class ClassPrior(nn.Module):
 
     Attributes:
         class_counts: (C,) int64 buffer.
-        log_prior: (C,) float32 buffer, log p(c); −inf for a class without images.
+        finite_log_prior: (C,) float32 buffer, log p(c); −10⁴ for a class without images.
 
     Raises:
         ValueError: counts that are negative, not whole, not one-dimensional, or all zero.
     """
 
     class_counts: Tensor
-    log_prior: Tensor
+    finite_log_prior: Tensor
 
     def __init__(self, class_counts: Counts) -> None:
         super().__init__()
         counts = as_counts(class_counts)
         if not bool((counts == counts.round()).all()):
             raise ValueError("class_counts: expected whole numbers; for frequencies use compute_log_prior")
-        self.register_buffer("log_prior", compute_log_prior(counts))
+        self.register_buffer("finite_log_prior", _to_finite(compute_log_prior(counts)))
         self.register_buffer("class_counts", counts.long())
+
+    @property
+    def log_prior(self) -> Tensor:
+        """(C,) log p(c); −inf for a class without images."""
+        return _from_finite(self.finite_log_prior)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        before = state_dict.pop(f"{prefix}log_prior", None)  # of an earlier version
+        if before is not None:
+            state_dict[f"{prefix}finite_log_prior"] = _to_finite(before)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def subtracted_from(self, scores: Tensor) -> Tensor:
         """Return (B, C) or (B, C, H, W) scores without the log prior; of a class without images they stay."""
-        log_prior = self.log_prior.masked_fill(self.class_counts == 0, 0.0)
+        log_prior = self.log_prior
+        log_prior = log_prior.masked_fill(log_prior == -math.inf, 0.0)
         return to_full_precision(scores) - broadcast_to_classes(log_prior, scores)
 
 
@@ -158,9 +180,9 @@ class LogitAdjustedLoss(ScoreLoss):
         1.3863
     """
 
-    log_prior: Tensor
+    finite_log_prior: Tensor
 
-    per_class = "log_prior"
+    per_class = "finite_log_prior"
 
     def __init__(
         self,
@@ -175,7 +197,12 @@ class LogitAdjustedLoss(ScoreLoss):
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength: expected a factor of at least 0, got {strength}")
         self.strength = strength
-        self.register_buffer("log_prior", compute_log_prior(class_counts), persistent=False)
+        self.register_buffer("finite_log_prior", _to_finite(compute_log_prior(class_counts)), persistent=False)
+
+    @property
+    def log_prior(self) -> Tensor:
+        """(C,) log class frequencies; −inf for a class without images."""
+        return _from_finite(self.finite_log_prior)
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""

@@ -92,7 +92,7 @@ def federated_classes(labels: Tensor, class_counts: Tensor, number: int) -> Tens
     Args:
         labels: (B,) int64 in [0, C), C for the background, −1 where a region is ignored.
         class_counts: (C,) training images or objects of each class.
-        number: of classes; a batch with objects of more has all of these.
+        number: of classes; a batch with objects of more has all of these, and one where fewer have images these alone.
     """
     num_classes = len(class_counts)
     objects = torch.where(labels < 0, num_classes, labels)
@@ -102,4 +102,5 @@ def federated_classes(labels: Tensor, class_counts: Tensor, number: int) -> Tens
     noise = -torch.empty(num_classes, device=labels.device).exponential_().log()
     keys = 0.5 * class_counts.to(noise).log() + noise
     chosen = keys.masked_fill(present, math.inf).topk(min(number, num_classes)).indices
-    return present.scatter(0, chosen, True)
+    # where fewer classes have images, the others are among them
+    return present | (present.scatter(0, chosen, True) & (class_counts > 0))

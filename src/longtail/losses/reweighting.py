@@ -105,8 +105,8 @@ def compute_class_weights(
     | sequence, array, tensor | entry c |
 
     The named ones are scaled to a mean of 1 over the C classes (by :class:`~longtail.losses.LDAMLoss` over the images
-    instead), and are 0 for a class without images. The others are taken as they are. Samples of a class of weight 0 are
-    left out of the mean.
+    instead). The others are taken as they are. Where the counts are given, the weight of a class without images is 0.
+    Samples of a class of weight 0 are left out of the mean.
 
     Args:
         class_weights: see the table.
@@ -147,7 +147,7 @@ def compute_class_weights(
     weights = as_counts(class_weights, "class_weights", "weight").float().to(counts.device)
     if len(weights) != len(counts):
         raise ValueError(f"class_weights: expected {len(counts)} weights, one for each class, got {len(weights)}")
-    return weights
+    return weights * (counts > 0)
 
 
 def weighted_cross_entropy(

@@ -124,7 +124,8 @@ class SeesawLoss(ScoreLoss):
             if not 0 <= exponent < math.inf:
                 raise ValueError(f"{name}: expected an exponent of at least 0, got {exponent}")
         self.mitigation, self.compensation = mitigation, compensation
-        self.register_buffer("class_counts", as_counts(class_counts).float(), persistent=False)
+        # whole numbers keep their type where the module is converted to half precision, which ends at 65,504
+        self.register_buffer("class_counts", as_counts(class_counts).ceil().long(), persistent=False)
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from longtail.config import Config
+from longtail.config import Config, first_stage_epochs
 from longtail.data.samplers import ends_balanced
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.methods.base import LabelKind, Method
@@ -44,7 +44,7 @@ def shown_prior(config: Config) -> PriorName:
 
     Pixels and objects are not balanced by a sampler, which draws whole images.
     """
-    balanced = ends_balanced(config.data.sampler, config.data.deferred_from)
+    balanced = ends_balanced(config.data.sampler, config.data.deferred_from, first_stage_epochs(config))
     return "uniform" if balanced and not is_decoder_network(config.network) else "train"
 
 

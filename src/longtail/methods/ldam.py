@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from longtail.config import Config, Fraction, Settings
+from longtail.config import Config, Fraction, Settings, first_stage_epochs
 from longtail.data.loader import Batch
+from longtail.data.samplers import last_phase_start
 from longtail.losses.margin import ldam_loss, ldam_margins
 from longtail.losses.reweighting import effective_number_weights, scale_to_images
 from longtail.methods.classifier import ReweightedLoss
@@ -28,7 +29,7 @@ class LDAMSettings(Settings):
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Overlap of the samples of a class in the late re-weighting [β]."""
     reweight_from: Fraction = 0.8
-    """Fraction of the training after which classes are re-weighted."""
+    """Fraction of the training after which classes are re-weighted; below 1, at least in its last epoch."""
 
 
 class LDAM(ReweightedLoss):
@@ -47,6 +48,7 @@ class LDAM(ReweightedLoss):
     ) -> None:
         super().__init__(config, encoder, class_counts, *teacher, **adapter)
         settings = config.section(LDAMSettings)
+        self.reweight_from = last_phase_start(settings.reweight_from, first_stage_epochs(config))
         self.register_buffer("margins", ldam_margins(self.prior.class_counts, settings.max_margin), persistent=False)
         counts = self.prior.class_counts
         weights = effective_number_weights(counts, settings.beta)
@@ -61,7 +63,7 @@ class LDAM(ReweightedLoss):
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy with margins, re-weighted by class late in the training."""
-        late = batch.epoch_fraction >= self.config.section(LDAMSettings).reweight_from
+        late = batch.epoch_fraction >= self.reweight_from
         if isinstance(late, Tensor):
             weights = torch.where(late, self.weights, self.equal_weights)
         else:

@@ -202,9 +202,9 @@ def channels_last(images: Tensor) -> Tensor:
 
 
 def _resize(images: Tensor, size: int | None) -> Tensor:
-    if size is None or images.shape[-1] == size:
+    if size is None or images.shape[-2:] == (size, size):
         return images
-    shrinks = images.shape[-1] > size
+    shrinks = max(images.shape[-2:]) > size
     return F.interpolate(images, size=size, mode="bicubic", antialias=shrinks).clamp(0, 1)
 
 

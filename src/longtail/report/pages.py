@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -108,7 +109,7 @@ def comparison_report(records: Sequence[Record], out: Path, budget: str) -> Path
     runs = [read_finished(out / folder) for folder in folders]
     figure = comparison_plots.comparison(records)
     plots.save_png(figure, out / "comparison.png")
-    links = [f"{folder}/report.html" for folder in folders]
+    links = [quote(f"{folder}/report.html") for folder in folders]
     _comparison(records, runs, links, out / "report.html", f"Comparison · {out.name}", _BUDGETS[budget])
     return out / "report.html"
 
@@ -130,7 +131,7 @@ def runs_report(folders: Sequence[Path], page: Path) -> list[Record]:
         replace(run_record(run), method=label) for run, label in zip(labelled.runs, labelled.labels, strict=True)
     ]
     links = [
-        Path(os.path.relpath(run.folder / "report.html", page.parent)).as_posix()
+        quote(Path(os.path.relpath(run.folder / "report.html", page.parent)).as_posix(), errors="surrogateescape")
         if (run.folder / "report.html").is_file()
         else ""
         for run in labelled.runs

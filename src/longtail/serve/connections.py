@@ -46,11 +46,12 @@ class TrustedHosts:
 
     Args:
         app: the application.
-        hosts: without port, IPv6 addresses in brackets; :data:`ANY_ADDRESS` stands for every address.
+        hosts: with or without port, IPv6 addresses in brackets; :data:`ANY_ADDRESS` stands for every address.
     """
 
     def __init__(self, app: _App, hosts: Sequence[str]) -> None:
-        self.app, self.hosts = app, [host.lower() for host in hosts]
+        named = [(host.lower(), _HOST.fullmatch(host.lower())) for host in hosts]
+        self.app, self.hosts = app, [host if matched is None else matched[1] for host, matched in named]
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         """Answer a request."""
@@ -132,14 +133,14 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
     Raises:
-        LongtailError: the address is not this machine's, or the port is taken.
+        LongtailError: the address is not this machine's or no name at all, or the port is taken.
     """
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
         listening.listen(128)  # clients that connect as soon as the address is printed wait instead of being refused
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:  # the last two: a name that IDNA cannot encode
         listening.close()
         raise LongtailError(f"--host {host} --port {port}: cannot be listened at: {error}") from None
     return listening

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from longtail.config import Config, read_config
@@ -14,6 +15,8 @@ from longtail.errors import LongtailError
 from longtail.inference.model import TrainedModel
 from longtail.inference.model_config import read_model_config
 from longtail.registry import TASKS
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(folder: Path | str) -> TrainedModel:
@@ -57,4 +60,6 @@ def load_run(run: Path, data_root: str | None = None) -> tuple[TrainedModel, Con
             f"{run}: was trained on other images than {source} has for training now, so its test images may be among "
             "those it was trained on: give the images as they were"
         )
+    if model.config.training_info.get("test_images") not in {None, data.fingerprints["test_images"]}:
+        logger.info("%s: has other test images than when it was trained: its metrics are not those of then", run)
     return model, config, data

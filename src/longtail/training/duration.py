@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from longtail.config import Config
+from longtail.config import Config, first_stage_epochs
 from longtail.nn import Encoder
 from longtail.nn.tuning import merge_lora
 from longtail.registry import METHODS
-from longtail.training.second_stage import first_stage_epochs
 from longtail.training.sharpness import passes_per_step
 
 _IMAGES = 16  # of a measured batch: the time of an image hardly depends on it

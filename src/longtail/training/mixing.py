@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from longtail.config import Config
+from longtail.config import Config, first_stage_epochs
 from longtail.data.mixing import Mixer
 from longtail.errors import LongtailError
 from longtail.methods.base import LabelKind, Method
-from longtail.training.second_stage import first_stage_epochs
 
 
 def build_mixer(config: Config, method: type[Method], class_counts: list[int], label_kind: LabelKind) -> Mixer | None:

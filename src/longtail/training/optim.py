@@ -8,7 +8,7 @@ import torch
 
 from longtail.config import Config
 from longtail.methods.base import Method
-from longtail.nn import CosineClassifier
+from longtail.nn import CosineClassifier, LinearClassifier, RegionClassifier
 from longtail.nn.tuning import layer_depths
 
 
@@ -69,7 +69,7 @@ def limit_row_norms(method: Method, max_norm: float) -> None:
     Source: MaxNorm of Alshammari et al., *Long-Tailed Recognition via Weight Balancing*, CVPR 2022, arXiv 2203.14197.
     """
     for module in method.modules():
-        if isinstance(module, CosineClassifier) and module.weight.requires_grad:
+        if isinstance(module, CosineClassifier | LinearClassifier | RegionClassifier) and module.weight.requires_grad:
             norms = torch.linalg.vector_norm(module.weight, dim=1, keepdim=True)
             module.weight.mul_((max_norm / norms.clamp(min=1e-12)).clamp(max=1.0))
 

@@ -23,6 +23,8 @@ from longtail.inference.model_config import ModelConfig, read_model_config
 from longtail.run_folder import RESULTS, is_partial, is_run
 from longtail.training.metric_log import read_metrics
 
+_LOCK = ".training.lock"
+
 INCIDENTAL = frozenset(
     {
         *("device", "compile", "checkpoint_seconds", "log"),
@@ -66,20 +68,27 @@ def run_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -
     if rank() > 0:  # process 0 does it, and writes
         yield
         return
+    check_run_folder(folder, config, resume=resume, overwrite=overwrite)
+    with alone_in(folder):
+        _create(folder, config, overwrite=overwrite)
+        yield
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other trainings and comparisons out of a folder.
+
+    Raises:
+        LongtailError: another process trains in it, or the folder that it is in cannot be written.
+    """
     # beside the folder, whose content --overwrite removes; a teacher has a lock of its own, which its run waits for
-    lock = FileLock(folder.with_name(f".{folder.name}.training.lock"))
+    lock = FileLock(folder.with_name(f".{folder.name}{_LOCK}"))
     try:
-        _check_folder(folder, config, resume=resume, overwrite=overwrite)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise LongtailError(
-            f"{folder}: another process trains in it; wait until it has ended, or choose another --out"
-        ) from None
     except OSError as error:
         raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    _acquire(lock, folder)
     try:
-        _create(folder, config, overwrite=overwrite)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -87,8 +96,31 @@ def run_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -
         lock.release()
 
 
-def _check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    entries = [path for path in folder.iterdir() if not is_partial(path.name)] if folder.exists() else []
+def check_nobody_trains_in(folder: Path) -> None:
+    """Raise LongtailError if another process trains in a folder of this one."""
+    for path in (*folder.glob(f".*{_LOCK}"), *folder.glob(f"*/.*{_LOCK}")):
+        lock = FileLock(path)
+        _acquire(lock, path.with_name(path.name.removeprefix(".").removesuffix(_LOCK)))
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LongtailError(
+            f"{folder}: another process trains in it; wait until it has ended, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def check_run_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Raise LongtailError if a run cannot be made in a folder; nothing is changed. See :func:`run_folder`."""
+    try:
+        entries = [path for path in folder.iterdir() if not is_partial(path.name)] if folder.exists() else []
+    except OSError as error:
+        raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
     if entries:
         # what is only continued is not removed: of settings that cannot be read the reader says why
         if not (folder / "config.yaml").is_file() or ((overwrite or not resume) and not is_run(folder)):

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtail.config import Config
+from longtail.config import Config, first_stage_epochs
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loader import TrainLoader
 from longtail.data.samplers import epoch_order
@@ -68,20 +68,6 @@ class HeadSettings:
     """τ; chosen on the validation images if not given, 1 where there are none."""
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
-
-
-def first_stage_epochs(config: Config) -> int:
-    """Return the epochs of the first stage: all, or those that a second stage leaves, at least one for either.
-
-    >>> from longtail.config import Config
-    >>> [first_stage_epochs(Config(epochs=epochs, second_stage="crt")) for epochs in (2, 14, 200)]
-    [1, 13, 180]
-    """
-    assert isinstance(config.epochs, int)
-    if config.second_stage == "none":
-        return config.epochs
-    second = max(1, round(config.second_stage_fraction * config.epochs))
-    return max(1, config.epochs - second)
 
 
 def train_second_stage(model: TrainedModel, data: LongTailedData, config: Config, quiet: bool) -> TrainedModel:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import longtail
-from longtail.config import Config, choose_method
+from longtail.config import Config, choose_method, first_stage_epochs
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loader import Batch, TrainLoader
 from longtail.data.mixing import Mixer
@@ -45,7 +45,7 @@ from longtail.training.mixing import build_mixer
 from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, check_same_images, run_folder, write_unreadable
-from longtail.training.second_stage import first_stage_epochs, train_second_stage
+from longtail.training.second_stage import train_second_stage
 from longtail.training.seen_images import write_train_images
 from longtail.training.sharpness import SharpnessAware, check_sharpness, passes_per_step
 from longtail.training.steps import DeviceSteps, LoaderSteps, Student, batches_on_device, build_steps

@@ -15,15 +15,13 @@ from longtail.data.listing.folders import names_by_folder
 from longtail.data.listing.tables import (
     MOST_DIGITS,
     Table,
-    from_latin1,
-    is_undecoded,
     parse_labels,
     parse_splits,
     read_table,
-    read_text,
 )
 from longtail.data.listing.types import SPLITS, Entries, Listing
 from longtail.data.paths import nfc, printable, shortest_paths
+from longtail.data.text import from_latin1, is_undecoded, read_text
 from longtail.errors import LongtailError, did_you_mean
 
 Label = TypeVar("Label", int, str)

@@ -6,8 +6,9 @@ import math
 import posixpath
 from pathlib import Path
 
-from longtail.data.listing.tables import IMAGE_COLUMNS, from_latin1, is_undecoded, pick_column, read_columns
+from longtail.data.listing.tables import IMAGE_COLUMNS, pick_column, read_columns
 from longtail.data.paths import nfc, printable
+from longtail.data.text import from_latin1, is_undecoded
 from longtail.errors import LongtailError
 
 

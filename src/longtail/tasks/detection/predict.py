@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from tqdm import tqdm
 from longtail.data.detection import Detections
 from longtail.data.image_io import open_image, read_or_record, to_rgb
 from longtail.data.palette import class_colors
+from longtail.data.paths import printable
 from longtail.data.prefetch import prefetch
 from longtail.errors import LongtailError
-from longtail.evaluation.detection_results import to_results
-from longtail.files import atomic_write, write_text
+from longtail.evaluation.detection_results import load_results, to_results
+from longtail.files import write_text
 from longtail.inference.model import Prior
 from longtail.inference.options import InferenceOptions
 from longtail.inference.output import (
@@ -28,11 +29,13 @@ from longtail.inference.output import (
     object_rows,
     readable_files,
 )
+from longtail.inference.pictures import OBJECTS, free_paths, write_picture
 from longtail.tasks.base import PredictionRequest
 from longtail.tasks.detection.detector import Detector
 from longtail.tasks.detection.drawing import draw_detections
 
 RESULTS = "detections.json"
+_ADVICE = "name another --out"
 _MOST = 100  # of an image
 _PAGE_THRESHOLD = 0.05  # of what a web page is sent, which hides a part of it
 
@@ -50,47 +53,44 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
     check_request(request.prior, request.options, request.coverage)
     threshold = OBJECT_THRESHOLD if request.threshold is None else request.threshold
     names, most = model.config.class_names, request.top or _MOST
+    classes = dict(zip(model.config.class_ids or range(1, len(names) + 1), names, strict=True))
+    earlier = [] if request.out is None else _earlier_results(request.out / RESULTS, files, classes)
     unreadable: dict[Path, str] = {}
-    opened: list[tuple[Path, str, Image.Image | None]] = []  # with its drawing's name, of those not yet written
+    opened: list[tuple[Path, Image.Image | None]] = []  # the image if it is to be drawn on, of those not yet written
 
     def decoded() -> Iterator[Image.Image]:
-        images = prefetch(lambda file: read_or_record(_open_rgb, file, unreadable), files)
-        for drawing, (file, image) in zip(_drawing_names(files), images, strict=True):
+        for file, image in prefetch(lambda file: read_or_record(_open_rgb, file, unreadable), files):
             if image is not None:
-                opened.append((file, drawing, None if request.out is None else image))
+                opened.append((file, None if request.out is None else image))
                 yield image
 
-    records: list[dict[str, Any]] = []
-    rows: list[list[str]] = []
-    every: list[Detections] = []
+    found: list[tuple[Path, Detections, dict[str, Any]]] = []  # with the record of the image
+    kept: list[dict[str, Any]] = []
     model.log_prior(request.prior)  # refused before the first image
     found_in_each = model.find(decoded(), score_threshold=threshold, max_detections=most, prior=request.prior)
-    readable: list[Path] = []
-    for each in tqdm(found_in_each, total=len(files), unit="image", disable=not request.progress, leave=False):
-        file, drawing, image = opened.pop(0)
-        readable.append(file)
-        detections = _above(each, threshold, most)
-        every.append(detections)
-        objects = _objects(detections, names)
-        record: dict[str, Any] = {"path": str(file), "objects": objects}
-        if request.out is not None and image is not None:
-            record["drawing"] = str(request.out / drawing)
-            _write_drawing(request.out / drawing, image, detections, names)
-        records.append(record)
-        rows += object_rows(file, objects)
+    try:
+        for each in tqdm(found_in_each, total=len(files), unit="image", disable=not request.progress, leave=False):
+            file, image = opened.pop(0)
+            detections = _above(each, threshold, most)
+            record: dict[str, Any] = {"path": str(file), "objects": _objects(detections, names)}
+            found.append((file, detections, record))
+            if request.out is not None and image is not None:
+                (drawing,) = free_paths(request.out, file, (OBJECTS,))
+                write_picture(drawing, draw_detections(image, detections, names), file)
+                record["drawing"] = str(drawing)
+    finally:  # also what was found before Ctrl-C, or before an image that fails
+        if request.out is not None and found:
+            kept = _of_others(earlier, [file for file, _, _ in found])
+            _write_results(request.out / RESULTS, found, classes, kept)
     readable_files(files, unreadable)  # an error if there is none
     notes = [f"objects with a score of at least {threshold:g}"]
     if request.out is not None:
-        ids = _image_ids(readable)
-        class_ids = model.config.class_ids or tuple(range(1, len(names) + 1))
-        # with paths and names, as the ids of annotations that the file is evaluated on may be others
-        results = to_results(every, ids, class_ids, [str(file) for file in readable], names)
-        lines = [json.dumps(entry) for entry in results]
-        write_text(request.out / RESULTS, "[\n" + ",\n".join(lines) + "\n]\n")  # an object a line
-        for record, image_id in zip(records, ids, strict=True):
-            record["image_id"] = image_id
-        notes.append(f"drawings and {RESULTS} (category {class_ids[0]} is {names[0]}): {request.out}")
-    return PredictionOutput(records, OBJECTS_HEADER, rows, notes, unreadable)
+        notes.append(f"drawings and {RESULTS} (category {next(iter(classes))} is {names[0]}): {request.out}")
+    if kept:
+        others = len({entry["file_name"] for entry in kept})
+        notes.append(f"{RESULTS} keeps the objects of earlier predictions of other images ({others:,})")
+    rows = [row for file, _, record in found for row in object_rows(file, record["objects"])]
+    return PredictionOutput([record for _, _, record in found], OBJECTS_HEADER, rows, notes, unreadable)
 
 
 def find_objects(model: Detector, image: Image.Image, prior: Prior) -> list[dict[str, Any]]:
@@ -121,29 +121,67 @@ def _objects(detections: Detections, names: Sequence[str]) -> list[dict[str, Any
     return object_records(boxes, labels, scores, names)
 
 
-def _image_ids(files: Sequence[Path]) -> list[int]:
-    """Return the numbers in the names of COCO's files (000000012.jpg is 12), or 1, 2, … where not all have such."""
-    stems = [file.stem for file in files]
-    if all(stem.isascii() and stem.isdigit() for stem in stems) and len({int(stem) for stem in stems}) == len(stems):
-        return [int(stem) for stem in stems]
-    return list(range(1, len(files) + 1))
+def _earlier_results(path: Path, files: Sequence[Path], classes: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return the entries of the result file of earlier predictions; none if there is no file.
 
-
-def _drawing_names(files: Sequence[Path]) -> list[str]:
-    """Return the name of every drawing; a number tells images of one name from several folders apart."""
-    names: list[str] = []
-    taken = Counter[str]()
-    for file in files:
-        taken[file.stem] += 1
-        number = "" if taken[file.stem] == 1 else f"-{taken[file.stem]}"
-        names.append(f"{file.stem}-objects{number}.jpg")
-    return names
-
-
-def _write_drawing(path: Path, image: Image.Image, detections: Detections, names: Sequence[str]) -> None:
+    Raises:
+        LongtailError: it is another program's file, or objects in other images are of classes that the model has not.
+    """
+    if not path.exists():
+        return []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{path.parent}: cannot be made: {error.strerror}") from None
-    drawing = draw_detections(image, detections, names)
-    atomic_write(path, lambda partial: drawing.save(partial, "JPEG", quality=90))
+        entries = load_results(path)
+    except LongtailError as error:
+        raise LongtailError(f"{error}; it is no file of longtail predict, which would replace it: {_ADVICE}") from None
+    if not all("file_name" in entry for entry in entries):
+        raise LongtailError(f"{path}: has entries without file_name, which longtail predict would lose; {_ADVICE}")
+    for entry in _of_others(entries, files):
+        class_id = entry["category_id"]
+        if class_id not in classes or entry.get("category_name", classes[class_id]) != classes[class_id]:
+            raise LongtailError(
+                f"{path}: category {class_id!r} of {printable(entry['file_name'])}, which is not predicted now, is no "
+                f"class of this model; {_ADVICE}"
+            )
+    return entries
+
+
+def _of_others(entries: Sequence[dict[str, Any]], files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the entries of a result file that are not of some images."""
+    paths = {file.resolve() for file in files}
+    others = {name for name in {entry["file_name"] for entry in entries} if Path(name).resolve() not in paths}
+    return [entry for entry in entries if entry["file_name"] in others]
+
+
+def _write_results(
+    path: Path,
+    found: Sequence[tuple[Path, Detections, dict[str, Any]]],
+    classes: Mapping[int, str],
+    kept: Sequence[dict[str, Any]],
+) -> None:
+    """Write the entries of earlier predictions and the objects that were found, and add their ``image_id`` to records.
+
+    With paths and names, as the ids of annotations that the file is evaluated on may be others.
+    """
+    files, detections, records = zip(*found, strict=True)
+    ids = _image_ids(files, {entry["image_id"] for entry in kept})
+    results = to_results(detections, ids, list(classes), [str(file) for file in files], list(classes.values()))
+    lines = [json.dumps(entry) for entry in [*kept, *results]]
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")  # an object a line
+    for record, image_id in zip(records, ids, strict=True):
+        record["image_id"] = image_id
+
+
+def _image_ids(files: Sequence[Path], taken: set[int | str]) -> list[int]:
+    """Return the numbers in the names of COCO's files (000000012.jpg is 12), or 1, 2, … where not all have such.
+
+    Args:
+        files: of the images.
+        taken: ids of other images.
+    """
+    stems = [file.stem for file in files]
+    if all(stem.isascii() and stem.isdigit() for stem in stems):
+        numbers = [int(stem) for stem in stems]
+        if len(taken.union(numbers)) == len(taken) + len(numbers):
+            return numbers
+    free = (number for number in itertools.count(1) if number not in taken)
+    return list(itertools.islice(free, len(files)))

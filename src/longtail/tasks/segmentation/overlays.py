@@ -25,6 +25,9 @@ def worst_examples(run: Path, examples: Sequence[Mapping[str, int]]) -> list[tup
         segmenter, _, data = load_run(run)
     except LongtailError:  # a report can be written without the images
         return []
+    tested = segmenter.config.training_info.get("test_images")
+    if tested not in {None, data.fingerprints["test_images"]}:  # the examples are positions among other images
+        return []
     images = data.test.images
     assert isinstance(segmenter, Segmenter)
     assert isinstance(images, SegmentationImages)
