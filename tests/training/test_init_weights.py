@@ -207,7 +207,9 @@ def test_on_the_command_line(first: Path, tmp_path: Path, command: Command) -> N
     flags = ["train", "digits-lt", "--method", "la", *TINY]
     code, _, error = command(*flags, "--out", first, "--resume")
     assert code == 2
-    advice = f"resume with the same settings, use --init {first} with another --out to go on for longer, or use"
+    advice = (
+        f"resume with the same settings and images, use --init {first} with another --out to go on for longer, or use"
+    )
     assert f"was started with epochs 6, not 2; {advice} --overwrite or another --out" in error
     assert error.count("\n") == 1
     code, _, error = command(*flags, "--init", first, "--out", tmp_path / "longer")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -181,6 +183,23 @@ def test_one_process_at_a_time_trains_in_a_folder(tiny: Config, tmp_path: Path) 
     assert equal(weights(out), before)
     fit(config, out, quiet=True, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_in_one_that_cannot_be_written(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    temporary = tempfile.TemporaryFile
+
+    def denied(dir: Path) -> object:
+        if dir == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return temporary(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    config = tiny.replace(method="la", epochs=1)
+    fit(config, made, quiet=True)
+    with pytest.raises(LongtailError, match="new: cannot be written: Permission denied"):
+        fit(config, tmp_path / "new", quiet=True)
 
 
 def test_what_a_killed_process_left_is_replaced(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,8 +85,13 @@ def alone_in(folder: Path) -> Iterator[None]:
     lock = FileLock(folder.with_name(f".{folder.name}{_LOCK}"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
     except OSError as error:
-        raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        if not folder.is_dir():
+            raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        yield  # a folder that was made for this user, in one of others: there is no place for a lock
+        return
     _acquire(lock, folder)
     try:
         yield
