@@ -114,16 +114,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it is in, where they do not exist; raises LongtailError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{path}: cannot be made: {error.strerror}") from None
+
+
 def write_json_output(path: Path, value: Any) -> None:
     """Write the output file of ``--json``: a string as it is, any other value as JSON. Creates the folder.
 
     Raises:
         LongtailError: the folder or the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{path.parent}: cannot be created: {error.strerror}") from None
+    make_folder(path.parent)
     if isinstance(value, str):
         write_text(path, value)
     else:

@@ -28,7 +28,7 @@ from longtail.devices import select_device
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.records import Record, columns, run_name, run_record
 from longtail.experiments.threads import MAX_AT_ONCE, reason_against_threads, train_in_threads
-from longtail.files import write_json, write_text
+from longtail.files import make_folder, write_json, write_text
 from longtail.registry import METHODS, TASKS, load_plugin, plugins
 from longtail.run_folder import is_comparison
 from longtail.training.auto_config import auto_config, find_weights
@@ -229,10 +229,7 @@ def _compare(
         check_reads_nothing_in(out, config)
         check_nobody_trains_in(out)
         shutil.rmtree(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
+    make_folder(out)
     comparison = {"format": FORMAT, "recipe": config.to_dict()}
     if not (out / "comparison.json").exists():  # what is there is replaced when a run of it has been accepted
         write_json(out / "comparison.json", comparison)

@@ -15,7 +15,7 @@ from longtail.data.sources import load_data
 from longtail.data.sources.unreadable import log_unreadable
 from longtail.devices import select_device
 from longtail.errors import LongtailError
-from longtail.files import atomic_write
+from longtail.files import atomic_write, make_folder
 from longtail.inference.features import encode_split
 from longtail.nn import Encoder
 from longtail.nn.backbones import check_network
@@ -76,10 +76,7 @@ def embed(
         encoder, resize = _encoder(model, pretrained, data)
     where = select_device(device)
     encoder.to(where).to(memory_format=torch.channels_last).eval()
-    try:  # before the work
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{out.parent}: cannot be made: {error.strerror}") from None
+    make_folder(out.parent)  # before the work
     arrays: dict[str, Array] = {"class_names": np.array(data.class_names)}
     summary: dict[str, Any] = {"classes": len(data.class_names)}
     for split, images in {"train": data.train, "val": data.val, "test": data.test}.items():

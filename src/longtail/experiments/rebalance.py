@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longtail.errors import LongtailError
-from longtail.files import write_text
+from longtail.files import make_folder, write_text
 from longtail.inference.kept_features import feature_data
 from longtail.registry import TASKS
 from longtail.tasks.evaluate import evaluate_split
@@ -81,10 +81,7 @@ def rebalance(
     if data.val is not None:
         rebalanced = task.calibrate(rebalanced, data.val, config)
     metrics = evaluate_split(rebalanced, data.test, config)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{out}: cannot be made: {error.strerror}") from None
+    make_folder(out)
     rebalanced.config = dataclasses.replace(rebalanced.config, metrics=metrics["uniform"])
     rebalanced.save(out / "recognizer")
     task.save_examples(out, source.test, metrics[rebalanced.config.predicts_under])

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from longtail.data.image_io import image_errors, open_header
 from longtail.data.paths import printable
 from longtail.errors import LongtailError
-from longtail.files import atomic_write
+from longtail.files import atomic_write, make_folder
 
 OVERLAY = "-overlay.png"
 """End of the names of overlays; the label image beside one has the same name with ``.png``."""
@@ -48,10 +48,7 @@ def write_picture(path: Path, picture: Image.Image, file: Path) -> None:
     Raises:
         LongtailError: the folder or the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{path.parent}: cannot be made: {error.strerror}") from None
+    make_folder(path.parent)
 
     def save(partial: Path) -> None:
         if path.suffix == ".jpg":

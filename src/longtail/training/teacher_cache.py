@@ -30,7 +30,7 @@ from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.data.loader import TrainLoader
 from longtail.errors import LongtailError
-from longtail.files import atomic_write
+from longtail.files import atomic_write, make_folder
 from longtail.nn import ClassifierEnsemble, Encoder, EncoderEnsemble, FrozenEncoder, TeacherEncoder, freeze
 from longtail.randomness import mix
 
@@ -187,10 +187,7 @@ def teacher_cache(
 @contextlib.contextmanager
 def _locked(folder: Path, name: str, check: Callable[[], None]) -> Iterator[None]:
     """Let one process at a time make a cache; ``check`` is called while it waits for another."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{folder}: cannot be made: {error.strerror}") from None
+    make_folder(folder)
     lock = FileLock(folder.with_name(f".{folder.name}-{name}.lock"))
     while not lock.is_locked:
         try:
