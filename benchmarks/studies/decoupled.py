@@ -23,15 +23,16 @@ import torch
 from common import parser, write
 from features import load_gml
 
-from longtail.experiments.rebalance import RebalanceMethod, RebalanceSettings, rebalance
+from longtail.experiments.rebalance import RebalanceSettings, rebalance
 from longtail.experiments.records import Record, markdown, run_record
 from longtail.inference.recognizer import Recognizer
 from longtail.tasks.evaluate import evaluate_split
 from longtail.tasks.loading import load_run
 from longtail.training.metric_log import read_metrics
 from longtail.training.run_io import read_finished
+from longtail.training.second_stage import HeadMethod
 
-HEADS: dict[str, dict[str, dict[str, RebalanceMethod]]] = {
+HEADS: dict[str, dict[str, dict[str, HeadMethod]]] = {
     "plain": {
         "ce": {"τ-normalisation": "tau", "LWS": "lws", "cRT": "crt"},
         "la": {},

@@ -57,6 +57,27 @@ def test_parquet(parquet: Path, memory: float) -> None:
         load_data(Data(source="hub", root=str(parquet), label_column="species"), seed=0)
 
 
+def test_held_out_images_of_the_hub(parquet: Path) -> None:
+    """What a folder's owner is told of small classes, a table's owner is told too."""
+    (parquet / "validation-0.parquet").unlink()
+    held_out = Data(source="hub", root=str(parquet), val_fraction=0.2)
+    data = load_data(held_out, seed=0)
+    assert "1 class has too few images for every split (emu)" in data.remarks
+    assert data.val is not None
+    assert set(data.val.labels.tolist()) == {0, 1}
+    few = "class 'emu' has 1 training image in data.root '.*': at least 5 are expected (data.min_images)"
+    with pytest.raises(LongtailError, match=few.replace("(", r"\(").replace(")", r"\)")):
+        load_data(Data(source="hub", root=str(parquet), min_images=5), seed=0)
+
+
+def test_validation_images_of_the_hub_are_not_held_out_again(parquet: Path) -> None:
+    (parquet / "validation-0.parquet").rename(parquet / "test-0.parquet")
+    (parquet / "validation-0.parquet").write_bytes((parquet / "test-0.parquet").read_bytes())
+    data = load_data(Data(source="hub", root=str(parquet), val_fraction=0.2), seed=0)
+    assert data.class_counts == [9, 5, 2]
+    assert "data.val_fraction is not used: the set has validation images of its own" in data.remarks
+
+
 def test_a_hub_test_set_is_numbered_as_training_is(parquet: Path) -> None:
     from pyarrow import Table
     from pyarrow import parquet as pq

@@ -14,6 +14,7 @@ from longtail.errors import LongtailError
 from longtail.experiments.evaluate import evaluate
 from longtail.experiments.rebalance import RebalanceSettings, rebalance
 from longtail.training.second_stage import fit_head, tau_normalize
+from longtail.training.seen_images import FILE as TRAIN_IMAGES
 from longtail.training.trainer import fit
 from tests.conftest import TINY, Command
 
@@ -126,6 +127,17 @@ def test_a_rebalanced_run_is_a_run(command: Command, tmp_path: Path) -> None:
         assert evaluate(out)["balanced_accuracy"] == recognizer.config.metrics["balanced_accuracy"]
         assert recognizer.predict(torch.zeros(2, 1, 8, 8)).probabilities.shape == (2, 10)
     assert (run / "recognizer" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_rebalanced_run_knows_its_training_images(command: Command, photos: Path, tmp_path: Path) -> None:
+    """Which a later run that starts from it must not be tested on."""
+    run, out = tmp_path / "run", tmp_path / "rebalanced"
+    small = ("--network", "conv8-tiny", "--pretrained", "none", "--tune", "full", "--data.image_size", "16")
+    assert command("train", photos, *small, "--epochs", "1", "--method", "ce", "--out", run)[0] == 0
+    code, _, err = command("rebalance", run, "--method", "tau", "--tau", "1", "--out", out)
+    assert code == 0, err
+    assert (out / TRAIN_IMAGES).read_bytes() == (run / TRAIN_IMAGES).read_bytes()
+    assert (out / "config.yaml").read_bytes() == (run / "config.yaml").read_bytes()
 
 
 def test_bad_input(command: Command, tiny: Config, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from typing import Any
 import torch
 
 from longtail.errors import LongtailError
-from longtail.files import make_folder, write_text
+from longtail.files import make_folder
 from longtail.inference.kept_features import feature_data
 from longtail.registry import TASKS
-from longtail.tasks.evaluate import evaluate_split
 from longtail.tasks.loading import load_run
-from longtail.training.run_io import write_unreadable
-from longtail.training.second_stage import HeadMethod, HeadSettings, retrain_classifier
-
-RebalanceMethod = HeadMethod
+from longtail.training.metric_log import MetricLogger
+from longtail.training.run_results import calibrate_model, save_model, write_inputs
+from longtail.training.second_stage import HeadSettings, retrain_classifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +75,10 @@ def rebalance(
         **({"tau": tau} if settings.method == "tau" else {}),
     }
     rebalanced.config = dataclasses.replace(rebalanced.config, training_info=training_info)
-    if data.val is not None:
-        rebalanced = task.calibrate(rebalanced, data.val, config)
-    metrics = evaluate_split(rebalanced, data.test, config)
+    rebalanced = calibrate_model(rebalanced, data, config)
     make_folder(out)
-    rebalanced.config = dataclasses.replace(rebalanced.config, metrics=metrics["uniform"])
-    rebalanced.save(out / "recognizer")
-    task.save_examples(out, source.test, metrics[rebalanced.config.predicts_under])
-    write_unreadable(out, source)
-    write_text(out / "config.yaml", config.to_yaml())
-    write_text(out / "metrics.jsonl", json.dumps({"kind": "test", "step": 0, **metrics}) + "\n")
+    metrics = save_model(out, rebalanced, data, config)
+    write_inputs(out, config, source)
+    log = MetricLogger(out, also=(), name=out.name, step=0)
+    log.add({"kind": "test", "step": 0, **metrics})
     return metrics

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import resource
@@ -24,9 +23,7 @@ from longtail.data.mixing import Mixer
 from longtail.data.sources import load_data
 from longtail.distributed import barrier, broadcast_buffers, rank, world_size, wrap_peer_failure
 from longtail.errors import LongtailError, StoppedError
-from longtail.files import write_text
 from longtail.inference.kept_features import check_same_encoder, draw_view, feature_data
-from longtail.inference.model import TrainedModel
 from longtail.methods.base import Method
 from longtail.nn import Encoder
 from longtail.nn.pretrained import normalization
@@ -45,8 +42,8 @@ from longtail.training.mixing import build_mixer
 from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, check_same_images, run_folder, write_unreadable
+from longtail.training.run_results import calibrate_model, save_model, write_inputs
 from longtail.training.second_stage import train_second_stage
-from longtail.training.seen_images import write_train_images
 from longtail.training.sharpness import SharpnessAware, check_sharpness, passes_per_step
 from longtail.training.steps import DeviceSteps, LoaderSteps, Student, batches_on_device, build_steps
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
@@ -231,10 +228,7 @@ class _Trainer:
             init_classifier(method.classifier, method.encoder, self.data, config, device)
             load_class_weights(method.classifier, data.class_names, config)
             method.init_memory(draw, self.data.train.labels)
-        if rank() == 0:  # settings that do not make it another run may have changed
-            write_text(self.out / "config.yaml", config.to_yaml())
-            write_unreadable(self.out, self.images)
-            write_train_images(self.out, config, self.images)
+        write_inputs(self.out, config, self.images)  # settings that do not make it another run may have changed
         log = MetricLogger(self.out, config.log, self.out.name, tracker.step)
         shown = (data.fingerprint, data.image_size, config.data.augment, config.data.contrast_augment)
         names = [(*shown, use) for use in self.method_class.views(config)]
@@ -432,25 +426,17 @@ class _Trainer:
         }
         if tracker.best is not None:
             training_info["best_step"] = tracker.best["step"]
-        model = self._calibrated(build_model(modules, config, self.images, training_info))
+        model = calibrate_model(build_model(modules, config, self.images, training_info), self.data, config)
         if config.second_stage != "none":
             log.add({"kind": "first_stage", "step": tracker.step, **evaluate_split(model, self.data.test, config)})
-            model = self._calibrated(train_second_stage(model, self.data, config, self.quiet))
+            model = calibrate_model(train_second_stage(model, self.data, config, self.quiet), self.data, config)
             log.add({"kind": "second_stage", "step": tracker.step, **model.config.training_info["second_stage"]})
-        metrics = evaluate_split(model, self.data.test, config)
-        model.config = dataclasses.replace(model.config, metrics=metrics["uniform"])
-        if rank() == 0:
-            model.save(self.out / "recognizer")
-            if config.recipe != "teacher":
-                self.task.save_examples(self.out, self.data.test, metrics[model.config.predicts_under])
+        metrics = save_model(self.out, model, self.data, config)
         log.add({"kind": "test", "step": tracker.step, **metrics})
         write_unreadable(self.out, self.images)
         barrier()
         info = model.config.training_info
         return Run(self.out, config, model.config, metrics, info["student_passes"], info["seconds"], teacher_seconds)
-
-    def _calibrated(self, model: TrainedModel) -> TrainedModel:
-        return model if self.data.val is None else self.task.calibrate(model, self.data.val, self.config)
 
     def _save(self, student: Student) -> None:
         optimizer = student.optimizer.state_dict()

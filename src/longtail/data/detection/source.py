@@ -25,6 +25,7 @@ from longtail.data.listing import SPLITS
 from longtail.data.paths import printable
 from longtail.data.samplers import rarest_classes
 from longtail.data.sources import Source
+from longtail.data.sources.hold_out import held_out_fractions, remark_on_short_classes
 from longtail.data.sources.unreadable import Unreadable
 from longtail.errors import LongtailError
 
@@ -130,18 +131,14 @@ def _split(
     for split, part in splits.items():
         ids[split] = torch.arange(start, start + len(part))
         start += len(part)
-    if "val" in splits and config.val_fraction > 0:
-        remarks.append("data.val_fraction is not used: the set has validation images of its own")
-    test = 0.0 if "test" in splits else config.test_fraction
-    val = 0.0 if "val" in splits else config.val_fraction
+    test, val = held_out_fractions(splits, config, remarks)
     if "all" not in splits and test == val == 0:
         return splits, ids
     whole = "all" if "all" in splits else "train"
     annotations, whole_ids = splits.pop(whole), ids.pop(whole)
     parts, missing = split_images(annotations, val, test, seed)
     if missing:
-        shown = ", ".join(annotations.class_names[label] for label in missing[:5]) + ("…" if len(missing) > 5 else "")
-        remarks.append(f"{len(missing)} classes have too few images for every split ({printable(shown)})")
+        remarks.append(remark_on_short_classes([printable(annotations.class_names[label]) for label in missing]))
     for number, split in enumerate(SPLITS):
         chosen = torch.nonzero(parts == number).flatten()
         if len(chosen):

@@ -20,10 +20,11 @@ from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.image_io import read_size
 from longtail.data.images import ArrayImages, CopiedImages, FileImages, Images
-from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile, stratified_split
+from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile
 from longtail.data.listing import Entries, Listing
 from longtail.data.row_store import RowStore, RowStoreError, cache_folder, content_hash
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
+from longtail.data.sources.hold_out import check_smallest_class, held_out_fractions, hold_out
 from longtail.data.sources.unreadable import Unreadable, decode_readable, without
 from longtail.errors import LongtailError
 
@@ -76,7 +77,7 @@ def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedDa
         sets = {name: _open(listing, name, entries, policy, unreadable) for name, entries in splits.items()}
     unreadable.check(remarks)
     if unreadable.found:
-        _check_smallest_class(sets["train"].labels, listing, config)
+        check_smallest_class(sets["train"].labels, listing.class_names, f"below {listing.root}", config.min_images)
     return LongTailedData(
         train=sets["train"],
         val=sets.get("val"),
@@ -107,24 +108,20 @@ def split_listing(listing: Listing, config: Data, seed: int, remarks: list[str])
     if len(names) < 2:
         raise LongtailError(f"{listing.root}: expected at least two classes, found '{names[0]}' alone")
     splits = dict(listing.splits)
-    if "val" in splits and config.val_fraction > 0:
-        remarks.append("data.val_fraction is not used: the set has validation images of its own")
-    if "all" in splits or "test" not in splits or (config.val_fraction > 0 and "val" not in splits):
-        splits = _split(splits, listing, config, seed, remarks)
+    test, val = held_out_fractions(splits, config, remarks)
+    if "all" in splits or test or val:
+        splits = _hold_out(splits, listing, test, val, seed, remarks)
     splits["train"] = _make_long_tailed(splits["train"], names, config, seed)
-    _check_smallest_class(splits["train"].labels, listing, config)
+    check_smallest_class(splits["train"].labels, names, f"below {listing.root}", config.min_images)
     return splits
 
 
-def _split(
-    splits: dict[str, Entries], listing: Listing, config: Data, seed: int, remarks: list[str]
+def _hold_out(
+    splits: dict[str, Entries], listing: Listing, test: float, val: float, seed: int, remarks: list[str]
 ) -> dict[str, Entries]:
     """Hold out a test split, where there is none, and a validation split, where one is asked for and there is none."""
     whole = splits.pop("all") if "all" in splits else splits.pop("train")
-    test = 0.0 if "test" in splits else config.test_fraction
-    val = 0.0 if "val" in splits else config.val_fraction
-    classes = len(listing.class_names)
-    counts = torch.bincount(whole.labels, minlength=classes).tolist()
+    counts = torch.bincount(whole.labels, minlength=len(listing.class_names)).tolist()
     single = next((index for index, count in enumerate(counts) if count < 2), None)
     if single is not None and test > 0:
         raise LongtailError(
@@ -132,13 +129,8 @@ def _split(
             f"below {listing.root}: at least 2 are expected, one to train on and one to test on; add images, remove "
             "the class, or train on it without a test image: longtail split, then longtail train on its table"
         )
-    assignment, short = stratified_split(whole.labels, classes, val, test, seed)
-    if short:
-        shown = ", ".join(listing.class_names[index] for index in short[:5]) + ("…" if len(short) > 5 else "")
-        remarks.append(f"{len(short)} classes have too few images for every split ({shown})")
-    numbers = {"train": 0} | ({"val": 1} if val > 0 else {}) | ({"test": 2} if test > 0 else {})
-    parts = {name: whole.at(torch.nonzero(assignment == number).flatten()) for name, number in numbers.items()}
-    return {**splits, **parts}
+    parts = hold_out(whole.labels, listing.class_names, test, val, seed, remarks)
+    return {**splits, **{name: whole.at(positions) for name, positions in parts.items()}}
 
 
 def _make_long_tailed(entries: Entries, names: Sequence[str], config: Data, seed: int) -> Entries:
@@ -147,16 +139,6 @@ def _make_long_tailed(entries: Entries, names: Sequence[str], config: Data, seed
         return entries
     order = permuted_by_class(entries.labels, len(names), seed)
     return entries.at(long_tailed(order, names, profile, config.imbalance, config.class_order, seed))
-
-
-def _check_smallest_class(labels: Tensor, listing: Listing, config: Data) -> None:
-    counts = torch.bincount(labels, minlength=len(listing.class_names)).tolist()
-    index = min(range(len(counts)), key=lambda index: counts[index])
-    if counts[index] < config.min_images:
-        raise LongtailError(
-            f"class '{listing.class_names[index]}' has {counts[index]} training images below {listing.root}: at least "
-            f"{config.min_images} are expected (data.min_images); add images or remove the class"
-        )
 
 
 def _short_sides(root: Path, names: Sequence[str]) -> list[int]:

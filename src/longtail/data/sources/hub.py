@@ -12,7 +12,7 @@ from torch import Tensor
 from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.images import ArrayImages, EncodedImages
-from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile, stratified_split
+from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile
 from longtail.data.listing import SPLITS, validation_is_test
 from longtail.data.listing.tables import IMAGE_COLUMNS, LABEL_COLUMNS
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
@@ -24,6 +24,7 @@ from longtail.data.sources.hf_rows import (
     number_labels,
     split_by_column,
 )
+from longtail.data.sources.hold_out import check_smallest_class, held_out_fractions, hold_out
 from longtail.data.sources.unreadable import Unreadable, decode_readable, without
 from longtail.errors import LongtailError
 
@@ -60,13 +61,18 @@ def load_hub(config: Data, seed: int) -> LongTailedData:
     if "test" not in parts and "val" in parts:
         parts["test"] = parts.pop("val")
         remarks.append(validation_is_test(where))
-    parts = _hold_out(parts, len(names), config, seed)
-    if "test" not in parts:
+    test, val = held_out_fractions(parts, config, remarks)
+    if test or val:
+        train = parts["train"]
+        held_out = hold_out(train.labels, names, test, val, seed, remarks)
+        parts |= {split: train.at(positions) for split, positions in held_out.items()}
+    if not len(parts["test"].labels):
         raise LongtailError(f"{where}: has no test split and no class of two images; expected one to test on")
     order = permuted_by_class(parts["train"].labels, len(names), seed)
     profile = resolve_profile(config.profile, balanced=False)
     kept = long_tailed(order, names, profile, config.imbalance, config.class_order, seed)
     parts["train"] = parts["train"].at(kept)
+    check_smallest_class(parts["train"].labels, names, f"in {where}", config.min_images)
     policy = choose_size(
         config,
         images=sum(len(part.positions) for part in parts.values()),
@@ -128,21 +134,6 @@ def _read_parts(config: Data, where: str, remarks: list[str]) -> tuple[dict[str,
     labels, names = number_labels(rows, remarks)
     parts = {split: _Part(rows[split], torch.arange(len(labels[split])), labels[split]) for split in rows}
     return parts, names
-
-
-def _hold_out(parts: dict[str, _Part], classes: int, config: Data, seed: int) -> dict[str, _Part]:
-    """Return train, test and, where there is one, val; what the set lacks is held out of its training images."""
-    parts = dict(parts)
-    test_fraction = config.test_fraction if "test" not in parts else 0.0
-    val_fraction = config.val_fraction if "val" not in parts else 0.0
-    if test_fraction or val_fraction:
-        train = parts["train"]
-        assignment, _ = stratified_split(train.labels, classes, val_fraction, test_fraction, seed)
-        for number, name in ((2, "test"), (1, "val"), (0, "train")):
-            indices = torch.nonzero(assignment == number).flatten()
-            if len(indices):
-                parts[name] = train.at(indices)
-    return parts
 
 
 def _short_sides(train: _Part, where: str) -> list[int]:
