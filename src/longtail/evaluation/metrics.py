@@ -162,10 +162,6 @@ def confused_pairs(
     return entries
 
 
-ERROR_KINDS = ("to_larger", "to_smaller", "alike")
-"""The predicted class has at least twice as many training images as the true one, at most half as many, or neither."""
-
-
 def most_confident_errors(
     labels: Tensor, predicted: Tensor, confidence: Tensor, class_counts: Sequence[int], max_errors: int = 8
 ) -> dict[str, list[dict[str, Any]]]:
@@ -179,8 +175,9 @@ def most_confident_errors(
         max_errors: maximum number of errors of each kind.
 
     Returns:
-        For each of :data:`ERROR_KINDS` entries by falling confidence, with ``image`` (index in the set), ``class`` and
-        ``predicted`` (class numbers) and ``confidence`` (in percent).
+        Entries by falling confidence, with ``image`` (index in the set), ``class`` and ``predicted`` (class numbers)
+        and ``confidence`` (in percent), where the predicted class has at least twice as many training images as the
+        true one (``to_larger``), at most half as many (``to_smaller``), or neither (``alike``).
 
     Raises:
         ValueError: a class is out of range, or not an int64.

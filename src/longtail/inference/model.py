@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import tempfile
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -62,7 +62,7 @@ class CalibrationStats(NamedTuple):
     """(2, C) float32, the same fitted on each half of the images of every class: how certain it is."""
 
 
-class TrainedModel(ModelHubMixin, library_name="longtail", tags=["longtail"]):
+class TrainedModel(ModelHubMixin, ABC, library_name="longtail", tags=["longtail"]):
     """A trained model.
 
     Args:

@@ -107,8 +107,8 @@ class _OneView:
     def rng_keys(self, _epoch: int, _number: int) -> tuple[int, ...]:
         return rng_keys(self.seed, self.view)
 
-    def lookup(self, indices: Tensor, _epoch: int | Tensor) -> tuple[Tensor, None]:
-        return indices, None  # not the features, which are what is sought, but where they go
+    def lookup(self, _indices: Tensor, _epoch: int | Tensor) -> tuple[None, None]:
+        return None, None  # they are what is computed
 
 
 def teacher_cache(
@@ -169,16 +169,16 @@ def teacher_cache(
     if wanted:
         shapes["scores"] = (views, len(data.train), len(data.class_names))
     paths = {kind: folder / f"{name}-{kind}.npy" for kind in shapes}
-    if write and not _there(paths):
+    if write and not _all_exist(paths):
 
         def fill(arrays: dict[str, np.memmap]) -> None:
             with autocast():
                 _fill(arrays, config, data, freeze(teacher).to(device), classifier, make_loader, device, check)
 
         with _locked(folder, name, check):
-            if not _there(paths):  # another process may have made it meanwhile
+            if not _all_exist(paths):  # another process may have made it meanwhile
                 _make(folder, paths, shapes, fill)
-    opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _there(paths) else {}
+    opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _all_exist(paths) else {}
     if not opened:
         raise LongtailError(f"{folder}: the teacher's cache is not there; do all processes see the same folder?")
     return TeacherCache(opened.get("features"), opened.get("scores"), config.seed, share_key, distilled)
@@ -248,7 +248,7 @@ def _move(made: Path, path: Path) -> None:
     atomic_write(path, move)  # which brings it to the disk first
 
 
-def _there(paths: dict[str, Path]) -> bool:
+def _all_exist(paths: dict[str, Path]) -> bool:
     return all(path.is_file() for path in paths.values())
 
 
@@ -263,12 +263,11 @@ def _fill(
     device: torch.device,
     check: Callable[[], None],
 ) -> None:
+    splits = torch.arange(len(data.train)).split(512)
     for view in range(config.teacher.cache):
         loader = make_loader(_OneView(config.seed, view))
-        for batch in loader.batches(torch.arange(len(data.train)).split(512), 0, only=[0]):
+        for positions, batch in zip(splits, loader.batches(splits, 0, only=[0]), strict=True):
             check()
-            assert batch.key_features is not None
-            positions = batch.key_features.numpy()
             features = teacher(batch.views[0].to(device))
             if "features" in arrays:
                 arrays["features"][view, positions] = features.float().cpu().numpy()
