@@ -17,7 +17,17 @@ SOURCE = TESTS.parent / "src" / "longtail"
 
 LAYERS = (
     ("errors",),
-    ("files", "randomness", "registry", "distributed", "devices", "allocator", "run_folder", "class_counts"),
+    (
+        "files",
+        "randomness",
+        "registry",
+        "distributed",
+        "devices",
+        "allocator",
+        "run_folder",
+        "class_counts",
+        "box_labels",
+    ),
     ("config", "losses", "memory"),
     ("nn", "data"),
     ("evaluation", "plots"),
@@ -40,17 +50,18 @@ FEW_IMPORTS = {
     "randomness": set[str](),
     "distributed": {"errors"},
     "class_counts": set[str](),
+    "box_labels": set[str](),
     "losses": {"class_counts", "distributed"},
     "memory": {"class_counts", "distributed"},
-    "nn": {"errors", "losses"},
+    "nn": {"box_labels", "errors", "losses"},
     "config": {"errors", "registry"},
-    "data": {"config", "errors", "files", "randomness", "registry", "run_folder"},
+    "data": {"box_labels", "config", "errors", "files", "randomness", "registry", "run_folder"},
 }
 """What may import even less than its layer allows: a loss, a network or a data set can be used without the rest."""
 
 OF_SEGMENTATION = re.compile(
     r"(tasks|nn|data/sources|evaluation|recipes)/segmentation|recipes/|__init__\.py$"
-    r"|data/detection/(coco|annotations)\.py|evaluation/detection"  # COCO's own field of that name
+    r"|data/detection/(coco|annotations|run_lengths)\.py|evaluation/detection"  # COCO's own field of that name
 )
 OF_DETECTION = re.compile(
     r"(tasks|nn|data|evaluation)/detection|evaluation/detector_scores\.py|detector_calibration/|recipes/|__init__\.py$"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import threading
+import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -92,7 +95,7 @@ def test_gml_fits() -> None:
 @pytest.mark.slow
 def test_slots_that_were_never_filled_do_not_count_in_the_statistics_of_the_keys() -> None:
     parameters = LongTailClassifier(method="gml", hidden=8, embedding_dim=4).get_params()
-    learner = Learner(parameters, width=3, queue_counts=np.array([30, 10]), queue_size=40)
+    learner = Learner(parameters, width=3, queue_counts=np.array([30, 10]), queue_size=40, seed=0)
     passed: list[torch.Tensor] = []
     learner.key.register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0]))
     labels = torch.tensor([0, 0, 0, 1])
@@ -184,6 +187,45 @@ def test_a_seed_determines_the_model_and_global_random_states_stay() -> None:
     assert position == np.random.get_state(legacy=False)["state"]["pos"]
 
 
+def test_a_seed_determines_the_model_in_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtail.estimator.classifier.MIN_STEPS", 60)
+    X, y, *_ = long_tailed(0)  # noqa: N806
+    model = LongTailClassifier(hidden=32, epochs=1, random_state=0, learning_rate=1e-2)
+    expected = clone(model).fit(X, y).predict_proba(X)
+    stop = threading.Event()
+
+    def draw() -> None:  # as another library does
+        while not stop.wait(0.001):
+            torch.rand(10)
+
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            fits = list(pool.map(lambda _: clone(model).fit(X, y).predict_proba(X), range(3)))
+    finally:
+        stop.set()
+        other.join()
+    for probabilities in fits:
+        assert np.allclose(probabilities, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [0, 32])
+def test_a_prediction_needs_little_memory_besides_its_input(hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    X, y = rng.random((4000, 256), dtype=np.float32), np.arange(4000) % 3  # noqa: N806
+    model = LongTailClassifier(hidden=hidden, epochs=1, random_state=0).fit(X[:200], y[:200])
+    whole = model.predict_proba(X)
+    monkeypatch.setattr("longtail.estimator.classifier.ENTRIES_AT_A_TIME", 2**14)
+    tracemalloc.start()
+    parts = model.predict_proba(X)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < X.nbytes / 4
+    assert np.allclose(parts, whole, rtol=1e-9)
+    assert np.allclose(model.predict_proba(X.astype(np.float64)), whole, rtol=1e-9)
+
+
 def test_a_constant_feature_is_ignored() -> None:
     X, y, X_test, _ = long_tailed(0)  # noqa: N806
     wide = np.c_[X, np.full(len(X), 123456.7)]  # whose standard deviation is not quite 0 in NumPy
@@ -217,6 +259,9 @@ def test_scores_add_up() -> None:
         ({"epochs": 0}, "epochs: expected an integer of at least 1"),
         ({"batch_size": 1}, "batch_size: expected an integer of at least 2"),
         ({"learning_rate": 0}, "learning_rate: expected a number above 0"),
+        ({"learning_rate": "a"}, "learning_rate: expected a number above 0, got 'a'"),
+        ({"temperature": None}, "temperature: expected a number above 0, got None"),
+        ({"weight_decay": "a"}, "weight_decay: expected a number of at least 0, got 'a'"),
         ({"weight_decay": -1}, "weight_decay: expected a number of at least 0"),
         ({"method": "gml", "queue_size": 0}, "queue_size: expected an integer of at least 1"),
         ({"method": "gml", "queue_size": 3}, "queue_size: expected at least 10 classes × 2 slots, got 3"),

@@ -251,7 +251,7 @@ def test_a_small_step_after_a_fit_changes_little() -> None:
 def test_other_statistics_do_not_change_the_hidden_features() -> None:
     X = np.random.default_rng(0).normal(size=(40, 5))  # noqa: N806
     X[:20, 4] = 7  # constant at first
-    learner = Learner(LongTailClassifier(hidden=8).get_params(), 5, np.ones(2, np.int64), 8)
+    learner = Learner(LongTailClassifier(hidden=8).get_params(), 5, np.ones(2, np.int64), 8, seed=0)
     statistics = Standardization(5)
     statistics.add(X[:20], np.ones(20))
 

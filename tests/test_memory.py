@@ -166,6 +166,9 @@ def test_state_round_trips() -> None:
     assert all(torch.equal(a, b) for a, b in zip(queues.slots(), other.slots(), strict=True))
     with pytest.raises(ValueError, match="expected queues of 7 slots"):
         ClassQueues([4, 2], size=7, minimum=1, dim=2).load_state_dict(queues.state_dict())
+    partial = {name: part for name, part in queues.state_dict().items() if name not in {"sizes", "ids"}}
+    with pytest.raises(ValueError, match=r"^state: expected the entries of state_dict\(\), ids, sizes is missing"):
+        queues.load_state_dict(partial)
 
 
 def test_wrong_shapes_are_named() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn import model_selection
+from sklearn import config_context, model_selection
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
@@ -312,6 +312,29 @@ def test_class_weight_with_sample_weight_raises() -> None:
         model.fit(X, y, sample_weight=np.ones(14))
 
 
+def test_one_sample_weight_for_all_and_too_few() -> None:
+    X, y = draw([7, 2, 5])  # noqa: N806
+    model = PriorCorrectedClassifier(GaussianNB())
+    expected = model.fit(X, y).predict_proba(X)
+    assert np.allclose(model.fit(X, y, sample_weight=2.0).predict_proba(X), expected)
+    with pytest.raises(ValueError, match=r"^sample_weight: expected shape \(14,\), one weight .*, got \(3"):
+        model.fit(X, y, sample_weight=[1, 2, 3])
+
+
+def test_a_weighted_pipeline_with_metadata_routing() -> None:
+    X, y = draw([7, 2, 5])  # noqa: N806
+    weights = np.linspace(1, 2, len(y))
+    pipeline = make_pipeline(StandardScaler(), GaussianNB())
+    expected = PriorCorrectedClassifier(pipeline).fit(X, y, sample_weight=weights)
+    with config_context(enable_metadata_routing=True):
+        routed = make_pipeline(
+            StandardScaler().set_fit_request(sample_weight=False), GaussianNB().set_fit_request(sample_weight=True)
+        )
+        model = PriorCorrectedClassifier(routed).fit(X, y, sample_weight=weights)
+        assert np.allclose(model.predict_proba(X), expected.predict_proba(X))
+        assert np.allclose(model.training_frequencies_, expected.training_frequencies_)
+
+
 def test_a_fitted_model() -> None:
     frozen = pytest.importorskip("sklearn.frozen")
     X, y = draw([70, 20, 10])  # noqa: N806
@@ -403,6 +426,54 @@ def test_the_score_of_the_thresholds_is_that_of_their_predictions() -> None:
         assert model.estimator_ is fitted
         assert model.best_score_ == pytest.approx(metric(truth, model.predict(X_valid)))
         assert model.best_score_ > metric(truth, fitted.predict(X_valid)) + 0.01
+
+
+class Given(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """Probabilities that are given as samples."""
+
+    def fit(self, X: Array, y: Array) -> Given:  # noqa: N803
+        self.classes_ = np.unique(y)
+        return self
+
+    def predict_proba(self, X: Array) -> Array:  # noqa: N803
+        return X
+
+
+def searched(logs: Array, labels: Array) -> Array:
+    """Return (C,) biases by the search of the thresholds written plainly, for macro-F1 and few samples of a class."""
+    frequencies = np.bincount(labels) / len(labels)
+    starts = (np.zeros(len(frequencies)), -np.log(frequencies))
+    bias = max(starts, key=lambda start: macro_f1(labels, (logs + start).argmax(axis=1))).copy()
+    best, rose = macro_f1(labels, (logs + bias).argmax(axis=1)), True
+    for _ in range(10):
+        if not rose:
+            break
+        rose = False
+        for c in range(len(bias)):
+            others = logs + bias
+            others[:, c] = -np.inf
+            gaps = others.max(axis=1) - logs[:, c]
+            trials = []
+            for own in gaps[labels == c]:
+                above = gaps[gaps > own]
+                candidate = min((own + above.min()) / 2, own + 1) if len(above) else own + 0.5
+                value = macro_f1(labels, np.where(candidate > gaps, c, others.argmax(axis=1)))
+                trials.append((value, -abs(candidate - bias[c]), candidate))
+            if max(trials)[0] > best + 1e-12:
+                best, _, bias[c] = max(trials)
+                rose = True
+    return bias
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_for_thresholds_written_plainly(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = np.r_[np.arange(6), rng.integers(0, 6, 54)]
+    probabilities = rng.dirichlet(np.full(6, 0.5), 60)
+    model = TunedThresholdsClassifierCV(Given().fit(probabilities, labels), scoring="f1_macro", cv="prefit")
+    found = -np.log(model.fit(probabilities, labels).best_thresholds_)
+    expected = searched(np.log(probabilities.clip(min=1e-12)), labels)
+    assert found - found.min() == pytest.approx(expected - expected.min())
 
 
 def test_two_classes_have_the_best_threshold_there_is() -> None:

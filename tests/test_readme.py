@@ -19,12 +19,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from longtail import CosineClassifier, ProjectionMLP, Recognizer
+from longtail import CosineClassifier, ProjectionMLP, Recognizer, losses
 from longtail.cli import options
 from longtail.cli.app import COMMANDS
 from longtail.config import field_names
 from longtail.experiments.records import Record, markdown
 from tests.conftest import TINY, Command
+from tests.test_architecture import LAYERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ OTHER_PROGRAMS = {
     *("nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint"),  # torchrun
     *("nodes", "ntasks-per-node", "gpus-per-node", "time", "requeue", "signal", "kill-on-bad-exit"),  # SLURM
     "no-deps",  # pip
-    *("weights", "only", "rehearse", "phases", "prepare", "pack"),  # studies and benchmarks
+    *("weights", "only", "fashion", "rehearse", "phases", "prepare", "pack"),  # studies and benchmarks
     "doubt.strength",  # the method that docs/extending.md adds
 }
 """Flags on the pages that are not longtail's."""
@@ -178,11 +179,69 @@ def test_the_examples_of_plugins_run(tmp_path: Path) -> None:
     assert "augment: brightness" in (tmp_path / "run2" / "config.yaml").read_text()
 
 
+def command_flags() -> dict[str, set[str]]:
+    """Return the flags of every command, without hyphens."""
+    settings = {*field_names(), "data", "doubt.strength"}
+    settings |= {re.sub(r"(\w+)$", r"no_\1", name) for name in settings}
+    of_data = {name for name in settings if name.startswith("data.")}
+    further = {
+        "train": settings,
+        "compare": settings - {"method", "minutes"},
+        "inspect": of_data | {name for name in settings if name.startswith("shots.")},
+        "split": of_data,
+        "embed": of_data,
+    }
+    flags = {}
+    for name in COMMANDS:
+        kind = getattr(options, name.title().replace("-", ""), None)  # None: completion has no flags
+        own = set() if kind is None else {field.name for field in dataclasses.fields(kind)}
+        flags[name] = (own - {"config", "data", "shots"}) | further.get(name, set()) | {"plugin", "help"}
+    return flags
+
+
+def command_lines(text: str) -> list[tuple[str, str]]:
+    """Return the command lines of a page, in code blocks and in spans of code, as (command, arguments)."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [re.sub(r"\s#.*", "", line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    lines += [" ".join(span.split()) for span in spans]
+    names = "|".join(COMMANDS)
+    found = []
+    for line in lines:
+        # in a span the name of a command may stand alone: `evaluate --tta auto`
+        starts = [*re.finditer(rf"\blongtail ({names})\b|^({names})(?= --)", line)]
+        ends = [*(start.start() for start in starts), len(line)][1:]
+        found += [(start[1] or start[2], line[start.end() : end]) for start, end in zip(starts, ends, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_commands_have_the_flags_on_the_pages(page: str) -> None:
+    flags = command_flags()
+    text = PAGES.get(page) or (ROOT / page).read_text(encoding="utf-8")
+    for name, arguments in command_lines(text):
+        for flag in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", arguments):
+            assert flag.rstrip(".") in flags[name], f"longtail {name}{arguments}: there is no --{flag}"
+
+
+def test_command_lines_are_found() -> None:
+    text = (
+        "```\nlongtail train a \\\n    --seed 1  # --top\n```\nas `longtail\nserve RUN --port 1` and `predict --top 2`"
+    )
+    assert [(name, arguments.split()) for name, arguments in command_lines(text)] == [
+        ("train", ["a", "--seed", "1"]),
+        ("serve", ["RUN", "--port", "1"]),
+        ("predict", ["--top", "2"]),
+    ]
+    assert "prior" not in command_flags()["serve"]
+    assert sum(len(command_lines(text)) for text in PAGES.values()) > 150
+
+
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
 def test_flags_and_settings_on_the_pages_exist(page: str) -> None:
     text = PAGES.get(page) or (ROOT / page).read_text(encoding="utf-8")
     settings = field_names()
-    flags = {"data", "plugin", "help", *settings, *OTHER_PROGRAMS}
+    flags = {"data", "plugin", "help", "version", *settings, *OTHER_PROGRAMS}
     flags |= {re.sub(r"(\w+)$", r"no_\1", name) for name in settings}
     for command in vars(options).values():
         if dataclasses.is_dataclass(command):
@@ -201,6 +260,11 @@ def test_flags_and_settings_on_the_pages_exist(page: str) -> None:
 def test_names_of_the_api_page_exist(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     assert getattr(importlib.import_module(module), attribute).__doc__
+
+
+def test_every_loss_is_on_the_api_page() -> None:
+    shown = re.findall(r"^::: longtail(?:\.losses)?\.(\w+)$", PAGES["api.md"], re.MULTILINE)
+    assert set(losses.__all__) - set(shown) == set()
 
 
 @pytest.mark.slow
@@ -229,6 +293,29 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         if not target.startswith("https://"):
             assert ((ROOT / page).parent / target.partition("#")[0]).exists(), target
+
+
+def test_every_command_is_on_its_page() -> None:
+    page = PAGES["commands.md"]
+    headings = re.findall(r"^## longtail ([\w-]+)$", page, re.MULTILINE)
+    assert headings == list(COMMANDS)
+    for name in COMMANDS:  # each with an example
+        section = page.partition(f"## longtail {name}\n")[2].partition("\n## ")[0]
+        assert name in {command for command, _ in command_lines(section)}, name
+
+
+def test_the_layers_are_those_of_the_guide() -> None:
+    """CONTRIBUTING.md shows the layers that the imports are checked against, and what each module is for."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^[a-z]\w+(?:, \w+)*$", guide.partition("Imports go one way")[2], re.MULTILINE)
+    assert [set(line.split(", ")) for line in shown] == [set(layer) for layer in LAYERS if layer != ("__main__",)]
+    for name in (name for layer in LAYERS for name in layer if name != "__main__"):
+        assert re.search(rf"^\|.*`{name}(?:/|\.py)`.*\|.*\|$", guide, re.MULTILINE), name
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == set(DOCS)
 
 
 def test_every_command_is_in_the_readme(command: Command) -> None:

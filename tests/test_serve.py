@@ -154,19 +154,26 @@ def zipped() -> bytes:
         (b"", 400, "is empty"),
         (b"none", 400, "is not an image"),
         (zipped(), 400, "is not an image"),
+        (b"\0\0\0\x18ftypheic", 400, "the upload: is in the format HEIC, which Pillow does not read here; convert it"),
         (picture()[:-40], 400, "is damaged"),
         (bomb(50_000, 50_000), 400, "larger than Pillow decodes safely"),
         (bomb(8_000, 8_000), 400, "has 8000 × 8000 pixels"),
         (tiff([[-5, 10]]), 400, "the upload: has values from -5 to 10, expected"),
         (b"\0" * (MOST_BYTES + 1), 413, "has more than 20 MiB"),
     ],
-    ids=["empty", "text", "archive", "cut", "bomb", "too many pixels", "range", "too many bytes"],
+    ids=["empty", "text", "archive", "HEIC", "cut", "bomb", "too many pixels", "range", "too many bytes"],
 )
 def test_what_is_refused(client: TestClient, body: bytes, code: int, message: str) -> None:
     refused = client.post("/predict", content=body)
     assert refused.status_code == code
     assert message in refused.json()["error"]
     assert client.post("/predict", content=picture(kind="JPEG")).status_code == 200  # it lives on
+
+
+def test_a_form_is_told_what_to_send_instead(client: TestClient) -> None:
+    refused = client.post("/predict", files={"image": ("x.png", picture(), "image/png")})
+    assert refused.status_code == 415
+    assert "is a form (multipart); send the image itself as the body: curl --data-binary @FILE" in refused.text
 
 
 def test_an_upload_that_does_not_say_how_long_it_is(client: TestClient) -> None:

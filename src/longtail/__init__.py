@@ -62,14 +62,38 @@ _MODULES = {
     "from_arrays": "longtail.data.dataset",
     "gml_loss": "longtail.losses",
 }
+_SUBMODULES = frozenset(
+    {
+        "config",
+        "data",
+        "detector_calibration",
+        "errors",
+        "estimator",
+        "evaluation",
+        "experiments",
+        "inference",
+        "integrations",
+        "losses",
+        "memory",
+        "methods",
+        "nn",
+        "prior_correction",
+        "registry",
+        "splitters",
+        "tasks",
+        "training",
+    }
+)
 
 
 def __getattr__(name: str) -> Any:
     # lazy: the command line imports this package too and must not wait seconds for torch
+    if name in _SUBMODULES:
+        return importlib.import_module(f"longtail.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'longtail' has no attribute '{name}'")
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

@@ -15,11 +15,24 @@ def in_class_order(class_counts: Any, name: str = "class_counts", noun: str = "c
         noun: what an entry is, for the message.
 
     Raises:
-        ValueError: a mapping, or a series whose index is not 0 … C − 1.
+        ValueError: no sequence of numbers, an empty one, a mapping, or a series whose index is not 0 … C − 1.
     """
     if isinstance(class_counts, Mapping):  # a Counter, whose keys would be taken as the counts
         raise ValueError(f"{name}: expected one {noun} for each class in order, got a mapping; give a list")
-    counts: list[Any] = class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts)
+    kind = type(class_counts).__name__
+    if hasattr(class_counts, "columns"):
+        raise ValueError(f"{name}: expected one {noun} for each class, got a {kind}; give one of its columns")
+    if isinstance(class_counts, str | bytes) or not hasattr(class_counts, "__iter__"):
+        raise ValueError(f"{name}: expected a list of one {noun} for each class, got {class_counts!r}")
+    is_iterator = hasattr(class_counts, "__next__")
+    counts = class_counts.tolist() if hasattr(class_counts, "tolist") else list(class_counts)
+    if not isinstance(counts, list):  # of an array or tensor without dimensions
+        raise ValueError(f"{name}: expected a list of one {noun} for each class, got the single number {counts!r}")
+    if is_iterator and not counts:
+        raise ValueError(f"{name}: expected one {noun} for each class, got a used-up {kind}; give a list")
+    for position, count in enumerate(counts):
+        if isinstance(count, str | bytes) or count is None:
+            raise ValueError(f"{name}: expected a number for each class, got {count!r} for class {position}")
     index = getattr(class_counts, "index", None)
     if index is None or callable(index):  # a method of sequences
         return counts

@@ -257,8 +257,11 @@ class ClassQueues:
         """Restore the contents.
 
         Raises:
-            ValueError: the state is of queues of other sizes or another feature width.
+            ValueError: the state lacks an entry, or is of queues of other sizes or another feature width.
         """
+        missing = [name for name in ("features", "labels", "ids", "sizes", "pushed") if name not in state]
+        if missing:
+            raise ValueError(f"state: expected the entries of state_dict(), {', '.join(missing)} is missing")
         if state["sizes"].tolist() != self.sizes.tolist() or state["features"].shape[1] != self.dim:
             raise ValueError(
                 f"state: expected queues of {self.size} slots × {self.dim} with as many slots per class as here, "

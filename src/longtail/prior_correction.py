@@ -10,11 +10,13 @@ without training again (Saerens et al., Neural Computation 14(1), 2002; Elkan, I
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from sklearn import get_config
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.model_selection import check_cv, cross_val_predict
 from sklearn.pipeline import Pipeline
@@ -180,11 +182,13 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
         Args:
             X: (N, …) samples, as the estimator takes them.
             y: (N,) labels.
-            sample_weight: (N,) weights, for the estimator and for the training frequencies; for a pipeline, they are
-                given to its last step.
+            sample_weight: (N,) weights, or one number for all samples, for the estimator and for the training
+                frequencies; for a pipeline, they are given to its last step, or with scikit-learn's metadata routing
+                to the steps that request them (``set_fit_request(sample_weight=True)``).
 
         Raises:
-            LongtailError: frequencies are not as above, or the training frequencies cannot be read from the estimator.
+            LongtailError: frequencies or weights are not as above, or the training frequencies cannot be read from the
+                estimator.
         """
         frozen = type(self.estimator).__name__ == "FrozenEstimator"
         y = self._check_labels(X, y, fitted=frozen)
@@ -200,7 +204,15 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
             self._resolve(self.target, "target")  # raises for a wrong one before the training
         arguments = {}
         if sample_weight is not None:
-            step = f"{self.estimator.steps[-1][0]}__" if isinstance(self.estimator, Pipeline) else ""
+            if isinstance(sample_weight, numbers.Real):
+                sample_weight = np.full(len(y), float(sample_weight))
+            elif (shape := np.asarray(sample_weight).shape) != y.shape:
+                raise LongtailError(
+                    f"sample_weight: expected shape ({len(y)},), one weight for each sample, got {shape}"
+                )
+            # with metadata routing a pipeline finds the steps that ask for the weights itself, and takes no step's name
+            routed = get_config().get("enable_metadata_routing", False)
+            step = "" if routed or not isinstance(self.estimator, Pipeline) else f"{self.estimator.steps[-1][0]}__"
             arguments[f"{step}sample_weight"] = sample_weight
         self._set_estimator(clone(self.estimator).fit(X, y, **arguments))
         if self.training_frequencies is not None:
@@ -403,24 +415,38 @@ def _tune(logs: Array, labels: Array, bias: Array, score: Callable[[Array], floa
         bias: (C,) to start from.
         score: of (N,) predicted class indices.
     """
-    bias, best = bias.copy(), score((logs + bias).argmax(axis=1))
+    bias, rows = bias.copy(), np.arange(len(logs))
+    shifted = logs + bias
+    # the two best classes of each sample, so that the best other one than any class is known without a search
+    first, second = _two_best(shifted)
+    best = score(first)
     for _ in range(_MAX_ROUNDS):
         previous = best
         for index in range(len(bias)):
-            others = logs + bias
-            others[:, index] = -np.inf
-            rival = others.argmax(axis=1)
+            rival = np.where(first == index, second, first)
             # a sample is predicted as this class if the bias is above its gap
-            gaps = others[np.arange(len(rival)), rival] - logs[:, index]
+            gaps = shifted[rows, rival] - logs[:, index]
             trials = []
             for candidate in _candidates(gaps, gaps[labels == index]):
                 value = score(np.where(candidate > gaps, index, rival))
                 trials.append((value, -abs(candidate - bias[index]), candidate))
             if trials and max(trials)[0] > best + 1e-12:
                 best, _, bias[index] = max(trials)
+                of_two = (first == index) | (second == index)
+                shifted[:, index] = logs[:, index] + bias[index]
+                changed = np.flatnonzero(of_two | (shifted[:, index] >= shifted[rows, second]))
+                first[changed], second[changed] = _two_best(shifted[changed])
         if best - previous < 1e-9:
             break
     return bias, best
+
+
+def _two_best(values: Array) -> tuple[Array, Array]:
+    """Return the columns of the largest and of the second largest value in each row; of equal ones the first."""
+    first = values.argmax(axis=1)
+    rest = values.copy()
+    rest[np.arange(len(rest)), first] = -np.inf
+    return first, rest.argmax(axis=1)
 
 
 def _candidates(gaps: Array, own: Array) -> Array:

@@ -6,6 +6,8 @@ processes gives every image the same random crop.
 
 from __future__ import annotations
 
+import enum
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,28 @@ def mix(*keys: int) -> int:
     return state >> 1
 
 
-_OCCURRENCE = mix(11)  # an independent stream of random draws
+@enum.unique
+class Stream(enum.IntEnum):
+    """What random numbers are drawn for: the second key, by which draws of one seed for different purposes differ."""
+
+    EPOCH_ORDER = 1
+    VIEWS = 2
+    INITIAL_WEIGHTS = 3
+    STEP = 4
+    CACHED_VIEWS = 5
+    SECOND_STAGE = 6
+    FEATURE_VIEWS = 7
+    MIXING_PARTNERS = 8
+    MIXING_SHARES = 9
+    TEACHERS = 10
+    CLASS_ORDER = 11
+    SPLIT = 12
+    GROUPED_SPLIT = 13
+    FOLDS = 14
+    EMPTY_IMAGES = 15
+
+
+_OCCURRENCE = mix(11)  # a salt of :func:`draw_ids`, which is no key of a generator
 
 
 def generator(*keys: int) -> torch.Generator:

@@ -52,9 +52,13 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "COCO image twice": (
         "COCO",
         changed(lambda c: c["images"][1].update(file_name="train000.png")),
-        f"{COCO_FILE}: the image train000.png is there twice",
+        f"{COCO_FILE}: the image train000.png occurs twice",
     ),
-    "COCO broken": ("COCO", written(COCO_FILE, '{"images": [\n{"id": 1},\n'), f"{COCO_FILE}, line 3: is no json"),
+    "COCO broken": (
+        "COCO",
+        written(COCO_FILE, '{"images": [\n{"id": 1},\n'),
+        f"{COCO_FILE}, line 3: is not valid JSON",
+    ),
     "VOC outside": (
         "Pascal VOC",
         written(XML, xml((500, 2, 505, 7))),
@@ -69,16 +73,16 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "VOC image twice": (
         "Pascal VOC",
         written("ImageSets/Main/train.txt", "train001\ntrain001\n"),
-        "ImageSets/Main/train.txt: the image train001 is there twice",
+        "ImageSets/Main/train.txt: the image train001 occurs twice",
     ),
-    "VOC broken": ("Pascal VOC", written(XML, "<annotation>\n<object>\n"), f"{XML}, line 3: is no xml"),
+    "VOC broken": ("Pascal VOC", written(XML, "<annotation>\n<object>\n"), f"{XML}, line 3: is not valid XML"),
     "YOLO outside": ("YOLO", written(TEXT, "\n0 1.3 .5 .1 .1"), f"{TEXT}, line 2: its box (x1, y1, x2, y2 = "),
     "YOLO class": ("YOLO", written(TEXT, "0 .5 .5 .1 .1\n3 .5 .5 .1 .1"), f"{TEXT}, line 2: class 3 is not listed"),
     "YOLO missing image": ("YOLO", removed("images/train/train001.png"), f"{TEXT}: has no image in "),
     "YOLO image twice": (
         "YOLO",
         lambda root: (root / "images/train/train001.jpg").write_bytes(b""),
-        "images/train: the image train001 is there twice",
+        "images/train: the image train001 occurs twice",
     ),
     "YOLO broken": ("YOLO", written(TEXT, "0 .5 .5 .1 .1\n0 .5 .5 x .1"), f"{TEXT}, line 2: expected a class and x, y"),
 }

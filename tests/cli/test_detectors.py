@@ -97,6 +97,7 @@ def test_torchvision_with_a_power(command: Command, tmp_path: Path, train: Path,
     note = json.loads((out / "calibration.json").read_text())
     assert note == json.loads((tmp_path / "record.json").read_text())
     assert note["power"] == 0.5
+    assert note["layers"] == ["roi_heads.box_predictor.cls_score"]
     assert note["class_counts"]["class 0"] == 40
     model = build(CLASSES + 1)
     model.load_state_dict(read_state_dict(weights))
@@ -133,6 +134,7 @@ def test_transformers_with_validation(
     assert (code, errors) == (0, "")
     note = json.loads((out / "calibration.json").read_text())
     assert note["class_order"] == "name"
+    assert note["layers"] == ["class_labels_classifier"]
     assert list(note["search"]) == [f"{step / 10:g}" for step in range(11)]
     assert note["search"]["0"] == pytest.approx(note["before"], abs=1e-6)
     assert note["search"][f"{note['power']:g}"]["ap"] == pytest.approx(note["after"]["ap"], abs=0.1)
@@ -388,7 +390,7 @@ def test_where_the_export_is_written(
         path.parent.mkdir(exist_ok=True)
         path.write_text("model")
 
-    monkeypatch.setattr("longtail.detector_calibration.storage.export_detector", write)
+    monkeypatch.setattr("longtail.detector_calibration.workflow.export_detector", write)
     for further in ((), ("--overwrite",)):
         code, _, errors = command(
             *("calibrate-detector", NAME, "--weights", weights, "--annotations", train, "--power", "0.5", "--quiet"),

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 
+from longtail.cli.parsing import recipe_with_data
 from longtail.config import Config, read_config
 from longtail.data.source_spec import named_sets
 from longtail.training.run_io import flatten
@@ -125,6 +126,7 @@ def test_compare(command: Command, tmp_path: Path) -> None:
     code, printed, err = command(*arguments)
     assert code == 0, err
     assert "gml − la" in printed
+    assert "; chosen by the test images, without correction for 3 comparisons\n" in printed
     records = json.loads(table.read_text())
     assert len(records) == 6
     wanted = {"method", "seed", "balanced_accuracy", "many", "medium", "few", "seconds", "student_passes"}
@@ -186,6 +188,11 @@ def test_a_folder_of_images(command: Command, photos: Path, tmp_path: Path) -> N
         (["train", "--optimizer.learning_rate", "fast"], "--optimizer.learning_rate fast: expected a number"),
         (["train", "--optimizer.name", "lion"], "--optimizer.name lion: expected sgd or adamw"),
         (["train", "--data.imbalance"], "--data.imbalance: expected a value"),
+        (
+            ["train", "--experts.strengths", "a", "b"],
+            "--experts.strengths a b: expected numbers (longtail train --help",
+        ),
+        (["train", "--segmentation.crop", "4"], "--segmentation.crop 4: expected None or 2 whole numbers"),
         (["train", "--nonsense", "3"], "--nonsense: there is no such flag"),
         (["train", "digits-lt", "extra"], "extra: not expected here"),
         (["evaluate"], "RUN is missing: Folder of the run"),
@@ -233,6 +240,10 @@ def test_a_recipe_file_with_a_mistake(command: Command, tmp_path: Path) -> None:
         ("method: gmll", "perhaps you meant gml"),
         ("base: nope", "base 'nope' is not known"),
         ("- 1", "expected fields with values, got list"),
+        ("gml: null", "mine.yaml: gml: expected fields with values, got nothing"),
+        ("data:", "mine.yaml: data: expected fields with values, got nothing"),
+        ("log: csv", "mine.yaml: log: expected a list, such as [csv], got 'csv'"),
+        ("schedule: {milestones: 0.5}", "mine.yaml: schedule.milestones: expected a list, such as [0.5], got 0.5"),
         ("a: b: c", "not YAML"),
         ("epochs: 1\nepochs: 2", "'epochs' is given twice"),
     ]:
@@ -481,3 +492,14 @@ def test_a_run_among_parquet_files_is_refused(
         assert (code, len(err.splitlines())) == (2, 1), err
         assert f"is in the data folder {tmp_path}, whose files would then all be read as data; choose an --out" in err
     assert [path.name for path in tmp_path.iterdir()] == ["data.parquet"]
+
+
+def test_runs_are_named_after_the_whole_name_of_a_folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos.parent)
+    for name in ("photos.v1", "photos.v2", "photos.csv"):
+        photos.rename(name)
+        assert recipe_with_data([name], "digits-lt")[0].name == name
+        Path(name).rename(photos)
+    Path("split.v1.csv").write_text("path,label\n")
+    assert recipe_with_data(["split.v1.csv"], "digits-lt")[0].name == "split.v1"
+    assert recipe_with_data(["hub:user/set.v2"], "digits-lt")[0].name == "set.v2"

@@ -299,5 +299,6 @@ def test_groups_that_cannot_be_had(
 def test_an_image_in_two_groups_is_named(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("path,label,site\na.png,0,x\n./a.png,0,y\n")
-    with pytest.raises(LongtailError, match=re.escape("row 2: ./a.png is in the group 'y', but in 'x' in a row above")):
+    message = "line 3: ./a.png is in the group 'y', but in 'x' in a row above"
+    with pytest.raises(LongtailError, match=re.escape(message)):
         read_groups(table, None, "site")

@@ -128,7 +128,7 @@ def test_columns_that_are_named(tmp_path: Path) -> None:
         load(tmp_path, label_column="genus")
     write_set(tmp_path, {"Species": ["a", "b"] * 5})
     with pytest.raises(
-        LongtailError, match=r"which column holds the label\? Name it with data\.label_column; .*: Species$"
+        LongtailError, match=r"which column holds the label\? Name it with --data\.label_column NAME; .*: Species$"
     ):
         load(tmp_path)
 

@@ -15,6 +15,7 @@ from longtail.data.imbalance import (
     permuted_by_class,
     profile_counts,
     rank_classes,
+    remarks_on_tail,
     resolve_profile,
     stratified_split,
     subsample,
@@ -165,3 +166,29 @@ def test_the_last_class_has_its_image_at_the_largest_factor(profile: str, larges
         if largest % divisor == 0:
             counts = profile_counts(profile, largest, 10, largest / divisor)
             assert (counts[0], counts[-1]) == (largest, divisor)
+
+
+def remarks(counts: list[int], profile: str, factor: float, order: str = "index") -> tuple[list[int], list[str]]:
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    names = [f"class {index}" for index in range(len(counts))]
+    positions = permuted_by_class(labels, len(counts), 0)
+    kept = labels[long_tailed(positions, names, profile, factor, order, 0)]
+    said = remarks_on_tail(positions, kept, names, profile, factor, order, 0)
+    return torch.bincount(kept).tolist(), said
+
+
+def test_a_tail_of_its_own_that_is_longer_than_the_one_asked_for_is_remarked_on() -> None:
+    counts, (remark,) = remarks([70, 42, 21, 9, 1], "exponential", 10)
+    assert counts == [70, 39, 21, 9, 1]
+    assert remark == (
+        "data.imbalance 10: is 70 in fact: class 'class 4' has 1 training image, and the profile asks for 7"
+    )
+    counts, (remark,) = remarks([50, 100, 60, 40, 30], "exponential", 10)
+    assert counts[0] == max(counts) == 50
+    assert "the head is 'class 0' with 50 images, and no class keeps more, although 'class 1' has 100" in remark
+
+
+@pytest.mark.parametrize(("profile", "factor"), [("exponential", 7), ("step", 3), ("pareto", 100), ("natural", 10)])
+def test_a_tail_that_is_as_asked_for_is_not_remarked_on(profile: str, factor: float) -> None:
+    assert remarks([333] * 10, profile, factor)[1] == []
+    assert remarks([100, 95, 90, 85, 80], profile, min(factor, 1.3))[1] == []

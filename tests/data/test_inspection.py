@@ -11,8 +11,10 @@ import pytest
 
 from longtail.config import Data, Shots
 from longtail.data.inspection import histogram, inspect
-from longtail.data.sources import load_data
+from longtail.data.sources import load_data, read_listing
+from longtail.data.sources.from_listing import split_listing
 from longtail.data.splits import write_split
+from longtail.errors import LongtailError
 from tests.conftest import Command, save_image
 
 
@@ -113,7 +115,8 @@ def test_a_table_of_the_good_images_is_written_and_can_be_trained_on(
     good = inspect(Data(**settings), 0, Shots())  # type: ignore[arg-type]
     assert not good.errors
     assert not good.unreadable
-    assert good.class_counts == [12, 6, 3]
+    assert (good.splits, good.split_sizes) == ({"all": 21}, {"train": 17, "test": 4})
+    assert good.class_counts == [10, 5, 2]
     code, out, _ = command("inspect", photos, "--data.max_unreadable_fraction", "0.2")
     assert code == 0
     assert "unreadable: " in out
@@ -137,12 +140,109 @@ def test_what_training_would_refuse_is_an_error_beforehand(photos: Path, tmp_pat
     save_image(photos / "fox" / "0.png", seed=99)
     (error,) = errors(photos)
     assert "class 'fox' has 1 image below" in error
-    assert "longtail split, then longtail train on its table" in error
+    assert f"longtail split {photos} --val 0 --out split.csv, then longtail train split.csv --data.root {photos}" in (
+        error
+    )
     # which is true
     split = write_split(Data(source="folder", root=str(photos)), tmp_path / "s.csv", 0.0, 0.2, 0)
     data = load_data(Data(source="list", train=str(tmp_path / "s.csv"), root=split["root"]), seed=0)
     assert data.class_counts[data.class_names.index("fox")] == 1
     assert errors(photos, min_images=3)
+
+
+def test_a_class_whose_training_images_cannot_be_read_is_an_error(
+    photos: Path, tmp_path: Path, command: Command
+) -> None:
+    rare = [save_image(photos / "fox" / f"{number}.png", seed=900 + number) for number in range(2)]
+    settings = Data(source="folder", root=str(photos), max_unreadable_fraction=0.5, cache="none")
+    trained = read_listing(settings)
+    (name,) = [name for name in split_listing(trained, settings, 0, [])["train"].names if name.startswith("fox")]
+    damaged = photos / name
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    (error,) = inspect(settings, 0, Shots()).errors
+    expected = f"class 'fox' has 0 training images that can be read below {photos}: at least 1 is expected"
+    with pytest.raises(LongtailError) as refused:
+        load_data(settings, 0)
+    for message in (error, str(refused.value)):
+        assert expected in message
+        assert f"1 cannot be read: {damaged}: " in message
+    # and the table of the others has a class of one image, which the command says
+    code, out, _ = command("inspect", photos, "--data.max_unreadable_fraction", "0.5", "--fix", tmp_path / "good.csv")
+    assert code == 1
+    assert "lists the 22 images that can be read; training would refuse it too: class 'fox' has 1 image" in out
+    for file in rare:
+        file.unlink()
+    rare[0].parent.rmdir()
+    code, out, _ = command("inspect", photos, "--fix", tmp_path / "good.csv")
+    assert code == 0
+    assert f"longtail train {tmp_path / 'good.csv'} --data.root {photos}" in out
+
+
+def test_the_same_image_in_train_and_test_of_the_split_to_come_is_reported(photos: Path, command: Command) -> None:
+    settings = Data(source="folder", root=str(photos))
+    splits = split_listing(read_listing(settings), settings, 0, [])
+    train = [name for name in splits["train"].names if name.startswith("cat")]
+    test = next(name for name in splits["test"].names if name.startswith("cat"))
+    (photos / test).write_bytes((photos / train[0]).read_bytes())
+    (photos / train[1]).write_bytes((photos / train[2]).read_bytes())
+    inspection = inspect(settings, 0, Shots())
+    assert [sorted(group) for group in inspection.leaks] == [[f"test: {test}", f"train: {train[0]}"]]
+    assert [sorted(group) for group in inspection.duplicates] == [sorted(train[1:3])]
+    code, out, _ = command("inspect", photos)
+    assert code == 0
+    assert "all 21: train 17, test 4" in out
+    assert "same content in two splits: " in out
+    assert "may be in train and test with another: keep one of each" in out
+
+
+def test_an_unsplit_folder_is_counted_as_training_counts_it(photos: Path, command: Command) -> None:
+    settings = Data(source="folder", root=str(photos), cache="none")
+    inspection = inspect(settings, 0, Shots(many_above=9, few_below=3))
+    data = load_data(settings, 0)
+    assert inspection.class_counts == data.class_counts == [10, 5, 2]
+    assert inspection.groups == data.groups(Shots(many_above=9, few_below=3)) == ["many", "medium", "few"]
+    assert inspection.imbalance_factor == 5.0
+    assert inspection.counted == "training images"
+    (photos / "cat" / "notes.txt").write_text("no image, so that no split is made")
+    refused = inspect(settings, 0, Shots())
+    assert (refused.counted, refused.class_counts) == ("images", [12, 6, 3])
+    assert "emu 3" in command("inspect", photos)[1]
+
+
+def test_a_tail_other_than_the_one_asked_for_is_remarked_on(photos: Path) -> None:
+    settings = Data(source="folder", root=str(photos), profile="exponential", imbalance=2, cache="none")
+    remark = "data.imbalance 2: is 5 in fact: class 'emu' has 2 training images, and the profile asks for 5"
+    assert remark in load_data(settings, 0).remarks
+    inspection = inspect(settings, 0, Shots())
+    assert remark in inspection.remarks
+    assert inspection.class_counts == [10, 5, 2]
+
+
+def test_a_file_that_is_missing_is_reported_once(photos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("path,label\n" + "".join(f"cat/{n}.png,cat\ndog/{n}.png,dog\n" for n in range(7)))
+    settings = Data(source="list", train=str(table), root=str(photos))
+    inspection = inspect(settings, 0, Shots(), fix=tmp_path / "good.csv")
+    assert len(inspection.errors) == 1
+    assert "1 of 14 files are missing" in inspection.errors[0]
+    assert (inspection.missing, inspection.unreadable, inspection.fixed) == (["dog/6.png"], [], 13)
+
+
+def test_where_no_class_has_two_images_no_command_is_advised(tmp_path: Path, command: Command) -> None:
+    for name in ("cat", "dog"):
+        save_image(tmp_path / "photos" / name / "0.png")
+    code, out, _ = command("inspect", tmp_path / "photos")
+    assert code == 1
+    assert "there are no test images, and no class has a second image" in out
+    assert "longtail split" not in out
+    table = tmp_path / "split.csv"
+    code, out, _ = command("split", tmp_path / "photos", "--val", "0", "--out", table)
+    assert code == 0
+    assert "no test images: no class has a second image" in out
+    code, out, _ = command("inspect", table, "--data.root", tmp_path / "photos")
+    assert code == 1
+    assert "there are no test images, and no class has a second image" in out
+    assert "column 'split' has train alone: there are no test images of its own" in out
 
 
 def test_a_named_set_is_looked_at_with_its_recipes_tail(command: Command) -> None:
@@ -159,6 +259,7 @@ def test_the_histogram_falls_from_head_to_tail() -> None:
     assert widths == sorted(widths)
     assert widths[-1] == 40
     assert "200 classes" in lines[-1]
+    assert "1 class;" in histogram([3])[-1]
 
 
 @pytest.mark.parametrize(

@@ -153,17 +153,17 @@ def test_tables(tmp_path: Path) -> None:
         (
             "path,label\na.png,0.5\n",
             {},
-            "row 1: column 'label' holds '0.5', expected a whole number of at least 0 or a class name; correct it",
+            "line 2: column 'label' holds '0.5', expected a whole number of at least 0 or a class name; correct it",
         ),
-        ("path,label\na.png,0\nb.png,nan\n", {}, "row 2: column 'label' holds 'nan'"),
-        ("path,label\na.png,\n", {}, "row 1: column 'label' holds nothing"),
+        ("path,label\na.png,0\nb.png,nan\n", {}, "line 3: column 'label' holds 'nan'"),
+        ("path,label\na.png,\n", {}, "line 2: column 'label' holds nothing"),
         ("path,label\na.png,0,1\n", {}, "line 2: expected 2 columns, got 3"),
         ("path,label,label\na.png,0,1\n", {}, "two columns are called 'label'"),
-        ("path,label\na.png,-1\n", {}, "row 1: column 'label' holds '-1'"),
-        ("path,label\na.png," + "1" * 5000, {}, "row 1: column 'label' holds '1{80}', expected a whole number"),
-        ("path,label,split\na.png,0,x\n", {}, "row 1: split 'x' is not known: expected train, val or test"),
-        ("path,label,split\na.png,0,\n", {}, "row 1: column 'split' holds nothing, expected train, val or test"),
-        ("path,label\n,0\n", {}, "row 1: column 'path' holds nothing, expected a path"),
+        ("path,label\na.png,-1\n", {}, "line 2: column 'label' holds '-1'"),
+        ("path,label\na.png," + "1" * 5000, {}, "line 2: column 'label' holds '1{80}', expected a whole number"),
+        ("path,label,split\na.png,0,x\n", {}, "line 2: split 'x' is not known: expected train, val or test"),
+        ("path,label,split\na.png,0,\n", {}, "line 2: column 'split' holds nothing, expected train, val or test"),
+        ("path,label\n,0\n", {}, "line 2: column 'path' holds nothing, expected a path"),
         ("path,label\na.png,Cat\nb.png,cat \n", {}, "'Cat' and 'cat' differ only in case or blanks"),
     ],
 )
@@ -240,7 +240,7 @@ def test_an_absolute_path_below_the_root_is_that_of_the_same_file(tmp_path: Path
     absolute = tmp_path / place / "0" / "1.png"
     twice = listing(f"{absolute},0,train")
     assert twice.splits["all"].names == list(files)
-    assert "all: 1 entries name a file that is listed already, and are left out" in twice.remarks
+    assert "all: 1 entry names a file that is listed already, and is left out" in twice.remarks
     assert listing(f"{absolute},1,train").errors == ["all: 0/1.png is listed under '0' and '1'; correct one"]
     assert "1 file is listed in train and again in test (0/1.png)" in listing(f"{absolute},0,test").errors[0]
 

@@ -84,7 +84,7 @@ def test_a_folder_with_images_is_a_class_at_any_depth(tmp_path: Path) -> None:
         *("a/airfield", "animals/cat", "animals/dog/big", "tree", "tree/oak")
     ]
     assert listing.training.names[1] == "animals/cat/0.png"
-    assert "1 classes have others below them (tree)" in listing.remarks[0]
+    assert "1 class has others below it (tree)" in listing.remarks[0]
     joined = listed(tmp_path, class_depth=1)
     assert joined.class_names == ["a", "animals", "tree"]
     assert torch.bincount(joined.training.labels).tolist() == [1, 2, 2]
@@ -131,8 +131,8 @@ def test_an_empty_training_class_with_test_images(tmp_path: Path) -> None:
 def test_what_is_not_used_is_named(tmp_path: Path) -> None:
     tree(tmp_path, "train/cat/0.png", "train/dog/1.png", "train/loose.png", "extra/cat/3.png")
     remarks = listed(tmp_path).remarks
-    assert f"{tmp_path / 'train'}: 1 images beside the class folders belong to no class" in remarks[0]
-    assert "1 folders beside the splits are not used (extra)" in remarks[1]
+    assert f"{tmp_path / 'train'}: 1 image beside the class folders belongs to no class" in remarks[0]
+    assert "1 folder beside the splits is not used (extra)" in remarks[1]
 
 
 @pytest.mark.parametrize("place", ["test", "train/emu", "train/cat/x.png", "other"])
@@ -229,3 +229,39 @@ def test_every_suffix_that_pillow_reads_is_an_image(tmp_path: Path) -> None:
     listing = listed(tmp_path)
     assert not listing.errors
     assert len(listing.training) == 6
+
+
+def test_test_images_of_a_competition_are_not_tested_on(tmp_path: Path) -> None:
+    tree(tmp_path, "train/cat/0.png", "train/dog/1.png", "test/2.png", "test/3.png")
+    with pytest.raises(LongtailError) as error:
+        listed(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path / 'test'}: expected a sub-folder with images for each class, found 2 images without one; images "
+        "without labels cannot be tested on: move them out, and use longtail predict RUN FOLDER"
+    )
+
+
+@pytest.mark.parametrize("place", ["", "train/", "train/cat/"])
+def test_a_table_in_parquet_beside_images_makes_no_set_of_the_hub(tmp_path: Path, place: str) -> None:
+    tree(tmp_path, "train/cat/0.png", "train/cat/1.png", "train/dog/2.png", "train/dog/3.png")
+    (tmp_path / place / "gps.parquet").write_bytes(b"none")
+    assert source_of(str(tmp_path)) == {"source": "folder", "root": str(tmp_path)}
+    listing = listed(tmp_path)
+    said = listing.errors if place == "train/cat/" else listing.remarks
+    assert len(said) == 1
+    assert "gps.parquet" in said[0]
+    # images of a split, without classes, are what a set of the Hub may have beside its table
+    for name in ("cat", "dog"):
+        for file in (tmp_path / "train" / name).glob("*.png"):
+            file.rename(tmp_path / "train" / file.name)
+    assert source_of(str(tmp_path)) == {"source": "hub", "root": str(tmp_path)}
+
+
+def test_what_macos_adds_to_an_archive_is_no_class(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/0.png", "dog/1.png")
+    (tmp_path / "__MACOSX" / "cat").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "cat" / "._0.png").write_bytes(b"none")
+    listing = listed(tmp_path)
+    assert not listing.errors
+    assert not listing.remarks
+    assert listing.class_names == ["cat", "dog"]

@@ -229,7 +229,7 @@ def test_a_stray_quotation_mark_swallows_no_rows(root: Path, rows: list[str], li
 def test_a_thousand_is_not_one(root: Path) -> None:
     content = 'path,label\na.png,"1,0"\nb.png,1\nc.png,"{}"\nd.png,2.000\n'
     assert sorted(listed(root, content.format("3,00")).class_names) == ["1", "2", "3"]
-    with pytest.raises(LongtailError, match="row 3: column 'label' holds '1,000', expected a whole number"):
+    with pytest.raises(LongtailError, match="line 4: column 'label' holds '1,000', expected a whole number"):
         listed(root, content.format("1,000"))
 
 
@@ -238,3 +238,49 @@ def test_paths_of_windows_are_explained(root: Path) -> None:
         save_image(root / "pets" / name)
     listing = listed(root, table(rows=[(f"pets\\{name}", label) for name, label in ROWS]))
     assert listing.errors[0].endswith("; separate folders by / in place of \\")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("path,label\na.png,cat\nb.png,\n", 3),
+        ("path,label\n\na.png,cat\n\nb.png,\n", 5),
+        ("sep=,\npath,label\na.png,cat\nb.png,\n", 4),
+        ('path,label,comment\na.png,cat,"one\ntwo"\n\nb.png,,"one\ntwo"\n', 5),
+        ("path,label,split\na.png,cat,train\n\nb.png,dog,middle\n", 4),
+        ("path,label\na.png,1\n\nb.png,0.5\n", 4),
+        ('path,label\na.png,"1\n"\n\nb.png,1,2\n', 5),
+    ],
+)
+def test_a_row_is_named_by_its_line_in_the_file(root: Path, content: str, line: int) -> None:
+    with pytest.raises(LongtailError, match=rf"t\.csv, line {line}: "):
+        listed(root, content)
+
+
+def test_test_images_without_labels_are_not_tested_on(root: Path) -> None:
+    hint = "; images without labels cannot be tested on: move them out, and use longtail predict RUN FOLDER"
+    train = "".join(f"{name},{label},train\n" for name, label in ROWS)
+    with pytest.raises(LongtailError, match=rf"line 6: column 'label' holds nothing.*{hint}$"):
+        listed(root, f"path,label,split\n{train}e.png,,test\nf.png,,test\n")
+    (root / "test.csv").write_text("path,label\na.png,\n")
+    (root / "train.csv").write_text(table())
+    with pytest.raises(LongtailError, match=rf"test\.csv, line 2: .*{hint}$"):
+        read_splits({"train": root / "train.csv", "test": root / "test.csv"}, root)
+    # one that has been forgotten is another matter
+    with pytest.raises(LongtailError, match=r"add it, or remove the row$"):
+        listed(root, f"path,label,split\n{train}e.png,,test\nf.png,cat,test\n")
+
+
+def test_close_names_say_more_than_that_the_root_may_be_another(root: Path) -> None:
+    errors = listed(root, "path,label\nbirdz/0.png,cat\n").errors
+    assert errors[0].endswith("; the folder that the names begin in is --data.root FOLDER")
+    save_image(root / "birds" / "0.png")
+    errors = listed(root, "path,label\nbirdz/0.png,cat\n").errors
+    assert errors[0].endswith("has no 'birdz'; perhaps you meant birds?")
+
+
+def test_a_column_of_splits_with_train_alone_is_remarked_on(root: Path) -> None:
+    train = "".join(f"{name},{label},train\n" for name, label in ROWS)
+    listing = listed(root, f"path,label,split\n{train}")
+    assert set(listing.splits) == {"all"}
+    assert "column 'split' has train alone: there are no test images of its own" in listing.remarks[0]

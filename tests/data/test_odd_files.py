@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -49,6 +50,20 @@ def test_the_shown_size_is_that_of_the_decoded_image(tmp_path: Path, suffix: str
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (20, 10), "red").save(path, exif=exif)
     assert to_rgb(open_image(path)).size == read_shown_size(path) == (10, 20)
+
+
+@pytest.mark.parametrize(
+    ("brand", "name"), [(b"heic", "HEIC"), (b"heix", "HEIC"), (b"mif1", "HEIF"), (b"avif", "AVIF")]
+)
+def test_photographs_of_phones_are_named(tmp_path: Path, brand: bytes, name: str, command: Command) -> None:
+    content = b"\0\0\0\x18ftyp" + brand + bytes(8)
+    path = images(tmp_path / "set", {"cat": 6, "dog": 6}) / "cat" / "IMG_1.jpg"  # whatever its name says
+    path.write_bytes(content)
+    message = f"is in the format {name}, which Pillow does not read here; convert it to JPEG"
+    for file in (path, io.BytesIO(content)):
+        with pytest.raises(LongtailError, match=message):
+            open_image(file)
+    assert f"IMG_1.jpg: {message}" in command("inspect", tmp_path / "set")[1]
 
 
 def test_pictures_of_a_run_are_not_among_the_images(tmp_path: Path) -> None:

@@ -293,6 +293,24 @@ def test_labels_of_any_kind(kind: Any) -> None:
     assert list(ClassAwareSampler(kind(LABELS.tolist()))) == list(make())
 
 
+def test_labels_of_pandas_and_numbers_that_are_stored_as_objects() -> None:
+    pandas = pytest.importorskip("pandas")
+    expected, numbers = list(make()), LABELS.tolist()
+    for kind in (pandas.Series(numbers), pandas.Series(numbers, dtype=object), np.array(numbers, dtype=object)):
+        assert list(ClassAwareSampler(kind)) == expected
+    for names in (np.array(["1", "2"], dtype=object), np.array([1, None], dtype=object)):
+        with pytest.raises(LongtailError, match="labels: expected a class number for every image"):
+            ClassAwareSampler(names)
+
+
+def test_the_epoch_of_a_state_is_an_integer() -> None:
+    sampler = make()
+    for epoch in (np.int64(3), torch.tensor(3)):
+        sampler.set_epoch(epoch)
+        assert type(sampler.state_dict()["epoch"]) is int
+        make().load_state_dict(sampler.state_dict())
+
+
 def test_many_classes_are_sorted_in_the_other_way() -> None:
     labels = torch.randint(0, 70_000, (3000,), generator=torch.Generator().manual_seed(0))
     assert list(make(labels)) == epoch_order(labels, "class", 0, 0, 11).tolist()

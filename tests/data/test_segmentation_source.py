@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -305,6 +307,25 @@ def test_palette_and_16_bit_masks_are_read(scenes: Path, mode: str) -> None:
     images = load(scenes).train.images
     assert isinstance(images, SegmentationImages)
     assert np.array_equal(images.open_sample(0).labels, values.astype(np.int32) - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_grey_png_masks_of_few_bits_hold_the_values_that_are_written(bits: int, tmp_path: Path) -> None:
+    """Pillow spreads 2 and 4 bits over 8: a value of 1 is 85 or 17."""
+    values = np.arange(16, dtype=np.uint8).reshape(2, 8) & (2**bits - 1)
+    written = np.unpackbits(values[..., None], axis=2)[..., 8 - bits :].reshape(2, -1)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + row.tobytes() for row in np.packbits(written, axis=1))
+    header = struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)
+    path = tmp_path / "mask.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    assert np.array_equal(read_mask(path), values)
+    assert np.array_equal(read_mask(path, ignore_value=3), np.where(values == 3, 0, values))
 
 
 def test_a_mask_without_a_label_is_left_out_and_remarked_on(scenes: Path) -> None:

@@ -350,3 +350,32 @@ def test_validation_images_without_objects(tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text(json.dumps(empty))
     with pytest.raises(LongtailError, match="no category has an object"):
         choose_power(DetectorRunner(Colours()), train, read_coco(tmp_path / "empty.json"), tmp_path)
+
+
+class Sure(Colours):
+    """Leaves out low scores, unless another threshold is given."""
+
+    def find(self, batch: list[Image.Image], score_threshold: float = 0.99, max_detections: int = 100) -> Any:
+        for found in super().find(batch, score_threshold, max_detections):
+            kept = found.scores >= score_threshold
+            yield Detections(*(part[kept] for part in found[:3]))
+
+
+def test_low_scores_count_in_average_precision(tmp_path: Path) -> None:
+    """From 0.001 on, as evaluate has it, not from the detector's own threshold; unless one is given."""
+    train = read_coco(coco(tmp_path, "train", [[0], [1], [2]]))
+    validation = read_coco(coco(tmp_path, "val", [[0, 1, 2]] * 4))
+
+    def ap(model: Any, threshold: float | None = None) -> Any:
+        runner = DetectorRunner(model, score_threshold=threshold)
+        return evaluate_corrections(runner, [None], train, validation, tmp_path)[0]["ap"]
+
+    assert ap(Sure()) == ap(Colours()) > ap(Sure(), 0.99)
+    for runner, expected in (
+        (DetectorRunner(fasterrcnn(3)), 0.001),  # torchvision's own is 0.05
+        (DetectorRunner(fasterrcnn(3), score_threshold=0.1), 0.1),
+        (DetectorRunner(Colours()), None),  # its own is 0
+        (DetectorRunner(Unlimited()), None),
+        (DetectorRunner(transformers_model("Detr"), processor("Detr")), None),  # has none
+    ):
+        assert runner.down_to(0.001).score_threshold == expected

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from longtail.data.detection import Annotations, Detections
+from longtail.data.detection import Annotations, Detections, read_coco
 from longtail.errors import LongtailError
+from longtail.evaluation.detection import detection_metrics
 from longtail.evaluation.detection_matches import coco_masks, encode_mask
 from longtail.evaluation.detection_results import read_results, to_results
 from longtail.tasks.detection.evaluate_results import evaluate_results
@@ -187,3 +188,32 @@ def test_equal_scores_are_in_the_order_of_the_images_ids(tmp_path: Path) -> None
         metrics = evaluate_results(tmp_path / "results.json", tmp_path / "annotations.json", None)
         values.append(metrics["ap"])
     assert values == [pytest.approx(100.0), pytest.approx(100.0)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"size": [60, 40], "counts": [2400]}, r"its size is \[60, 40\], expected that of the image, \[40, 60\]"),
+        ({"size": [40, 60], "counts": [10, 20]}, "its counts are of 30 pixels, expected those of 2,400 pixels"),
+        ({"size": [40, 60], "counts": [-5, 2405]}, "its counts are damaged"),
+        ({"size": [40, 60], "counts": "zzzz"}, "its counts are damaged"),
+        ({"size": [40, 60], "counts": "\u00e9"}, "its counts are damaged"),
+    ],
+)
+def test_damaged_masks_of_annotations_are_one_line(tmp_path: Path, mask: dict[str, Any], message: str) -> None:
+    """They were a traceback, or a mask AP of 0; where boxes alone are compared, they do not matter."""
+    content = {
+        "images": [{"id": 100, "file_name": "a.png", "height": 40, "width": 60}],
+        "annotations": [{"id": 7, "image_id": 100, "category_id": 5, "bbox": [1, 2, 3, 4], "segmentation": mask}],
+        "categories": [{"id": 5, "name": "cat"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([entry(segmentation={"size": [40, 60], "counts": [90, 20, 2290]})]))
+    with pytest.raises(LongtailError, match=rf"a\.json: annotation 7 of a\.png: segmentation: {message}"):
+        evaluate_results(results, tmp_path / "a.json", None)
+    found = read_results(results, annotations_of("a.png"))
+    with pytest.raises(LongtailError, match=rf"annotations: object 0 of a\.png: segmentation: {message}"):
+        detection_metrics(found, read_coco(tmp_path / "a.json"), iou_type="segm")
+    results.write_text(json.dumps([entry()]))
+    assert evaluate_results(results, tmp_path / "a.json", None)["ap"] == pytest.approx(100)

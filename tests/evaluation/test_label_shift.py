@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -201,3 +203,51 @@ def test_wrong_weights_and_counts_raise(weights: np.ndarray | None, counts: list
     if weights is not None:
         with pytest.raises(LongtailError, match=message):
             estimate_em(scores, weights)
+
+
+def test_em_leaves_out_images_of_weight_0() -> None:
+    scores = np.array([[0.0, -1000.0], [-1000.0, 0.0]])
+    estimate = estimate_em(scores, weights=[1, 0])
+    assert estimate.frequencies == pytest.approx([1, 0], abs=1e-5)
+    assert np.isfinite([estimate.low, estimate.high]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"predicted": []}, r"predicted: expected the class number of at least one image, got shape \(0,\)"),
+        ({"predicted": [0, 5]}, r"predicted: expected class numbers in \[0, 2\), got 5"),
+        ({"predicted": [0, -1]}, r"predicted: expected class numbers in \[0, 2\), got -1"),
+        ({"predicted": [0, 0.5]}, r"predicted: expected class numbers in \[0, 2\), got 0.5"),
+        ({"predicted": ["a"]}, r"predicted: expected numbers, got \['a'\]"),
+        ({"heldout_labels": [0, 2, 1, 1]}, r"heldout_labels: expected class numbers in \[0, 2\), got 2"),
+        (
+            {"heldout_predicted": [0, 1, 1]},
+            "heldout_predicted: expected 4 classes, one for each of heldout_labels, got 3",
+        ),
+    ],
+)
+def test_wrong_predictions_raise(change: dict[str, list[float]], message: str) -> None:
+    arguments = {"predicted": [0, 1], "heldout_labels": [0, 0, 1, 1], "heldout_predicted": [0, 1, 1, 1]}
+    assert len(estimate_bbse(**arguments, num_classes=2).frequencies) == 2
+    with pytest.raises(LongtailError, match=f"^{message}"):
+        estimate_bbse(**(arguments | change), num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"bias": np.zeros(2), "halves": np.zeros((2, 3))},
+            r"bias: expected finite numbers of shape \(3,\), got shape \(2,",
+        ),
+        ({"bias": np.zeros(3), "halves": np.zeros((3, 3))}, r"halves: .* of shape \(2, 3\), got shape \(3, 3\)"),
+        ({"bias": np.zeros(3), "halves": np.full((2, 3), np.nan)}, "halves: expected finite numbers"),
+        ({"bias": ["a", "b", "c"]}, "bias: expected numbers, got"),
+        ({"class_counts": ["a", "b", "c"]}, "class_counts: expected numbers, got"),
+    ],
+)
+def test_wrong_corrections_raise(change: dict[str, Any], message: str) -> None:
+    scores, _ = sample(np.array([0.2, 0.3, 0.5]), 30, 0)
+    with pytest.raises(LongtailError, match=f"^{message}"):
+        estimate_map(scores, **({"class_counts": [5, 3, 2]} | change))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from longtail.evaluation.segmentation import boundary_mask, count_pixels, pixel_metrics
+from longtail.evaluation.segmentation import boundary_band, boundary_mask, count_pixels, pixel_metrics
 
 
 def images(count: int = 5, classes: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -88,3 +89,27 @@ def test_unlabelled_pixels_are_ignored_and_an_absent_class_is_none() -> None:
     got = pixel_metrics(count_pixels(predicted, truth, 3), [3, 2, 1], 1)
     assert got["per_class"] == [100.0, None, None]
     assert (got["mean_iou"], got["tail"]) == (100.0, None)
+
+
+@pytest.mark.parametrize("width", [1, 5, 20, 46])
+def test_bands_are_those_of_pooling(width: int) -> None:
+    """Wider than the image too; the maximum over a square is that of max_pool2d."""
+    for labels in (truth for _, truth in images(2)):
+        values = F.pad(labels[None, None].float(), (width,) * 4, value=-2.0)
+        largest, smallest = (sign * F.max_pool2d(sign * values, 2 * width + 1, stride=1)[0, 0] for sign in (1, -1))
+        assert torch.equal(boundary_mask(labels, width), largest != smallest)
+
+
+def test_several_predictions_share_the_band_of_the_labels() -> None:
+    predicted, truth = images(1)[0]
+    counts, band = count_pixels(predicted, truth, 4, 0.05), boundary_band(truth, 0.05)
+    assert torch.equal(count_pixels(predicted, truth, 4, 0.05, band), counts)
+    nothing = count_pixels(predicted, truth, 4, 0.05, torch.zeros_like(band))  # it is used as it is given
+    assert nothing[3].tolist() == [0] * 4
+
+
+def test_without_boundaries_the_rest_is_the_same() -> None:
+    predicted, truth = images(1)[0]
+    whole, some = (pixel_metrics(count_pixels(predicted, truth, 4, width), [4, 3, 2, 1], 1) for width in (0.05, None))
+    assert some == {name: value for name, value in whole.items() if "boundary" not in name}
+    assert whole.keys() - some.keys() == {"boundary_iou", "per_class_boundary"}

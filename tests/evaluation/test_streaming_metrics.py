@@ -18,6 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 from torch import Tensor, nn
 
 from longtail.config import Shots
+from longtail.errors import LongtailError
 from longtail.evaluation.calibration import calibration_metrics, group_numbers, reliability
 from longtail.evaluation.metrics import classification_metrics, count_correct
 from longtail.evaluation.streaming_metrics import (
@@ -286,3 +287,25 @@ def test_labels_as_arrays_of_any_integers() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_number_of_classes_of_scores_is_that_of_their_columns(value: float) -> None:
     assert balanced_accuracy([[0.0, value], [1.0, 0.0]], [0, 0])["balanced_accuracy"] == 0.5
+
+
+def test_series_are_copied_without_a_warning() -> None:
+    pandas = pytest.importorskip("pandas")
+    series = pandas.Series([0, 1, 1])
+    assert balanced_accuracy(series, series)["balanced_accuracy"] == 1
+
+
+@pytest.mark.parametrize("metric", [BalancedAccuracy(6), ShotAccuracy(COUNTS), ShotCalibrationError(COUNTS)])
+def test_arrays_are_refused_by_name(metric: Any) -> None:
+    scores, labels = draw()
+    for arguments, name in (
+        ((scores.numpy(), labels), "predictions"),
+        ((scores, labels.numpy()), "labels"),
+    ):
+        with pytest.raises(LongtailError, match=f"^{name}: expected a tensor, got ndarray; use torch.as_tensor"):
+            metric.update(*arguments)
+
+
+def test_names_in_place_of_numbers_are_refused() -> None:
+    with pytest.raises(LongtailError, match=r"^predictions: expected numbers, got 'a'; "):
+        balanced_accuracy(["a", "b"], [0, 1])

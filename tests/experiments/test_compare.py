@@ -112,6 +112,14 @@ def test_runs_that_start_from_another_one_are_those_of_train(tiny: Config, tmp_p
     assert (out / "la-seed0" / "metrics.jsonl").stat().st_mtime_ns == ended
 
 
+def test_what_is_impossible_is_said_before_the_first_training(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(LongtailError, match=r"--imbalances 1000: data\.imbalance 1000 leaves the smallest class"):
+        compare(tiny, ["ce"], [0], tmp_path / "out", imbalances=[10.0, 1000.0], quiet=True)
+    with pytest.raises(LongtailError, match="--seeds 2: the last seed would be 2147483648, expected at most 214748364"):
+        compare(tiny, ["ce"], range(2**31 - 1, 2**31 + 1), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_imbalances_are_an_axis(tiny: Config, tmp_path: Path) -> None:
     runs = plan(tiny, ["ce", "la"], [0, 1], "passes", [10.0, 50.0])
     assert [(run.imbalance, run.config.seed, run.config.method) for run in runs[:5]] == [

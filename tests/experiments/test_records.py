@@ -102,6 +102,35 @@ def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> N
     assert recommendation([*other, *la]) == "take la: best balanced accuracy, 55.2"  # of an earlier version
 
 
+def test_the_time_of_runs_that_were_trained_side_by_side_recommends_none() -> None:
+    def runs(method: str, values: list[float], seconds: float, passes: int, teacher: float = 0.0) -> list[Record]:
+        return [
+            Record(
+                method=method,
+                seed=seed,
+                metrics={"balanced_accuracy": value},
+                seconds=seconds,
+                student_passes=passes,
+                teacher_seconds=teacher,
+                epochs=1,
+                predicts_under="uniform",
+                side_by_side=True,
+            )
+            for seed, value in enumerate(values)
+        ]
+
+    la, best = runs("la", [55.0, 55.5, 55.2], 10, 100), runs("gml", [55.9, 55.0, 55.6], 30, 100)
+    assert recommendation([*la, *best]) == (
+        "take gml: best balanced accuracy, 55.5, but not shown to be better than la"
+    )
+    assert recommendation([*la, *(replace(run, side_by_side=False) for run in best)]).startswith("take gml: ")
+    fewer = runs("la", [55.0, 55.5, 55.2], 40, 50)
+    assert recommendation([*fewer, *best]).startswith("take la: balanced accuracy 55.2, not shown to be worse than gml")
+    # passes say nothing of the cost of a teacher
+    taught = runs("la", [55.0, 55.5, 55.2], 40, 50, teacher=5)
+    assert recommendation([*taught, *best]).startswith("take gml: ")
+
+
 def test_a_metric_that_an_earlier_version_did_not_compute_is_left_out() -> None:
     metrics = {"balanced_accuracy": 80.0, "many": 90.0, "medium": 80.0, "few": None}
     old = replace(record("la", 0, 80.0), metrics=metrics)

@@ -64,6 +64,13 @@ def test_generations_of_teachers_and_second_stages_are_what_they_are_alone(small
     assert len(teachers[0]) == 6  # the first generation is shared; the second is distilled with other weights
 
 
+def test_that_runs_were_side_by_side_is_kept(small: Config, tmp_path: Path) -> None:
+    config = small.replace(network="conv8-tiny", epochs=1)
+    for jobs, expected in ((1, False), (2, True)):
+        records = compare(config, ["ce"], [0, 1], tmp_path / str(jobs), jobs=jobs, quiet=True, budget="epochs")
+        assert [record.side_by_side for record in records] == [expected] * 2
+
+
 def test_what_cannot_share_the_process_is_trained_in_turn(
     small: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,6 +127,48 @@ def test_no_task_starts_after_one_has_failed() -> None:
     with pytest.raises(LongtailError, match="the second"):
         list(run_in_threads([task(number) for number in range(5)], 1, CPU, lambda: None))
     assert started == [0, 1]
+
+
+def test_what_ends_after_another_has_failed_is_yielded_before_the_error() -> None:
+    failed = threading.Event()
+    started: list[int] = []
+
+    def task(number: int) -> Callable[[Turn], int]:
+        def run(turn: Turn) -> int:
+            started.append(number)
+            with turn.taken():
+                turn.give()
+            if number == 1:
+                failed.set()
+                raise LongtailError("the second")
+            assert failed.wait(30)
+            if number == 2:
+                raise LongtailError("the third, later")
+            return number
+
+        return run
+
+    ended: list[tuple[int, int]] = []
+    results = run_in_threads([task(number) for number in range(5)], 4, CPU, lambda: None)
+    with pytest.raises(LongtailError, match=r"the (second|third)"):
+        ended.extend(results)
+    assert (0, 0) in ended
+    assert 4 not in started
+
+
+def test_the_memory_of_a_run_is_free_before_the_next_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("gc.collect", lambda: calls.append("collected"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (100, 100))
+
+    def task(turn: Turn) -> str:
+        with turn.taken():
+            calls.append("trained")
+        return "result"
+
+    assert dict(run_in_threads([task, task], 1, torch.device("cuda"), lambda: None)) == {0: "result", 1: "result"}
+    assert calls == ["trained", "collected", "emptied"] * 2
 
 
 def test_no_task_starts_after_a_signal() -> None:

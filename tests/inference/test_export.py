@@ -15,6 +15,7 @@ from PIL import Image
 
 from longtail import Recognizer, Segmenter
 from longtail.config import Config
+from longtail.errors import LongtailError
 from longtail.inference.export import export_onnx
 from longtail.inference.onnx_model import ONNXModel
 from longtail.tasks.loading import load_model
@@ -64,6 +65,26 @@ def test_other_frequencies_than_those_of_a_file_without_some_class(tmp_path: Pat
     model.prior = "uniform"
     # in single precision nothing is left of a and b
     np.testing.assert_allclose(model.change_prior(np.array([[0, 0, 1.0]]), "train"), [[5 / 8, 3 / 8, 0.0]], rtol=1e-4)
+
+
+def test_images_of_every_kind_and_options_of_the_session(tmp_path: Path) -> None:
+    export_onnx(build_recognizer(), tmp_path / "m.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    model = ONNXModel(tmp_path / "m.onnx", ["CPUExecutionProvider"], options)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 12, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels[0]).save(tmp_path / "a.png")
+    expected = ONNXModel(tmp_path / "m.onnx").predict([Image.fromarray(each) for each in pixels])
+    for images in (pixels, list(pixels), [tmp_path / "a.png", pixels[1]]):
+        np.testing.assert_array_equal(model.predict(images), expected)
+    for image in (str(tmp_path / "a.png"), tmp_path / "a.png", pixels[0], Image.fromarray(pixels[0])):
+        np.testing.assert_array_equal(model.predict(image), expected[:1])
+    assert model.predict(pixels[0, :, :, 0]).shape == model.predict(pixels[0, :, :, :1]).shape == (1, 3)
+    for wrong in (pixels[0].astype(float), pixels[0, 0, 0], [3], [None]):
+        with pytest.raises(LongtailError, match=r"^image: expected a file, a Pillow image or an array of uint8"):
+            model.predict(wrong)  # type: ignore[arg-type]
+    with pytest.raises(LongtailError, match=r"^providers: Cpu is not available, expected some of .*CPUExecution"):
+        ONNXModel(tmp_path / "m.onnx", ["Cpu"])
 
 
 def test_names_of_classes_that_are_not_utf8(tmp_path: Path) -> None:

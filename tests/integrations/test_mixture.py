@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 import torch
 
 from longtail import GMLLoss
+from longtail.errors import LongtailError
 from longtail.integrations.mixture import MixtureTerms, WithIds
 
 
@@ -87,3 +90,8 @@ def test_a_data_set_with_ids() -> None:
     dataset = WithIds([["a", 1], ["b", 0]])
     assert len(dataset) == 2
     assert [dataset[index] for index in range(2)] == [("a", 1, 0), ("b", 0, 1)]
+    mappings = WithIds([{"pixel_values": "a", "labels": 1}, UserDict(pixel_values="b", labels=0)])
+    assert mappings[0] == {"pixel_values": "a", "labels": 1, "ids": 0}
+    assert mappings[1] == {"pixel_values": "b", "labels": 0, "ids": 1}
+    with pytest.raises(LongtailError, match=r"^dataset: expected samples without the key ids"):
+        WithIds([{"ids": 3}])[0]

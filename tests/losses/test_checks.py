@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtail.losses import (
+    AsymmetricLoss,
+    ClassBalancedLoss,
     ClassPrior,
+    FocalLoss,
     GMLLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+    ScoreLoss,
+    SeesawLoss,
     class_log_likelihood,
     compute_log_prior,
     gml_loss,
@@ -190,6 +197,14 @@ def test_all_take_the_same_kinds_of_counts(name: str) -> None:
         ([], "expected shape"),
         ([[1, 2]], "expected shape"),
         ({2: 50, 0: 10, 1: 3}, "in order, got a mapping"),
+        (None, "a list of one count for each class, got None"),
+        (5, "a list of one count for each class, got 5"),
+        ("12", "a list of one count for each class, got '12'"),
+        (np.array(5), "got the single number 5"),
+        (["1", "2"], "a number for each class, got '1' for class 0"),
+        ([1, None], "a number for each class, got None for class 1"),
+        ([[1], [2, 3]], "numbers, got .*"),
+        (iter(()), "got a used-up tuple_iterator; give a list"),
     ):
         with pytest.raises(ValueError, match=f"^class_counts: .*{message}"):
             take(wrong)
@@ -213,6 +228,30 @@ def test_a_series_is_read_by_its_index() -> None:
         for use in (compute_log_prior, ClassQueues):
             with pytest.raises(ValueError, match=r"a series whose index.*0 to 1, got the index.*give a list"):
                 use(wrong)
+    for use in (compute_log_prior, ClassQueues):
+        with pytest.raises(ValueError, match=r"^class_counts: .* got a DataFrame; give one of its columns"):
+            use(pandas.DataFrame({"n": [5, 3]}))
+
+
+SCORE_LOSSES: dict[str, ScoreLoss] = {
+    "logit adjusted": LogitAdjustedLoss(COUNTS),
+    "focal": FocalLoss(2.0, "inverse", COUNTS),
+    "class balanced": ClassBalancedLoss(COUNTS),
+    "ldam": LDAMLoss(COUNTS, class_weights="auto"),
+    "asymmetric": AsymmetricLoss(),
+    "seesaw": SeesawLoss(COUNTS),
+}
+
+
+@pytest.mark.parametrize("name", SCORE_LOSSES)
+def test_gradients_of_each_sample_by_vmap(name: str) -> None:
+    loss, scores, labels = SCORE_LOSSES[name], SCORES.float(), LABELS.clone()
+    labels[:2] = torch.tensor([-1, 1])  # ignored, and of a class without images
+    per_sample = torch.func.vmap(torch.func.grad(lambda row, label: loss(row[None], label[None])))(scores, labels)
+    for row, label, gradient in zip(scores, labels, per_sample, strict=True):
+        row = row[None].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(row, label[None]), row)
+        assert torch.allclose(gradient, expected[0], atol=1e-6)
 
 
 def test_the_closed_form_of_few_dimensions_raises() -> None:

@@ -133,3 +133,13 @@ def test_nothing_is_read_on_the_host(name: str, validate: bool) -> None:
     with TensorsOfTheHost() as host:
         LOSSES[name](validate=validate)(queries, *labels).backward()
     assert not host.operations
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_keys_may_have_another_precision_than_queries(name: str) -> None:
+    loss = LOSSES[name]()
+    expected = loss(QUERIES.float(), LABELS, KEYS.float(), KEY_LABELS)
+    for queries, keys in ((QUERIES.float(), KEYS), (QUERIES, KEYS.float())):
+        mixed = loss(queries, LABELS, keys, KEY_LABELS)
+        assert mixed.dtype == queries.dtype
+        assert mixed.item() == pytest.approx(expected.item(), rel=1e-5)

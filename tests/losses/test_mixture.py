@@ -208,6 +208,42 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype) -> None:
     assert bool(torch.isfinite(queries.grad).all())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_second_derivatives(seed: int) -> None:
+    p = problem(seed, 5, 14, 4, 3)
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    inputs = (p["queries"].requires_grad_(), p["keys"].requires_grad_(), temperature)
+
+    def loss(q: Tensor, k: Tensor, t: Tensor) -> Tensor:
+        names: dict[str, Any] = {"ids": p["ids"], "key_ids": p["key_ids"], "reduction": "none", "validate": False}
+        return gml_loss(q, p["labels"], k, p["key_labels"], p["log_prior"], t, **names)
+
+    assert torch.autograd.gradgradcheck(loss, inputs)
+    first = torch.autograd.grad(loss(*inputs).sum(), inputs)
+    with_graph = torch.autograd.grad(loss(*inputs).sum(), inputs, create_graph=True)
+    for a, b in zip(with_graph, first, strict=True):
+        assert a.requires_grad
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivatives_of_the_module_and_of_one_tensor_twice() -> None:
+    p = problem(3, 6, 14, 4, 3)
+    criterion = GMLLoss(p["log_prior"].exp().mul(1e6).round().long(), temperature=0.3).double()
+    inputs = (p["queries"].requires_grad_(), p["keys"].requires_grad_(), criterion.temperature_logit)
+    for used in (inputs, inputs[:2], inputs[2:]):  # the terms hold each other's variables constant
+        terms = criterion(inputs[0], p["labels"], inputs[1], p["key_labels"], p["ids"], p["key_ids"])
+        plain = torch.autograd.grad(terms, used, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(terms, used, create_graph=True), plain, strict=True):
+            assert a.requires_grad
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    rows, labels = p["queries"], p["labels"]
+
+    def alike(z: Tensor) -> Tensor:
+        return gml_loss(z, labels, z, labels, p["log_prior"], 0.3, validate=False)
+
+    assert torch.autograd.gradgradcheck(alike, (rows,))
+
+
 def test_autocast_changes_nothing() -> None:
     p = problem(8, 30, 200, 5, 16)
     arguments = (p["queries"].float(), p["labels"], p["keys"].float(), p["key_labels"])

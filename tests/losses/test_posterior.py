@@ -60,6 +60,21 @@ def test_distillation_against_the_definition() -> None:
     assert distillation(student, student).item() == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("student_too", [False, True])
+def test_a_class_that_the_teacher_excludes_has_no_part_in_distillation(student_too: bool) -> None:
+    student, teacher = torch.randn(5, 3), torch.randn(5, 3)
+    teacher[:, 2] = -math.inf
+    if student_too:
+        student[:, 2] = -math.inf
+    student.requires_grad_()
+    p, q = (teacher[:, :2] / 4).softmax(1), (student / 4).softmax(1)[:, :2]
+    loss = distillation(student, teacher, 4.0)
+    assert loss.item() == pytest.approx(16 * (p * (p / q).log()).sum(1).mean().item(), rel=1e-4)
+    loss.backward()
+    assert student.grad is not None
+    assert bool(student.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("views", [2, 3])
 def test_agreement_against_the_definition(views: int) -> None:
     torch.manual_seed(0)

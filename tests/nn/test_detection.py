@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
+from longtail.box_labels import BACKGROUND_REGION, IGNORED_REGION, IGNORED_TARGET, PADDING_TARGET
 from longtail.errors import LongtailError
 from longtail.nn.detection import (
-    BACKGROUND,
-    IGNORED,
     Anchors,
     DetectionNetwork,
     FasterRCNN,
@@ -34,9 +33,9 @@ def build(detector: str, size: int = 64) -> DetectionNetwork:
 
 
 def targets(rows: list[list[list[float]]]) -> Tensor:
-    """Return (B, T, 5) targets, rows without objects filled with −1 in place of the class."""
+    """Return (B, T, 5) targets, rows without objects filled with padding."""
     most = max(map(len, rows))
-    return torch.tensor([[*own, *[[0.0, 0.0, 0.0, 0.0, -1.0]] * (most - len(own))] for own in rows])
+    return torch.tensor([[*own, *[[0.0, 0.0, 0.0, 0.0, PADDING_TARGET]] * (most - len(own))] for own in rows])
 
 
 TWO = targets([[[4, 4, 24, 24, 1], [40, 36, 60, 60, 0]], []])
@@ -50,8 +49,8 @@ def test_shapes(detector: str) -> None:
     assert samples.features.shape == (len(samples.labels) // per_feature, network.num_features)
     assert samples.labels.dtype == torch.int64
     assert samples.image_index.shape == samples.labels.shape
-    assert {0, 1, BACKGROUND} <= set(samples.labels.tolist()) <= {0, 1, BACKGROUND, IGNORED}
-    assert set(samples.labels[samples.image_index == 1].tolist()) == {BACKGROUND}
+    assert {0, 1, BACKGROUND_REGION} <= set(samples.labels.tolist()) <= {0, 1, BACKGROUND_REGION, IGNORED_REGION}
+    assert set(samples.labels[samples.image_index == 1].tolist()) == {BACKGROUND_REGION}
     assert all(term.ndim == 0 and torch.isfinite(term) for term in samples.terms.values())
     sum(samples.terms.values(), samples.features.sum()).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
@@ -86,13 +85,13 @@ def test_drawn_regions_have_the_number_and_the_fraction_that_are_asked_for() -> 
 @pytest.mark.parametrize("detector", BOXES)
 def test_nothing_is_background_in_an_ignored_region(detector: str) -> None:
     network = build(detector).train()
-    ignored = targets([[[0, 0, 64, 64, -2]]])
+    ignored = targets([[[0, 0, 64, 64, IGNORED_TARGET]]])
     samples = network.sample(torch.randn(1, 3, 64, 64), ignored, 0.5, 16)
     # the anchors at the border lie for the most part outside of the region
-    inside = samples.labels == IGNORED
+    inside = samples.labels == IGNORED_REGION
     assert len(samples.labels) == 0 or inside.float().mean() > 0.5
-    plain = network.sample(torch.randn(1, 3, 64, 64), targets([[], [[0, 0, 0, 0, -1]]])[:1], 0.5, 16)
-    assert set(plain.labels.tolist()) == {BACKGROUND}
+    plain = network.sample(torch.randn(1, 3, 64, 64), targets([[], [[0, 0, 0, 0, PADDING_TARGET]]])[:1], 0.5, 16)
+    assert set(plain.labels.tolist()) == {BACKGROUND_REGION}
 
 
 @pytest.mark.parametrize("detector", BOXES)
@@ -132,7 +131,7 @@ def test_encoder_and_pyramid_are_compiled() -> None:
 
 
 def test_targets_are_split_into_objects_and_ignored_boxes() -> None:
-    rows = targets([[[0, 0, 9, 9, 2], [1, 1, 5, 5, -2], [3, 3, 3, 8, 0]], [], [[2, 2, 4, 4, 0]]])
+    rows = targets([[[0, 0, 9, 9, 2], [1, 1, 5, 5, IGNORED_TARGET], [3, 3, 3, 8, 0]], [], [[2, 2, 4, 4, 0]]])
     first, empty, last = split_targets(rows, first_class=1)
     assert first["boxes"].tolist() == [[0, 0, 9, 9]], "the box without area is left out"
     assert first["labels"].tolist() == [3]

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from longtail.errors import LongtailError
 from longtail.nn import CosineClassifier, Encoder, ProjectionMLP, build_backbone
+from longtail.nn.backbones import BatchNorm
+from longtail.nn.encoder import FrozenEncoder
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,32 @@ def test_scores_are_scaled_cosines() -> None:
 
 def test_embeddings_have_norm_one() -> None:
     assert ProjectionMLP(6, 3)(torch.randn(5, 6)).norm(dim=1).tolist() == pytest.approx([1] * 5)
+
+
+def test_our_batch_norm_is_that_of_torch_without_the_count() -> None:
+    ours, theirs = BatchNorm(4), nn.BatchNorm2d(4)
+    theirs.load_state_dict(ours.state_dict())
+    inputs = [torch.randn(5, 4, 6, 6).requires_grad_()]
+    inputs.append(inputs[0].detach().clone().requires_grad_())
+    outputs = [norm(x) for norm, x in zip((ours, theirs), inputs, strict=True)]
+    for output in outputs:
+        (output.square() * torch.arange(6)).sum().backward()
+    assert torch.equal(*outputs)
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is not None
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items() if name != "num_batches_tracked")
+    assert (state["num_batches_tracked"], expected["num_batches_tracked"]) == (0, 1)
+    assert torch.equal(ours.eval()(inputs[0]), theirs.eval()(inputs[0]))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "conv8-tiny"])
+def test_a_frozen_encoder_has_no_batch_norm_of_its_own(name: str) -> None:
+    encoder = Encoder(name, [0.5], [0.2])
+    encoder(torch.rand(8, 1, 8, 8))  # statistics that are not those of the start
+    frozen, images = FrozenEncoder(encoder), torch.rand(4, 1, 8, 8)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+    torch.testing.assert_close(frozen(images), encoder.eval()(images), rtol=1e-4, atol=1e-4)
+    assert any(isinstance(module, BatchNorm) for module in encoder.modules())

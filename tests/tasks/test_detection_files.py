@@ -24,7 +24,7 @@ from tests.conftest import save_image
 def predict(out: Path, *files: Path, name: str = "red", fails: BaseException | None = None) -> PredictionOutput:
     """Predict with a detector that finds one object in every image, and after the last raises an error if given."""
 
-    def find(images: Iterator[Image.Image], **_: Any) -> Iterator[Detections]:
+    def find(images: Iterator[Image.Image], *_: Any) -> Iterator[Detections]:
         for _image in images:
             yield Detections(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), torch.tensor([0]), torch.tensor([0.9]))
         if fails is not None:
@@ -81,7 +81,7 @@ def test_results_of_other_images_are_kept(photos: list[Path], tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("shopping list", "is no json"),
+        ("shopping list", "is not valid JSON"),
         ('{"images": []}', "expected a list of detections"),
         ('[{"image_id": 1, "category_id": 1, "score": 0.5}]', "has entries without file_name"),
         (

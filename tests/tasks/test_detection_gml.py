@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from longtail.box_labels import IGNORED_TARGET, PADDING_TARGET
 from longtail.config import Config, load_recipe
+from longtail.data.detection import PostProcessing
 from longtail.data.loader import Batch, TrainLoader
 from longtail.errors import LongtailError
 from longtail.methods.gml import GML
@@ -68,7 +70,7 @@ def batches_of(config: Config, tmp_path: Path) -> list[Batch]:
     data = draw_data(tmp_path)
     views = TASKS["detection"].build_transforms(config, data, ["classification"])
     batches = list(TrainLoader(data.train, 4, views, seed=0, workers=0).epoch(0))
-    batches[0].labels[0, 0, 4] = -2  # ignored
+    batches[0].labels[0, 0, 4] = IGNORED_TARGET
     batches[0].labels[1, 0, 2] = batches[0].labels[1, 0, 0]  # without area
     return batches
 
@@ -168,7 +170,7 @@ def test_what_the_queues_hold(gml: Config, tmp_path: Path) -> None:
 
 def test_the_shape_of_the_queries_does_not_depend_on_the_images(gml: Config, tmp_path: Path) -> None:
     method, batch = build(gml), batches_of(gml, tmp_path)[0]
-    for targets in (batch.labels, batch.labels[:, :1], torch.full_like(batch.labels, -1.0)):
+    for targets in (batch.labels, batch.labels[:, :1], torch.full_like(batch.labels, PADDING_TARGET)):
         changed = dataclasses.replace(batch, labels=targets.contiguous())
         features, regions, _ = method.adapter.encode(method.encoder, changed.views, changed)
         queries, labels, ids, _ = method.adapter.queries(features, regions)
@@ -197,7 +199,7 @@ def test_a_run(gml: Config, tmp_path: Path) -> None:
     assert run.teacher_seconds > 0
     detector = Detector.load(tmp_path / "run")
     assert (detector.config.head, detector.config.predicts_under) == ("regions", "uniform")
-    assert len(detector.detect(torch.rand(2, 3, 64, 64), score_threshold=0.0)) == 2
+    assert len(detector.detect(torch.rand(2, 3, 64, 64), PostProcessing(score_threshold=0.0))) == 2
 
 
 @pytest.mark.slow

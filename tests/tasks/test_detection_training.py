@@ -6,14 +6,13 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from longtail.config import Config, load_recipe
-from longtail.data.detection import Detections, letterbox
+from longtail.data.detection import Detections, PostProcessing, letterbox
 from longtail.data.loader import Batch, TrainLoader
 from longtail.errors import LongtailError
 from longtail.losses import compute_log_prior, posterior_cross_entropy
@@ -74,7 +73,10 @@ def test_which_methods_train_on_boxes() -> None:
 @pytest.mark.parametrize("method", FOR_BOXES)
 def test_a_step_of_every_method(detecting: Config, tmp_path: Path, method: str, detector: str) -> None:
     config = detecting.replace(method=method, network=f"{detector}:test_efficientnet:8")
-    refusals = {"seesaw": "compares the classes of a softmax, which retinanet", "gml": "has no features of boxes"}
+    refusals = {
+        "seesaw": "compares the classes of a softmax, and retinanet does not",
+        "gml": "has no features of boxes",
+    }
     if detector == "retinanet" and method in refusals:
         with pytest.raises(LongtailError, match=refusals[method]):
             TASKS["detection"].check(config)
@@ -250,7 +252,7 @@ def saved_detector(tmp_path: Path, detecting: Config, method: str = "ce", networ
 @pytest.mark.parametrize("network", ["fasterrcnn", "retinanet"])
 def test_a_detector_is_read_as_it_was_written(detecting: Config, tmp_path: Path, network: str) -> None:
     detector = saved_detector(tmp_path, detecting, network=network)
-    found = detector.detect(torch.rand(2, 3, 64, 64), score_threshold=0.001, max_detections=7)
+    found = detector.detect(torch.rand(2, 3, 64, 64), PostProcessing(score_threshold=0.001, max_detections=7))
     assert len(found) == 2
     for detections in found:
         assert 0 < len(detections.boxes) <= 7
@@ -300,14 +302,15 @@ def test_what_is_found_is_in_pixels_of_the_stored_image(detecting: Config, tmp_p
     detector = saved_detector(tmp_path, detecting)
     image = Image.effect_noise((90, 45), 60).convert("RGB")
     image.save(tmp_path / "wide.png")
-    found = next(detector.find([tmp_path / "wide.png"], score_threshold=0.001))
+    every = PostProcessing(score_threshold=0.001)
+    found = next(detector.find([tmp_path / "wide.png"], every))
     square, scales = letterbox(image, 64)
-    inside = detector.detect(detector.preprocess(image), score_threshold=0.001, sizes=[image.size])[0]
+    inside = detector.detect(detector.preprocess(image), every, sizes=[image.size])[0]
     assert square.size == (64, 64)
     expected = (inside.boxes / torch.tensor(scales * 2)).clamp(max=torch.tensor([90.0, 45.0] * 2))
     assert torch.allclose(found.boxes, expected, atol=1e-4)
     assert torch.equal(found.labels, inside.labels)
-    both = list(detector.find([image, image.resize((30, 60))], score_threshold=0.001, batch_size=1))
+    both = list(detector.find([image, image.resize((30, 60))], every, batch_size=1))
     assert torch.equal(both[0].boxes, found.boxes)
     assert (both[1].boxes[:, 2] <= 30).all()
 
@@ -326,9 +329,9 @@ def test_boxes_in_the_padding_take_no_place(detecting: Config, tmp_path: Path, m
 
     monkeypatch.setattr(FasterRCNN, "propose", propose)
     image = Image.new("RGB", (32, 10))
-    limits: dict[str, Any] = {"score_threshold": 0.001, "nms_threshold": 0.5, "max_detections": 100}
+    limits = PostProcessing(score_threshold=0.001)
     assert len(padding) > 100
-    kept = [next(detector.find(image, **limits)), next(detector.find_corrected([image], [None], **limits))[0]]
+    kept = [next(detector.find(image, limits)), next(detector.find_corrected([image], [None], limits))[0]]
     data = draw_data(tmp_path / "evaluated", test=1)
     evaluator = TASKS["detection"].evaluator(detector, data.test, detecting, {"uniform": None}, False)
     assert isinstance(evaluator, DetectionEvaluator)
@@ -339,7 +342,7 @@ def test_boxes_in_the_padding_take_no_place(detecting: Config, tmp_path: Path, m
     for found in kept:
         assert found.boxes.tolist() == [[4, 2, 12, 10]] * 3  # of each class
     # of a square that is a whole image all are objects
-    assert len(detector.detect(torch.zeros(1, 3, 64, 64), **limits)[0].boxes) == 100
+    assert len(detector.detect(torch.zeros(1, 3, 64, 64), limits)[0].boxes) == 100
     # and what has no area in the image is left out at last
     outside = Detections(padding, torch.zeros(len(padding)).long(), torch.ones(len(padding)))
     assert len(detector.to_stored(outside, image.size).boxes) == 0
@@ -348,14 +351,14 @@ def test_boxes_in_the_padding_take_no_place(detecting: Config, tmp_path: Path, m
 def test_selection_of_detections() -> None:
     boxes = torch.tensor([[0, 0, 10, 10], [1, 0, 11, 10], [30, 30, 40, 40], [0, 0, 10, 10]], dtype=torch.float32)
     probabilities = torch.tensor([[0.9, 0.2], [0.8, 0.3], [0.04, 0.6], [0.5, 0.0]])
-    first, second = select_detections(boxes, probabilities, (3, 1), 0.05, 0.5, 10)
+    first, second = select_detections(boxes, probabilities, (3, 1), PostProcessing(max_detections=10))
     # the second box is suppressed for class 0 by the first, and suppresses it for class 1
     assert first.labels.tolist() == [0, 1, 1]
     assert first.scores.tolist() == pytest.approx([0.9, 0.6, 0.3])
     assert torch.equal(first.boxes, boxes[[0, 2, 1]])
     assert second.labels.tolist() == [0]
-    assert len(select_detections(boxes, probabilities, (3, 1), 0.05, 0.5, 1)[0].scores) == 1
-    empty = select_detections(boxes[:0], probabilities[:0], (0,), 0.05, 0.5, 10)[0]
+    assert len(select_detections(boxes, probabilities, (3, 1), PostProcessing(max_detections=1))[0].scores) == 1
+    empty = select_detections(boxes[:0], probabilities[:0], (0,))[0]
     assert len(empty.boxes) == 0
 
 

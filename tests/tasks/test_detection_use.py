@@ -18,11 +18,11 @@ from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
 from longtail.config import Config, load_recipe
-from longtail.data.detection import Detections
+from longtail.data.detection import Detections, PostProcessing
 from longtail.data.detection.coco import write_coco
 from longtail.data.palette import class_colors
 from longtail.data.sources import load_data
-from longtail.detector_calibration import calibrate_detector
+from longtail.detector_calibration import DetectorRunner, calibrate_detector
 from longtail.detector_calibration.heads import corrected_copy
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
@@ -88,7 +88,7 @@ def detector(run: Path) -> Detector:
 def sees_rectangles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A detector that finds one object in every image, by its colour and without a network."""
 
-    def find(self: Detector, images: Any, score_threshold: float, max_detections: int, prior: Any) -> Iterator[Any]:
+    def find(self: Detector, images: Any, post_processing: PostProcessing, prior: Any) -> Iterator[Any]:
         for image in images:
             assert image.mode == "RGB"
             red = np.asarray(image)[..., 0] > 180
@@ -126,7 +126,7 @@ def test_evaluation_is_that_of_the_detections(run: Path) -> None:
     metrics = evaluator.compute()
     for prior in ("uniform", "train"):
         files = [data.test.images.open(index) for index in range(7)]  # type: ignore[attr-defined]
-        again = list(model.find(files, score_threshold=0.001, max_detections=100, prior=prior))
+        again = list(model.find(files, PostProcessing(score_threshold=0.001), prior))
         expected = detection_metrics(again, annotations, image_counts=model.config.image_counts)
         assert metrics[prior]["per_class"] == expected["per_class"]
         assert metrics[prior]["intervals"] == expected["intervals"]
@@ -181,7 +181,7 @@ def test_evaluate_prints_groups_and_classes(run: Path, command: Command, tmp_pat
         (["--prior", "estimate"], "--prior estimate and --coverage"),
         (["--test_prior", "forward"], "--test_prior forward: is for models that classify"),
         (["--tta", "flip"], "--tta flip is not for models that find boxes"),
-        (["--annotations", "missing.json"], "missing.json: cannot be read"),
+        (["--annotations", "missing.json"], "is a folder; expected a file of results (.json)"),
         (["--train_annotations", "missing.json"], "is for a file of results"),
     ],
 )
@@ -335,7 +335,7 @@ def test_broken_results(tmp_path: Path, entry: Any, message: str) -> None:
     (tmp_path / "results.json").write_text(json.dumps([entry]))
     with pytest.raises(LongtailError, match=f"results.json: entry 0: .*{message}"):
         read_results(tmp_path / "results.json", annotations)
-    for text, message in (("{", "is no json"), ("{}", "expected a list of detections")):
+    for text, message in (("{", "is not valid JSON"), ("{}", "expected a list of detections")):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(LongtailError, match=message):
             read_results(tmp_path / "results.json", annotations)
@@ -372,20 +372,29 @@ def test_corrections_share_a_pass(detector: Detector, root: Path) -> None:
     """As many results as corrections, each that of a corrected copy, from one pass through the network."""
     images, passes = sorted((root / "images2").glob("*.png")), []
     corrections = [norcal_correction(torch.tensor([100, 10, 1]), power, "last") for power in (0.0, 1.0)]
-    limits: dict[str, Any] = {
-        "score_threshold": 0.001,
-        "nms_threshold": 1.0,
-    }  # rounding decides between no boxes
+    limits = PostProcessing(score_threshold=0.001, nms_threshold=1.0)  # rounding decides between no boxes
     handle = detector.class_layer.register_forward_hook(lambda *_: passes.append(1))
     functions = [None, *(correction.apply for correction in corrections)]
-    found = list(detector.find_corrected(images, functions, batch_size=4, **limits))
+    found = list(detector.find_corrected(images, functions, limits, batch_size=4))
     handle.remove()
     assert len(passes) == 2
     models = [detector, *(corrected_copy(detector, correction) for correction in corrections)]
     for column, model in enumerate(models):
-        for by_correction, expected in zip(found, model.find(images, batch_size=4, **limits), strict=True):
+        for by_correction, expected in zip(found, model.find(images, limits, batch_size=4), strict=True):
             torch.testing.assert_close(by_correction[column].scores, expected.scores, atol=1e-5, rtol=0)
     assert not torch.allclose(found[0][1].scores, found[0][2].scores, atol=1e-3)
+
+
+def test_a_correction_counts_the_detections_that_evaluate_counts(detector: Detector, root: Path) -> None:
+    """From a score of 0.001 on; the detector's own threshold is 0.05."""
+    with torch.no_grad():
+        detector = corrected_copy(detector, norcal_correction(torch.tensor([1, 1, 1]), 0.0, "last"))
+        detector.class_layer.bias[-1] += 4  # so that scores are low
+    runner = DetectorRunner(detector)
+    (found,) = next(runner.down_to(0.001).detect([Image.open(root / "images2" / "000.png")], [None]))
+    assert 0.001 < found.scores.min() < 0.05
+    given = DetectorRunner(detector, score_threshold=0.3)
+    assert given.down_to(0.001) is given
 
 
 def test_a_corrected_run_is_used_like_a_run(run: Path, root: Path, command: Command, tmp_path: Path) -> None:
@@ -398,6 +407,7 @@ def test_a_corrected_run_is_used_like_a_run(run: Path, root: Path, command: Comm
     assert "3 categories matched by name" in shown
     note = json.loads((out / "calibration.json").read_text())
     assert note["search"][f"{note['power']:g}"]["ap"] == pytest.approx(note["after"]["ap"], abs=0.1)
+    assert note["layers"] == ["classifier"]
     assert sorted(path.name for path in out.iterdir()) == ["calibration.json", "config.yaml", "recognizer"]
     config = Detector.load(out).config
     assert config.metrics == {}  # they are those of the detector as it was

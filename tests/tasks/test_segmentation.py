@@ -22,6 +22,7 @@ from longtail.data.samplers import epoch_order
 from longtail.data.sources import load_data
 from longtail.data.sources.segmentation import SegmentationData, read_mask
 from longtail.errors import LongtailError, StoppedError
+from longtail.evaluation.segmentation import boundary_band
 from longtail.experiments.evaluate import evaluate
 from longtail.inference.label_images import label_image
 from longtail.inference.options import InferenceOptions
@@ -463,3 +464,18 @@ def test_two_processes(segmenting: Config, scenes: Path, tmp_path: Path) -> None
         assert process.wait(timeout=300) == 0, process.stderr
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["uniform"]
     assert evaluate(tmp_path / "run")["per_class"] == metrics["per_class"]
+
+
+def test_bands_are_computed_once_for_all_priors_and_not_at_a_validation(
+    segmenting: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[float] = []
+
+    def counted(labels: torch.Tensor, boundary: float) -> torch.Tensor:
+        calls.append(boundary)
+        return boundary_band(labels, boundary)
+
+    monkeypatch.setattr(evaluator, "boundary_band", counted)
+    run = fit(segmenting, tmp_path / "run", quiet=True)
+    assert len(calls) == 6  # test images, of which each has two predictions
+    assert 0 <= run.metrics["boundary_iou"] <= 100

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from longtail.config import Config, load_recipe, read_config
 from longtail.data.dataset import LongTailedData, from_arrays
 from longtail.data.sources import load_data
+from longtail.data.splits import write_split
 from longtail.errors import LongtailError
 from longtail.experiments.rebalance import RebalanceSettings, rebalance
 from longtail.inference.model_config import read_model_config
@@ -26,6 +27,7 @@ from longtail.nn.encoder import Encoder
 from longtail.tasks.loading import load_model
 from longtail.training.auto_config import fine_tuning_epochs
 from longtail.training.metric_log import read_metrics
+from longtail.training.seen_images import seen_test_images
 from longtail.training.teacher import teacher_folder
 from longtail.training.trainer import fit
 from tests.conftest import TINY, Command, save_image
@@ -372,7 +374,7 @@ def test_label_maps(segmenting: Config, photos: Path, scenes: Path, tmp_path: Pa
     assert not math.isnan(load_model(tmp_path / "second").config.metrics["mean_iou"])
     # and neither task starts from the other
     with pytest.raises(LongtailError, match=r"init .*: is a model for segmentation, and folder is for classification"):
-        fit(colour(photos, "auto", init=init), tmp_path / "photos", quiet=True)
+        fit(colour(photos, "auto", init=init), tmp_path / "of photos", quiet=True)
     fit(colour(photos, "test_efficientnet"), tmp_path / "whole", quiet=True)
     with pytest.raises(LongtailError, match="network 'upernet:test_efficientnet:8': expected 'test_efficientnet'"):
         fit(segmenting.replace(init=str(tmp_path / "whole")), tmp_path / "other", quiet=True)
@@ -412,6 +414,12 @@ def test_test_images_that_the_other_run_was_trained_on_are_counted(
     fit(again, tmp_path / "again", quiet=True)
     sentence = rf"{seen} of \d+ test images were training images of .*first, so the accuracy will be too high"
     assert re.search(f"init .*: {sentence}", caplog.text)
+    # the ids are the same where one run is of the folder, and the other of a table of its files
+    write_split(again.data, tmp_path / "split.csv", 0.0, 0.2, 1)
+    listed = again.replace(data={"source": "list", "train": str(tmp_path / "split.csv")})
+    assert f"test images were training images of {tmp_path / 'first'}" in str(
+        seen_test_images(str(tmp_path / "first"), listed, load_data(listed.data, 0))
+    )
     distilled = config.replace(
         classifier={"distillation_weight": 0.0},
         method="gml",

@@ -14,7 +14,7 @@ import torch
 from longtail.config import Config
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
-from longtail.training.metric_log import MetricLogger, NonFiniteLossGuard, read_metrics
+from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, read_metrics
 from longtail.training.trainer import fit
 
 
@@ -77,3 +77,23 @@ def test_a_truncated_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"kind": "epoch", "step": 1}) + '\n{"kind": "ep')
     assert read_metrics(path) == [{"kind": "epoch", "step": 1}]
+
+
+def test_a_tracker_keeps_its_fields_and_what_an_earlier_version_did_not_keep_is_as_at_first() -> None:
+    tracker = MetricTracker()
+    tracker.add_terms({"classifier": torch.tensor(2.0)}, 4)
+    tracker.add_norm(torch.tensor(3.0))
+    tracker.count(4, 8)
+    state = tracker.state()
+    fields = {"step", "student_passes", "seconds", "best", "images", "sums", "norms", "epoch_start"}
+    assert state.keys() == fields
+    again = MetricTracker()
+    again.restore(state, torch.device("cpu"))
+    assert (again.step, again.student_passes, again.images) == (1, 8, 4)
+    assert again.means() == {"classifier": 2.0}
+    assert again.norm() == 3.0
+    older = MetricTracker()
+    older.restore({name: value for name, value in state.items() if name != "norms"}, torch.device("cpu"))
+    assert older.norms == []
+    with pytest.raises(KeyError):
+        MetricTracker().restore({"seconds": 1.0}, torch.device("cpu"))

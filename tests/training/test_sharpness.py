@@ -30,6 +30,7 @@ from longtail.training.trainer import fit
 from tests.losses.host import TensorsOfTheHost
 from tests.methods.steps import batches, build_method, new_encoder
 from tests.processes import start_longtail
+from tests.training.operations import CountsOperations
 from tests.training.test_distributed import without_batchnorm
 
 KINDS = ["sam", "imbsam", "focal"]
@@ -314,3 +315,24 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, kind: str) -> None:
         if isinstance(tensor, Tensor):
             assert torch.equal(both[0][name], both[1][name]), name
             torch.testing.assert_close(both[0][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_values_are_copied_by_one_operation_for_all_tensors_of_a_type(tiny: Config, data: LongTailedData) -> None:
+    """On an accelerator each is a launch."""
+    config = tiny.replace(method="la", optimizer={"sharpness": "sam"})
+    method = build_method(config, data)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    steps = SharpnessAware(config, method, data.class_counts, optimizer)
+    batch = batches(method, data)[0]
+
+    def backward(parts: Sequence[Batch], sync: bool = True) -> dict[str, Tensor]:
+        for parameter in method.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return {}
+
+    with CountsOperations() as counted:
+        steps.backward([batch], backward)
+    tensors = len(state_tensors(method)) + len(steps.parameters)
+    copies = sum(n for name, n in counted.operations.items() if any(each in name for each in ("copy", "clone", "add_")))
+    assert tensors > 20
+    assert copies < 14  # of floats, whole numbers and weights: saved and restored, and the step to the nearby weights

@@ -318,3 +318,22 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny: Config, tmp_path: Path, mo
     )
     with pytest.raises(LongtailError, match=r"'classifier' is (inf|nan) at step 1; .*no earlier checkpoint"):
         fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_an_image_is_decoded(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tiny.replace(method="ce", epochs=1), tmp_path / "run", quiet=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+
+    def loads(*_: object) -> None:
+        raise AssertionError("images were decoded")
+
+    monkeypatch.setattr("longtail.training.trainer.load_data", loads)
+    monkeypatch.setattr("longtail.training.trainer.choose_settings", loads)
+    with pytest.raises(LongtailError, match="run: contains a run already; use --resume, --overwrite or another --out"):
+        fit(tiny, tmp_path / "run", quiet=True)
+    for resume, overwrite in ((False, False), (True, False), (False, True)):
+        with pytest.raises(LongtailError, match="other: is not empty and not a run of longtail; choose another --out"):
+            fit(tiny, tmp_path / "other", resume=resume, overwrite=overwrite, quiet=True)

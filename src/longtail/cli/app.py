@@ -31,7 +31,7 @@ commands:
   export RUN             an ONNX file with preprocessing, labels and prior inside
   calibrate-detector MODEL
                          a trained detector corrected for rare classes, without training
-  serve RUN              a local web page that classifies images
+  serve RUN              a local web page that classifies images, or finds the objects in them
   compare [RECIPE]       several methods × seeds under one recipe: table, differences, plot
   report RUN…            write the report of a run again, or one that compares several runs
   recipes                list the recipes
@@ -39,6 +39,8 @@ commands:
 
 options of every command:
   --plugin FILE          a Python file that registers methods, tasks, data sources or augmentations
+
+longtail --version       print the version
 
 `longtail COMMAND --help` lists a command's options. First steps: longtail train digits-lt
 Your own images (a folder with one sub-folder per class, a list, a table): longtail train --data photos/
@@ -51,7 +53,7 @@ COMMANDS = {
     "train": "longtail.cli.training:train",
     "evaluate": "longtail.cli.models:evaluate",
     "rebalance": "longtail.cli.training:rebalance",
-    "predict": "longtail.cli.models:predict",
+    "predict": "longtail.cli.predict:predict",
     "export": "longtail.cli.models:export",
     "calibrate-detector": "longtail.cli.detectors:calibrate_detector",
     "serve": "longtail.cli.models:serve",

@@ -17,6 +17,8 @@ from longtail.errors import LongtailError
 from longtail.files import write_json_output
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from longtail.data.inspection import Inspection
 
 _SHOWN_PROBLEMS = 10  # of each kind
@@ -44,11 +46,13 @@ def inspect(arguments: list[str]) -> None:
     if not options.quiet:
         _print_inspection(inspection)
         if options.fix:
-            print(
-                f"fixed: {options.fix} lists the {inspection.fixed:,} images that can be read; "
-                f"longtail train --data {shlex.quote(str(options.fix))} --data.root {shlex.quote(str(inspection.root))}"
-            )
-    if inspection.errors:
+            print(f"fixed: {options.fix} lists the {inspection.fixed:,} images that can be read; ", end="")
+            if inspection.fixed_error is None:
+                table, root = shlex.quote(str(options.fix)), shlex.quote(str(inspection.root))
+                print(f"longtail train {table} --data.root {root}")
+            else:
+                print(f"training would refuse it too: {printable(inspection.fixed_error)}")
+    if inspection.errors or inspection.fixed_error is not None:
         sys.stdout.flush()
         sys.exit(1)
 
@@ -74,8 +78,12 @@ def _print_inspection(inspection: Inspection) -> None:
     factor = inspection.imbalance_factor
     sizes = inspection.to_dict()["group_sizes"]
     rows = [
-        ["images", ", ".join(f"{split} {count:,}" for split, count in inspection.splits.items())],
+        [
+            "images",
+            _sizes(inspection.splits) + (f": {_sizes(inspection.split_sizes)}" if inspection.split_sizes else ""),
+        ],
         ["classes", f"{len(inspection.class_names):,}"],
+        ["counted", inspection.counted],
         ["imbalance factor", "∞ (a class has no images)" if factor is None else f"{factor:.1f}"],
         ["Gini", f"{inspection.gini:.3f}"],
         ["groups", ", ".join(f"{group} {sizes[group]}" for group in sizes)],
@@ -96,7 +104,7 @@ def _print_inspection(inspection: Inspection) -> None:
     problems = [
         *(("error", text) for text in inspection.errors),
         *(("unreadable", f"{entry['path']}: {entry['reason']}") for entry in inspection.unreadable),
-        *(("in two splits", " = ".join(group)) for group in inspection.leaks),
+        *(("same content in two splits", " = ".join(group)) for group in inspection.leaks),
         *(("same content", " = ".join(group)) for group in inspection.duplicates),
         *inspection.details.problems,
         *(("remark", text) for text in inspection.remarks),
@@ -108,6 +116,10 @@ def _print_inspection(inspection: Inspection) -> None:
             print(f"{kind}: {printable(text)}")
         if len(texts) > _SHOWN_PROBLEMS:
             print(f"{kind}: and {len(texts) - _SHOWN_PROBLEMS:,} more; --json FILE lists all")
+
+
+def _sizes(splits: Mapping[str, int]) -> str:
+    return ", ".join(f"{split} {count:,}" for split, count in splits.items())
 
 
 def split(arguments: list[str]) -> None:
@@ -151,6 +163,8 @@ def split(arguments: list[str]) -> None:
         if summary["short"]:
             what = "images" if options.groups is None else "images or groups"
             print(f"too few {what} for every split: {printable(_listed(summary['short']))}")
+        if options.test > 0 and not summary["images"].get("test", 1):
+            print("no test images: no class has a second image; add some, since longtail train evaluates on them")
         if options.groups is not None:
             _print_groups(summary)
         for remark in summary.get("remarks", ()):

@@ -112,92 +112,66 @@ def _image_folder(options: CalibrateDetector, annotations: Path | None) -> Path 
 def _correct_model(
     options: CalibrateDetector, train: Annotations, validation: Annotations | None, power: float | None
 ) -> dict[str, Any]:
-    from longtail.detector_calibration.calibrate import (
-        category_counts,
-        choose_power,
-        class_counts,
-        evaluate_corrections,
-        logit_statistics,
-        map_classes,
-    )
-    from longtail.detector_calibration.heads import check_uncorrected, corrected_copy, find_class_head, removes_prior
+    from longtail.detector_calibration.calibrate import map_classes
+    from longtail.detector_calibration.heads import check_uncorrected, corrected_copy, layer_names, removes_prior
     from longtail.detector_calibration.running import DetectorRunner, on_device
-    from longtail.detector_calibration.storage import check_original, export_detector, load_detector, write_folder
+    from longtail.detector_calibration.storage import check_original, load_detector
+    from longtail.detector_calibration.workflow import (
+        AnnotatedFolder,
+        CorrectionSettings,
+        compare,
+        find_correction,
+        write_detector,
+    )
     from longtail.devices import select_device
-    from longtail.evaluation.detector_scores import logn_correction, norcal_correction
 
     check_original(Path(options.model) if options.weights is None else options.weights.parent)
-    stored = load_detector(options.model, options.weights, options.classes)
+    stored, device = load_detector(options.model, options.weights, options.classes), select_device()
     check_uncorrected(stored.model)
-    head, device = find_class_head(stored.model), select_device()
-    images = _image_folder(options, options.validation)
+    settings = CorrectionSettings(
+        method=options.method,
+        power=power,
+        count_of=options.counts,
+        normalization=options.normalization,
+        class_order=options.class_order,
+        statistics_images=options.statistics_images,
+    )
+    trained_on = AnnotatedFolder(train, _image_folder(options, options.annotations))
+    tested_on = None
+    if validation is not None:
+        tested_on = AnnotatedFolder(validation, _image_folder(options, options.validation))
 
     def runner_of(model: Any) -> DetectorRunner:
         return DetectorRunner(on_device(model, device), stored.processor, options.score_threshold)
 
-    class_map = map_classes(head, train, options.class_order)
+    runner = runner_of(stored.model)
+    class_map = map_classes(runner.head, train, options.class_order)
     _say(options, f"classes: {class_map.describe()}")
     record: dict[str, Any] = {
         "model": options.model,
         "method": options.method,
+        "layers": layer_names(runner.model, runner.head),
         "annotations": str(options.annotations),
         "class_order": class_map.order,
     }
     with Counter(options.quiet) as counter:
-        if options.method == "logn":
-            train_images = _image_folder(options, options.annotations)
-            assert train_images is not None
-            statistics = logit_statistics(
-                runner_of(stored.model), train, train_images, options.statistics_images, progress=counter.add
-            )
-            correction = logn_correction(statistics, head.background, class_map.categories >= 0)
-            record["proposals"] = statistics.count
-        else:
-            counts = category_counts(train, options.counts)
-            record |= {"counts": options.counts, "normalization": options.normalization}
-            record["class_counts"] = dict(zip(train.class_names, counts.tolist(), strict=True))
-            if power is None:
-                assert validation is not None
-                assert images is not None
-                search = choose_power(
-                    runner_of(stored.model),
-                    train,
-                    validation,
-                    images,
-                    count_of=options.counts,
-                    normalization=options.normalization,
-                    class_order=options.class_order,
-                    progress=counter.add,
-                )
-                record |= _searched(options, search)
-                power = search.best
-            record["power"] = power
-            numbers = class_counts(head, train, options.counts, options.class_order)
-            correction = norcal_correction(numbers, power, head.background, options.normalization)
-        corrected = corrected_copy(stored.model, correction)
-        if validation is not None and images is not None:
+        found = find_correction(runner, trained_on, tested_on, settings, counter.add)
+        record |= found.record
+        if found.search is not None:
+            record |= _searched(options, found.search)
+        corrected = corrected_copy(stored.model, found.correction)
+        if tested_on is not None and tested_on.images is not None:
             # by running both detectors, not from the search
-            for name, model in (("before", stored.model), ("after", corrected)):
-                (record[name],) = evaluate_corrections(
-                    runner_of(model), [None], train, validation, images, options.class_order, counter.add
-                )
-            _print_metrics(options, "detector", {"as it is": record["before"], "corrected": record["after"]})
+            metrics = compare(runner, runner_of(corrected), train, tested_on, options.class_order, counter.add)
+            record |= metrics
+            _print_metrics(options, "detector", {"as it is": metrics["before"], "corrected": metrics["after"]})
             if removes_prior(stored.model) and not options.quiet:
                 print("as it is: with the training prior removed, NorCal of power 1, whose place a correction takes")
-    export, out = options.export, options.out.resolve()
-    inside = export is not None and out in export.resolve().parents
-    if export is not None and not inside:
-        export_detector(corrected, export)
-
-    def write(folder: Path) -> None:
-        stored.save(corrected, folder)
-        if export is not None and inside:  # the folder takes the place of what is there
-            export_detector(corrected, folder / export.resolve().relative_to(out))
-
-    write_folder(options.out, write, record, options.overwrite)
-    _say(options, f"{options.out}: {options.method}{'' if power is None else f', power {power:g}'}")
-    if export is not None:
-        _say(options, f"{export}: the corrected detector")
+    write_detector(stored, corrected, record, options.out, options.export, options.overwrite)
+    used = record.get("power")
+    _say(options, f"{options.out}: {options.method}{'' if used is None else f', power {used:g}'}")
+    if options.export is not None:
+        _say(options, f"{options.export}: the corrected detector")
     return record
 
 

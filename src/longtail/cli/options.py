@@ -140,6 +140,9 @@ class Predict(InferenceFlags):
     folder of drawings, and of results in COCO's format (default: none are written)."""
     json: Path | None = None
     """Also write the table to this file."""
+    csv: Path | None = None
+    """Also write the table to this .csv file, for spreadsheets: path, class, probability, the next classes, error; of
+    objects a row for each."""
     quiet: Flag = False
     """Print nothing."""
 
@@ -151,7 +154,7 @@ class Export:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run, or of a model."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")] = ()
-    """Images on which the file is compared with PyTorch; random ones if none are given."""
+    """Images on which the file is compared with PyTorch, the first four at most; random ones if none are given."""
     format: Literal["onnx"] = "onnx"
     """What to write."""
     prior: str = "uniform"
@@ -180,7 +183,7 @@ class Serve:
     port: int = 8000
     """Port; 0 takes a free one."""
     allowed_hosts: tuple[str, ...] = ()
-    """Further host names to answer to, for a reverse proxy that passes on its own; those of HOST always are."""
+    """Additional host names to accept, e.g. behind a reverse proxy; HOST's own are always accepted."""
     tta: TTA = "none"
     """Test-time augmentation: flip (2 times the computation) or crops (10 times)."""
     root: Path | None = None
@@ -240,7 +243,7 @@ class CalibrateDetector:
     classes: int | None = None
     """num_classes of a model of torchvision; from the weights if not given."""
     score_threshold: float | None = None
-    """Detections below it are left out of the AP; the detector's own if not given."""
+    """Detections below it are left out of the AP; 0.001, or the detector's own if that is lower, if not given."""
     statistics_images: int = 1000
     """LogN: number of training images, drawn at random."""
     export: Path | None = None
@@ -290,7 +293,7 @@ class Inspect:
     data: Data
     shots: Shots = field(default_factory=Shots)
     seed: int = 0
-    """Seed of a named set's tail, as in training."""
+    """Seed of the split and of a named set's tail, as in training."""
     plot: Path | None = None
     """Write the histogram of the classes to this PNG file."""
     fix: Path | None = None

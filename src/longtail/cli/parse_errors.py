@@ -11,7 +11,9 @@ _NOT_A_VALUE = (
     (re.compile(r"invalid literal for int\(\) with base 10: '(.*)'"), "a whole number"),
     (re.compile(r"could not convert string to float: '(.*)'"), "a number"),
 )
-_NO_TYPE = re.compile(r"no type matching (\S+) could be instantiated from \[(.*)\]")
+_PLURALS = {"INT": "whole numbers", "FLOAT": "numbers", "STR": "texts", "PATH": "paths"}
+_NO_SEQUENCE = re.compile(r"Could not find valid parse for arguments: \[(.*)\]")
+_NO_TYPE = re.compile(r"no type matching (.+?) could be instantiated from \[(.*)\]")
 _PARSING = re.compile(r"Error parsing (\S+): (.*)")
 _CHOICE = re.compile(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)")
 _NO_VALUE = re.compile(r"Missing value for argument '(.*)'\. Expected (\d+) values")
@@ -39,10 +41,12 @@ def one_line(box: str, command: str) -> str:
         wrong = next((word.rstrip(",") for word in message.split() if word.startswith("--")), "")
         close = difflib.get_close_matches(wrong, flags, n=3, cutoff=0.5) or list(flags)[:3]
         hint = f"; perhaps you meant {' or '.join(close)}?"
-    return f"{plain(message)}{hint} (longtail {command} --help lists all)"
+    found = _PARSING.fullmatch(message)
+    kinds = [line.partition(" ")[2] for line in lines if found and line.startswith(f"{found[1]} ")]
+    return f"{plain(message, *kinds[:1])}{hint} (longtail {command} --help lists all)"
 
 
-def plain(message: str) -> str:
+def plain(message: str, kind: str = "") -> str:
     """Return one of tyro's messages in the form of ours, which name the flag, its value and what was expected.
 
     >>> plain("Error parsing --seed: invalid literal for int() with base 10: 'a'")
@@ -50,15 +54,17 @@ def plain(message: str) -> str:
 
     Args:
         message: on one line; returned as it is where its form is not known.
+        kind: of the flag's values as the help shows it, ``[FLOAT [FLOAT ...]]`` for one.
     """
     if found := _PARSING.fullmatch(message):
         flag, reason = found.groups()
-        for pattern, kind in _NOT_A_VALUE:
+        for pattern, expected in _NOT_A_VALUE:
             if value := pattern.fullmatch(reason):
-                return f"{flag} {value[1]}: expected {kind}"
+                return f"{flag} {value[1]}: expected {expected}"
         if value := _NO_TYPE.fullmatch(reason):
-            given = " ".join(part.strip("'\"") for part in value[2].split(", "))
-            return f"{flag} {given}: expected {_either(value[1].split('|'))}"
+            return f"{flag} {_words(value[2])}: expected {_either(value[1].split('|'))}"
+        if (value := _NO_SEQUENCE.fullmatch(reason)) and kind:
+            return f"{flag} {_words(value[1])}: expected {_either([kind])}"
         if not flag.startswith("-"):  # a check of a whole section, whose message names the field
             return reason
     if found := _CHOICE.fullmatch(message):
@@ -76,6 +82,23 @@ def plain(message: str) -> str:
     return message
 
 
+def _words(arguments: str) -> str:
+    return " ".join(part.strip("'\"") for part in arguments.split(", "))
+
+
+def _name_of(kind: str) -> str:
+    """Return the name of a kind of values.
+
+    >>> _name_of("{INT INT}"), _name_of("[FLOAT [FLOAT ...]]"), _name_of("{csv,wandb}")
+    ('2 whole numbers', 'numbers', 'csv, wandb')
+    """
+    words = kind.strip("{}").split()
+    parts = [word.strip("[]") for word in words if word != "...]]"]
+    if len(words) > 1 and len(set(parts)) == 1 and parts[0] in _PLURALS:
+        return _PLURALS[parts[0]] if len(parts) < len(words) else f"{len(words)} {_PLURALS[parts[0]]}"
+    return _KINDS.get(kind, kind.strip("{}").replace(",", ", "))
+
+
 def _either(kinds: Iterable[str]) -> str:
-    names = [_KINDS.get(kind, kind.strip("{}").replace(",", ", ")) for kind in kinds]
+    names = [_name_of(kind) for kind in kinds]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

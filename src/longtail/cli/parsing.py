@@ -119,8 +119,9 @@ def recipe_with_data(arguments: Sequence[str], default: str) -> tuple[Recipe, li
             raise LongtailError("--data: expected a named set, a folder, a list, a table or hub:NAME")
         changes = source_of(text)
         recipe = recipe if named else _recipe_for(changes)
-        # the run is named after the data
-        name = Path(text.removeprefix("hub:")).resolve().stem
+        # the run is named after the data; what follows a dot in the name of a folder is not the kind of a file
+        path = Path(text.removeprefix("hub:")).resolve()
+        name = path.stem if path.suffix.lower() in TABLES and not path.is_dir() else path.name
         rest = rest[:place] + rest[place + width :]
         return dataclasses.replace(recipe, name=name, config=recipe.config.replace(data=changes)), rest
     return recipe, rest

@@ -98,7 +98,9 @@ def compare(arguments: list[str]) -> None:
     for difference in differences(records):
         print(difference)
     if advice := recommendation(records):
-        print(advice)
+        pairs = len(differences(records))
+        doubt = f", without correction for {pairs} comparisons" if pairs > 1 else ""
+        print(f"{advice}; chosen by the test images{doubt}")
     print(f"report: {page}")
 
 

@@ -234,7 +234,7 @@ class Config:
     1,000 steps, between 3 and 30."""
     minutes: PositiveFloat | None = None
     """Time that the whole command may take: the speed of this machine is measured, and tune, the size of images and
-    epochs are chosen to fit, as far as they are the recipe's own (pretrained networks that classify whole images)."""
+    epochs are chosen to fit, unless you set them (pretrained networks that classify whole images)."""
     second_stage: Literal["none", "crt", "lws", "reweight"] = "none"
     """New classifier on the frozen encoder in the last epochs of the training (decoupled training): none, crt
     (class-balanced sampling), lws (a factor for the score of every class) or reweight (class-balanced weights of the
@@ -402,7 +402,7 @@ def parse_config(values: dict[str, Any], where: str = "config") -> Config:
         LongtailError: a field does not exist, or its value has the wrong type or range.
     """
     if not isinstance(values, dict):
-        raise LongtailError(f"{where}: expected fields with values, got {type(values).__name__}")
+        raise LongtailError(f"{where}: expected fields with values, got {_kind_of(values)}")
     core = {name: value for name, value in values.items() if name in _CORE_FIELDS}
     sections = []
     for name in values.keys() - core.keys():
@@ -424,7 +424,8 @@ def validate(kind: Any, values: Any, where: str, prefix: str = "") -> Any:
         prefix: begins the name of a field in it, ``data.`` for one.
     """
     if not isinstance(values, dict):
-        raise LongtailError(f"{where}: {prefix[:-1] or 'expected'} fields with values, got {type(values).__name__}")
+        section = f"{prefix[:-1]}: " if prefix else ""
+        raise LongtailError(f"{where}: {section}expected fields with values, got {_kind_of(values)}")
     try:
         result = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -436,10 +437,10 @@ def validate(kind: Any, values: Any, where: str, prefix: str = "") -> Any:
         by_flags = where == FLAGS
         if isinstance(first.get("ctx", {}).get("error"), LongtailError):
             raise LongtailError(f"{'' if by_flags else f'{where}: '}{first['ctx']['error']}") from None
-        expected = _expected(first["msg"])
+        expected = _expected(first["msg"], first["input"])
         if by_flags:
             raise LongtailError(f"--{name} {first['input']}: {expected}") from None
-        raise LongtailError(f"{where}: {name}: {expected}, got {first['input']!r}") from None
+        raise LongtailError(f"{where}: {name}: {expected}, got {_shown(first['input'])}") from None
     _check_no_switch(values, result, where, prefix)
     return result
 
@@ -454,9 +455,21 @@ def _check_no_switch(values: dict[str, Any], result: Any, where: str, prefix: st
             raise LongtailError(f"{where}: {prefix}{name}: expected a number, got {value}")
 
 
-def _expected(message: str) -> str:
-    """Return a message of pydantic in the form of ours: what was expected."""
+def _kind_of(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
+
+
+def _expected(message: str, value: Any) -> str:
+    """Return a message of pydantic on a value in the form of ours: what was expected."""
     wanted = message.removeprefix("Input should be ").split(", unable to ")[0]
+    if wanted == "a valid tuple":
+        return "expected a list" + (f", such as [{value}]" if isinstance(value, int | float | str) else "")
+    if wanted.startswith("a dictionary or an instance of "):
+        return "expected fields with values"
     if wanted == message:
         return message
     return f"expected {'a value ' if wanted.startswith(('greater', 'less')) else ''}{wanted}"

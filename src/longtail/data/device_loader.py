@@ -101,6 +101,7 @@ class DeviceLoader:
         kept_views: V, the first views of a batch, which the step needs; the others are for the teacher alone.
         shared: views that other trainings beside this one have made.
         view_names: what tells the views of a batch from those of other trainings: data, size and augmentation.
+        stream: on which views are prepared beside the steps; a new one on CUDA if not given.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class DeviceLoader:
         kept_views: int | None = None,
         shared: SharedViews | None = None,
         view_names: Sequence[Hashable] = (),
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.loader, self.device = loader, device
         self.learning_rate, self.teacher_pass = learning_rate, teacher_pass
@@ -130,7 +132,7 @@ class DeviceLoader:
         self.epoch_fraction = torch.zeros((), device=device)
         self._current: dict[str, Tensor] = {}
         self._next: dict[str, Tensor] = {}
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._beside = stream or torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
         self.rows = 0
         """R, known after the first views are made."""

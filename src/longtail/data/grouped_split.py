@@ -23,13 +23,13 @@ from torch import Tensor
 
 from longtail.data.imbalance import check_labels, permuted_by_class, stratified_split
 from longtail.errors import LongtailError
-from longtail.randomness import mix
+from longtail.randomness import Stream, mix
 
 Array = np.ndarray[Any, Any]
 
 ALWAYS_TRAIN = -1
 """In place of a fold: the sample is in the training part of every fold."""
-_GROUPS, _FOLDS = mix(13), mix(14)  # random streams of their own
+_GROUPS, _FOLDS = mix(Stream.GROUPED_SPLIT), mix(Stream.FOLDS)
 _HARD = 10.0  # a class that is missing from the training or the test part, in parts that are merely desirable
 _REPAIR_STEPS = 100  # for each group
 _MOST_REPAIR_STEPS = 5000

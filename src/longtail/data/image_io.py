@@ -29,6 +29,13 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, appen
 
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 """Formats that Pillow decodes where it was built with a library."""
+_HEIF_BRANDS = dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), "HEIC") | {
+    b"mif1": "HEIF",
+    b"msf1": "HEIF",
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+}
+"""Formats by the brand in the first bytes of a file: ``ftyp`` and the brand, from the fifth on."""
 _NO_IMAGES = frozenset({"EPS", "MPEG"})
 """Formats that Pillow recognises, but does not decode by itself."""
 
@@ -108,13 +115,37 @@ def read_or_record(read: Callable[[Path], Read], path: Path, unreadable: dict[Pa
         return None
 
 
+class UnsupportedFormatError(UnidentifiedImageError):
+    """A file has a known format that Pillow does not decode here; the message says which, and what to do."""
+
+
+def _raise_if_heif(file: Path | BinaryIO) -> None:
+    """Raise UnsupportedFormatError for a file in the container of HEIC and AVIF, as phones write it."""
+    try:
+        if isinstance(file, Path):
+            with file.open("rb") as opened:
+                start = opened.read(12)
+        else:
+            file.seek(0)
+            start = file.read(12)
+    except OSError:
+        return
+    if start[4:8] == b"ftyp" and (name := _HEIF_BRANDS.get(start[8:12])) is not None:
+        raise UnsupportedFormatError(f"is in the format {name}, which Pillow does not read here; convert it to JPEG")
+
+
 def open_header(file: Path | BinaryIO) -> ImageFile.ImageFile:
     """Open an image file without decoding it, as ``Image.open`` does, in the formats that Pillow decodes by itself.
 
     Raises:
         DecompressionBombError: it has more pixels than ``Image.MAX_IMAGE_PIXELS``, above which Pillow warns.
+        UnidentifiedImageError: it is in no such format; UnsupportedFormatError where its own is known.
     """
-    image = Image.open(file, formats=image_formats())
+    try:
+        image = Image.open(file, formats=image_formats())
+    except UnidentifiedImageError:
+        _raise_if_heif(file)
+        raise
     pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if most is not None and pixels > most:
         image.close()
@@ -230,6 +261,8 @@ def image_errors(path: Path | str) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise LongtailError(f"{name}: cannot be read: {error.strerror}") from None
     except _RangeError as error:
+        raise LongtailError(f"{name}: {error}") from None
+    except UnsupportedFormatError as error:
         raise LongtailError(f"{name}: {error}") from None
     except UnidentifiedImageError:
         empty = isinstance(path, Path) and path.stat().st_size == 0

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from longtail.errors import LongtailError
-from longtail.randomness import generator, mix
+from longtail.randomness import Stream, generator, mix
 
 PARETO_POWER = 6
 """Power of the Pareto profile, as ImageNet-LT was drawn with (Liu et al., CVPR 2019)."""
 
-_ORDER, _SPLIT = mix(11), mix(12)  # random streams that never meet
+_ORDER, _SPLIT = mix(Stream.CLASS_ORDER), mix(Stream.SPLIT)
 
 
 def resolve_profile(profile: str, balanced: bool) -> str:
@@ -145,6 +145,51 @@ def long_tailed(
     for rank, index in enumerate(ranked):
         counts[index] = counts_by_rank[rank]
     return subsample(order, counts)
+
+
+def remarks_on_tail(
+    order: Sequence[Tensor],
+    labels: Tensor,
+    names: Sequence[str],
+    profile: str,
+    factor: float,
+    class_order: str,
+    seed: int,
+) -> list[str]:
+    """Return what a user should know of a tail that :func:`long_tailed` made of classes of different sizes.
+
+    Its factor is another than the one asked for where a class had fewer images than the profile asks for; and the tail
+    is smaller than need be where the head is not the largest class.
+
+    Args:
+        order: as :func:`long_tailed` took it, and so are the others.
+        labels: (N,) int64 classes of the images that it kept.
+        names: C class names.
+        profile: natural, exponential, step or pareto.
+        factor: imbalance factor that was asked for.
+        class_order: index, name or random.
+        seed: of a random class order.
+    """
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    if profile == "natural" or min(counts) < 1:
+        return []
+    ranked = rank_classes(class_order, names, seed)
+    wanted = profile_counts(profile, len(order[ranked[0]]), len(order), factor)
+    remarks = []
+    smallest = counts.index(min(counts))
+    if counts[smallest] < min(wanted):
+        remarks.append(
+            f"data.imbalance {factor:g}: is {imbalance_factor(counts):.4g} in fact: class '{names[smallest]}' has "
+            f"{counts[smallest]} training image{'s' * (counts[smallest] != 1)}, and the profile asks for "
+            f"{wanted[ranked.index(smallest)]}"
+        )
+    largest = max(range(len(order)), key=lambda index: len(order[index]))
+    if len(order[largest]) > len(order[ranked[0]]):
+        remarks.append(
+            f"data.class_order {class_order}: the head is '{names[ranked[0]]}' with {len(order[ranked[0]]):,} images, "
+            f"and no class keeps more, although '{names[largest]}' has {len(order[largest]):,}"
+        )
+    return remarks
 
 
 def hold_out_balanced(order: Sequence[Tensor], fraction: float) -> tuple[Tensor | None, list[Tensor]]:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +24,12 @@ from PIL import Image, UnidentifiedImageError
 
 from longtail.config import Data, Shots
 from longtail.data.dataset import DataDetails, LongTailedData
-from longtail.data.image_io import open_header
+from longtail.data.image_io import UnsupportedFormatError, open_header
 from longtail.data.images import FileImages, Images
-from longtail.data.imbalance import gini, imbalance_factor, resolve_profile
-from longtail.data.listing import Listing
+from longtail.data.imbalance import gini, imbalance_factor
+from longtail.data.listing import Entries, Listing
 from longtail.data.sources import load_data, read_listing
-from longtail.data.sources.from_listing import split_listing
+from longtail.data.sources.from_listing import check_readable_classes, raise_listing_errors, split_listing
 from longtail.data.sources.unreadable import refusal
 from longtail.errors import LongtailError
 from longtail.files import write_text
@@ -37,6 +37,8 @@ from longtail.registry import SOURCES
 
 _CHUNK = 2048  # files that are read at once
 _SMALLEST_BATCH = 2  # BatchNorm needs it
+_MISSING = "does not exist"
+_NO_SPLIT = "no split"
 
 
 @dataclass(kw_only=True)
@@ -49,7 +51,7 @@ class Inspection:
     class_names: list[str]
     """(C,)."""
     class_counts: list[int]
-    """(C,) training images, or what else :attr:`counted` says, of each class."""
+    """(C,) training images, or what else :attr:`counted` says, of each class; as training would split the set."""
     groups: list[str]
     """(C,) the group of each class, one of :attr:`group_names`."""
     imbalance_factor: float | None
@@ -62,12 +64,17 @@ class Inspection:
     """Names of the groups, from head to tail: many, medium and few, for one."""
     sides: dict[str, list[int]] = field(default_factory=dict)
     """Smallest, median and largest width and height in pixels."""
+    split_sizes: dict[str, int] = field(default_factory=dict)
+    """Number of images by split as training would make them, where the set lacks one; empty if it has all, or if
+    training would refuse it."""
+    missing: list[str] = field(default_factory=list)
+    """Files that are listed, but do not exist; there is an error on them."""
     unreadable: list[dict[str, str]] = field(default_factory=list)
     """Files that cannot be read as images: path and reason."""
     duplicates: list[list[str]] = field(default_factory=list)
     """Groups of files of one split with the same content."""
     leaks: list[list[str]] = field(default_factory=list)
-    """Groups of files with the same content in several splits."""
+    """Groups of files with the same content in several splits: those of the set, or those that training would make."""
     errors: list[str] = field(default_factory=list)
     """What training would refuse the set for."""
     remarks: list[str] = field(default_factory=list)
@@ -75,6 +82,8 @@ class Inspection:
     """Folder of the image files."""
     fixed: int | None = None
     """Number of files in the table that was asked for."""
+    fixed_error: str | None = None
+    """What training would refuse that table for."""
     details: DataDetails = field(default_factory=DataDetails)
     """What the data say of themselves."""
 
@@ -155,40 +164,92 @@ def _files_of(splits: Sequence[tuple[str, Images]]) -> Iterator[_File]:
 def _inspect_files(
     listing: Listing, config: Data, seed: int, shots: Shots, tick: Callable[[int], None], fix: Path | None
 ) -> Inspection:
+    seed = seed if config.seed is None else config.seed
+    errors, remarks = list(listing.errors), list(listing.remarks)
+    splits: dict[str, Entries] | None = None
+    if not errors:
+        try:
+            # what it remarks on concerns the tail and the split, and is said by training too
+            splits = split_listing(listing, config, seed, remarks)
+        except LongtailError as error:
+            errors.append(str(error))
     classes = len(listing.class_names)
-    counts = np.bincount(listing.training.labels.numpy(), minlength=classes)[:classes].tolist()
+    labels = listing.training.labels if splits is None else splits["train"].labels
+    counts = np.bincount(labels.numpy(), minlength=classes)[:classes].tolist()
     inspection = _inspection(config, listing.class_names, counts, shots.groups(counts), LongTailedData)
     inspection.splits = {split: len(entries) for split, entries in listing.splits.items()}
-    inspection.errors, inspection.remarks = list(listing.errors), list(listing.remarks)
+    inspection.errors, inspection.remarks = errors, remarks
     inspection.root = str(listing.root)
-    if resolve_profile(config.profile, balanced=False) != "natural":
-        inspection.remarks.append(f"data.profile {config.profile}: training takes fewer images; all are counted here")
+    if splits is None and "all" in listing.splits:
+        inspection.counted = "images"  # of every split
+    held_out = splits is not None and splits.keys() != listing.splits.keys()
+    split_of: dict[str, str] = {}
+    if splits is not None and held_out:
+        inspection.split_sizes = {split: len(entries) for split, entries in splits.items()}
+        split_of = {name: split for split, entries in splits.items() for name in entries.names}
+        # of a tail, images are left that are in no split
+        split_of |= {name: _NO_SPLIT for name in listing.training.names if name not in split_of}
     files = (
-        (f"{split}: {name}" if split != "all" else name, split, (listing.root / name).read_bytes)
+        (f"{split}: {name}" if split != "all" else name, split_of.get(name, split), (listing.root / name).read_bytes)
         for split, entries in listing.splits.items()
         for name in entries.names
     )
     _read_files(inspection, files, tick)
-    bad = {entry["path"] for entry in inspection.unreadable}
+    if held_out:
+        whole = "all" in listing.splits
+        inspection.leaks = [
+            [f"{split_of[name]}: {name}" for name in (shown if whole else shown.partition(": ")[2] for shown in group)]
+            for group in inspection.leaks
+        ]
+        if inspection.duplicates:
+            inspection.remarks.append(
+                f"files with the same content that are in one split with seed {seed} may be in train and test with "
+                "another: keep one of each"
+            )
+    reasons = {entry["path"]: entry["reason"] for entry in inspection.unreadable}
     if not listing.errors:
-        inspection.errors += _refusals(listing, config, seed, inspection)
+        shown = [f"{path}: {reason}" for path, reason in reasons.items()]
+        refused = refusal(config, shown, sum(inspection.splits.values()))
+        inspection.errors += [] if refused is None else [refused]
+    if splits is not None:
+        inspection.errors += _refusals(listing, config, splits, reasons)
     if fix is not None:
-        inspection.fixed = _write_good(listing, bad, fix)
+        inspection.fixed = _write_good(listing, {*reasons, *inspection.missing}, fix)
+        inspection.fixed_error = _refusal_of_table(fix, listing.root, config, seed)
     return inspection
 
 
-def _refusals(listing: Listing, config: Data, seed: int, inspection: Inspection) -> list[str]:
-    """Return why training would refuse a set whose listing has no errors."""
-    total = sum(inspection.splits.values())
-    reasons = [f"{entry['path']}: {entry['reason']}" for entry in inspection.unreadable]
-    messages = [refusal(config, reasons, total)]
+def _refusals(listing: Listing, config: Data, splits: Mapping[str, Entries], reasons: Mapping[str, str]) -> list[str]:
+    """Return why training would refuse a set that is divided into splits, for the files in it that cannot be read."""
+    by_name = {
+        name: f"{listing.root / name}: {reasons[shown]}"
+        for split, entries in listing.splits.items()
+        for name in entries.names
+        if (shown := name if split == "all" else f"{split}: {name}") in reasons
+    }
+    train = sum(name not in by_name for name in splits["train"].names)
+    if train < _SMALLEST_BATCH:
+        return [f"train: there is a single training image, expected at least {_SMALLEST_BATCH} for a batch"]
     try:
-        train = split_listing(listing, config, config.seed if config.seed is not None else seed, [])["train"]
-        if len(train) < _SMALLEST_BATCH:
-            messages.append(f"train: there is a single training image, expected at least {_SMALLEST_BATCH} for a batch")
+        check_readable_classes(listing, splits["train"], by_name, config.min_images)
     except LongtailError as error:
-        messages.append(str(error))
-    return [message for message in messages if message is not None]
+        return [str(error)]
+    if all(name in by_name for name in splits["test"].names):
+        return ["there is no test image, or none that can be read; expected some to evaluate on"]
+    return []
+
+
+def _refusal_of_table(table: Path, root: Path, config: Data, seed: int) -> str | None:
+    """Return why training would refuse a table of images that can be read; None if it would not."""
+    changes: dict[str, Any] = {"source": "list", "train": str(table), "root": str(root)}
+    changes |= dict.fromkeys(("val", "test", "image_column", "label_column", "split_column", "class_depth"))
+    settings = dataclasses.replace(config, **changes)
+    try:
+        listing = read_listing(settings)
+        raise_listing_errors(listing)
+        return next(iter(_refusals(listing, settings, split_listing(listing, settings, seed, []), {})), None)
+    except LongtailError as error:
+        return str(error)
 
 
 def _write_good(listing: Listing, bad: set[str], path: Path) -> int:
@@ -241,7 +302,9 @@ def _read_files(inspection: Inspection, files: Iterable[_File], tick: Callable[[
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for chunk in _chunks(files):
             for (shown, split, _), (digest, sides, reason) in zip(chunk, pool.map(_examine, chunk), strict=True):
-                if reason is not None:
+                if reason == _MISSING:
+                    inspection.missing.append(shown)
+                elif reason is not None:
                     inspection.unreadable.append({"path": shown, "reason": reason})
                 if sides is not None:
                     widths[sides[0]] += 1
@@ -263,7 +326,8 @@ def _add_repeated(
 ) -> None:
     for group in groups:
         names = [name for name, _ in group]
-        (inspection.leaks if len({split for _, split in group}) > 1 else inspection.duplicates).append(names)
+        splits = {split for _, split in group} - {_NO_SPLIT}
+        (inspection.leaks if len(splits) > 1 else inspection.duplicates).append(names)
     if widths:
         inspection.sides = {"width": _range(widths), "height": _range(heights)}
 
@@ -296,6 +360,8 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
     """Return a file's digest, its width and height, and why it cannot be read as an image."""
     try:
         content = file[2]()
+    except FileNotFoundError:  # which checking the listing has found
+        return None, None, _MISSING
     except (OSError, ValueError) as error:  # the latter for a name with a null character
         return None, None, f"cannot be read: {getattr(error, 'strerror', None) or error}"
     digest = hashlib.blake2b(content, digest_size=16).digest()
@@ -307,6 +373,8 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
             image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return digest, None, f"is larger than Pillow decodes safely ({error})"
+    except UnsupportedFormatError as error:
+        return digest, None, str(error)
     except UnidentifiedImageError:
         return digest, None, "is not an image that Pillow can read"
     except Exception as error:  # decoders raise all kinds of errors over a damaged file
@@ -352,5 +420,6 @@ def histogram(counts: Sequence[int], counted: str = "training images", width: in
         label = f"{int(ordered[0]):>7,}" if row == height - 1 else f"{int(ordered[-1]):>7,}" if row == 0 else " " * 7
         lines.append(f"{label} │" + "".join(" ▁▂▃▄▅▆▇█"[max(0, min(8, value - 8 * row))] for value in filled).rstrip())
     lines.append(f"{'':7} └{'─' * len(columns)}")
-    lines.append(f"{'':9}{len(ordered):,} classes, head to tail; {counted}, log scale")
+    classes = "1 class" if len(ordered) == 1 else f"{len(ordered):,} classes, head to tail"
+    lines.append(f"{'':9}{classes}; {counted}, log scale")
     return lines

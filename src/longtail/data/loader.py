@@ -21,10 +21,10 @@ from longtail.data.samplers import REPEAT_THRESHOLD, epoch_order, occurrence_num
 from longtail.data.transforms import AnyTransform, PerImageTransform
 from longtail.data.transforms.batched import to_float
 from longtail.errors import LongtailError
-from longtail.randomness import draw_ids, mix
+from longtail.randomness import Stream, draw_ids, mix
 
 _EVALUATION_PIXELS = 2**22  # of a batch, whose activations must fit into the memory of a laptop
-_VIEW = mix(2)  # a random stream of its own
+_VIEW = mix(Stream.VIEWS)
 GROUPED_VALUES = 2**17
 """Small batches are augmented together, up to so many values of pixels."""
 

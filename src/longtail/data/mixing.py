@@ -22,9 +22,9 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from longtail.config import Mixing
-from longtail.randomness import mix, uniform
+from longtail.randomness import Stream, mix, uniform
 
-_ORDER, _SHARE = mix(8), mix(9)  # independent streams of random draws
+_ORDER, _SHARE = mix(Stream.MIXING_PARTNERS), mix(Stream.MIXING_SHARES)
 _CELLS = 2**12  # of the table of quantiles
 
 

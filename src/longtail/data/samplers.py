@@ -6,8 +6,7 @@ A scheme says what share of an epoch each class gets; :func:`epoch_order` draws 
 that sum to 1, or None where every image is shown once, without replacement. A scheme for images of several classes is
 an :class:`ImageWeights` instead: it says how often an image is shown in proportion to the others.
 
-Legend: N images, C classes, n_c images of class c, R replicas (processes that train together), P pairs of an image and
-a class that is in it.
+Legend: N images, C classes, n_c images of class c, R replicas (processes that train together), P image–class pairs.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from longtail.data.imbalance import check_labels
 from longtail.errors import LongtailError
-from longtail.randomness import generator, mix
+from longtail.randomness import Stream, generator, mix
 from longtail.registry import SAMPLERS
 
-_ORDER = mix(1)  # a random stream of its own
+_ORDER = mix(Stream.EPOCH_ORDER)
 _CHUNK = 2**16  # indices that are drawn, or are Python integers, at once: ten million would take 400 MB
 _LARGEST_LABEL = 2**24  # counts are kept of every class up to the largest
 
@@ -410,6 +409,7 @@ class ClassAwareSampler(DistributedSampler[int]):
         Raises:
             LongtailError: it is negative.
         """
+        epoch = operator.index(epoch)  # of NumPy's numbers too, which a state would not take
         if epoch < 0:
             raise LongtailError(f"epoch: expected at least 0, got {epoch}")
         if epoch != self.epoch:
@@ -475,7 +475,9 @@ def _check_place(num_replicas: int, rank: int, images: int) -> None:
 def _as_labels(labels: Tensor | Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
     """Return labels as (N,) int64 on the CPU, checked."""
     try:
-        tensor = labels.cpu() if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+        if getattr(labels, "dtype", None) == np.dtype(object):
+            labels = list(labels)  # numbers that are stored as objects have a type of their own in a list
+        tensor = labels.cpu() if isinstance(labels, Tensor) else torch.tensor(np.asarray(labels))  # pandas' is frozen
     except (TypeError, ValueError, RuntimeError):
         raise LongtailError(
             "labels: expected a class number for every image; numpy.unique(names, return_inverse=True)[1] numbers names"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 from typing import Any
 
-from longtail.data.paths import find_path
+from longtail.data.paths import find_path, visible_files
 from longtail.errors import LongtailError, did_you_mean
 from longtail.registry import SOURCES
 
@@ -42,7 +43,8 @@ def source_of(text: str) -> dict[str, Any]:
     if (path / "images").is_dir() and (path / "annotations").is_dir():
         return {"source": "masks", "root": str(path)}
     if path.is_dir():
-        return {"source": "hub" if next(path.rglob("*.parquet"), None) is not None else "folder", "root": str(path)}
+        is_hub = next(path.rglob("*.parquet"), None) is not None and not _has_classes(path)
+        return {"source": "hub" if is_hub else "folder", "root": str(path)}
     if path.suffix.lower() in TABLES:
         return {"source": "list", "train": str(path)}
     raise LongtailError(
@@ -59,8 +61,35 @@ def _has_boxes(path: Path) -> bool:
         return True
     if any((path / "annotations").glob("*.json")) or (path / "train" / "_annotations.coco.json").is_file():
         return True
-    # a .json file beside the images, or beside images/, where no folder could be a class
-    return any(path.glob("*.json")) and {*_folders(path)} <= {"images", "runs"} and not _folders(path / "images")
+    files, folders, inside = [*path.glob("*.json")], {*_folders(path)} - {"images", "runs"}, _folders(path / "images")
+    if not files or (not folders and not inside):  # beside the images, or beside images/, where no folder is a class
+        return bool(files)
+    if not any(map(_annotates_boxes, files)):
+        return False
+    from longtail.data.listing.types import split_of  # imports torch, which boxes are not read without
+
+    return all(split_of(name.rstrip("0123456789")) is not None for name in (*folders, *inside))
+
+
+def _annotates_boxes(path: Path) -> bool:
+    """Return whether a .json file has the lists of COCO's and LVIS's annotations, with boxes; it is not parsed."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return all(content.find(b'"%b"' % key) >= 0 for key in (b"bbox", b"images", b"annotations", b"categories"))
+    except (OSError, ValueError):  # it cannot be read, or is empty
+        return False
+
+
+def _has_classes(path: Path) -> bool:
+    """Return whether there are images in a folder of a class, beside which a table in Parquet's format is no set."""
+    from longtail.data.image_io import is_image_name
+    from longtail.data.listing import split_of
+
+    for file in visible_files(path):
+        first, *others = file.relative_to(path).parts[:-1] or ("",)
+        if is_image_name(file.name) and first and (others or split_of(first) is None):
+            return True
+    return False
 
 
 def _folders(path: Path) -> list[str]:

@@ -21,7 +21,7 @@ from longtail.detector_calibration.heads import ClassHead, check_uncorrected, co
 from longtail.detector_calibration.running import DetectorRunner
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
-from longtail.evaluation.detection_matches import MAX_DETECTIONS_FEDERATED, coco_masks
+from longtail.evaluation.detection_matches import MAX_DETECTIONS_FEDERATED, SCORE_THRESHOLD, coco_masks
 from longtail.evaluation.detector_scores import (
     LogitCorrection,
     LogitStatistics,
@@ -193,8 +193,8 @@ def choose_power(
 ) -> PowerSearch:
     """Return the power of NorCal with the highest AP of boxes on validation images.
 
-    The network runs once for an image; each power corrects its logits before the detector's own thresholds and
-    suppression, so the result is that of the corrected detector, up to rounding.
+    The network runs once for an image; each power corrects its logits before suppression, so the result is that of the
+    corrected detector, up to rounding.
 
     Args:
         runner: of the detector as it is.
@@ -239,13 +239,15 @@ def evaluate_corrections(
 ) -> list[dict[str, Any]]:
     """Return :data:`METRICS` of a detector on validation images under each correction, with None as it is.
 
-    The arguments are those of :func:`choose_power`. On federated annotations (LVIS) the detector finds up to 300
-    objects in an image, as their evaluation counts, unless ``runner`` has another number.
+    The arguments are those of :func:`choose_power`. Detections count from a score of 0.001 on, as ``evaluate`` has it,
+    unless ``runner`` has another threshold. On federated annotations (LVIS) the detector finds up to 300 objects in an
+    image, as their evaluation counts, unless ``runner`` has another number.
     """
     coco_masks()  # so that a missing extra is not found after hours
     class_map = map_classes(runner.head, validation, class_order)
     train_map = map_classes(runner.head, train, class_order)
     found: list[list[Detections]] = [[] for _ in corrections]
+    runner = runner.down_to(SCORE_THRESHOLD)
     if validation.negatives is not None:  # whose evaluation counts more of an image than detectors return by themselves
         runner = runner.up_to(MAX_DETECTIONS_FEDERATED)
     files = find_images(validation, images)

@@ -144,6 +144,17 @@ def find_class_head(model: Any) -> ClassHead:
     return head
 
 
+def layer_names(model: Any, head: ClassHead) -> list[str]:
+    """Return the names of a detector's class layers, as its state dict has them before ``.weight`` and ``.bias``."""
+    if isinstance(model, nn.Module):
+        named = list(model.named_modules())
+    else:  # longtail's own, whose parts are modules
+        parts = [(name, part) for name, part in vars(model).items() if isinstance(part, nn.Module)]
+        named = [pair for name, part in parts for pair in part.named_modules(prefix=name)]
+    name_of = {id(module): name for name, module in reversed(named)}
+    return [name_of[id(layer)] for layer in dict.fromkeys(head.layers) if id(layer) in name_of]
+
+
 def _torchvision_head(model: Any) -> ClassHead | None:
     if isinstance(model, FasterRCNN):  # Mask and Keypoint R-CNN are subclasses
         predictor = model.roi_heads.box_predictor

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.transforms.functional import pil_to_tensor
 
-from longtail.data.detection import Detections
+from longtail.data.detection import DEFAULT_POST_PROCESSING, Detections, PostProcessing
 from longtail.detector_calibration.heads import ClassHead, corrected_copy, corrected_logits, find_class_head
 from longtail.errors import LongtailError
 from longtail.evaluation.detector_scores import LogitCorrection, LogitStatistics
@@ -37,8 +37,8 @@ class DetectorRunner:
     Args:
         model: any that :func:`~longtail.detector_calibration.heads.find_class_head` knows.
         processor: the image processor of a model of transformers.
-        score_threshold: detections with lower scores are left out; the detector's own if None, and 0 for
-            transformers, whose post-processing has none of its own.
+        score_threshold: detections with lower scores are left out; the detector's own if None, but see
+            :meth:`down_to`; and 0 for transformers, whose post-processing has none of its own.
         max_detections: of an image; the detector's own if None, but see :meth:`up_to`.
         batch_size: images in a pass.
 
@@ -59,21 +59,39 @@ class DetectorRunner:
         torchvision = type(model).__mro__
         self._is_torchvision = any(kind.__module__.startswith("torchvision.models.detection") for kind in torchvision)
         self._is_transformers = any(kind.__module__.startswith("transformers.") for kind in torchvision)
+        self._is_own = hasattr(model, "find_corrected")
         if self._is_transformers and processor is None:
             raise LongtailError(
                 "processor: a model of transformers needs its image processor to run on images "
                 "(AutoImageProcessor.from_pretrained; preprocessor_config.json in the folder of the model)"
             )
 
+    def down_to(self, score_threshold: float) -> DetectorRunner:
+        """Return one that finds objects with scores as low as that; the same one where a threshold was given.
+
+        The same one too where the detector leaves out fewer, or its ``find`` takes no ``score_threshold``.
+        """
+        own: Any = 0.0
+        if self._is_torchvision:
+            own = _owner(self.model).score_thresh
+        elif self._is_own:
+            own = DEFAULT_POST_PROCESSING.score_threshold
+        elif not self._is_transformers:
+            parameter = signature(self.model.find).parameters.get("score_threshold")
+            own = 0.0 if parameter is None else parameter.default
+        if self.score_threshold is not None or not isinstance(own, int | float) or own <= score_threshold:
+            return self
+        other = copy.copy(self)
+        other.score_threshold = score_threshold
+        return other
+
     def up_to(self, max_detections: int) -> DetectorRunner:
         """Return one that finds up to so many objects in an image; the same one where a number was given.
 
         A detector of another kind whose ``find`` takes no ``max_detections`` finds as many as it does.
         """
-        has_limit = self._is_torchvision or self._is_transformers
-        if not has_limit:
-            find = self.model.find_corrected if hasattr(self.model, "find_corrected") else self.model.find
-            has_limit = "max_detections" in signature(find).parameters
+        has_limit = self._is_torchvision or self._is_transformers or self._is_own
+        has_limit = has_limit or "max_detections" in signature(self.model.find).parameters
         if self.max_detections is not None or not has_limit:
             return self
         other = copy.copy(self)
@@ -99,11 +117,11 @@ class DetectorRunner:
 
                 self._run(batch, keep)
             else:
-                limits = {"score_threshold": self.score_threshold, "max_detections": self.max_detections}
-                limits = {name: value for name, value in limits.items() if value is not None}
-                if hasattr(self.model, "find_corrected"):
+                given = {"score_threshold": self.score_threshold, "max_detections": self.max_detections}
+                limits: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+                if self._is_own:
                     functions = [None if correction is None else correction.apply for correction in corrections]
-                    yield from self.model.find_corrected(batch, functions, **limits)
+                    yield from self.model.find_corrected(batch, functions, PostProcessing(**limits))
                     continue
                 models = [self.model if c is None else corrected_copy(self.model, c) for c in corrections]
                 by_correction = [list(model.find(batch, **limits)) for model in models]
@@ -144,8 +162,7 @@ class DetectorRunner:
 
     def _run_torchvision(self, batch: list[Image.Image], use: Callable[..., None]) -> None:
         model = self.model
-        is_rcnn = isinstance(model, FasterRCNN)
-        owner = model.roi_heads if is_rcnn else model
+        is_rcnn, owner = isinstance(model, FasterRCNN), _owner(model)
         device = next(model.parameters()).device
         inputs = [pil_to_tensor(image.convert("RGB")).to(device).float() / 255 for image in batch]
         sizes = [(image.height, image.width) for image in batch]
@@ -215,6 +232,11 @@ class DetectorRunner:
             boxes, labels, scores = (one[name].detach()[order].cpu() for name in ("boxes", "labels", "scores"))
             detections.append(Detections(boxes, labels - self.head.first_label, scores))
         return detections
+
+
+def _owner(model: Any) -> Any:
+    """Return what of a model of torchvision holds the thresholds and makes detections of logits."""
+    return model.roi_heads if isinstance(model, FasterRCNN) else model
 
 
 def _suppressed(owner: Any, postprocess: Callable[..., Any], logits: Tensor, rest: Sequence[Any]) -> list[Any]:

@@ -29,6 +29,7 @@ from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_clas
 from longtail.losses import compute_log_prior
 
 METHODS = ("ce", "la", "gml")
+_TYPES = [np.float64, np.float32]  # of embeddings; others are converted to the first
 MIN_STEPS = 300
 """Optimisation steps of a fit at least; for a small set, the number of epochs is raised."""
 MIN_VIEWS_PER_CLASS = 50
@@ -36,6 +37,8 @@ MIN_VIEWS_PER_CLASS = 50
 MANY_VIEWS_PER_CLASS = 1000
 """From so many samples of each class on, the classifier behind a hidden layer starts from random vectors, which gives
 better probabilities (on long-tailed digits a log loss of 0.42 instead of 0.54); below, from the class means."""
+ENTRIES_AT_A_TIME = 2**21
+"""Entries of the (N, D) or (N, H) features that a prediction computes at a time: 16 MiB, not copies of all samples."""
 CHECKED_SAMPLES = 1024
 """Training samples whose predictions are compared with the nearest class mean after a fit."""
 
@@ -253,7 +256,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _check_samples(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> tuple[Array, Array, Array]:  # noqa: N803
         """Return the samples of a weight above 0, their labels and their weights."""
-        X, y = validate_data(self, X, y, dtype=np.float64, reset=reset)  # noqa: N806
+        X, y = validate_data(self, X, y, dtype=_TYPES, reset=reset)  # noqa: N806
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         if sample_weight is None:
@@ -302,11 +305,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 f"queue_size: expected at least {classes} classes × {self.queue_minimum} slots, got {queue_size}"
             )
         seed = int(random_state.randint(2**31 - 1))
-        # the caller's random state is restored afterwards
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
-            # also where torch's default type is another
-            return Learner(self.get_params(), self.n_features_in_, queue_counts, queue_size).float()
+        # in single precision also where torch's default type is another
+        return Learner(self.get_params(), self.n_features_in_, queue_counts, queue_size, seed).float()
 
     def _steps_per_epoch(self, count: int) -> int:
         # with at least two samples in each step, which BatchNorm needs
@@ -345,16 +345,18 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         learner.move(device)
         for group in learner.optimizer.param_groups:
             group["weight_decay"] = self.weight_decay if group["decays"] else 0.0
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.set_rng_state(learner.random_numbers)
-            if from_means:
-                learner.start_from_class_means(samples, targets, relative_weights)
-            for epoch in range(epochs):
-                for step, indices in enumerate(torch.randperm(len(X)).to(device).tensor_split(steps)):
-                    rate = self.learning_rate * schedule((epoch * steps + step) / (epochs * steps))
-                    batch = samples[indices], targets[indices], relative_weights[indices], first_id + indices
-                    learner.step(*batch, log_prior, rate, len(indices) / usual_size)
-            learner.random_numbers = torch.get_rng_state()
+        # not torch's own generator, which all threads of a process share
+        random_numbers = torch.Generator()
+        random_numbers.set_state(learner.random_numbers)
+        if from_means:
+            learner.start_from_class_means(samples, targets, relative_weights)
+        for epoch in range(epochs):
+            order = torch.randperm(len(X), generator=random_numbers)
+            for step, indices in enumerate(order.to(device).tensor_split(steps)):
+                rate = self.learning_rate * schedule((epoch * steps + step) / (epochs * steps))
+                batch = samples[indices], targets[indices], relative_weights[indices], first_id + indices
+                learner.step(*batch, log_prior, rate, len(indices) / usual_size)
+        learner.random_numbers = random_numbers.get_state()
         learner.move(torch.device("cpu"))
         self.n_iter_ += epochs
         self._store_weights(learner)
@@ -397,11 +399,11 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for name, minimum in minima.items():
             if not isinstance(getattr(self, name), int | np.integer) or getattr(self, name) < minimum:
                 raise ValueError(f"{name}: expected an integer of at least {minimum}, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)!r}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a number of at least 0, got {self.weight_decay!r}")
+        for name in ("learning_rate", "scale", "temperature", "weight_decay"):
+            value, may_be_zero = getattr(self, name), name == "weight_decay"
+            if not isinstance(value, numbers.Real) or not (0 < float(value) < math.inf or (may_be_zero and value == 0)):
+                least = "of at least 0" if may_be_zero else "above 0"
+                raise ValueError(f"{name}: expected a number {least}, got {value!r}")
 
     @torch.no_grad()
     def _store_weights(self, learner: Learner) -> None:
@@ -421,18 +423,24 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _scores(self, X: Any) -> Array:  # noqa: N803
         """Return (N, C) scores, log-likelihoods without any prior; −inf for a class without a training sample."""
         check_is_fitted(self)
-        return self._scores_of(validate_data(self, X, dtype=np.float64, reset=False))
+        return self._scores_of(validate_data(self, X, dtype=_TYPES, reset=False))
 
     def _scores_of(self, X: Array) -> Array:  # noqa: N803
         """Return :meth:`_scores` of checked samples, by the method and scale of the training, whatever is set now."""
         assert self._learner is not None
         trained = self._learner.parameters_of_training
-        # in float64, so that a sample's scores do not depend on the other samples of the array
-        features = self._standardization(X)
-        if self._hidden is not None:
-            features = np.maximum(features @ self._hidden[0].T + self._hidden[1], 0)
-        norms = np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
-        scores: Array = trained["scale"] * (features / norms) @ self._class_directions.T
+        scores: Array = np.empty((len(X), len(self._class_directions)))
+        width = max(X.shape[1], 0 if self._hidden is None else len(self._hidden[0]))
+        rows = max(1, ENTRIES_AT_A_TIME // width)
+        for start in range(0, len(X), rows):
+            # in float64, so that a sample's scores do not depend on the other samples of the array
+            features = self._standardization(X[start : start + rows])
+            if self._hidden is not None:
+                features = features @ self._hidden[0].T
+                features += self._hidden[1]
+                np.maximum(features, 0, out=features)
+            features /= np.linalg.norm(features, axis=1, keepdims=True).clip(min=1e-12)
+            scores[start : start + rows] = trained["scale"] * features @ self._class_directions.T
         seen = self.class_counts_ > 0
         if trained["method"] == "ce":
             scores = scores - np.log(np.where(seen, self.class_counts_, 1) / self.class_counts_.sum())

@@ -55,7 +55,8 @@ class Standardization:
 
     def __call__(self, X: Array) -> Array:  # noqa: N803
         """Return the samples with mean 0 and standard deviation 1; a constant feature is only centred."""
-        standardized: Array = (X - self.mean) / self._std()[0]
+        standardized: Array = X - self.mean
+        standardized /= self._std()[0]
         return standardized
 
     def _std(self) -> tuple[Array, Array]:
@@ -76,32 +77,55 @@ class Learner(nn.Module):
         width: D.
         queue_counts: (C,) class frequencies, as counts, by which slots are divided among the queues (gml).
         queue_size: slots in total (gml).
+        seed: of the weights and of the batches.
     """
 
     layers: nn.Sequential
 
-    def __init__(self, parameters: Mapping[str, Any], width: int, queue_counts: Array, queue_size: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Any], width: int, queue_counts: Array, queue_size: int, seed: int
+    ) -> None:
         super().__init__()
         self.parameters_of_training = {name: parameters[name] for name in FIXED_PARAMETERS}
         hidden, classes, embedding_dim = parameters["hidden"], len(queue_counts), parameters["embedding_dim"]
-        self.layers = nn.Sequential()
-        if hidden:
-            self.layers = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU())
-        features = hidden or width
-        self.classifier = CosineClassifier(features, classes, parameters["scale"])
+        features, has_mixture = hidden or width, parameters["method"] == "gml"
+        # without values, which would be drawn from the random numbers that all threads share
+        with torch.device("meta"):
+            self.layers = nn.Sequential()
+            if hidden:
+                self.layers = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU())
+            self.classifier = CosineClassifier(features, classes, parameters["scale"])
+            if has_mixture:
+                self.query = ProjectionMLP(features, embedding_dim)
+                self.key = ProjectionMLP(width, embedding_dim)
+        random_numbers = torch.Generator().manual_seed(seed)
+        self.to_empty(device="cpu")
+        self._draw_weights(random_numbers)
         self.mixture: GMLLoss | None = None  # for its temperature
         self.queues: ClassQueues | None = None
-        if parameters["method"] == "gml":
+        if has_mixture:
             self.queues = ClassQueues(queue_counts, queue_size, parameters["queue_minimum"], width)
             self.mixture = GMLLoss([1] * classes, parameters["temperature"])
-            self.query = ProjectionMLP(features, embedding_dim)
-            self.key = ProjectionMLP(width, embedding_dim)
         temperature = [] if self.mixture is None else list(self.mixture.parameters())
         others = [p for p in self.parameters() if all(p is not t for t in temperature)]
         groups = [{"params": others, "decays": True}, {"params": temperature, "decays": False}]
         self.optimizer = torch.optim.AdamW(groups)
-        self.random_numbers = torch.get_rng_state()
+        self.random_numbers = random_numbers.get_state()
+        """State of the generator that draws the batches."""
         self.steps = 0
+
+    def _draw_weights(self, random_numbers: torch.Generator) -> None:
+        """Draw the weights from the same distributions, and in the same order, as the layers do when they are made."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=random_numbers)
+                if module.bias is not None:
+                    bound = 1 / math.sqrt(module.in_features)
+                    nn.init.uniform_(module.bias, -bound, bound, generator=random_numbers)
+            elif isinstance(module, CosineClassifier):
+                nn.init.normal_(module.weight, generator=random_numbers)
+            elif isinstance(module, nn.BatchNorm1d):
+                module.reset_parameters()
 
     def check_unchanged(self, parameters: Mapping[str, Any]) -> None:
         """Raise ValueError if a parameter has changed that the network depends on."""

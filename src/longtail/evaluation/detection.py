@@ -16,6 +16,7 @@ import numpy as np
 
 from longtail.data.detection import Annotations, Detections
 from longtail.data.detection.data import GROUPS, lvis_groups
+from longtail.data.detection.run_lengths import check_runs
 from longtail.errors import LongtailError
 from longtail.evaluation.detection_matches import (
     IOU_THRESHOLDS,
@@ -260,7 +261,13 @@ def _object_entries(annotations: Annotations, iou_type: IoUType) -> list[list[di
         entry["iscrowd"] = int(ignored)
         if iou_type == "segm":
             assert annotations.masks is not None
-            entry["segmentation"] = encode_mask(annotations.masks[index], sizes[image])
+            mask = annotations.masks[index]
+            if isinstance(mask, Mapping):
+                try:
+                    check_runs(mask, sizes[image])
+                except LongtailError as error:
+                    raise LongtailError(f"annotations: object {index} of {annotations.files[image]}: {error}") from None
+            entry["segmentation"] = encode_mask(mask, sizes[image])
         by_class[label].append(entry)
     return by_class
 

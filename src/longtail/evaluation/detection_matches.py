@@ -27,6 +27,8 @@ MAX_DETECTIONS = 100
 """Of an image and class, as for COCO."""
 MAX_DETECTIONS_FEDERATED = 300
 """Of an image, over all classes, as for LVIS."""
+SCORE_THRESHOLD = 0.001
+"""Lowest score of a detection that is evaluated: average precision asks for all, and rare classes have low scores."""
 _CHUNK = 2_000_000  # values of resampled sets that are held at a time
 
 

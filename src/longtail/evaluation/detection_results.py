@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from longtail.data.detection import Annotations, Detections
+from longtail.data.detection.run_lengths import check_runs
 from longtail.data.paths import nfc, printable
 from longtail.errors import LongtailError, did_you_mean
 from longtail.evaluation.detection_matches import coco_masks, encode_mask
@@ -61,7 +62,7 @@ def to_results(
     return results
 
 
-def read_results(path: Path, annotations: Annotations) -> list[Detections]:
+def read_results(path: Path, annotations: Annotations, entries: list[dict[str, Any]] | None = None) -> list[Detections]:
     """Return the detections of a result file, in the order of the annotations' images.
 
     Which image and class a detection is of say its ids; but the path under ``file_name`` and the name under
@@ -70,16 +71,17 @@ def read_results(path: Path, annotations: Annotations) -> list[Detections]:
     Args:
         path: the file.
         annotations: of the images, with their ids and those of the classes.
+        entries: of :func:`load_results`, for who has them already.
 
     Raises:
-        LongtailError: it is no such file, names an image or class that the annotations have not, or its names and ids
-            contradict each other.
+        LongtailError: it is no such file, names an image or class that the annotations do not have, or its names and
+            ids contradict each other.
     """
-    entries = load_results(path)
+    entries = load_results(path) if entries is None else entries
     labels, images = match_classes(path, entries, annotations), _match_images(path, entries, annotations)
     by_image: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in annotations.files]
     sizes = annotations.sizes.tolist()
-    with_masks = bool(entries) and all(entry.get("segmentation") for entry in entries)
+    with_masks = have_masks(entries)
     for number, (entry, label, image) in enumerate(zip(entries, labels, images, strict=True)):
         where = f"{path}: entry {number}"
         box, mask = entry.get("bbox"), None
@@ -91,6 +93,11 @@ def read_results(path: Path, annotations: Annotations) -> list[Detections]:
             raise LongtailError(f"{where}: expected a bbox of four numbers (x, y, width, height)")
         by_image[image].append((label, {"bbox": box, "score": entry["score"], "segmentation": mask}))
     return [_detections(found, with_masks) for found in by_image]
+
+
+def have_masks(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether all entries of a result file have masks, and there are any; otherwise boxes are compared alone."""
+    return bool(entries) and all(entry.get("segmentation") for entry in entries)
 
 
 def load_results(path: Path) -> list[dict[str, Any]]:
@@ -107,7 +114,7 @@ def load_results(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise LongtailError(f"{path}: is no json: {' '.join(str(error).split())[:200]}") from None
+        raise LongtailError(f"{path}: is not valid JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(entries, list):
         raise LongtailError(f"{path}: expected a list of detections, as COCO's result files hold it")
     for number, entry in enumerate(entries):
@@ -248,7 +255,7 @@ def _encoded(where: str, mask: Any, size: Sequence[int]) -> dict[str, Any]:
     """
     try:
         if isinstance(mask, Mapping):
-            _check_runs(mask, size)
+            check_runs(mask, size)
         encoded = encode_mask(mask, size)
         fits = list(encoded["size"]) == list(size)  # a polygon of two corners has no size
     except LongtailError as error:
@@ -260,43 +267,6 @@ def _encoded(where: str, mask: Any, size: Sequence[int]) -> dict[str, Any]:
             f"{where}: expected a segmentation of polygons, x and y in turn, or of size and counts (run-length encoded)"
         )
     return encoded
-
-
-def _check_runs(mask: Mapping[str, Any], size: Sequence[int]) -> None:
-    """Raise LongtailError where run-length encoded pixels are not those of the image, on which COCO's tools hang."""
-    height, width = map(int, size)
-    if list(mask["size"]) != [height, width]:
-        raise LongtailError(
-            f"segmentation: its size is {mask['size']}, expected that of the image, [{height}, {width}] (height, width)"
-        )
-    counts = mask["counts"]
-    runs = _decompress(counts) if isinstance(counts, str | bytes) else [int(run) for run in counts]
-    if runs is None or min(runs, default=0) < 0 or sum(runs) != height * width:
-        covered = "are damaged" if runs is None else f"are of {sum(runs):,} pixels"
-        raise LongtailError(f"segmentation: its counts {covered}, expected those of {height * width:,} pixels")
-
-
-def _decompress(counts: str | bytes) -> list[int] | None:
-    """Return the runs that COCO's compressed counts stand for; None if they are damaged.
-
-    A run is written in characters of five bits each, the lowest first; from the third run on it is the difference from
-    the run before the last.
-    """
-    codes = [ord(code) - 48 for code in counts] if isinstance(counts, str) else [code - 48 for code in counts]
-    if not codes or min(codes) < 0 or max(codes) > 63 or codes[-1] & 32:
-        return None
-    runs: list[int] = []
-    value = shift = 0
-    for code in codes:
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:  # negative
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    return runs
 
 
 def _is_number(value: Any) -> bool:

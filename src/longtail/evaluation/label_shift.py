@@ -55,14 +55,15 @@ def estimate_em(
 
     Args:
         scores: (N, C) of unlabelled images, N at least 1.
-        weights: (N,) how many images each image counts as; 1 if not given.
+        weights: (N,) how many images each image counts as; 1 if not given. With 0 an image is left out.
         tolerance: the iteration ends when no frequency changes by more than this.
         max_iterations: maximum number of iterations.
 
     Raises:
         LongtailError: the scores are not (N, C) finite numbers, or a weight is not finite and at least 0.
     """
-    likelihood, weights = _likelihood(scores), _image_weights(scores, weights)
+    scores, weights = _counted_images(scores, weights)
+    likelihood = _likelihood(scores)
     frequencies = _em(likelihood, weights / weights.sum(), tolerance=tolerance, max_iterations=max_iterations)
     half_width = 1.96 * np.sqrt(_variance(likelihood, weights, frequencies))
     return _build_estimate("em", frequencies, frequencies - half_width, frequencies + half_width)
@@ -101,22 +102,22 @@ def estimate_map(
         Frequencies, with intervals that cover the number of images and the difference between the halves.
 
     Raises:
-        LongtailError: the scores are not (N, C) finite numbers, there is not one count of at least 0 for each class, or
-            a weight is not finite and at least 0.
+        LongtailError: the scores are not (N, C) finite numbers, there is not one count of at least 0 for each class, a
+            weight is not finite and at least 0, or a correction has another shape.
     """
-    scores, weights = _check_scores(scores), _image_weights(scores, weights)
-    counted = weights > 0
-    if not counted.all():  # a half of the images whose weights are all 0 would have no frequencies
-        scores, weights = scores[counted], weights[counted]
-    counts = np.asarray(class_counts, dtype=np.float64)
+    scores, weights = _counted_images(scores, weights)
+    counts = _numbers(class_counts, "class_counts")
     if counts.shape != scores.shape[1:] or not (np.isfinite(counts) & (counts >= 0)).all():
         raise LongtailError(
             f"class_counts: expected {scores.shape[1]} counts of at least 0, one for each column of the scores, got "
             f"{np.shape(class_counts)}"
         )
     log_counts = np.log(np.where(counts > 0, counts, 1.0))
-    full_bias = np.zeros(scores.shape[1]) if bias is None else np.asarray(bias, dtype=np.float64)
-    fold_biases = [full_bias] * 2 if halves is None else [np.asarray(half, dtype=np.float64) for half in halves]
+    full_bias = np.zeros(scores.shape[1]) if bias is None else _numbers(bias, "bias")
+    fold_biases = np.stack([full_bias] * 2) if halves is None else _numbers(halves, "halves")
+    for name, value, shape in (("bias", full_bias, scores.shape[1:]), ("halves", fold_biases, (2, scores.shape[1]))):
+        if value.shape != shape or not np.isfinite(value).all():
+            raise LongtailError(f"{name}: expected finite numbers of shape {shape}, got shape {value.shape}")
     order = np.random.default_rng(0).permutation(len(scores))
     folds = [order[::2], order[1::2]]
     if halves is None:
@@ -146,7 +147,7 @@ def estimate_map(
 
 
 def _cross_validate(
-    scores: Array, fold_biases: Sequence[Array], weights: Array, log_counts: Array, folds: Sequence[Indices]
+    scores: Array, fold_biases: Array, weights: Array, log_counts: Array, folds: Sequence[Indices]
 ) -> tuple[bool, float]:
     """Return whether the Dirichlet prior uses a power of the training frequencies, and its strength."""
     if len(folds[1]) == 0:
@@ -196,8 +197,39 @@ def _power_of_frequencies(log_counts: Array, power: float) -> Array:
     return frequencies
 
 
+def _numbers(values: Any, name: str) -> Array:
+    try:
+        array: Array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise LongtailError(f"{name}: expected numbers, got {values!r:.80}") from None
+    return array
+
+
+def _class_numbers(values: Any, name: str, num_classes: int) -> Indices:
+    """Return (N,) class numbers in [0, C), N at least 1."""
+    array = _numbers(values, name)
+    if array.ndim != 1 or len(array) == 0:
+        raise LongtailError(f"{name}: expected the class number of at least one image, got shape {array.shape}")
+    wrong = (array < 0) | (array >= num_classes) | (array != np.floor(array))
+    if wrong.any():
+        raise LongtailError(f"{name}: expected class numbers in [0, {num_classes}), got {array[wrong][0]:g}")
+    return array.astype(np.int64)
+
+
+def _counted_images(scores: Any, weights: Any) -> tuple[Array, Array]:
+    """Return scores and weights of the images whose weight is not 0.
+
+    Of an image that does not count, all likely classes may get the frequency 0; and half of the images might have no
+    weight.
+    """
+    scores = _check_scores(scores)
+    weights = _image_weights(scores, weights)
+    counted = weights > 0
+    return (scores, weights) if counted.all() else (scores[counted], weights[counted])
+
+
 def _check_scores(scores: Any) -> Array:
-    array: Array = np.asarray(scores, dtype=np.float64)
+    array = _numbers(scores, "scores")
     if array.ndim != 2 or len(array) == 0 or not np.isfinite(array).all():
         raise LongtailError(f"scores: expected (N, C) finite numbers of at least one image, got {array.shape}")
     return array
@@ -211,7 +243,7 @@ def _likelihood(scores: Any) -> Array:
 
 
 def _image_weights(scores: Any, weights: Any) -> Array:
-    array: Array = np.full(len(scores), 1.0) if weights is None else np.asarray(weights, dtype=np.float64)
+    array: Array = np.full(len(scores), 1.0) if weights is None else _numbers(weights, "weights")
     if array.shape != (len(scores),) or not (np.isfinite(array) & (array >= 0)).all() or not array.any():
         raise LongtailError(
             f"weights: expected {len(scores)} numbers of at least 0, one for each image and not all 0, got "
@@ -284,11 +316,15 @@ def estimate_bbse(predicted: Any, heldout_labels: Any, heldout_predicted: Any, n
         num_classes: C.
 
     Raises:
-        LongtailError: a class has no held-out image.
+        LongtailError: a class has no held-out image, there is no image, or a class number is out of range.
     """
-    predicted, labels, guesses = (
-        np.asarray(array, dtype=np.int64) for array in (predicted, heldout_labels, heldout_predicted)
-    )
+    predicted = _class_numbers(predicted, "predicted", num_classes)
+    labels = _class_numbers(heldout_labels, "heldout_labels", num_classes)
+    guesses = _class_numbers(heldout_predicted, "heldout_predicted", num_classes)
+    if len(labels) != len(guesses):
+        raise LongtailError(
+            f"heldout_predicted: expected {len(labels)} classes, one for each of heldout_labels, got {len(guesses)}"
+        )
     confusion = np.zeros((num_classes, num_classes))
     np.add.at(confusion, (guesses, labels), 1)
     per_class = confusion.sum(axis=0)

@@ -210,6 +210,7 @@ class ShotCalibrationError(SummedMetric):
 
     def batch_sums(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Return the sums of :class:`~longtail.evaluation.calibration.Reliability`."""
+        _check_tensors(predictions, labels)
         classes = len(self.class_counts)
         if predictions.ndim != 2 or not predictions.is_floating_point():
             raise LongtailError(
@@ -327,6 +328,14 @@ def _shot_groups(class_counts: Counts, many_above: int, few_below: int) -> tuple
     return counts, Shots(many_above=many_above, few_below=few_below)
 
 
+def _check_tensors(predictions: Any, labels: Any) -> None:
+    for name, value in (("predictions", predictions), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise LongtailError(
+                f"{name}: expected a tensor, got {type(value).__name__}; use torch.as_tensor, or the function on arrays"
+            )
+
+
 def _checked(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
     if labels.shape != predictions.shape[:1]:
         raise LongtailError(f"labels: expected shape ({len(predictions)},), got {tuple(labels.shape)}")
@@ -337,6 +346,7 @@ def _checked(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def _count(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Return (3, C) int64, as :func:`count_correct`; without scores the last row is 0."""
+    _check_tensors(predictions, labels)
     if predictions.ndim not in {1, 2}:
         raise LongtailError(f"predictions: expected shape (N,) or (N, {classes}), got {tuple(predictions.shape)}")
     labels = _checked(predictions, labels, classes)
@@ -378,12 +388,22 @@ def _with_interval(metrics: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def _tensors(predictions: Array, labels: Array) -> tuple[Tensor, Tensor]:
-    scores, classes = (
-        part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part)) for part in (predictions, labels)
-    )
+    scores, classes = _as_tensor(predictions, "predictions"), _as_tensor(labels, "labels")
     if classes.is_floating_point():
         raise LongtailError(f"labels: expected whole numbers, got {classes.dtype}")
     return (scores if scores.is_floating_point() else scores.long()), classes.long()
+
+
+def _as_tensor(values: Array, name: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.tensor(np.asarray(values))  # a copy, since arrays of pandas are not writable
+    except (TypeError, ValueError):
+        raise LongtailError(
+            f"{name}: expected numbers, got {np.asarray(values, dtype=object).flat[0]!r}; "
+            "numpy.unique(names, return_inverse=True)[1] numbers names"
+        ) from None
 
 
 def _floats(metric: SummedMetric, predictions: Tensor, labels: Tensor) -> dict[str, float]:

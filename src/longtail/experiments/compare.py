@@ -21,9 +21,9 @@ from typing import Literal
 
 import torch
 
-from longtail.config import Config, first_stage_epochs
+from longtail.config import Config, Data, first_stage_epochs
 from longtail.data.dataset import LongTailedData
-from longtail.data.sources import is_balanced, load_data
+from longtail.data.sources import is_balanced, load_data, split_sizes
 from longtail.devices import select_device
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.records import Record, columns, run_name, run_record
@@ -49,6 +49,7 @@ from longtail.training.trainer import fit
 logger = logging.getLogger(__name__)
 
 Budget = Literal["passes", "epochs"]
+_SEEDS = 2**31  # as many as there are, from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +85,15 @@ def plan(
         imbalances: imbalance factors; None is the recipe's own.
 
     Raises:
-        LongtailError: an unknown method, one named twice, or a factor below 1.
+        LongtailError: an unknown method, one named twice, a factor below 1, or a seed that is too large.
     """
     _check_methods(methods)
     for factor in imbalances:
         if factor is not None and not 1 <= factor < float("inf"):
             raise LongtailError(f"--imbalances: expected factors of at least 1, got {factor:g}")
+    last = max(seeds, default=0)
+    if last >= _SEEDS:
+        raise LongtailError(f"--seeds {len(seeds)}: the last seed would be {last}, expected at most {_SEEDS - 1}")
     if len(set(imbalances)) < len(imbalances) or not imbalances:
         raise LongtailError("--imbalances: expected different factors")
     natural = config.data.profile == "natural" or (
@@ -196,9 +200,7 @@ def compare(
     if config.epochs == "auto":
         config = config.replace(epochs=auto_config(config, data)[0].epochs)
     runs = plan(config, methods, seeds, budget, imbalances)
-    for planned in runs:
-        if planned.config.seed == seeds[0] and planned.config.data == config.data:
-            _check_settings(planned, data)
+    _check_runs([run for run in runs if run.config.seed == seeds[0]], config.data, data)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LongtailError("compare: runs in one process; to use several, start torchrun for each training")
     if out.exists() and any(out.iterdir()) and not is_comparison(out):
@@ -208,6 +210,26 @@ def compare(
             check_run_folder(out / planned.name, auto_config(planned.config, data)[0], resume=True, overwrite=False)
     with alone_in(out):
         return _compare(config, runs, out, data, jobs, overwrite=overwrite, quiet=quiet)
+
+
+def _check_runs(runs: Sequence[Planned], of_recipe: Data, data: LongTailedData) -> None:
+    """Raise LongtailError where a run is not possible, which its training would find after those before it.
+
+    Args:
+        runs: of one seed, of all methods and imbalance factors.
+        of_recipe: the recipe's settings of the data, whose factor may be none of those.
+        data: what they stand for.
+    """
+    checked = {of_recipe}
+    for planned in runs:
+        if planned.config.data == of_recipe:
+            _check_settings(planned, data)
+        elif planned.config.data not in checked:
+            checked.add(planned.config.data)
+            try:
+                split_sizes(planned.config.data, planned.config.seed)
+            except LongtailError as error:
+                raise LongtailError(f"--imbalances {planned.imbalance:g}: {error}") from None
 
 
 def _of_first(runs: Sequence[Planned]) -> list[Planned]:

@@ -40,6 +40,8 @@ class Record:
     task: str = "classification"
     test_images: str | None = None
     """Hash of the test images; None where the version that trained the run kept none."""
+    side_by_side: bool = False
+    """Whether others were trained on the same device meanwhile, on which the seconds then depend."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the metrics beside the rest."""
@@ -69,6 +71,7 @@ def run_record(run: Run) -> Record:
         teacher_seconds=run.teacher_seconds,
         task=run.model_config.task,
         test_images=run.model_config.training_info.get("test_images"),
+        side_by_side=run.model_config.training_info.get("side_by_side", False),
     )
 
 
@@ -197,8 +200,9 @@ def recommendation(records: Sequence[Record]) -> str:
     """Return one line that says which method to take; empty for a single method.
 
     It is the best in the task's main metric, or the cheapest (teacher included) of the methods that are not shown to be
-    worse, cost at least a tenth less, and less with every seed than the best with any. Where a method has fewer than
-    two pairs with the best, it is the best, with that doubt.
+    worse, cost at least a tenth less, and less with every seed than the best with any. The cost is the time; where runs
+    were trained side by side it is the student passes, and one with a teacher is not cheaper than one without. Where a
+    method has fewer than two pairs with the best, it is the best, with that doubt.
     """
     methods = methods_of(records)
     if len(methods) < 2 or imbalances_of(records) != [None]:
@@ -210,8 +214,14 @@ def recommendation(records: Sequence[Record]) -> str:
         return ""
     best = max(scores, key=lambda method: scores[method])
 
+    timed = not any(record.side_by_side for record in records)
+
     def costs(method: str) -> list[float]:
-        return [r.seconds + r.teacher_seconds for r in records if r.method == method]
+        own = [record for record in records if record.method == method]
+        return [r.seconds + r.teacher_seconds if timed else float(r.student_passes) for r in own]
+
+    def has_teacher(method: str) -> bool:
+        return any(record.teacher_seconds > 0 for record in records if record.method == method)
 
     def cost(method: str) -> float:
         return statistics.fmean(costs(method))
@@ -227,7 +237,11 @@ def recommendation(records: Sequence[Record]) -> str:
 
     # times of equal work differ by chance: a method is cheaper if it takes a tenth less, with every seed
     cheaper = [
-        method for method in as_good if cost(method) < _CHEAPER * cost(best) and max(costs(method)) < min(costs(best))
+        method
+        for method in as_good
+        if cost(method) < _CHEAPER * cost(best)
+        and max(costs(method)) < min(costs(best))
+        and (timed or has_teacher(best) or not has_teacher(method))
     ]
     taken = min([best, *cheaper], key=cost)
     if unknown:

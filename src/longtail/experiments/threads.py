@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,7 +135,8 @@ def run_in_threads(
     """Run tasks side by side, and yield the number and result of each as it ends.
 
     A task starts when the one before has given its turn, and while as much of the device's memory is free as the
-    largest so far has taken. Once one has failed no other starts; those that run end first.
+    largest so far has taken. Once one has failed no other starts; those that run end first and are yielded, then its
+    error is raised.
 
     Args:
         tasks: functions of their turn.
@@ -146,25 +148,44 @@ def run_in_threads(
     pending = collections.deque(enumerate(tasks))
     running: dict[concurrent.futures.Future[Result], int] = {}
     needed = 0
+    failure: BaseException | None = None
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        while pending or running:
-            while pending and len(running) < at_once and (not running or _free(device) >= 1.3 * needed):
+        while running or (pending and failure is None):
+            while (
+                pending
+                and failure is None
+                and len(running) < at_once
+                and (not running or _free(device) >= 1.3 * needed)
+            ):
                 stopped()
                 before, turn = _free(device), Turn(lock, views)
                 number, task = pending.popleft()
-                running[pool.submit(_run, task, turn)] = number
+                running[pool.submit(_run, task, turn, device)] = number
                 while not turn.given.wait(_POLL):  # in parts, so that signals are heard
                     pass
                 needed = max(needed, before - _free(device))
             ended, _ = concurrent.futures.wait(running, _POLL, concurrent.futures.FIRST_COMPLETED)
+            # all that have failed first: what is yielded may take long, and no task may start meanwhile
             for future in ended:
-                yield running.pop(future), future.result()
+                failure = failure or future.exception()
+            for future in ended:
+                number = running.pop(future)
+                if future.exception() is None:
+                    yield number, future.result()
+    if failure is not None:
+        raise failure
 
 
-def _run(task: Callable[[Turn], Result], turn: Turn) -> Result:
+def _run(task: Callable[[Turn], Result], turn: Turn, device: torch.device) -> Result:
     try:
         return task(turn)
     finally:
+        if device.type == "cuda":
+            # memory that a finished training has left to Python's collector and to torch's cache counts as free;
+            # in the turn, since it must not be freed while a graph is recorded
+            with turn.taken():
+                gc.collect()
+                torch.cuda.empty_cache()
         turn.give()
         turn.given.set()
 

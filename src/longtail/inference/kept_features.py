@@ -28,12 +28,12 @@ from longtail.distributed import barrier, rank
 from longtail.errors import LongtailError
 from longtail.nn import Encoder, FrozenEncoder, TeacherEncoder
 from longtail.nn.encoder import channels_last
-from longtail.randomness import mix, uniform
+from longtail.randomness import Stream, mix, uniform
 from longtail.registry import TASKS
 
 logger = logging.getLogger(__name__)
 
-_VIEWS = mix(7)  # an independent stream of random draws, the same for every seed, so that all seeds share the features
+_VIEWS = mix(Stream.FEATURE_VIEWS)  # the same for every seed, so that all seeds share the features
 _BATCH = 64
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
 
 Array = np.ndarray[Any, Any]
+ImageInput = Path | str | Image.Image | Array
+"""A file, a Pillow image, or an array (H, W) or (H, W, channels) of uint8."""
 
 
 class Objects(NamedTuple):
@@ -38,22 +40,41 @@ class ONNXModel:
 
     Args:
         path: of the file.
+        providers: execution providers of onnxruntime, the preferred first, such as ``["CUDAExecutionProvider",
+            "CPUExecutionProvider"]``; the CPU if not given.
+        session_options: an ``onnxruntime.SessionOptions``, such as for the number of threads; messages below errors are
+            switched off if not given.
 
     Raises:
-        LongtailError: the extra is missing, or the file is not one of longtail's.
+        LongtailError: the extra is missing, the file is not one of longtail's, or onnxruntime lacks a provider.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        providers: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+        session_options: Any = None,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError:
             raise LongtailError(f"{path}: needs the extra onnx: pip install 'longtail[onnx]'") from None
         if not Path(path).is_file():
             raise LongtailError(f"{path}: there is no such file")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        if isinstance(providers, str):
+            providers = [providers]
+        available = onnxruntime.get_available_providers()
+        for provider in providers or ():
+            name = provider if isinstance(provider, str) else provider[0]
+            if name not in available:
+                raise LongtailError(f"providers: {name} is not available, expected some of {', '.join(available)}")
+        if session_options is None:
+            session_options = onnxruntime.SessionOptions()
+            session_options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(path), session_options, providers=list(providers or ["CPUExecutionProvider"])
+            )
         except Exception as error:  # of several kinds, none of them public
             raise LongtailError(f"{path}: is no ONNX model: {' '.join(str(error).split())[:200]}") from None
         metadata = self._session.get_modelmeta().custom_metadata_map.get("longtail")
@@ -76,7 +97,7 @@ class ONNXModel:
 
     def predict(
         self,
-        images: Iterable[Path | str | Image.Image],
+        images: ImageInput | Iterable[ImageInput],
         batch_size: int = 256,
         unreadable: dict[Path, str] | None = None,
     ) -> Array:
@@ -85,17 +106,18 @@ class ONNXModel:
         Of a model that finds objects use :meth:`find`.
 
         Args:
-            images: files or Pillow images, of any size.
+            images: files, Pillow images or arrays of uint8, (H, W) or (H, W, channels), of any size; one of them, or
+                several. An array of four dimensions is several.
             batch_size: images at a time.
             unreadable: takes the path of every file that cannot be read, with the reason; there is no prediction for
                 it then. If not given, such a file is an error.
 
         Raises:
-            LongtailError: a file cannot be read.
+            LongtailError: a file cannot be read, or an array is no image.
         """
         probabilities, batch = [], []
-        for image in images:
-            opened = image if isinstance(image, Image.Image) else read_or_record(self._open, Path(image), unreadable)
+        for image in _several(images):
+            opened = _opened(image, self._open, unreadable)
             if opened is None:
                 continue
             batch.append(self._preprocess(opened))
@@ -108,21 +130,24 @@ class ONNXModel:
             np.concatenate(probabilities) if probabilities else np.empty((0, len(self.class_names)), dtype=np.float32)
         )
 
-    def segment(self, image: Image.Image, prior: ClassFrequencies | None = None) -> Array:
+    def segment(self, image: ImageInput, prior: ClassFrequencies | None = None) -> Array:
         """Return the most probable class of every pixel, (H, W) int64, of a model that labels pixels.
 
         The image is resized to the file's size, and the probabilities are resized back (bilinear).
 
         Args:
-            image: of any size.
+            image: a file, Pillow image or array of uint8, of any size.
             prior: class frequencies, see :meth:`change_prior`; those in the file if not given.
 
         Raises:
-            LongtailError: the model does not label pixels, or the frequencies do not fit the classes.
+            LongtailError: the model does not label pixels, the frequencies do not fit the classes, or the file cannot
+                be read.
         """
         if not self.label_maps:
             raise LongtailError("segment: this model does not label pixels; use predict or find")
-        image = to_rgb(image)
+        opened = _opened(image, open_image, None)
+        assert opened is not None
+        image = to_rgb(opened)
         (probabilities,) = self._run([self._preprocess(image)])
         if prior is not None:
             rows = probabilities.reshape(len(self.class_names), -1).T
@@ -136,12 +161,12 @@ class ONNXModel:
         return labels
 
     def find(
-        self, images: Iterable[Path | str | Image.Image], unreadable: dict[Path, str] | None = None
+        self, images: ImageInput | Iterable[ImageInput], unreadable: dict[Path, str] | None = None
     ) -> Iterator[Objects]:
         """Yield the objects of images, image by image, of a model that finds objects.
 
         Args:
-            images: files or Pillow images, of any size.
+            images: see :meth:`predict`.
             unreadable: see :meth:`predict`.
 
         Raises:
@@ -149,8 +174,8 @@ class ONNXModel:
         """
         if not self.finds_objects:
             raise LongtailError("find: this model classifies; use predict")
-        for each in images:
-            opened = each if isinstance(each, Image.Image) else read_or_record(open_image, Path(each), unreadable)
+        for each in _several(images):
+            opened = _opened(each, open_image, unreadable)
             if opened is None:
                 continue
             image, side = to_rgb(opened), self.shape[0]
@@ -217,3 +242,27 @@ class ONNXModel:
         )
         edge = (self.stored_size - size) // 2
         return pixels[edge : edge + size, edge : edge + size]
+
+
+def _several(images: ImageInput | Iterable[ImageInput]) -> Iterable[ImageInput]:
+    """Return one image as a list of it, several as they are."""
+    single = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    return [images] if single else images  # type: ignore[return-value, list-item]
+
+
+def _opened(
+    image: ImageInput, read: Callable[[Path], Image.Image], unreadable: dict[Path, str] | None
+) -> Image.Image | None:
+    """Return a Pillow image; None for a file that cannot be read, which is recorded in ``unreadable``."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return read_or_record(read, Path(image), unreadable)
+    kind = getattr(image, "dtype", type(image).__name__)
+    shape = tuple(getattr(image, "shape", ()))
+    if kind != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and 1 <= shape[2] <= 4)):
+        raise LongtailError(
+            "image: expected a file, a Pillow image or an array of uint8, (H, W) or (H, W, channels) with 1 to 4 "
+            f"channels, got {kind} of shape {shape}"
+        )
+    return Image.fromarray(image[:, :, 0] if shape[2:] == (1,) else image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -109,23 +109,35 @@ class MixtureTerms(nn.Module):
         return self
 
 
-class WithIds(Dataset[tuple[Any, ...]]):
-    """A map-style data set whose samples, tuples or lists, have the index at the end: the image's id.
+class WithIds(Dataset[Any]):
+    """A map-style data set whose samples have their index, the image's id.
+
+    Tuples and lists have it at the end; mappings, as those of Hugging Face's data sets, under the key ``ids``.
 
     Args:
         dataset: with ``__getitem__`` and ``__len__``.
 
+    Raises:
+        LongtailError: (by reading a sample) a mapping has the key ``ids`` already.
+
     Example:
         >>> WithIds([("image", 3)])[0]
         ('image', 3, 0)
+        >>> WithIds([{"pixel_values": "image", "labels": 3}])[0]
+        {'pixel_values': 'image', 'labels': 3, 'ids': 0}
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
+    def __getitem__(self, index: int) -> tuple[Any, ...] | dict[str, Any]:
         """Return a sample and its index."""
-        return (*self.dataset[index], int(index))
+        sample = self.dataset[index]
+        if not isinstance(sample, Mapping):
+            return (*sample, int(index))
+        if "ids" in sample:
+            raise LongtailError("dataset: expected samples without the key ids, which is for the index; rename it")
+        return {**sample, "ids": int(index)}
 
     def __len__(self) -> int:
         """Return the number of samples."""

@@ -30,7 +30,11 @@ def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "cou
         ValueError: counts that are negative, not finite, not one-dimensional, or all zero.
     """
     if not isinstance(class_counts, Tensor):
-        class_counts = torch.tensor(in_class_order(class_counts, name, noun), dtype=torch.float64)
+        values = in_class_order(class_counts, name, noun)
+        try:
+            class_counts = torch.tensor(values, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name}: expected one {noun} for each class, numbers, got {values!r:.80}") from None
     counts = class_counts.double()
     if counts.ndim != 1 or counts.numel() == 0:
         raise ValueError(f"{name}: expected shape (C,), one {noun} for each class, got {tuple(counts.shape)}")
@@ -109,8 +113,13 @@ def valid_targets(scores: Tensor, labels: Tensor, *, ignore_index: int = -1, val
 
 
 def values_are_known(tensor: Tensor) -> bool:
-    """Return whether the tensor has values that can be checked, which one of a traced graph does not have."""
-    return not torch.compiler.is_compiling() and type(tensor) is Tensor and not tensor.is_meta
+    """Return whether the tensor has values that can be checked, which one of a traced graph does not have.
+
+    Nor has one within ``torch.func.vmap``, which stands for the tensors of all samples.
+    """
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_range(labels: Tensor, num_classes: int, name: str, ignore_index: int = -1) -> None:

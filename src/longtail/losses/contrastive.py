@@ -32,8 +32,10 @@ def _similarities(
     if self_mask is not None:
         mask = mask & ~self_mask
     positive = mask & (labels[:, None] == key_labels[None])
+    # keys in the precision of the queries, as the mixture loss has them
+    queries = to_full_precision(queries)
     # again after the product, which autocast computes in half precision
-    products = to_full_precision(to_full_precision(queries) @ to_full_precision(keys).t())
+    products = to_full_precision(queries @ keys.to(queries.dtype).t())
     return (products / temperature).masked_fill(~mask, -math.inf), positive, mask
 
 

@@ -55,8 +55,9 @@ def gml_loss(
 ) -> Tensor:
     """Return −log p(y|z), where p(z|c) is a mixture with one component at each key of class c.
 
-    Gradients reach queries, keys and a temperature that is a tensor. Inputs may be in half precision: products and
-    sums are computed in float32, under autocast too.
+    Gradients reach queries, keys and a temperature that is a tensor. Second derivatives (``create_graph=True``) need
+    memory for several B × K matrices; first ones do not. Inputs may be in half precision: products and sums are
+    computed in float32, under autocast too.
 
     Args:
         queries: (B, D), unit norm.

@@ -246,8 +246,11 @@ class _Mixture(torch.autograd.Function):
         return losses, loo_losses if separate_temperature else losses.clone(), mask, loo_mask
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor, loo_gradient: Tensor, *_masks: Tensor) -> tuple[Tensor | None, ...]:
+        # create_graph=True: below, sums are updated in place, which has no derivative. A compiler traces with gradients
+        # enabled too, and raises for second derivatives itself
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_gradients(ctx, gradient, loo_gradient)
         inputs: tuple[Tensor, ...] = ctx.saved_tensors[:6]
         ids, key_ids, inverse_negative, *rest = ctx.saved_tensors[6:]
         stats, loo_stats, weights = _PositiveStats(*rest[:3]), _PositiveStats(*rest[3:6]), rest[6:]
@@ -282,6 +285,48 @@ class _Mixture(torch.autograd.Function):
                 by_temperature = by_temperature.to(temperature.dtype)
         by_query = (by_query * slope[:, None]).to(queries.dtype)
         return by_query, by_key, by_temperature, None, None, None, None, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, gradient: Tensor, loo_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Return what :meth:`_Mixture.backward` does, with a graph for second derivatives; memory for some B × K entries.
+
+    What the losses hold constant, see :func:`mixture_losses`, is constant in the second derivatives too.
+    """
+    # new views, so that each has a gradient of its own where queries and keys are one tensor
+    views = [tensor.view_as(tensor) for tensor in ctx.saved_tensors[:3]]
+    labels, key_labels, key_weights, ids, key_ids = ctx.saved_tensors[3:8]
+    self_pairs = None if ids is None or key_ids is None else ids[:, None] == key_ids[None]
+
+    def losses(queries: Tensor, keys: Tensor, temperature: Tensor, loo: bool) -> Tensor:
+        with full_precision(queries.device.type):
+            products = queries.to(key_weights.dtype) @ keys.to(key_weights.dtype).t()
+        scores = products / temperature + key_weights.log()
+        filled = (key_weights > 0)[None]
+        positives = (labels[:, None] == key_labels[None]) & filled
+        negatives = filled & ~positives
+        used = positives & ~self_pairs if loo and self_pairs is not None else positives
+        number, number_used = (mask.sum(dim=1).clamp(min=1).to(scores.dtype) for mask in (positives, used))
+        # a row of −inf alone would have a derivative of NaN
+        counts = used.any(dim=1) & negatives.any(dim=1)
+        total, log_negative = (
+            torch.where(counts[:, None], scores.masked_fill(~mask, -math.inf), 0.0).logsumexp(dim=1)
+            for mask in (used, negatives)
+        )
+        return torch.where(counts, -F.logsigmoid(total + (number / number_used).log() - log_negative), 0.0)
+
+    queries, keys, temperature = views
+    if ctx.separate_temperature:
+        terms = [
+            (losses(queries, keys, temperature.detach(), loo=False), gradient),
+            (losses(queries.detach(), keys.detach(), temperature, loo=True), loo_gradient),
+        ]
+    else:
+        terms = [(losses(queries, keys, temperature, loo=True), gradient)]
+    outputs, incoming = zip(*[term for term in terms if term[0].requires_grad], strict=True)
+    needed = ctx.needs_input_grad[:3]
+    inputs = [view for view, needs in zip(views, needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(outputs, inputs, incoming, create_graph=True, allow_unused=True))
+    return (*[next(found) if needs else None for needs in needed], *[None] * 7)
 
 
 class _Similarities:

@@ -220,13 +220,16 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float = 4.0, mas
 
     Args:
         student: (B, C) or (B, C, H, W) scores.
-        teacher: scores of the same shape, held constant.
+        teacher: scores of the same shape, held constant. A class to which the teacher gives −inf has no part, whatever
+            the student gives it.
         temperature: T > 0.
         mask: (B,) or (B, H, W) bool, the samples or pixels to include; None includes all.
     """
     target = F.log_softmax(to_full_precision(teacher.detach()) / temperature, dim=1)
     log_probability = F.log_softmax(to_full_precision(student) / temperature, dim=1)
-    divergences = F.kl_div(log_probability, target, reduction="none", log_target=True).sum(dim=1)
+    # a class of probability 0 adds 0, where 0 · −inf would be NaN
+    possible = target > -math.inf
+    divergences = (target.exp() * (target - log_probability)).where(possible, 0.0).sum(dim=1)
     if mask is None:
         mask = torch.ones_like(divergences, dtype=torch.bool)
     return batch_mean(divergences.where(mask, 0.0), mask) * temperature**2

@@ -35,7 +35,8 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     Source: Cui et al., *Class-Balanced Loss Based on Effective Number of Samples*, CVPR 2019, arXiv 1901.05555.
 
     Args:
-        class_counts: (C,) training images of each class: a sequence, array or tensor.
+        class_counts: (C,) training images of each class: a sequence, array or tensor. Counts of pixels would all be
+            far above 1/(1 − β), and the weights equal: divide them by the pixels of an image.
         beta: in [0, 1); 0 gives all classes the same weight, the limit 1 the inverse frequency.
 
     Raises:

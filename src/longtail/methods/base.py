@@ -101,7 +101,8 @@ class SampleAdapter:
         A pass per view: the statistics of BatchNorm are then those of one view, and a CPU's caches hold more of the
         activations, which saves a seventh of the time.
         """
-        return Encoded(torch.cat([encoder(view) for view in views]), batch, {})
+        features = [encoder(view) for view in views]
+        return Encoded(features[0] if len(features) == 1 else torch.cat(features), batch, {})
 
     def build_classifier(self, num_features: int, num_classes: int, config: Config) -> TrainedClassifier:
         """Return the classifier of (N, F) features, as it is before the training."""
@@ -321,14 +322,13 @@ class Method(nn.Module, ABC):
         features, batch, encoder_terms = self.adapter.encode(self.encoder, student_views, batch)
         size = len(batch)
         views, labels = self.num_classified_views(self.config), batch.labels
-        scores = self.training_scores(features[: size * views])
+        scores = self.training_scores(features if views == len(student_views) else features[: size * views])
         if batch.gradient_weights is not None:
             weights = batch.gradient_weights.repeat(views).view(-1, *(1,) * (scores.ndim - 1))
             scores.register_hook(lambda gradient: gradient * weights.to(gradient.dtype))
         targets = batch.targets(len(self.prior.class_counts))
-        terms = self.classification_loss(
-            self.adapter.upsample_scores(scores, labels), targets.repeat(views, *(1,) * (targets.ndim - 1)), batch
-        )
+        targets = targets if views == 1 else targets.repeat(views, *(1,) * (targets.ndim - 1))
+        terms = self.classification_loss(self.adapter.upsample_scores(scores, labels), targets, batch)
         terms |= encoder_terms | self.auxiliary_loss(features, scores, batch, teacher_output)
         weight = self.config.classifier.agreement_weight
         if teacher_output.scores is None and weight == 0:
@@ -337,7 +337,7 @@ class Method(nn.Module, ABC):
         if teacher_output.scores is not None:
             distilled = self.num_distilled_views(self.config)
             terms["distillation"] = self.distillation_strength(batch) * self.distillation_loss(
-                scores[: size * distilled],
+                scores if distilled == views else scores[: size * distilled],
                 teacher_output.scores,
                 counted.repeat(distilled, *(1,) * (counted.ndim - 1)),
             )

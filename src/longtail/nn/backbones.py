@@ -18,15 +18,31 @@ from longtail.nn.pretrained import check_timm_network, pretrained_cfg_overlay, w
 from longtail.nn.tuning import add_adapters, lora_share
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that does not count its batches, which would be one more operation in every layer and step.
+
+    torch needs the count only where ``momentum`` is None. It stays in the state dict, as it was.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised (B, channels, H, W)."""
+        if not self.training or self.momentum is None:
+            return super().forward(x)
+        self._check_input_dim(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
+
+
 class _Block(nn.Module):
     """Two 3 × 3 convolutions with a parameter-free shortcut (He et al., CVPR 2016, option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.bn1 = BatchNorm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = BatchNorm(outputs)
         self.stride, self.padding = stride, (outputs - inputs) // 2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +68,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.num_features = 64 * width
         self.stem = nn.Conv2d(channels, 16 * width, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(16 * width)
+        self.bn = BatchNorm(16 * width)
         blocks, inputs = [], 16 * width
         for outputs, first_stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for index in range((depth - 2) // 6):
@@ -96,7 +112,7 @@ class SmallConv(nn.Module):
         inputs = channels
         for stage in range(3):
             for _ in range(2):
-                layers += [nn.Conv2d(inputs, width << stage, 3, 1, 1, bias=False), nn.BatchNorm2d(width << stage)]
+                layers += [nn.Conv2d(inputs, width << stage, 3, 1, 1, bias=False), BatchNorm(width << stage)]
                 layers += [nn.ReLU(inplace=True)]
                 inputs = width << stage
             if stage < 2:

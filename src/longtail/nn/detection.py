@@ -35,14 +35,11 @@ from torchvision.ops import (
 )
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from longtail.box_labels import BACKGROUND_REGION, IGNORED_REGION
 from longtail.errors import LongtailError, did_you_mean
 from longtail.nn.detection_sampling import FloatRPNHead, ProposalNetwork, RegionHeads, is_covered, split_targets
 from longtail.nn.pretrained import pretrained_cfg_overlay, wrap_timm_errors
 
-BACKGROUND = -2
-"""Label of a region without an object."""
-IGNORED = -1
-"""Label of a region that is neither an object nor background."""
 _STRIDES = (8, 16, 32)
 _LEVELS = len(_STRIDES) + 1
 _MULTIPLE = 64  # of the coarsest level, a pooled one
@@ -60,7 +57,7 @@ class RegionSamples(NamedTuple):
     features: Tensor
     """(N / A, F)."""
     labels: Tensor
-    """(N,) int64 in [0, C); :data:`BACKGROUND` or :data:`IGNORED`."""
+    """(N,) int64 in [0, C); ``BACKGROUND_REGION`` or ``IGNORED_REGION`` of :mod:`longtail.box_labels`."""
     image_index: Tensor
     """(N,) int64 position of each region's image in the batch."""
     terms: dict[str, Tensor]
@@ -116,8 +113,8 @@ def build_detection_network(name: str, channels: int = 3, pretrained: str = "non
         options["pretrained_cfg_overlay"] = overlay
     logging.getLogger("timm.models._builder").setLevel(logging.ERROR)  # it warns that the classifier is left out
     unsuited = LongtailError(
-        f"network '{name}': an encoder needs features at 1/8, 1/16 and 1/32 of the resolution, which '{encoder_name}' "
-        "has not; choose another, such as tf_efficientnet_lite0 or resnet50"
+        f"network '{name}': an encoder needs features at 1/8, 1/16 and 1/32 of the resolution, and '{encoder_name}' "
+        "does not have these; choose another, such as tf_efficientnet_lite0 or resnet50"
     )
     with wrap_timm_errors(name, pretrained):
         try:
@@ -243,8 +240,8 @@ class DetectionNetwork(nn.Module, ABC):
 
         Args:
             images: (B, channels, S, S) normalised.
-            targets: (B, T, 5) float32, x1, y1, x2, y2 in pixels and the class; −1 where a row is empty, −2 for a region
-                that is ignored.
+            targets: (B, T, 5) float32, x1, y1, x2, y2 in pixels and the class; ``PADDING_TARGET`` of
+                :mod:`longtail.box_labels` where a row is empty, ``IGNORED_TARGET`` for a region that is ignored.
             foreground: largest fraction of the regions that are objects, where they are drawn.
             regions: regions that are drawn from an image, where they are.
         """
@@ -316,8 +313,8 @@ class FasterRCNN(DetectionNetwork):
         labels = torch.cat(drawn)
         is_object = labels > 0
         # an image without objects has no box to regress to, and its targets are not finite
-        wanted = torch.where(is_object[:, None], torch.cat(box_targets), 0.0)
-        box_losses = F.smooth_l1_loss(deltas, wanted, beta=1 / 9, reduction="none").sum(dim=1)
+        regression_targets = torch.where(is_object[:, None], torch.cat(box_targets), 0.0)
+        box_losses = F.smooth_l1_loss(deltas, regression_targets, beta=1 / 9, reduction="none").sum(dim=1)
         terms = {
             "objectness": losses["loss_objectness"],
             "proposals": losses["loss_rpn_box_reg"],
@@ -326,7 +323,7 @@ class FasterRCNN(DetectionNetwork):
         lengths = [len(part) for part in drawn]
         return RegionSamples(
             features,
-            torch.where(is_object, labels - 1, BACKGROUND),
+            torch.where(is_object, labels - 1, BACKGROUND_REGION),
             torch.arange(len(lengths), device=labels.device).repeat_interleave(
                 torch.tensor(lengths, device=labels.device), output_size=len(labels)
             ),
@@ -394,10 +391,10 @@ class RetinaNet(DetectionNetwork):
         objects = split_targets(targets, first_class=0)
         matches, labels = [], []
         with torch.no_grad():
-            for shapes, wanted in zip(anchors, objects, strict=True):
-                match, label = self._match(shapes, wanted)
-                matches.append(match)
-                labels.append(label)
+            for anchors_per_image, objects_per_image in zip(anchors, objects, strict=True):
+                matches_per_image, labels_per_image = self._match(anchors_per_image, objects_per_image)
+                matches.append(matches_per_image)
+                labels.append(labels_per_image)
         terms = {"boxes": self.boxes.compute_loss(objects, {"bbox_regression": deltas}, anchors, matches)}
         index = torch.arange(len(anchors), device=deltas.device).repeat_interleave(deltas.shape[1])
         return RegionSamples(features.flatten(0, 1), torch.cat(labels), index, terms)
@@ -406,13 +403,14 @@ class RetinaNet(DetectionNetwork):
         """Return the object of every anchor, as torchvision's matcher numbers them, and its label."""
         boxes = objects["boxes"]
         if len(boxes) == 0:
-            match = torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
-            label = torch.full_like(match, BACKGROUND)
+            matches = torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
+            labels = torch.full_like(matches, BACKGROUND_REGION)
         else:
-            match = self.matcher(box_iou(boxes, anchors))
-            label = torch.where(match < 0, BACKGROUND, objects["labels"][match.clamp(min=0)])
-            label = torch.where(match == Matcher.BETWEEN_THRESHOLDS, IGNORED, label)
-        return match, torch.where((label == BACKGROUND) & is_covered(anchors, objects["ignored"]), IGNORED, label)
+            matches = self.matcher(box_iou(boxes, anchors))
+            labels = torch.where(matches < 0, BACKGROUND_REGION, objects["labels"][matches.clamp(min=0)])
+            labels = torch.where(matches == Matcher.BETWEEN_THRESHOLDS, IGNORED_REGION, labels)
+        is_ignored = (labels == BACKGROUND_REGION) & is_covered(anchors, objects["ignored"])
+        return matches, torch.where(is_ignored, IGNORED_REGION, labels)
 
     def propose(self, images: Tensor) -> Regions:
         """Return all anchors, with the boxes that are regressed from them."""

@@ -12,7 +12,9 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-_IGNORED_REGION = -2  # in place of the class
+from longtail.box_labels import IGNORED_TARGET
+
+_BACKGROUND, _DISCARDED = 0, -1  # torchvision's labels; what is discarded is not drawn
 _COVERED = 0.5  # part of a region in an ignored one from which on it is no background
 
 
@@ -34,8 +36,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         """Return the labels of the anchors, −1 to learn nothing, and their objects' boxes."""
         labels, boxes = super().assign_targets_to_anchors(anchors, targets)
         labels = [
-            torch.where((label == 0) & is_covered(shapes, wanted["ignored"]), -1.0, label)
-            for label, shapes, wanted in zip(labels, anchors, targets, strict=True)
+            _without_covered(labels_per_image, anchors_per_image, targets_per_image["ignored"])
+            for labels_per_image, anchors_per_image, targets_per_image in zip(labels, anchors, targets, strict=True)
         ]
         return labels, boxes
 
@@ -47,7 +49,7 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
         self, proposals: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """Return drawn proposals, the positions and labels of their objects, and the boxes to regress to."""
-        self._ignored = [wanted["ignored"] for wanted in targets]
+        self._ignored = [targets_per_image["ignored"] for targets_per_image in targets]
         drawn: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
         drawn = super().select_training_samples(proposals, targets)
         return drawn
@@ -58,10 +60,17 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
         """Return the positions and labels of the proposals' objects, −1 for a label that is not drawn."""
         matches, labels = super().assign_targets_to_proposals(proposals, gt_boxes, gt_labels)
         labels = [
-            torch.where((label == 0) & is_covered(boxes, ignored), -1, label)
-            for label, boxes, ignored in zip(labels, proposals, self._ignored, strict=True)
+            _without_covered(labels_per_image, proposals_per_image, ignored_per_image)
+            for labels_per_image, proposals_per_image, ignored_per_image in zip(
+                labels, proposals, self._ignored, strict=True
+            )
         ]
         return matches, labels
+
+
+def _without_covered(labels: Tensor, boxes: Tensor, ignored: Tensor) -> Tensor:
+    """Return the labels of an image's boxes, those of background in an ignored region discarded."""
+    return torch.where((labels == _BACKGROUND) & is_covered(boxes, ignored), _DISCARDED, labels)
 
 
 def split_targets(targets: Tensor, first_class: int) -> list[dict[str, Tensor]]:
@@ -74,10 +83,14 @@ def split_targets(targets: Tensor, first_class: int) -> list[dict[str, Tensor]]:
     targets = targets.float()
     classes, has_area = targets[..., 4].round(), (targets[..., 2:4] > targets[..., :2]).all(dim=2)
     objects = _select(targets, (classes >= 0) & has_area)  # nothing is regressed to a box without area
-    ignored = _select(targets, classes == _IGNORED_REGION)
+    ignored = _select(targets, classes == IGNORED_TARGET)
     return [
-        {"boxes": rows[:, :4], "labels": rows[:, 4].round().long() + first_class, "ignored": covered[:, :4]}
-        for rows, covered in zip(objects, ignored, strict=True)
+        {
+            "boxes": objects_per_image[:, :4],
+            "labels": objects_per_image[:, 4].round().long() + first_class,
+            "ignored": ignored_per_image[:, :4],
+        }
+        for objects_per_image, ignored_per_image in zip(objects, ignored, strict=True)
     ]
 
 

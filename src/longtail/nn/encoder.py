@@ -6,9 +6,10 @@ student and teacher may differ in it, and a saved model needs no separate note o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.errors import LongtailError, did_you_mean
-from longtail.nn.backbones import build_backbone
+from longtail.nn.backbones import BatchNorm, build_backbone
 from longtail.nn.network_name import (
     format_network,
     is_timm_network,
@@ -196,6 +197,23 @@ def freeze(encoder: TeacherEncoder) -> FrozenEncoder | EncoderEnsemble:
     return EncoderEnsemble([FrozenEncoder(member) for member in members])
 
 
+@contextlib.contextmanager
+def not_compiled(module: nn.Module) -> Iterator[None]:
+    """Call the modules inside a module as they are, not what ``torch.compile`` made of them.
+
+    Other batch sizes, the eval mode and calls without gradients would each be compiled anew, until torch gives up after
+    a few: then training steps are not compiled either.
+    """
+    compiled = {part: part._compiled_call_impl for part in module.modules() if part._compiled_call_impl is not None}
+    try:
+        for part in compiled:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in compiled.items():
+            part._compiled_call_impl = call
+
+
 def channels_last(images: Tensor) -> Tensor:
     """Return (B, channels, H, W) images with their channels last in memory; (B, F) features as they are."""
     return images if images.ndim == 2 else images.contiguous(memory_format=torch.channels_last)
@@ -224,13 +242,27 @@ def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
                 return forward(*args, **kwargs)
             return super().call_module(m, forward, args, kwargs)
 
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
     if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         return backbone
     try:
         with _TRACING:
             tracer = ThreadTracer()
             graph = tracer.trace(backbone)
-        folded: nn.Module = fuse(GraphModule(tracer.root, graph), no_trace=True)
+        traced = GraphModule(tracer.root, graph)
+        for name, module in list(traced.named_modules()):
+            if isinstance(module, BatchNorm):  # torch folds layers of its own class alone
+                traced.set_submodule(name, _plain_batch_norm(module))
+        folded: nn.Module = fuse(traced, no_trace=True)
     except Exception:  # tracing runs the network's own code, which may raise anything
         return backbone
     return folded
+
+
+def _plain_batch_norm(norm: BatchNorm) -> nn.BatchNorm2d:
+    """Return torch's own layer with the same tensors, which computes the same in eval mode."""
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, device="meta")
+    plain.load_state_dict(norm.state_dict(), assign=True)
+    return plain.eval()

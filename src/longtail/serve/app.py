@@ -230,6 +230,9 @@ def build_app(
         prior = request.query_params.get("prior", "uniform")
         if prior not in {"uniform", "train"}:
             return JSONResponse({"error": f"prior '{prior[:50]}': expected uniform or train"}, 400)
+        if request.headers.get("content-type", "").strip().lower().startswith("multipart/"):
+            message = "the upload: is a form (multipart); send the image itself as the body: curl --data-binary @FILE"
+            return JSONResponse({"error": message}, 415, headers={"Connection": "close"})
         with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES) as file:
             try:
                 size = await asyncio.wait_for(uploads.collect(request, file), body_seconds)

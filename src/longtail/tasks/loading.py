@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
 from longtail.data.paths import find_path
+from longtail.data.run_tables import with_tables
 from longtail.data.sources import load_data
 from longtail.data.sources.unreadable import log_unreadable
 from longtail.devices import select_device
@@ -45,6 +47,7 @@ def load_run(run: Path, data_root: str | None = None) -> tuple[TrainedModel, Con
     config = read_config(run / "config.yaml")
     if data_root is not None:
         config = config.replace(data={"root": data_root})
+    config = dataclasses.replace(config, data=with_tables(run, config.data))
     root = config.data.root
     if root is not None and not find_path(Path(root)).exists():
         raise LongtailError(

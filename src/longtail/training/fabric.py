@@ -12,6 +12,7 @@ from longtail.devices import select_device
 from longtail.errors import LongtailError
 
 if TYPE_CHECKING:
+    import torch
     from lightning_fabric import Fabric
     from torch import nn
 
@@ -57,6 +58,15 @@ def build_fabric(config: Config) -> Fabric:
     if world > 1:
         fabric.launch()
     return fabric
+
+
+def wrap(fabric: Fabric, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Return a module and its optimizer as Fabric wraps them; the module is moved to the device."""
+    wrapped, optimizer = fabric.setup(module, optimizer)
+    # Fabric checks in every backward that fabric.backward has called it, by a flag of the whole process: one training
+    # resets it while another, in a thread beside it, is still in its backward
+    wrapped._register_backward_hook = lambda output: output
+    return wrapped, optimizer
 
 
 def synchronize_batch_norm(module: nn.Module) -> None:

@@ -27,20 +27,18 @@ from longtail.files import write_text
 tqdm.monitor_interval = 0
 
 
-class MetricTracker:
-    """Counts steps, images and loss terms. The sums stay on the device: reading one makes the host wait.
+_TRACKED = ("step", "student_passes", "seconds", "best", "images", "sums", "norms", "epoch_start")
+"""What a checkpoint keeps of a :class:`MetricTracker`; what an earlier version has not kept stays as it is at first."""
 
-    Attributes:
-        collect: where steps are not launched one by one from here, a function that adds those that have not been added
-            yet; it is called before anything is read.
-    """
+
+class MetricTracker:
+    """Counts steps, images and loss terms. The sums stay on the device: reading one makes the host wait."""
 
     def __init__(self) -> None:
         self.step = 0
         self.student_passes = 0
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
-        self.collect: Callable[[], None] | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -74,28 +72,22 @@ class MetricTracker:
 
     def means(self) -> dict[str, float]:
         """Return the mean of each loss term over the epoch so far, in this process."""
-        self._collect()
         return {name: (value / self.images).item() for name, value in self.sums.items()}
 
     def global_means(self) -> dict[str, float]:
         """Return the mean of each loss term over all processes."""
-        self._collect()
         return {name: (all_reduce_sum(value) / world_size() / self.images).item() for name, value in self.sums.items()}
-
-    def _collect(self) -> None:
-        if self.collect is not None:
-            self.collect()
 
     def state(self) -> dict[str, Any]:
         """Return everything, as a checkpoint holds it."""
-        self._collect()
         sums = {name: all_reduce_sum(value) / world_size() for name, value in self.sums.items()}
-        return {**{name: value for name, value in vars(self).items() if name != "collect"}, "sums": sums}
+        return {**{name: getattr(self, name) for name in _TRACKED}, "sums": sums}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore the state of a checkpoint."""
-        for name in vars(self).keys() - {"collect"}:
-            setattr(self, name, state[name])
+        self.step = state["step"]
+        for name in _TRACKED:
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.sums = {name: value.to(device) for name, value in self.sums.items()}
         self.norms = [value.to(device) for value in self.norms]
 
@@ -173,11 +165,14 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def step(self, epoch: int, epochs: int, learning_rate: float, tracker: MetricTracker) -> None:
-        """Show a step."""
+    def step(
+        self, epoch: int, epochs: int, learning_rate: float, tracker: MetricTracker, flush: Callable[[], None]
+    ) -> None:
+        """Show a step; ``flush`` is called before the tracker is read."""
         now = time.monotonic()
         if not self.bar.disable and now - self.shown >= self.every:
             self.shown = now
+            flush()
             shown = {
                 "epoch": f"{epoch + 1}/{epochs}",
                 **{name: f"{value:.3f}" for name, value in tracker.means().items()},

@@ -120,8 +120,18 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
-def check_run_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Raise LongtailError if a run cannot be made in a folder; nothing is changed. See :func:`run_folder`."""
+def check_run_folder(
+    folder: Path, config: Config, *, resume: bool, overwrite: bool, settings_are_open: bool = False
+) -> None:
+    """Raise LongtailError if a run cannot be made in a folder; nothing is changed. See :func:`run_folder`.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        resume: continue a run that is there.
+        overwrite: replace it.
+        settings_are_open: some settings have to be chosen yet, so that they are not compared with those of the run.
+    """
     try:
         entries = [path for path in folder.iterdir() if not is_partial(path.name)] if folder.exists() else []
     except OSError as error:
@@ -134,7 +144,7 @@ def check_run_folder(folder: Path, config: Config, *, resume: bool, overwrite: b
             check_reads_nothing_in(folder, config)
         if not (overwrite or resume):
             raise LongtailError(f"{folder}: contains a run already; use --resume, --overwrite or another --out")
-        if not overwrite:
+        if not overwrite and not settings_are_open:
             _check_same_run(read_config(folder / "config.yaml"), config, folder)
 
 

@@ -40,7 +40,7 @@ from longtail.inference.model import TrainedModel
 from longtail.losses.reweighting import frequency_weights
 from longtail.nn import LinearClassifier
 from longtail.nn.encoder import channels_last
-from longtail.randomness import mix
+from longtail.randomness import Stream, mix
 from longtail.registry import TASKS
 from longtail.training.preemption import PreemptionHandler
 
@@ -50,7 +50,7 @@ HeadMethod = Literal["crt", "lws", "reweight", "tau"]
 Validation = tuple[Tensor, Tensor, Config, Sequence[int]]
 """(N, F) features, (N,) labels, settings of the run and class counts."""
 
-_HEAD = mix(6)  # an independent stream of random draws
+_HEAD = mix(Stream.SECOND_STAGE)
 BATCH = 512
 FEATURE_BYTES = 2**31  # of the features of all views, at most
 MIN_STEPS = 2000  # a small set needs more passes than a large one

@@ -14,6 +14,7 @@ import torch
 from longtail.config import Config, Data, read_config
 from longtail.data.dataset import LongTailedData
 from longtail.data.paths import find_path
+from longtail.data.run_tables import write_tables
 from longtail.errors import LongtailError
 from longtail.files import atomic_write
 from longtail.registry import SOURCES
@@ -23,7 +24,11 @@ FILE = "train_images.npy"
 
 
 def write_train_images(folder: Path, config: Config, data: LongTailedData) -> None:
-    """Write the ids of the training images, where they are those of files; a run that is resumed has the same ones."""
+    """Write the ids of the training images, where they are those of files, and copies of the tables that name them.
+
+    A run that is resumed has the same ones.
+    """
+    write_tables(folder, config.data)
     if SOURCES[config.data.source].listing is not None:
         atomic_write(folder / FILE, lambda partial: _save(partial, data.train.ids.numpy()))
 
@@ -59,6 +64,10 @@ def _save(path: Path, ids: np.ndarray) -> None:
 
 
 def _place(data: Data) -> tuple[str, Path | None]:
-    """Return the source, and the folder in which the names of its images begin."""
+    """Return the source, and the folder in which the names of its images begin.
+
+    The ids of image files are those of their paths, whether a folder is read or a list of the files in it.
+    """
     given = data.root or (None if data.train is None else str(Path(data.train).parent))
-    return data.source, None if given is None else find_path(Path(given)).resolve()
+    source = "files" if data.source in {"folder", "list"} else data.source
+    return source, None if given is None else find_path(Path(given)).resolve()

@@ -104,7 +104,8 @@ class SharpnessAware:
         self.parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
         weights = sharpness_class_weights(config, class_counts)
         self.class_weights = None if weights is None else weights.to(method.classifier.weight.device)
-        self._state = state_tensors(method)
+        state = state_tensors(method)  # what a pass changes, before and after the first one
+        self._before, self._after, self._originals = _Copies(state), _Copies(state), _Copies(self.parameters)
 
     def backward(self, parts: Sequence[Batch], backward: Backward) -> dict[str, Tensor]:
         """Leave the gradient of the step in the parameters, and return the loss terms at the weights as they are.
@@ -114,24 +115,22 @@ class SharpnessAware:
             backward: a pass over them; the gradients are empty.
         """
         weights = [self._image_weights(part) for part in parts]
-        before = _copies(self._state)
+        self._before.save()
         terms = backward(_weighted(parts, weights), True)
-        after = _copies(self._state)
+        self._after.save()
         found = [(parameter, parameter.grad) for parameter in self.parameters if parameter.grad is not None]
-        parameters: list[Tensor] = [parameter for parameter, _ in found]
         steps = perturbation([gradient for _, gradient in found], self.rho)
         self.optimizer.zero_grad(set_to_none=True)
         if self.class_weights is not None:
-            _restore(self._state, before)
+            self._before.restore()
             backward(_weighted(parts, [None if w is None else 1 - self.factor * w for w in weights]), False)
-        originals = _copies(parameters)
+        self._originals.save()
         with torch.no_grad():
-            for parameter, step in zip(parameters, steps, strict=True):
-                parameter.add_(step)
-        _restore(self._state, before)
+            torch._foreach_add_([parameter for parameter, _ in found], steps)
+        self._before.restore()
         backward(_weighted(parts, [None if w is None else self.factor * w for w in weights]), True)
-        _restore(parameters, originals)
-        _restore(self._state, after)
+        self._originals.restore()
+        self._after.restore()
         return terms
 
     def _image_weights(self, batch: Batch) -> Tensor | None:
@@ -175,11 +174,25 @@ def _weighted(parts: Sequence[Batch], weights: Sequence[Tensor | None]) -> list[
     return [dataclasses.replace(part, gradient_weights=w) for part, w in zip(parts, weights, strict=True)]
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
+class _Copies:
+    """Room for the values of tensors, to which they return later.
 
+    Args:
+        tensors: whose values are saved and restored, in one operation for all of one type.
+    """
 
-@torch.no_grad()
-def _restore(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    for tensor, copy in zip(tensors, copies, strict=True):
-        tensor.copy_(copy)
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_type.setdefault(tensor.dtype, []).append(tensor.detach())
+        self._groups = [(group, [torch.empty_like(tensor) for tensor in group]) for group in by_type.values()]
+
+    @torch.no_grad()
+    def save(self) -> None:
+        for tensors, copies in self._groups:
+            torch._foreach_copy_(copies, tensors)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensors, copies in self._groups:
+            torch._foreach_copy_(tensors, copies)

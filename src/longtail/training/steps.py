@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import logging
 import math
+import operator
 import time
+import traceback
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +29,17 @@ from longtail.data.loader import Batch, TrainLoader
 from longtail.distributed import rank, sum_batch_sizes, world_size
 from longtail.errors import LongtailError
 from longtail.methods.base import Method
-from longtail.randomness import mix
+from longtail.randomness import Stream, mix
 from longtail.training.metric_log import MetricTracker, NonFiniteLossGuard
 from longtail.training.optim import limit_row_norms, set_learning_rate
 from longtail.training.schedule import rate
 from longtail.training.sharpness import SharpnessAware, named_tensors, passes_per_step
-from longtail.training.trained_model import student_modules
-from longtail.training.turns import Turn
+from longtail.training.turns import Streams, Turn, return_streams, take_streams
+from longtail.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-_STEP = mix(4)  # an independent stream of random draws
+_STEP = mix(Stream.STEP)
 _NORM_EVERY = 10  # steps between two measurements of the gradient norm, where it is not clipped
 _WARM_UP = 2  # steps of a batch size before it is recorded: libraries choose their kernels, optimizers make their state
 
@@ -49,8 +54,8 @@ class Student:
     wrapped: Any
     """The method as Fabric wraps it."""
     optimizer: Any
-    ema: Any
-    """Moving average of the student, or None."""
+    ema: WeightAverage | None
+    """Moving average of the student."""
     tracker: MetricTracker
     guard: NonFiniteLossGuard
     total: int
@@ -63,7 +68,10 @@ class Student:
         return self.config.optimizer.learning_rate * rate(self.config.schedule, step, self.total)
 
     def optimize(self, batch: Batch, measure_norm: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Return the loss terms of a batch, and the norm of the gradient if it is measured, after a step along it."""
+        """Return the loss terms of a batch, and the norm of the gradient if it is measured, after a step along it.
+
+        The moving average of the weights is then updated too.
+        """
         settings, fabric = self.config.optimizer, self.fabric
         self.optimizer.zero_grad(set_to_none=True)
         parts = batch.split(settings.grad_accumulation_steps)
@@ -82,6 +90,8 @@ class Student:
         self.optimizer.step()
         if settings.head_max_norm is not None:
             limit_row_norms(self.method, settings.head_max_norm)
+        if self.ema is not None:
+            self.ema.update()
         return totals, norm
 
     def backward(self, parts: Sequence[Batch], sync: bool = True) -> dict[str, Tensor]:
@@ -97,10 +107,11 @@ class Student:
             later = not sync or number + 1 < len(parts)
             with fabric.no_backward_sync(self.wrapped, enabled=world_size() > 1 and later):
                 terms = self.wrapped(part.to(fabric.device))
-                weight = sizes[number] / sum(sizes)
-                fabric.backward(torch.stack(list(terms.values())).sum() * weight)
+                if len(parts) > 1:
+                    terms = {name: value * (sizes[number] / sum(sizes)) for name, value in terms.items()}
+                fabric.backward(functools.reduce(operator.add, terms.values()))
             for name, value in terms.items():
-                totals[name] = totals[name] + value.detach() * weight if name in totals else value.detach() * weight
+                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
         return totals
 
     def _loss_scale(self) -> float:
@@ -121,9 +132,7 @@ class Student:
             torch.cuda.manual_seed(seed)
 
     def end_step(self, images: int) -> None:
-        """Update the moving average and the counts after a step over ``images`` images of all processes."""
-        if self.ema is not None:
-            self.ema.update(student_modules(self.method), step=self.tracker.step)
+        """Update the counts after a step over ``images`` images of all processes."""
         views, cost = self.method.num_student_views(self.config), self.method.pass_cost(self.config)
         self.tracker.count(images, round(images * views * passes_per_step(self.config) * cost))
 
@@ -158,6 +167,9 @@ class LoaderSteps:
         """Raise LongtailError if a loss that has not been read yet is not finite."""
         self.student.guard.flush()
 
+    def close(self) -> None:
+        """Free what the steps hold beside the student: nothing here."""
+
 
 class DeviceSteps:
     """Steps on batches that are made on the device; the host reads loss terms now and then, many at once.
@@ -167,18 +179,20 @@ class DeviceSteps:
         loader: the batches.
         record: launch a step as one CUDA graph, recorded once for each size of a batch. Where that fails, steps are
             launched operation by operation, and the reason is logged.
+        streams: of the device, for the steps and for the loader; they are given back by :meth:`close`.
     """
 
-    def __init__(self, student: Student, loader: DeviceLoader, record: bool) -> None:
+    def __init__(self, student: Student, loader: DeviceLoader, record: bool, streams: Streams | None = None) -> None:
         self.student, self.loader = student, loader
         self.record = record and loader.device.type == "cuda"
-        self._stream = torch.cuda.Stream(loader.device) if loader.device.type == "cuda" else None
+        self._streams = streams
+        self._stream = None if streams is None else streams[0]
         self._graphs: dict[int, Any] = {}
+        self._failed: list[Any] = []  # graphs that could not be recorded
         self._launched: dict[int, int] = {}
         self._names: list[str] = []
         self._log = torch.zeros(0)  # (R, T + 1) loss terms and gradient norm of the steps since the last reading
         self._unread: list[tuple[int, int, int]] = []  # step, row and images of each of them
-        student.tracker.collect = self._collect
         for group in student.optimizer.param_groups:
             group["lr"] = torch.zeros(1, device=loader.device)[0]
 
@@ -205,8 +219,30 @@ class DeviceSteps:
             yield student.learning_rate(step)
 
     def check(self) -> None:
-        """Raise LongtailError if a loss that has not been read yet is not finite."""
+        """Read the loss terms that have not been read yet into the tracker.
+
+        Raises:
+            LongtailError: one of them is not finite.
+        """
         self._collect()
+
+    def close(self) -> None:
+        """Free the graphs and give the streams back; no step may follow.
+
+        Without this a graph would be freed at any later time, as during the recording of another training's.
+        """
+        with self.student.turn.taken():  # so that no other training records a graph meanwhile
+            try:
+                self._drop_graphs()
+                for stream in self._streams or ():
+                    stream.synchronize()
+            except RuntimeError as error:  # of a device that has failed before, which has been raised then
+                logger.debug("%s", error)
+                return
+            if self._streams is not None and not self._failed:
+                return_streams(self.loader.device, self._streams)
+            self._streams = None
+            self._failed.clear()
 
     def launch(self, size: int) -> None:
         """Launch a step over a batch of ``size`` images, as a graph if there is one or can be."""
@@ -233,7 +269,7 @@ class DeviceSteps:
         student = self.student
         learning_rate = self.loader.rate()[0]
         for group in student.optimizer.param_groups:
-            group["lr"].copy_(learning_rate * group["lr_scale"])
+            torch.mul(learning_rate, group["lr_scale"], out=group["lr"])
         terms, norm = student.optimize(self.loader.batch(size), measure_norm=True)
         assert norm is not None
         values = torch.stack([*terms.values(), norm.detach()]).float()
@@ -250,18 +286,22 @@ class DeviceSteps:
         student.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        try:
-            # other threads, which train beside this one, may go on meanwhile
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                self.step(size)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-        else:
-            reason = self._reason_against_graph(before)
-            if not reason:
-                if not self._graphs:
-                    logger.info("a step is one CUDA graph, recorded in %.1f s", time.monotonic() - started)
-                return graph
+        # what an automatic collection frees during the recording, another graph for one, would end it
+        gc.collect()
+        with _without_collections():
+            try:
+                # other threads, which train beside this one, may go on meanwhile
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                    self.step(size)
+            except RuntimeError as error:
+                self._failed.append(graph)
+                reason = _describe(error)
+            else:
+                reason = self._reason_against_graph(before)
+                if not reason:
+                    if not self._graphs:
+                        logger.info("a step is one CUDA graph, recorded in %.1f s", time.monotonic() - started)
+                    return graph
         self._forgo_graph(reason)
         return None
 
@@ -275,8 +315,23 @@ class DeviceSteps:
         return ""
 
     def _forgo_graph(self, reason: str) -> None:
+        """Launch all further steps operation by operation.
+
+        Those over batches of other sizes too: a graph may not outlive the state of the stream that it was recorded on,
+        which a failed recording, or freeing it, takes away. A failed graph is therefore kept until the end.
+        """
         self.record = False
+        with self.student.turn.taken():
+            self._drop_graphs()
         logger.info("a step cannot be one CUDA graph, and is launched operation by operation: %s", reason)
+        if self._failed:
+            logger.info("the recording was begun, and later trainings of this process may not be recorded either")
+
+    def _drop_graphs(self) -> None:
+        if self._graphs and self._stream is not None:
+            self._stream.synchronize()
+        while self._graphs:
+            self._graphs.popitem()[1].reset()
 
     def _collect(self) -> None:
         """Read the loss terms of the steps since the last reading, and add them to the tracker."""
@@ -294,6 +349,30 @@ class DeviceSteps:
         for (step, _, _), norm in zip(unread, log[:, -1], strict=True):
             if clips or step % _NORM_EVERY == 0:
                 tracker.add_norm(norm)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Let Python collect no garbage of its own accord, in no thread."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _describe(error: RuntimeError) -> str:
+    """Return why a step could not be recorded, and at which line of the code that it runs."""
+    # leaving a failed recording raises an error of its own, which does not say why
+    cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+    message = (str(cause).splitlines() or [type(cause).__name__])[0]
+    for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+        path = Path(frame.filename)
+        if not {"torch", "lightning_fabric"} & set(path.parts):
+            return f"{message} ({'/'.join(path.parts[-2:])}:{frame.lineno})"
+    return message
 
 
 class _Contents(NamedTuple):
@@ -344,6 +423,7 @@ def build_steps(
         with fabric.autocast():
             return method.teacher_outputs(batch)
 
+    streams = take_streams(fabric.device)
     device_loader = DeviceLoader(
         loader,
         fabric.device,
@@ -353,8 +433,9 @@ def build_steps(
         len(loader.views) - method.num_teacher_views(config) if ahead else None,
         student.turn.views,
         view_names,
+        None if streams is None else streams[1],
     )
-    return DeviceSteps(student, device_loader, config.accelerator.graph)
+    return DeviceSteps(student, device_loader, config.accelerator.graph, streams)
 
 
 def batches_on_device(config: Config, loader: TrainLoader, device: torch.device) -> tuple[bool, str]:

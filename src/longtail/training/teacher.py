@@ -26,7 +26,7 @@ from longtail.errors import LongtailError
 from longtail.losses import ClassPrior
 from longtail.nn import ClassifierEnsemble, Encoder, EncoderEnsemble, TeacherEncoder
 from longtail.nn.encoder import pretrained_encoder
-from longtail.randomness import mix
+from longtail.randomness import Stream, mix
 from longtail.registry import METHODS, TASKS
 from longtail.tasks.loading import load_model
 from longtail.training.run_io import INCIDENTAL, flatten
@@ -34,7 +34,7 @@ from longtail.training.seen_images import seen_test_images
 
 logger = logging.getLogger(__name__)
 
-_MEMBER = mix(10)  # an independent stream of random draws
+_MEMBER = mix(Stream.TEACHERS)
 
 
 _SHARPNESS = ("sharpness", "rho", "sharpness_below", "sharpness_gamma", "sharpness_weight")

@@ -32,11 +32,11 @@ from longtail.data.loader import TrainLoader
 from longtail.errors import LongtailError
 from longtail.files import atomic_write, make_folder
 from longtail.nn import ClassifierEnsemble, Encoder, EncoderEnsemble, FrozenEncoder, TeacherEncoder, freeze
-from longtail.randomness import mix
+from longtail.randomness import Stream, mix
 
 logger = logging.getLogger(__name__)
 
-_CACHED = mix(5)  # an independent stream of random draws
+_CACHED = mix(Stream.CACHED_VIEWS)
 _MAKING = ".making"
 _ABANDONED_SECONDS = 24 * 3600  # without a write; by the time, as the process may be one of another machine
 

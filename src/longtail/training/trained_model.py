@@ -16,6 +16,7 @@ from longtail.nn.experts import ExpertBackbone
 from longtail.nn.network_name import resolve_network
 from longtail.nn.tuning import merge_lora
 from longtail.registry import METHODS, TASKS
+from longtail.training.weight_average import WeightAverage
 
 
 def student_modules(method: Method) -> nn.ModuleDict:
@@ -23,9 +24,10 @@ def student_modules(method: Method) -> nn.ModuleDict:
     return nn.ModuleDict({"encoder": method.encoder, "classifier": method.classifier})
 
 
-def modules_to_save(method: Method, ema: Any) -> nn.ModuleDict:
+def modules_to_save(method: Method, ema: WeightAverage | None) -> nn.ModuleDict:
     """Return encoder and classifier of a method, or of its moving average."""
     student = student_modules(method) if ema is None else ema.module
+    assert isinstance(student, nn.ModuleDict)
     classifier = student["classifier"]
     assert isinstance(classifier, CosineClassifier | RegionClassifier)
     return nn.ModuleDict({"encoder": student["encoder"], "classifier": method.head(classifier)})

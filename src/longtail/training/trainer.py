@@ -26,22 +26,23 @@ from longtail.errors import LongtailError, StoppedError
 from longtail.inference.kept_features import check_same_encoder, draw_view, feature_data
 from longtail.methods.base import Method
 from longtail.nn import Encoder
+from longtail.nn.encoder import not_compiled
 from longtail.nn.pretrained import normalization
 from longtail.nn.tuning import freeze_batch_norm, set_trainable
-from longtail.randomness import mix
+from longtail.randomness import Stream, mix
 from longtail.registry import METHODS, TASKS
 from longtail.tasks.evaluate import evaluate_split
 from longtail.training.auto_config import auto_config, find_weights
 from longtail.training.budget import choose_settings, remark_on_remaining, remarks_on_duration
 from longtail.training.checkpoint import load_checkpoint, save_checkpoint
-from longtail.training.fabric import build_fabric, synchronize_batch_norm
+from longtail.training.fabric import build_fabric, synchronize_batch_norm, wrap
 from longtail.training.head_init import init_classifier
 from longtail.training.init_weights import fit_init, load_class_weights, load_encoder, with_init
 from longtail.training.metric_log import MetricLogger, MetricTracker, NonFiniteLossGuard, Progress, check_logs
 from longtail.training.mixing import build_mixer
 from longtail.training.optim import build_optimizer, load_optimizer
 from longtail.training.preemption import PreemptionHandler
-from longtail.training.run_io import Run, check_same_images, run_folder, write_unreadable
+from longtail.training.run_io import Run, check_run_folder, check_same_images, run_folder, write_unreadable
 from longtail.training.run_results import calibrate_model, save_model, write_inputs
 from longtail.training.second_stage import train_second_stage
 from longtail.training.sharpness import SharpnessAware, check_sharpness, passes_per_step
@@ -50,10 +51,11 @@ from longtail.training.teacher import Teacher, load_teacher, train_teacher
 from longtail.training.teacher_cache import TeacherCache, teacher_cache
 from longtail.training.trained_model import build_model, modules_to_save, student_modules
 from longtail.training.turns import Turn
+from longtail.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-_INITIAL = mix(3)  # an independent stream of random draws
+_INITIAL = mix(Stream.INITIAL_WEIGHTS)
 
 
 def fit(
@@ -89,8 +91,9 @@ def fit(
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
     started = time.monotonic() if started is None else started
+    # before images are decoded; none of several processes writes before all have come further
+    check_run_folder(out, config, resume=resume, overwrite=overwrite, settings_are_open=True)
     config, method_reasons = choose_method(config)
-    # before images are decoded
     config, why, loaded = choose_settings(find_weights(with_init(config, out)), out, started, resume)
     data = data or loaded or load_data(config.data, config.seed)
     config, remarks = fit_init(config, data)
@@ -197,14 +200,12 @@ class _Trainer:
         if world_size() > 1 and self.fabric.device.type != "cpu":
             synchronize_batch_norm(method)
         method.to(memory_format=torch.channels_last)
-        if config.compile:  # once for each size of a batch, of which there are two
-            method.encoder.backbone.compile(dynamic=False)
         loader = self._loader(cache, rank(), world_size(), mixer=self.mixer)
         on_device, remark = batches_on_device(config, loader, self.fabric.device)
         if remark:
             logger.info("%s", remark)
         optimizer: Any = build_optimizer(method, config, on_device, self.fabric.device)
-        wrapped, optimizer = self.fabric.setup(method, optimizer)
+        wrapped, optimizer = wrap(self.fabric, method, optimizer)
         tracker = MetricTracker()
         student = Student(
             *(config, self.fabric, method, wrapped, optimizer, self._ema(method), tracker),
@@ -233,12 +234,15 @@ class _Trainer:
         shown = (data.fingerprint, data.image_size, config.data.augment, config.data.contrast_augment)
         names = [(*shown, use) for use in self.method_class.views(config)]
         steps = build_steps(student, loader, on_device, names)
+        if config.compile:  # once for each size of a batch, of which there are two
+            method.encoder.backbone.compile(dynamic=False)
         try:
             with steps.context():
                 self._train(student, steps, loader.steps, log)
-                with self.turn.taken():
+                with self.turn.taken(), not_compiled(method):
                     return self._finish(student, log, teacher_seconds)
         finally:
+            steps.close()
             log.close()
 
     def _use_features(self) -> None:
@@ -306,13 +310,9 @@ class _Trainer:
             return None
         return SharpnessAware(self.config, method, self.data.class_counts, optimizer)
 
-    def _ema(self, method: Method) -> Any:
-        """Return an exponential moving average of the student, if one is asked for."""
-        if self.config.optimizer.ema_decay is None:
-            return None
-        from timm.utils import ModelEmaV3
-
-        return ModelEmaV3(student_modules(method), decay=self.config.optimizer.ema_decay, use_warmup=True)
+    def _ema(self, method: Method) -> WeightAverage | None:
+        decay = self.config.optimizer.ema_decay
+        return None if decay is None else WeightAverage(student_modules(method), decay)
 
     def _train(self, student: Student, steps: LoaderSteps | DeviceSteps, per_epoch: int, log: MetricLogger) -> None:
         config, tracker, total = self.config, student.tracker, student.total
@@ -329,7 +329,7 @@ class _Trainer:
                     tracker.seconds += time.monotonic() - tick
                     if config.compile and tracker.step == 1:
                         logger.info("the first step, with the compilation of the network: %.0f s", tracker.seconds)
-                    progress.step(epoch, self.epochs, learning_rate, tracker)
+                    progress.step(epoch, self.epochs, learning_rate, tracker, steps.check)
                     if tracker.step % per_epoch == 0:
                         self._end_epoch(student, log, epoch, learning_rate)
                         self.turn.give()
@@ -385,12 +385,14 @@ class _Trainer:
         tracker.clear()
         due = (epoch + 1) % self.config.validate_every == 0 or epoch + 1 == self.epochs
         if self.data.val is not None and due:
-            with self.turn.taken():
+            with self.turn.taken(), not_compiled(method):
                 self._validate(method, ema, tracker, log, self.data.val)
             method.train()
             freeze_batch_norm(method.encoder.backbone)
 
-    def _validate(self, method: Method, ema: Any, tracker: MetricTracker, log: MetricLogger, images: ImageSet) -> None:
+    def _validate(
+        self, method: Method, ema: WeightAverage | None, tracker: MetricTracker, log: MetricLogger, images: ImageSet
+    ) -> None:
         """Remember the weights that are best on the validation set; the earlier ones on a tie."""
         student = modules_to_save(method, ema)
         broadcast_buffers(student)
@@ -422,6 +424,7 @@ class _Trainer:
             "teacher_seconds": round(teacher_seconds, 3),
             "student_passes": tracker.student_passes,
             **({"pass_cost": round(cost, 3)} if cost != 1 else {}),
+            **({} if self.turn.alone else {"side_by_side": True}),  # so that its seconds depend on the others
             **self.images.fingerprints,
         }
         if tracker.best is not None:
@@ -453,7 +456,7 @@ class _Trainer:
             student.method.load_state_dict(state["method"])
             load_optimizer(student.optimizer, state["optimizer"])
             if student.ema is not None:
-                student.ema.module.load_state_dict(state["ema"])
+                student.ema.restore(state["ema"], state["tracker"]["step"])
             if state.get("precision"):  # absent from older checkpoints
                 self.fabric.strategy.precision.load_state_dict(state["precision"])
             student.tracker.restore(state["tracker"], self.fabric.device)

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
 from collections.abc import Iterator
 
+import torch
+
 from longtail.data.device_loader import SharedViews
+
+Streams = tuple[torch.cuda.Stream, torch.cuda.Stream]
+"""Of a training: for its steps, and for the preparation of its views beside them."""
+_idle: collections.defaultdict[torch.device, list[Streams]] = collections.defaultdict(list)
+
+
+def take_streams(device: torch.device) -> Streams | None:
+    """Return two streams that no other training of this process uses; None where the device is no CUDA device.
+
+    torch has 32 streams for each device, which it gives out in turn. Trainings that took new ones would in time share
+    those of one that still runs.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        return _idle[device].pop()
+    except IndexError:
+        return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+def return_streams(device: torch.device, streams: Streams) -> None:
+    """Let a later training have streams on which all work has ended."""
+    _idle[device].append(streams)
 
 
 class Turn:

@@ -399,10 +399,10 @@ BAD_COCO: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: change(c, "annotations", 4, "bbox", to=[float("nan"), 1, 2, 3]),
         "has a box with coordinates that are no finite numbers",
     ),
-    "twice": (lambda c: change(c, "images", 1, "file_name", to="0.png"), "the image 0.png is there twice; "),
-    "image id": (lambda c: change(c, "images", 1, "id", to=10), "the image id 10 is there twice; "),
-    "id": (lambda c: change(c, "annotations", 1, "id", to=1), "the annotation id 1 is there twice; "),
-    "category": (lambda c: change(c, "categories", 1, "name", to="blue"), "the category blue is there twice; "),
+    "twice": (lambda c: change(c, "images", 1, "file_name", to="0.png"), "the image 0.png occurs twice; "),
+    "image id": (lambda c: change(c, "images", 1, "id", to=10), "the image id 10 occurs twice; "),
+    "id": (lambda c: change(c, "annotations", 1, "id", to=1), "the annotation id 1 occurs twice; "),
+    "category": (lambda c: change(c, "categories", 1, "name", to="blue"), "the category blue occurs twice; "),
     "size": (lambda c: c["images"][3].pop("width"), "images[3]: expected height and width"),
     "file": (lambda c: c["images"][3].pop("file_name"), "images[3]: expected a file_name or coco_url"),
     "no size": (
@@ -478,13 +478,13 @@ def test_what_is_wrong_with_a_json_file_is_one_line(kind: str, tmp_path: Path) -
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"images": [' + "1" * 5000 + "]}"])
 def test_json_that_cannot_be_parsed_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(LongtailError, match=r"a\.json: is no json in COCO's or LVIS's format \(.*\)$"):
+    with pytest.raises(LongtailError, match=r"a\.json: is not valid JSON in COCO's or LVIS's format \(.*\)$"):
         read_coco(tmp_path / "a.json")
 
 
 def test_a_broken_json_file_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"images": [\n{"id": 1},\n')
-    with pytest.raises(LongtailError, match=r"a\.json, line 3: is no json \(.*\); is the file complete\?"):
+    with pytest.raises(LongtailError, match=r"a\.json, line 3: is not valid JSON \(.*\); is the file complete\?"):
         read_coco(tmp_path / "a.json")
 
 
@@ -534,12 +534,12 @@ YOLO_LABELS, VOC_XML = "labels/train/train001.txt", "Annotations/train001.xml"
         ("YOLO", spoil_line(YOLO_LABELS, "0 1.3 .5 .1 .1"), f"{YOLO_LABELS}, line 1: its box "),
         ("YOLO", remove("images/train/train001.png"), f"{YOLO_LABELS}: has no image in "),
         ("YOLO", remove("data.yaml"), "expected the names of the classes in data.yaml (names: […]) or classes.txt"),
-        ("YOLO", spoil_line("data.yaml", "names: [a, a]"), "data.yaml: the class a is there twice"),
+        ("YOLO", spoil_line("data.yaml", "names: [a, a]"), "data.yaml: the class a occurs twice"),
         ("YOLO", spoil_line("data.yaml", "names: {0: a, 2: b}"), "data.yaml: expected names: a list of the classes"),
-        ("YOLO", spoil_line("data.yaml", "names: [a\nb: ]"), "data.yaml, line 2: is no yaml"),
+        ("YOLO", spoil_line("data.yaml", "names: [a\nb: ]"), "data.yaml, line 2: is not valid YAML"),
         ("Pascal VOC", remove(VOC_XML), f"{VOC_XML}: there is no such file; expected the objects of JPEGImages/"),
         ("Pascal VOC", remove("JPEGImages/train001.png"), "JPEGImages/train001.jpg: there is no such image"),
-        ("Pascal VOC", spoil_line(VOC_XML, "<annotation>\n<object>\n"), f"{VOC_XML}, line 3: is no xml"),
+        ("Pascal VOC", spoil_line(VOC_XML, "<annotation>\n<object>\n"), f"{VOC_XML}, line 3: is not valid XML"),
         (
             "Pascal VOC",
             spoil_line(VOC_XML, "<annotation><object><name>red</name></object></annotation>"),
@@ -549,7 +549,7 @@ YOLO_LABELS, VOC_XML = "labels/train/train001.txt", "Annotations/train001.xml"
         (
             "Pascal VOC",
             spoil_line("ImageSets/Main/train.txt", "train001\ntrain001\n"),
-            "train.txt: the image train001 is there twice",
+            "train.txt: the image train001 occurs twice",
         ),
         (
             "Pascal VOC",
@@ -604,7 +604,7 @@ def test_paths_of_one_file_are_recognised(tmp_path: Path) -> None:
     path = root / "annotations" / "instances_test.json"
     content = json.loads(path.read_text())
     for file, message in (
-        ("test/test000.png", "test: the image test/test000.png is there twice"),
+        ("test/test000.png", "test: the image test/test000.png occurs twice"),
         ("train/train003.png", "train/train003.png: is in train and in test"),
     ):
         content["images"][1]["file_name"] = str(root / file)

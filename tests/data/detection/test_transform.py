@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from longtail.box_labels import IGNORED_TARGET, PADDING_TARGET
 from longtail.data.detection import DetectionSample, DetectionTransform, letterbox
 from longtail.data.letterbox import FILL
 from tests.data.detection.drawn import COLORS, NAMES, Drawn, drawn_images
@@ -46,7 +47,7 @@ def test_a_rectangle_stays_under_its_box(scale: tuple[float, float], mirror: flo
         assert view.dtype == torch.uint8
         for name in {name for name, *_ in drawn.objects}:
             rows = targets[(targets[:, 4] == NAMES.index(name))]
-            regions = targets[targets[:, 4] == -2]
+            regions = targets[targets[:, 4] == IGNORED_TARGET]
             where = torch.nonzero(colored(view, name))
             for x1, y1, x2, y2 in rows[:, :4].tolist():
                 seen += 1
@@ -72,7 +73,7 @@ def test_without_augmentation_it_is_the_letterbox(size: tuple[int, int]) -> None
     assert torch.equal(view, torch.from_numpy(np.array(square)).permute(2, 0, 1))
     expected = torch.tensor([5 * across, 6 * down, 25 * across, 20 * down, 2])
     torch.testing.assert_close(targets[0], expected)
-    assert targets[1].tolist() == [0, 0, 0, 0, -1]
+    assert targets[1].tolist() == [0, 0, 0, 0, PADDING_TARGET]
     assert max(across, down) == pytest.approx(SIZE / max(size), rel=0.01)
     if width != height:
         assert tuple(view[:, -1, -1].tolist()) == FILL
@@ -104,8 +105,8 @@ def test_boxes_are_inside_the_view_and_objects_cut_off_are_ignored() -> None:
         assert float(targets[:, :4].min()) >= 0
         assert float(targets[:, :4].max()) <= SIZE
         # of the large object a sixteenth is visible at a scale of 4
-        assert targets[-1, 4] == -2 or targets[0, 4] == -2
-        rows = [row for row in targets.tolist() if row[4] != -1][:-1]
+        assert targets[-1, 4] == IGNORED_TARGET or targets[0, 4] == IGNORED_TARGET
+        rows = [row for row in targets.tolist() if row[4] != PADDING_TARGET][:-1]
         area = (rows[0][2] - rows[0][0]) * (rows[0][3] - rows[0][1]) / (20 * 4 * SIZE / 100) ** 2 if rows else 0.0
         kind = "gone" if not rows else "whole" if rows[0][4] == 2 else "cut"
         seen[kind] += 1
@@ -116,7 +117,7 @@ def test_boxes_are_inside_the_view_and_objects_cut_off_are_ignored() -> None:
 def test_ignored_objects_are_regions_and_not_classes() -> None:
     drawn = drawn_images(1)[0]
     _, targets = DetectionTransform(SIZE, 4)(sample_of(drawn, ignored=True), 0, (0,))
-    assert targets[:, 4].tolist() == [-2] * len(drawn.objects) + [-1] * (4 - len(drawn.objects))
+    assert targets[:, 4].tolist() == [IGNORED_TARGET] * len(drawn.objects) + [PADDING_TARGET] * (4 - len(drawn.objects))
 
 
 def test_tiny_objects_stay_objects() -> None:

@@ -1,6 +1,13 @@
 """Images with objects: annotations, how they come in, and what a detector finds."""
 
-from longtail.data.detection.annotations import Annotations, Detections, Mask, concatenate
+from longtail.data.detection.annotations import (
+    DEFAULT_POST_PROCESSING,
+    Annotations,
+    Detections,
+    Mask,
+    PostProcessing,
+    concatenate,
+)
 from longtail.data.detection.assemble import AnnotationProblems
 from longtail.data.detection.coco import read_coco, to_coco, write_coco
 from longtail.data.detection.data import DetectionData
@@ -13,6 +20,7 @@ from longtail.data.detection.yolo import read_yolo
 from longtail.data.letterbox import letterbox
 
 __all__ = [
+    "DEFAULT_POST_PROCESSING",
     "AnnotationProblems",
     "Annotations",
     "DetectionData",
@@ -21,6 +29,7 @@ __all__ = [
     "DetectionTransform",
     "Detections",
     "Mask",
+    "PostProcessing",
     "concatenate",
     "letterbox",
     "read_coco",

@@ -32,6 +32,23 @@ class Detections(NamedTuple):
     """K masks, where the detector makes masks."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PostProcessing:
+    """Which of the scored boxes of an image a detector returns."""
+
+    score_threshold: float = 0.05
+    """Smallest probability of a detection, in [0, 1]."""
+    nms_threshold: float = 0.5
+    """Of two detections of one class that overlap by more, as intersection over union, the less probable one is left
+    out."""
+    max_detections: int = 100
+    """The most of an image, those of highest probability."""
+
+
+DEFAULT_POST_PROCESSING = PostProcessing()
+"""Of a detector, if nothing else is said, and inside an exported one."""
+
+
 @dataclass(frozen=True)
 class Annotations:
     """The objects of N images."""

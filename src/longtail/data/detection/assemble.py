@@ -23,7 +23,7 @@ _ROUNDING = 1.0  # pixels: a box may leave its image by as much because coordina
 
 @dataclass
 class AnnotationProblems:
-    """What had to be changed or left out when annotations were read; every entry names the object."""
+    """What had to be changed or left out when annotations were read; every entry names it."""
 
     without_area: list[str] = field(default_factory=list)
     """Boxes without width or height, which are left out."""
@@ -33,6 +33,10 @@ class AnnotationProblems:
     """Images whose size had to be read and cannot be, which are left out: path below the root, and the reason."""
     without_mask: list[str] = field(default_factory=list)
     """Objects without a mask in a file in which others have one; its masks are left out."""
+    unused_categories: list[str] = field(default_factory=list)
+    """Categories without objects that have the name of another one, which are left out."""
+    unlabelled: list[str] = field(default_factory=list)
+    """Folders of validation or test images without a folder of labels, which are left out."""
 
     def remarks(self, *, unreadable: bool = True) -> list[str]:
         """Return a sentence on each kind of problem.
@@ -51,6 +55,16 @@ class AnnotationProblems:
                 self.without_mask,
                 "1 object has no mask, and those of its file are left out",
                 "objects have no mask, and those of their file are left out",
+            ),
+            (
+                self.unused_categories,
+                "1 category without objects has the name of another, and is left out",
+                "categories without objects have the name of another, and are left out",
+            ),
+            (
+                self.unlabelled,
+                "1 folder of images has no folder of labels, and is left out",
+                "folders of images have no folder of labels, and are left out",
             ),
             (
                 list(self.unreadable.values()) if unreadable else [],
@@ -121,13 +135,42 @@ def assemble(
     Raises:
         LongtailError: a coordinate is no finite number, or a box is outside of its image.
     """
+    clipped, has_area = _clip(columns, describe, problems, sizes, as_written)
+    kept = np.flatnonzero(has_area)
+    kept = kept[np.argsort(columns.image_index[kept], kind="stable")]
+    box_areas = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
+    areas = box_areas if columns.areas is None else np.where(np.isnan(columns.areas), box_areas, columns.areas)
+    return Annotations(
+        files=tuple(files),
+        sizes=torch.from_numpy(sizes.astype(np.int64).reshape(-1, 2)),
+        image_ids=tuple(image_ids),
+        class_names=tuple(class_names),
+        image_index=torch.from_numpy(columns.image_index[kept].astype(np.int64)),
+        boxes=torch.from_numpy(clipped[kept].astype(np.float32)),
+        labels=torch.from_numpy(columns.labels[kept].astype(np.int64)),
+        ignored=torch.from_numpy(columns.ignored[kept].astype(bool)),
+        areas=torch.from_numpy(areas[kept].astype(np.float32)),
+        masks=_masks_of(columns, kept, describe, problems, partial_masks),
+        class_ids=tuple(class_ids),
+        negatives=None if negatives is None else tuple(negatives),
+        incomplete=None if incomplete is None else tuple(incomplete),
+    )
+
+
+def _clip(
+    columns: Columns, describe: Callable[[int], str], problems: AnnotationProblems, sizes: Array, as_written: bool
+) -> tuple[Array, Array]:
+    """Return (M, 4) boxes clipped to their images, and (M,) bool, False for those that are left out as without area.
+
+    The arguments and what is raised are those of :func:`assemble`.
+    """
     boxes = columns.boxes.reshape(-1, 4)
     finite = np.isfinite(boxes).all(axis=1)
     if not finite.all():
         raise LongtailError(
             f"{describe(int(np.argmin(finite)))}: has a box with coordinates that are no finite numbers"
         )
-    flat = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+    flat: Array = np.asarray((boxes[:, 2:] <= boxes[:, :2]).any(axis=1))
     if columns.empty is not None:
         flat |= columns.empty
     flat &= not as_written
@@ -147,37 +190,28 @@ def assemble(
         )
     beyond = ~flat & ((boxes[:, :2] < start - _ROUNDING) | (boxes[:, 2:] > limits + _ROUNDING)).any(axis=1)
     problems.outside += [describe(index) for index in np.flatnonzero(beyond).tolist()]
-    clipped = np.clip(boxes, start, np.concatenate([limits, limits], axis=1))
-    kept = np.flatnonzero(~flat)
-    kept = kept[np.argsort(columns.image_index[kept], kind="stable")]
-    box_areas = (clipped[:, 2] - clipped[:, 0]) * (clipped[:, 3] - clipped[:, 1])
-    areas = box_areas if columns.areas is None else np.where(np.isnan(columns.areas), box_areas, columns.areas)
+    return np.clip(boxes, start, np.concatenate([limits, limits], axis=1)), ~flat
+
+
+def _masks_of(
+    columns: Columns, kept: Array, describe: Callable[[int], str], problems: AnnotationProblems, partial_masks: bool
+) -> tuple[Mask, ...] | None:
+    """Return the masks of the objects at some positions; None where they have none, or not all that have to.
+
+    The arguments are those of :func:`assemble`.
+    """
     masks = None if columns.masks is None else tuple(columns.masks[index] for index in kept.tolist())
     bare = [index for index, mask in zip(kept.tolist(), masks or (), strict=False) if not mask]
     if len(bare) == len(kept):
-        masks = None
-    elif bare and not partial_masks:
+        return None
+    if bare and not partial_masks:
         problems.without_mask += [describe(index) for index in bare]
-        masks = None
-    return Annotations(
-        files=tuple(files),
-        sizes=torch.from_numpy(sizes.astype(np.int64).reshape(-1, 2)),
-        image_ids=tuple(image_ids),
-        class_names=tuple(class_names),
-        image_index=torch.from_numpy(columns.image_index[kept].astype(np.int64)),
-        boxes=torch.from_numpy(clipped[kept].astype(np.float32)),
-        labels=torch.from_numpy(columns.labels[kept].astype(np.int64)),
-        ignored=torch.from_numpy(columns.ignored[kept].astype(bool)),
-        areas=torch.from_numpy(areas[kept].astype(np.float32)),
-        masks=masks,
-        class_ids=tuple(class_ids),
-        negatives=None if negatives is None else tuple(negatives),
-        incomplete=None if incomplete is None else tuple(incomplete),
-    )
+        return None
+    return masks
 
 
 def check_unique(values: Sequence[Any], where: str, what: str) -> None:
-    """Raise LongtailError if a value is there twice.
+    """Raise LongtailError if a value occurs twice.
 
     Args:
         values: hashable ones.
@@ -189,5 +223,5 @@ def check_unique(values: Sequence[Any], where: str, what: str) -> None:
     seen = set[Any]()
     for value in values:
         if value in seen:
-            raise LongtailError(f"{where}: {what} {printable(str(value))} is there twice; remove one")
+            raise LongtailError(f"{where}: {what} {printable(str(value))} occurs twice; remove one")
         seen.add(value)

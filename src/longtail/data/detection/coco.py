@@ -26,6 +26,7 @@ import numpy as np
 
 from longtail.data.detection.annotations import Annotations, Mask
 from longtail.data.detection.assemble import AnnotationProblems, Columns, assemble, check_unique
+from longtail.data.detection.run_lengths import check_runs
 from longtail.data.paths import printable
 from longtail.errors import LongtailError
 from longtail.files import write_text
@@ -65,25 +66,14 @@ def read_coco(
         as_written: see above; otherwise as they can be learned from.
 
     Raises:
-        LongtailError: it is no such file; a field is not what it should be; an id or an image is there twice; an
-            annotation is of an unknown image or class; or a box is outside of its image.
+        LongtailError: it is no such file; a field is not what it should be; an id or an image occurs twice; an
+            annotation is of an unknown image or class; a box is outside of its image; or, ``as_written``, the runs of
+            a mask are not those of its image.
     """
-    content = _load(path)
+    content, problems = _load(path), AnnotationProblems() if problems is None else problems
     images, entries, categories = (content[part] for part in _PARTS)
-    categories = sorted(categories, key=lambda entry: entry["id"]) if _have_ids(path, categories) else []
-    class_ids = [entry["id"] for entry in categories]
-    class_names = _column(path, categories, "categories", lambda entry: _text_of(entry, "name"), "a name")
-    check_unique(class_ids, str(path), "the category id")
-    check_unique(class_names, str(path), "the category")
-    image_ids = _column(path, images, "images", _id_of, "an id, a number or text")
-    check_unique(image_ids, str(path), "the image id")
-    files = _column(path, images, "images", _file_of, "a file_name or coco_url")
-    check_unique(files, str(path), "the image")
-    sizes = _numbers(path, images, "images", lambda entry: (entry["height"], entry["width"]), 2, "height and width")
-    are_sides = ((sizes >= 1) & (sizes < _LARGEST) & (sizes == np.floor(sizes))).all(axis=1)
-    if not are_sides.all():
-        index = int(np.argmin(are_sides))
-        raise LongtailError(f"{path}: images[{index}]: expected whole numbers above 0 as its height and width")
+    class_ids, class_names = _read_categories(path, categories, entries, problems)
+    image_ids, files, sizes = _read_images(path, images)
     ids = _column(path, entries, "annotations", _id_or_none, "a number or text as its id")
     check_unique([entry_id for entry_id in ids if entry_id is not None], str(path), "the annotation id")
     image_index = _positions(path, entries, "image_id", image_ids, "images")
@@ -92,20 +82,14 @@ def read_coco(
     corners[:, 2:] += corners[:, :2]
     segmentations = _column(path, entries, "annotations", _mask_of, _MASK) if masks else None
     class_of = {class_id: position for position, class_id in enumerate(class_ids)}
-    problems = AnnotationProblems() if problems is None else problems
     negatives = _class_sets(path, images, "neg_category_ids", class_of)
-    crowd = _flags(path, entries, "iscrowd")
-    ignore = _flags(path, entries, "ignore")
-    areas = _areas(path, entries)
-    ignored = crowd | ignore
-    if as_written:
-        ignored = crowd if negatives is None else np.zeros_like(crowd)
-        if negatives is not None:
-            areas = np.where(ignore, _BEYOND_AREAS, areas)
+    ignored, areas = _read_ignored(path, entries, as_written, is_federated=negatives is not None)
 
     def describe(index: int) -> str:
         return f"{path}: {_name_of(entries, 'annotations', index)} of {printable(files[image_index[index]])}"
 
+    if as_written:
+        _check_masks(segmentations or (), sizes[image_index], describe)
     # where no object has a mask, there is nothing to say, unless what the file has as masks is none
     if segmentations and not any(segmentations) and any(entry.get("segmentation") for entry in entries):
         problems.without_mask += map(describe, range(len(entries)))
@@ -130,6 +114,44 @@ def read_coco(
         partial_masks=partial_masks,
         as_written=as_written,
     )
+
+
+def _read_categories(
+    path: Path, categories: list[Entry], entries: list[Entry], problems: AnnotationProblems
+) -> tuple[list[int], list[str]]:
+    """Return the ids and names of the classes, in order of the ids."""
+    categories = sorted(categories, key=lambda entry: entry["id"]) if _have_ids(path, categories) else []
+    check_unique([entry["id"] for entry in categories], str(path), "the category id")
+    categories = _without_unused_twins(path, categories, entries, problems)
+    names = _column(path, categories, "categories", lambda entry: _text_of(entry, "name"), "a name")
+    check_unique(names, str(path), "the category")
+    return [entry["id"] for entry in categories], names
+
+
+def _read_images(path: Path, images: list[Entry]) -> tuple[list[Any], list[str], np.ndarray[Any, Any]]:
+    """Return ids and paths of the images, and (N, 2) float64 height and width, which are whole numbers."""
+    ids = _column(path, images, "images", _id_of, "an id, a number or text")
+    check_unique(ids, str(path), "the image id")
+    files = _column(path, images, "images", _file_of, "a file_name or coco_url")
+    check_unique(files, str(path), "the image")
+    sizes = _numbers(path, images, "images", lambda entry: (entry["height"], entry["width"]), 2, "height and width")
+    are_sides = ((sizes >= 1) & (sizes < _LARGEST) & (sizes == np.floor(sizes))).all(axis=1)
+    if not are_sides.all():
+        index = int(np.argmin(are_sides))
+        raise LongtailError(f"{path}: images[{index}]: expected whole numbers above 0 as its height and width")
+    return ids, files, sizes
+
+
+def _read_ignored(
+    path: Path, entries: list[Entry], as_written: bool, is_federated: bool
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return (M,) bool, which objects are ignored, and (M,) float64 areas; see :func:`read_coco` of ``as_written``."""
+    crowd, ignore, areas = _flags(path, entries, "iscrowd"), _flags(path, entries, "ignore"), _areas(path, entries)
+    if not as_written:
+        return crowd | ignore, areas
+    if not is_federated:
+        return crowd, areas
+    return np.zeros_like(crowd), np.where(ignore, _BEYOND_AREAS, areas)
 
 
 def to_coco(annotations: Annotations) -> dict[str, Any]:
@@ -200,10 +222,10 @@ def _load(path: Path) -> dict[str, list[Entry]]:
         raise LongtailError(f"{path}: cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise LongtailError(
-            f"{path}, line {error.lineno}: is no json ({error.msg}, column {error.colno}); is the file complete?"
+            f"{path}, line {error.lineno}: is not valid JSON ({error.msg}, column {error.colno}); is the file complete?"
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        raise LongtailError(f"{path}: is no json in COCO's or LVIS's format ({error})") from None
+        raise LongtailError(f"{path}: is not valid JSON in COCO's or LVIS's format ({error})") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in _PARTS):
         raise LongtailError(
             f"{path}: expected an object with the lists {', '.join(_PARTS)}, as COCO and LVIS have them"
@@ -234,6 +256,29 @@ def _have_ids(path: Path, categories: list[Entry]) -> bool:
         if not isinstance(entry.get("id"), int):
             raise LongtailError(f"{path}: categories[{index}]: expected a whole number as its id")
     return True
+
+
+def _without_unused_twins(
+    path: Path, categories: list[Entry], entries: list[Entry], problems: AnnotationProblems
+) -> list[Entry]:
+    """Return the categories without those that have no objects, but the name of another.
+
+    Roboflow lists the project as the category 0, which has the name of the only class where the project has it. Of a
+    name without any objects the last category is kept.
+    """
+    of_name: dict[str, list[Entry]] = {}
+    for entry in categories:
+        of_name.setdefault(str(entry.get("name")), []).append(entry)
+    if len(of_name) == len(categories):
+        return categories
+    used = {value for entry in entries if isinstance(value := entry.get("category_id"), int)}
+    dropped = set[int]()
+    for name, twins in of_name.items():
+        unused = [entry["id"] for entry in twins if entry["id"] not in used]
+        left_out = unused[:-1] if len(unused) == len(twins) else unused
+        problems.unused_categories += [f"{path}: {printable(name)}, id {category_id}" for category_id in left_out]
+        dropped.update(left_out)
+    return [entry for entry in categories if entry["id"] not in dropped]
 
 
 def _name_of(entries: list[Entry], part: str, index: int) -> str:
@@ -298,6 +343,16 @@ def _mask_of(entry: Entry) -> Mask:
         raise KeyError
     # a polygon of one or two points has no area, and four numbers would be taken as a box
     return [polygon for polygon in polygons if len(polygon) >= _FEWEST_NUMBERS]
+
+
+def _check_masks(masks: Sequence[Mask], sizes: np.ndarray[Any, Any], describe: Callable[[int], str]) -> None:
+    """Raise LongtailError where the runs of a mask are not those of its image: COCO's tools take it for another."""
+    for index, mask in enumerate(masks):
+        if isinstance(mask, Mapping):
+            try:
+                check_runs(mask, sizes[index])
+            except LongtailError as error:
+                raise LongtailError(f"{describe(index)}: {error}") from None
 
 
 def _is_polygon(polygon: Any) -> bool:

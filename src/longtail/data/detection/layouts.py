@@ -51,7 +51,8 @@ def read_annotated_images(config: Data, *, masks: Masks = "evaluation") -> Annot
             needs boxes alone, and masks of a large set take gigabytes; nor those of a file where an object has none.
 
     Raises:
-        LongtailError: there is no such layout; a file is broken; an image is missing, there twice, or in two splits.
+        LongtailError: there is no such layout; a file is broken; an image is missing, is in two splits, or occurs twice
+            in one.
     """
     problems = AnnotationProblems()
     named = {split: path for split in SPLITS if (path := getattr(config, split)) is not None}

@@ -25,9 +25,9 @@ from longtail.data.grouped_split import grouped_split
 from longtail.data.listing import SPLITS
 from longtail.data.paths import printable
 from longtail.errors import LongtailError
-from longtail.randomness import generator, mix
+from longtail.randomness import Stream, generator, mix
 
-_EMPTY = mix(15)  # a random stream of its own
+_EMPTY = mix(Stream.EMPTY_IMAGES)
 
 
 class ImageSplit(NamedTuple):
@@ -74,6 +74,8 @@ def split_images(annotations: Annotations, val: float, test: float, seed: int) -
 def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> dict[str, Any]:
     """Split a set, and write train.json, val.json and test.json in COCO's format; splits that it has are joined.
 
+    Such a file of an earlier split is removed where this one has no such part: its images may be trained on now.
+
     Args:
         config: the set.
         out: the folder of the files.
@@ -98,6 +100,8 @@ def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> 
     files = {name: out / f"{name}.json" for name, images in chosen.items() if len(images)}
     for name, path in files.items():
         write_coco(whole.select(chosen[name]), path)
+    for name in chosen.keys() - files:
+        _remove(out / f"{name}.json")
     remarks = [annotated.layout, *annotated.problems.remarks()]
     bare = [index for index, mask in enumerate(whole.masks or ()) if not mask]
     if bare:
@@ -116,3 +120,10 @@ def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> 
         "remarks": remarks,
         "data": f"--data.source boxes --data.root {shlex.quote(str(annotated.root))} {named}",
     }
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise LongtailError(f"{path}: cannot be removed: {error.strerror}") from None

@@ -11,16 +11,13 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from longtail.box_labels import IGNORED_TARGET, PADDING_TARGET
 from longtail.data.detection.images import DetectionSample
 from longtail.data.letterbox import FILL
 from longtail.data.transforms import PerImageTransform
 from longtail.data.transforms.per_image import image_tensor
 from longtail.randomness import generator
 
-PADDING = -1
-"""In place of the class: the row of targets holds no object."""
-IGNORED = -2
-"""In place of the class: a region where nothing is learned, neither that there is an object nor that there is none."""
 _FEWEST_PIXELS = 2.0  # of each side of a visible box; of what is smaller nothing is left after the first layers
 
 
@@ -29,7 +26,8 @@ class DetectionTransform(PerImageTransform):
     """Random scale, place and mirror, and jitter of brightness, contrast and saturation; or just a letterbox.
 
     A call takes a :class:`DetectionSample` and returns (3, S, S) uint8 and (T, 5) float32 targets: x1, y1, x2, y2 in
-    pixels of the view and the class, which may be :data:`PADDING` or :data:`IGNORED`.
+    pixels of the view and the class, which may be
+    :data:`~longtail.box_labels.PADDING_TARGET` or :data:`~longtail.box_labels.IGNORED_TARGET`.
 
     The image is scaled to fit the square, with its aspect kept, times a random scale. What is larger than the square
     then is cropped at a random place, with the centre of an object in it if there is one; what is smaller is at a
@@ -88,7 +86,7 @@ class DetectionTransform(PerImageTransform):
     ) -> Tensor:
         """Return the (T, 5) targets of a window of the image that is shown as so many pixels at a corner."""
         targets = torch.zeros(self.max_objects, 5)
-        targets[:, 4] = PADDING
+        targets[:, 4] = PADDING_TARGET
         boxes = sample.boxes[: self.max_objects]
         start = boxes.new_tensor([window[0], window[1]] * 2)
         sides = boxes.new_tensor([window[2] - window[0], window[3] - window[1]] * 2)
@@ -105,7 +103,7 @@ class DetectionTransform(PerImageTransform):
         # an object that is tiny as a whole stays one: what is too small to learn is for the caller to say
         sliver = (torch.minimum(widths, heights) < _FEWEST_PIXELS) & (widths * heights < whole * (1 - 1e-4))
         ignored = sample.ignored[: self.max_objects] | cropped | sliver
-        labels = torch.where(ignored, IGNORED, sample.labels[: self.max_objects])
+        labels = torch.where(ignored, IGNORED_TARGET, sample.labels[: self.max_objects])
         rows = torch.cat([visible + boxes.new_tensor(corner * 2), labels[:, None].to(boxes.dtype)], dim=1)
         rows = rows[(widths > 0) & (heights > 0)]
         targets[: len(rows)] = rows

@@ -21,7 +21,7 @@ import numpy as np
 
 from longtail.data.detection.annotations import Annotations
 from longtail.data.detection.assemble import AnnotationProblems, Columns, assemble, check_unique
-from longtail.data.image_io import read_size
+from longtail.data.image_io import is_image_name, read_size
 from longtail.data.listing import split_of
 from longtail.data.paths import printable
 from longtail.errors import LongtailError, did_you_mean
@@ -127,12 +127,23 @@ def _stem_of(root: Path, line: str, files: Mapping[str, str]) -> str:
 
 
 def _find_files(folder: Path) -> dict[str, str]:
-    """Return the files of a folder by their names without suffix, as paths below its parent."""
+    """Return the images of a folder by their names without suffix, as paths below its parent.
+
+    Raises:
+        LongtailError: there is no such folder, or two images have the same name.
+    """
     if not folder.is_dir():
         raise LongtailError(f"{folder}: there is no such folder; expected the images there")
-    return {
-        path.stem: f"{folder.name}/{path.name}" for path in sorted(folder.iterdir()) if not path.name.startswith(".")
-    }
+    images = [path for path in sorted(folder.iterdir()) if is_image_name(path.name) and not path.name.startswith(".")]
+    files: dict[str, str] = {}
+    for path in images:
+        other = files.setdefault(path.stem, f"{folder.name}/{path.name}")
+        if other != f"{folder.name}/{path.name}":
+            raise LongtailError(
+                f"{printable(path)}: {path.stem}.xml may be of this image or of {printable(Path(other).name)}; rename "
+                "or remove one"
+            )
+    return files
 
 
 def _read_image(root: Path, stem: str, files: Mapping[str, str]) -> VOCImage:
@@ -152,7 +163,7 @@ def _read_image(root: Path, stem: str, files: Mapping[str, str]) -> VOCImage:
         line, column = error.position
         reason = str(error).partition(":")[0]
         raise LongtailError(
-            f"{path}, line {line}: is no xml ({reason}, column {column}); repair or remove it"
+            f"{path}, line {line}: is not valid XML ({reason}, column {column}); repair or remove it"
         ) from None
     objects = []
     for number, element in enumerate(tree.iter("object"), 1):

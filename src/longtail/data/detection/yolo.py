@@ -5,7 +5,8 @@
     ROOT/data.yaml                            names of the classes: a list, or a mapping from their numbers; kpt_shape
     ROOT/classes.txt                          the names, one on a line
 
-The folders of a split may be several, as train2007 and train2012.
+The folders of a split may be several, as train2007 and train2012. One of validation or test images without a folder of
+labels is left out: the labels of a test set are often not published.
 
 A line of a text file is an object: its class from 0, then the centre's x and y, the width and the height of its box as
 fractions of the image's width and height; or a polygon, x and y in turn, whose box is taken. Where data.yaml has
@@ -50,7 +51,10 @@ class LabelFormat(NamedTuple):
 
 
 def find_yolo_folders(root: Path) -> dict[str, list[SplitFolders]]:
-    """Return the folders of every split, ``all`` where there are no splits; empty if it is no such layout."""
+    """Return the folders of every split, ``all`` where there are no splits; empty if it is no such layout.
+
+    Folders of labels may be missing, but not all of them.
+    """
     splits: dict[str, list[SplitFolders]] = {}
     if (root / "images").is_dir() and (root / "labels").is_dir():
         for folder in sorted((root / "images").iterdir()):
@@ -59,9 +63,10 @@ def find_yolo_folders(root: Path) -> dict[str, list[SplitFolders]]:
         return splits or {"all": [SplitFolders("images", "labels")]}
     for folder in sorted(root.iterdir()):
         split = split_of(folder.name.rstrip("0123456789"))
-        if split is not None and (folder / "images").is_dir() and (folder / "labels").is_dir():
+        if split is not None and (folder / "images").is_dir():
             splits.setdefault(split, []).append(SplitFolders(f"{folder.name}/images", f"{folder.name}/labels"))
-    return splits
+    has_labels = any((root / each.labels).is_dir() for folders in splits.values() for each in folders)
+    return splits if has_labels else {}
 
 
 def read_yolo(root: Path, problems: AnnotationProblems | None = None) -> dict[str, Annotations]:
@@ -75,16 +80,39 @@ def read_yolo(root: Path, problems: AnnotationProblems | None = None) -> dict[st
         The annotations by split, ``all`` where there are none; of the same classes.
 
     Raises:
-        LongtailError: the names of the classes are missing, a file cannot be read or has no image, a class is not
-            listed, or a box is outside of its image.
+        LongtailError: the names of the classes are missing, training images have no folder of labels, a file cannot be
+            read or has no image, a class is not listed, or a box is outside of its image.
     """
     problems = AnnotationProblems() if problems is None else problems
-    folders, label_format = find_yolo_folders(root), _read_format(root)
+    folders, label_format = _with_labels(root, find_yolo_folders(root), problems), _read_format(root)
     return {
         split: concatenate([_read_split(root, each, label_format, problems) for each in folders[split]])
         for split in (*SPLITS, "all")
         if split in folders
     }
+
+
+def _with_labels(
+    root: Path, splits: dict[str, list[SplitFolders]], problems: AnnotationProblems
+) -> dict[str, list[SplitFolders]]:
+    """Return the folders of every split without those of validation or test images that have no folder of labels.
+
+    Raises:
+        LongtailError: those of training images have none.
+    """
+    labelled: dict[str, list[SplitFolders]] = {}
+    for split, folders in splits.items():
+        for each in folders:
+            if (root / each.labels).is_dir():
+                labelled.setdefault(split, []).append(each)
+            elif split == "train":
+                raise LongtailError(
+                    f"{root / each.labels}: there is no such folder; expected the labels of {root / each.images} there "
+                    "(an empty folder if these images have no objects)"
+                )
+            else:
+                problems.unlabelled.append(f"{root / each.images} (expected {root / each.labels})")
+    return labelled
 
 
 def _read_format(root: Path) -> LabelFormat:
@@ -106,7 +134,7 @@ def _read_yaml(path: Path) -> LabelFormat:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
-        raise LongtailError(f"{path}{line}: is no yaml; {expected}") from None
+        raise LongtailError(f"{path}{line}: is not valid YAML; {expected}") from None
     names: Any = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):
         if sorted(names) != sorted(map(str, range(len(names)))):
@@ -142,7 +170,7 @@ def _read_split(
     labels = root / folders.labels
     texts = {
         path.relative_to(labels).as_posix().rpartition(".")[0]: path
-        for path in (visible_files(labels) if labels.is_dir() else ())
+        for path in visible_files(labels)
         if path.suffix == ".txt" and path.name != "classes.txt"
     }
     lost = sorted(set(texts) - set(stems))

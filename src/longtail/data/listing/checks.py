@@ -31,7 +31,8 @@ def check(listing: Listing) -> None:
     if empty:
         shown = ", ".join(printable(listing.class_names[label]) for label in empty[:5])
         listing.errors.append(
-            f"train: {len(empty)} of {classes} classes have no training image ({shown}{'…' if len(empty) > 5 else ''})"
+            f"train: {len(empty)} of {classes} classes {'has' if len(empty) == 1 else 'have'} no training image "
+            f"({shown}{'…' * (len(empty) > 5)})"
             ": add images, or remove the classes"
         )
     _check_files(listing)
@@ -67,7 +68,9 @@ def _check_files(listing: Listing) -> None:
         total = sum(len(listing.splits[split]) for split in by_split)
         examples = [name for names in by_split.values() for name in names][:3]
         shown = printable(", ".join(examples)) + ("…" if count > 3 else "")
-        hint = "; the folder that the names begin in is --data.root FOLDER" if count == total else ""
+        # close names say more than that the root may be another
+        is_root = count == total and "perhaps you meant" not in reason
+        hint = "; the folder that the names begin in is --data.root FOLDER" if is_root else ""
         if "\\" in examples[0] and folders.find(examples[0].replace("\\", "/")) is not None:
             hint = "; separate folders by / in place of \\"
         listing.errors.append(
@@ -116,7 +119,9 @@ def _check_repeated(listing: Listing) -> None:
         if len(kept) < len(entries):
             repeated = len(entries) - len(kept)
             listing.remarks.append(
-                f"{split}: {repeated:,} entries name a file that is listed already, and are left out"
+                f"{split}: 1 entry names a file that is listed already, and is left out"
+                if repeated == 1
+                else f"{split}: {repeated:,} entries name a file that is listed already, and are left out"
             )
             listing.splits[split] = entries.at(torch.tensor(kept, dtype=torch.int64))
     for (first, second), names in across.items():

@@ -12,12 +12,14 @@ from typing import Literal
 import torch
 
 from longtail.data.image_io import is_image_name
+from longtail.data.listing.tables import UNLABELLED
 from longtail.data.listing.types import SPLIT_ALIASES, SPLITS, Entries, Listing, split_of
 from longtail.data.paths import nfc, printable
 from longtail.errors import LongtailError, did_you_mean
 from longtail.run_folder import is_written
 
 _SHOWN = 3  # names in a message
+_OF_SYSTEMS = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})  # the last is in archives that macOS made
 
 
 def read_folder(root: Path, *, class_depth: int | None = None, skip_empty: bool = False) -> Listing:
@@ -42,6 +44,7 @@ def read_folder(root: Path, *, class_depth: int | None = None, skip_empty: bool 
     for entry in _scan(root):
         if split_of(entry.name) is None and not _is(entry, "dir") and not _is(entry, "file"):
             reader.errors.append(_not_a_folder(root, entry, "images"))
+    reader.remark_on_parquet(root)
     contents = {split: (f"{folder}/", reader.class_files(root / folder)) for split, folder in splits.items()}
     beside = [
         entry.name for entry in _scan(root) if _is(entry, "dir") and split_of(entry.name) is None
@@ -134,17 +137,35 @@ class _Reader:
                 self.errors.append(_not_a_folder(root, entry, "a class"))
         if not folders:
             instead = f"{len(loose)} images without one" if loose else "no images"
-            raise LongtailError(f"{root}: expected a sub-folder with images for each class, found {instead}")
+            unlabelled = f"; {UNLABELLED}" if loose and split_of(root.name) == "test" else ""
+            raise LongtailError(
+                f"{printable(root)}: expected a sub-folder with images for each class, found {instead}{unlabelled}"
+            )
         if loose:
             self.remarks.append(
-                f"{printable(root)}: {len(loose):,} images beside the class folders belong to no class, and are left "
-                f"out ({_shown(loose)})"
+                f"{printable(root)}: "
+                + _number(
+                    len(loose),
+                    "image beside the class folders belongs to no class, and is",
+                    "images beside the class folders belong to no class, and are",
+                )
+                + f" left out ({_shown(loose)})"
             )
+        self.remark_on_parquet(root)
         for entry in folders:
             self._walk(root, entry.name, files, empty, {_identity(root)})
         # a class may have several folders (two spellings, or class_depth), of which one has images
         self.empty |= {name: place for name, place in empty.items() if name not in files}
         return files
+
+    def remark_on_parquet(self, folder: Path) -> None:
+        """Say that a table in Parquet's format is not read, which would be a set if there were no class folders."""
+        tables = sorted(entry.name for entry in _scan(folder) if entry.name.lower().endswith(".parquet"))
+        if tables:
+            self.remarks.append(
+                f"{printable(folder)}: {_shown(tables)} beside class folders with images is not read; a set of Parquet "
+                "files is read with --data.source hub"
+            )
 
     def _walk(self, root: Path, path: str, files: _Files, empty: dict[str, str], above: set[tuple[int, int]]) -> None:
         """Add the images of a class folder and of those below it; ``path`` leads to it from ``root``."""
@@ -199,18 +220,23 @@ class _Reader:
         self._report_empty()
         if self.written:
             self.remarks.append(
-                f"{printable(root)}: {len(self.written)} folders of runs are no classes, and are left out "
-                f"({_shown(sorted(self.written))})"
+                f"{printable(root)}: "
+                + _number(
+                    len(self.written), "folder of runs is no class, and is", "folders of runs are no classes, and are"
+                )
+                + f" left out ({_shown(sorted(self.written))})"
             )
         if beside:
             self.remarks.append(
-                f"{printable(root)}: {len(beside)} folders beside the splits are not used ({_shown(sorted(beside))})"
+                f"{printable(root)}: "
+                + _number(len(beside), "folder beside the splits is", "folders beside the splits are")
+                + f" not used ({_shown(sorted(beside))})"
             )
         inner = [name for name in names if any(other.startswith(f"{name}/") for other in names)]
         if inner:
             self.remarks.append(
-                f"{len(inner)} classes have others below them ({_shown(inner)}); --data.class_depth 1 makes each of "
-                "them one class"
+                _number(len(inner), "class has others below it", "classes have others below them")
+                + f" ({_shown(inner)}); --data.class_depth 1 makes each of them one class"
             )
         if not names and not self.errors:
             raise LongtailError(f"{root}: expected a sub-folder with images for each class, found no images")
@@ -220,7 +246,10 @@ class _Reader:
         if self.skip_empty:
             if self.empty:
                 self.remarks.append(
-                    f"{len(self.empty)} class folders have no images, and are left out ({_shown(sorted(self.empty))})"
+                    _number(
+                        len(self.empty), "class folder has no images, and is", "class folders have no images, and are"
+                    )
+                    + f" left out ({_shown(sorted(self.empty))})"
                 )
             return
         for name, place in self.empty.items():
@@ -263,6 +292,10 @@ def _shown(names: Sequence[str]) -> str:
     return printable(", ".join(names[:_SHOWN])) + ("…" if len(names) > _SHOWN else "")
 
 
+def _number(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
+
+
 def _identity(folder: Path) -> tuple[int, int]:
     """Return what tells a folder from all others, whatever links lead to it."""
     status = folder.stat()
@@ -277,13 +310,9 @@ def _is(entry: os.DirEntry[str], kind: Literal["dir", "file"]) -> bool:
 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield what is in a folder, without hidden files and Windows' thumbnails."""
+    """Yield what is in a folder, without hidden files and what operating systems add."""
     try:
         with os.scandir(folder) as entries:
-            yield from (
-                entry
-                for entry in entries
-                if not entry.name.startswith(".") and entry.name not in {"Thumbs.db", "desktop.ini"}
-            )
+            yield from (entry for entry in entries if not entry.name.startswith(".") and entry.name not in _OF_SYSTEMS)
     except OSError as error:
         raise LongtailError(f"{printable(folder)}: cannot be read: {error.strerror}") from None

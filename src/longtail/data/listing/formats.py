@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -173,7 +174,8 @@ def read_splits(
     for split in sorted(sources, key=lambda split: split != "train"):
         path = sources[split]
         if path.suffix.lower() in {".csv", ".tsv", ".parquet"}:
-            tables[split] = _decode_table(read_table(path, image_column, label_column, split_column), root, remarks)
+            table = read_table(path, image_column, label_column, split_column, split)
+            tables[split] = _decode_table(table, root, remarks)
         elif path.suffix.lower() == ".json":
             files, labels, category_names, order = read_annotations(path, category_ids, remarks)
             if category_ids is None:
@@ -212,6 +214,12 @@ def read_splits(
     if names is None:
         names = class_names_of_labels(classes, remarks) or names_by_folder(entries["train"], len(classes))
     if set(entries) == {"train"}:
+        remarks += [
+            f"{printable(table.path)}: column '{printable(table.split_column or '')}' has train alone: there are no "
+            "test images of its own; training holds some out (data.test_fraction), or name others: --data.test TABLE"
+            for table in tables.values()
+            if table.splits is not None
+        ]
         entries = {"all": entries["train"]}
     splits = {split: entries[split] for split in ("all", *SPLITS) if split in entries}
     return Listing(root, splits, names, remarks=remarks)
@@ -240,7 +248,7 @@ def _decode_table(table: Table, root: Path, remarks: list[str]) -> Table:
     texts = _decode(table.path, root, [*table.files, *table.labels], remarks, paths=len(table.files))
     count = len(table.files)
     labels = [nfc(label) for label in texts[count:]]
-    return Table(table.path, texts[:count], labels, table.label_column, table.splits, table.remarks)
+    return dataclasses.replace(table, files=texts[:count], labels=labels)
 
 
 def _decode(path: Path, root: Path, texts: list[str], remarks: list[str], paths: int | None = None) -> list[str]:
@@ -266,7 +274,7 @@ def _by_split(table: Table, labels: Sequence[Any]) -> dict[str, tuple[list[str],
     """Return the rows of a table by the values in its column of splits."""
     rows: dict[str, tuple[list[str], list[Any]]] = {}
     assert table.splits is not None
-    splits = parse_splits(table.splits, printable(table.path))
+    splits = parse_splits(table.splits, printable(table.path), table.lines)
     for split, file, label in zip(splits, table.files, labels, strict=True):
         files, chosen = rows.setdefault(split, ([], []))
         files.append(file)

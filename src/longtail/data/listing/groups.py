@@ -6,7 +6,7 @@ import math
 import posixpath
 from pathlib import Path
 
-from longtail.data.listing.tables import IMAGE_COLUMNS, pick_column, read_columns
+from longtail.data.listing.tables import IMAGE_COLUMNS, pick_column, read_columns, row_name
 from longtail.data.paths import nfc, printable
 from longtail.data.text import from_latin1, is_undecoded
 from longtail.errors import LongtailError
@@ -23,7 +23,7 @@ def read_groups(path: Path, image_column: str | None, group_column: str) -> tupl
     Raises:
         LongtailError: a column is missing, the column is that of the paths, or an image is in two groups.
     """
-    columns, where = read_columns(path, []), printable(path)
+    (columns, lines), where = read_columns(path, []), printable(path)
     image = pick_column(columns, image_column, IMAGE_COLUMNS, where, "image")
     try:
         name = pick_column(columns, group_column, (), where, "group")
@@ -33,13 +33,13 @@ def read_groups(path: Path, image_column: str | None, group_column: str) -> tupl
     if name == image:
         raise LongtailError(f"--groups {group_column}: expected the column of groups, this one of {where} holds paths")
     groups: dict[str, str] = {}
-    for row, (file, value) in enumerate(zip(columns[image], columns[name], strict=True), start=1):
+    for index, (file, value) in enumerate(zip(columns[image], columns[name], strict=True)):
         missing = value is None or (isinstance(value, float) and math.isnan(value))
         group, key = "" if missing else str(value).strip(), path_key(str(file))
         if groups.setdefault(key, group) != group:
             raise LongtailError(
-                f"{where}, row {row}: {printable(str(file))} is in the group '{printable(group)}', but in "
-                f"'{printable(groups[key])}' in a row above; correct one"
+                f"{where}, {row_name(index, lines)}: {printable(str(file))} is in the group '{printable(group)}', but "
+                f"in '{printable(groups[key])}' in a row above; correct one"
             )
     return name, groups
 

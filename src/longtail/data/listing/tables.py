@@ -39,6 +39,10 @@ _WHOLE = re.compile(rf"(0|[1-9]\d{{,{MOST_DIGITS - 1}}})(\.0*|,0{{0,2}})?", re.A
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d*)?|[+-]?[.,]\d+|[+-]?inf(inity)?", re.ASCII | re.IGNORECASE)
 
 
+UNLABELLED = "images without labels cannot be tested on: move them out, and use longtail predict RUN FOLDER"
+"""What to do about test images that a competition publishes without labels."""
+
+
 class LabelColumn(NamedTuple):
     """A column of labels."""
 
@@ -47,6 +51,8 @@ class LabelColumn(NamedTuple):
     name: str
     texts: Sequence[str]
     """(N,) labels as text."""
+    lines: Sequence[int] | None = None
+    """(N,) line of each row, see :func:`row_name`."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,23 @@ class Table:
     """(N,) values of the column of splits, where there is one."""
     remarks: list[str]
     """What was guessed, and which columns are not used although they look as if they should be."""
+    split_column: str | None = None
+    lines: Sequence[int] | None = None
+    """(N,) line of each row, see :func:`row_name`."""
 
     @property
     def label_texts(self) -> LabelColumn:
         """The labels with their place."""
-        return LabelColumn(printable(self.path), self.label_column, self.labels)
+        return LabelColumn(printable(self.path), self.label_column, self.labels, self.lines)
 
 
-def read_table(path: Path, image_column: str | None, label_column: str | None, split_column: str | None) -> Table:
+def read_table(
+    path: Path,
+    image_column: str | None,
+    label_column: str | None,
+    split_column: str | None,
+    split_name: str = "train",
+) -> Table:
     """Read a CSV, TSV or Parquet table of one row per image.
 
     The separator of a text table is found out. Columns are found by name without regard to case.
@@ -80,12 +95,13 @@ def read_table(path: Path, image_column: str | None, label_column: str | None, s
         image_column: column of paths; looked for under its usual names if not given.
         label_column: column of labels or class names; looked for under its usual names if not given.
         split_column: column of splits; looked for under its usual names if not given.
+        split_name: of what the table is, where it has no such column.
 
     Raises:
         LongtailError: a column is missing (the message lists those there are), or a path, label or split is empty.
     """
     remarks: list[str] = []
-    columns = read_columns(path, remarks)
+    columns, lines = read_columns(path, remarks)
     where = printable(path)
     image = pick_column(columns, image_column, IMAGE_COLUMNS, where, "image")
     label = pick_column(columns, label_column, LABEL_COLUMNS, where, "label")
@@ -98,10 +114,17 @@ def read_table(path: Path, image_column: str | None, label_column: str | None, s
         )
     if not columns[image]:
         raise LongtailError(f"{printable(path)}: has no rows")
-    files = column_texts(columns[image], where, image, "a path")
-    labels = column_texts(columns[label], where, label, "a label")
-    splits = None if split is None else column_texts(columns[split], where, split, "train, val or test")
-    return Table(path, files, [nfc(text.strip()) for text in labels], label, splits, remarks)
+    files = column_texts(columns[image], where, image, "a path", lines)
+    splits = None if split is None else column_texts(columns[split], where, split, "train, val or test", lines)
+    try:
+        labels = column_texts(columns[label], where, label, "a label", lines)
+    except LongtailError as error:
+        names = [split_name] * len(files) if splits is None else [split_of(value) for value in splits]
+        tested = [_is_missing(value) for value, name in zip(columns[label], names, strict=True) if name == "test"]
+        if tested and all(tested):
+            raise LongtailError(f"{error}; {UNLABELLED}") from None
+        raise
+    return Table(path, files, [nfc(text.strip()) for text in labels], label, splits, remarks, split, lines)
 
 
 def parse_labels(columns: Sequence[LabelColumn]) -> list[list[int] | list[str]]:
@@ -120,40 +143,60 @@ def parse_labels(columns: Sequence[LabelColumn]) -> list[list[int] | list[str]]:
         if len(numbers) == len(distinct):
             return [[numbers[text] for text in column.texts] for column in columns]
         if all(text in numbers or (_NUMBER.fullmatch(text) and not re.match(r"[+-]?0\d", text)) for text in distinct):
-            column, row, text = next(
-                (column, row, text)
+            column, index, text = next(
+                (column, index, text)
                 for column in columns
-                for row, text in enumerate(column.texts, start=1)
+                for index, text in enumerate(column.texts)
                 if text not in numbers
             )
             raise LongtailError(
-                f"{column.where}, row {row}: column '{column.name}' holds '{text:.80}', expected a whole number of at "
-                "least 0 or a class name; correct it, or remove the row"
+                f"{column.where}, {row_name(index, column.lines)}: column '{column.name}' holds '{text:.80}', expected "
+                "a whole number of at least 0 or a class name; correct it, or remove the row"
             )
     return [list(column.texts) for column in columns]
 
 
-def parse_splits(values: Sequence[str], where: str) -> list[str]:
+def row_name(index: int, lines: Sequence[int] | None) -> str:
+    """Return how a message names a row of a table: by its line in the file, as an editor shows it, where it has one.
+
+    >>> row_name(0, [2, 4]), row_name(0, None)
+    ('line 2', 'row 1')
+
+    Args:
+        index: of the row, from 0.
+        lines: (N,) line of each row, from 1; None for a table that is no text.
+    """
+    return f"row {index + 1}" if lines is None else f"line {lines[index]}"
+
+
+def parse_splits(values: Sequence[str], where: str, lines: Sequence[int] | None = None) -> list[str]:
     """Return which of train, val and test each value of a column of splits stands for.
+
+    Args:
+        values: (N,) values.
+        where: the table, for messages.
+        lines: (N,) see :func:`row_name`.
 
     Raises:
         LongtailError: none of them; the message names the row.
     """
     splits = {value: split_of(value) for value in values}
     parsed = []
-    for row, value in enumerate(values, start=1):
+    for index, value in enumerate(values):
         split = splits[value]
         if split is None:
             known = ", ".join(name for aliases in SPLIT_ALIASES.values() for name in aliases)
             raise LongtailError(
-                f"{where}, row {row}: split '{printable(value)}' is not known: expected train, val or test (in any "
-                f"case; understood are {known})"
+                f"{where}, {row_name(index, lines)}: split '{printable(value)}' is not known: expected train, val or "
+                f"test (in any case; understood are {known})"
             )
         parsed.append(split)
     return parsed
 
 
-def column_texts(values: Sequence[Any], where: str, column: str, expected: str) -> list[str]:
+def column_texts(
+    values: Sequence[Any], where: str, column: str, expected: str, lines: Sequence[int] | None = None
+) -> list[str]:
     """Return the values of a column as text; a whole number is written as such, whatever its type.
 
     Args:
@@ -161,44 +204,52 @@ def column_texts(values: Sequence[Any], where: str, column: str, expected: str) 
         where: the table, for messages.
         column: its name.
         expected: what it holds, for messages.
+        lines: (N,) see :func:`row_name`.
 
     Raises:
         LongtailError: a value is missing.
     """
     texts = []
-    for row, value in enumerate(values, start=1):
-        missing = value is None or (isinstance(value, float) and math.isnan(value))
+    for index, value in enumerate(values):
+        missing = _is_missing(value)
         if isinstance(value, bool):
             value = int(value)
         text = str(int(value)) if isinstance(value, float) and not missing and value.is_integer() else str(value)
         # what longtail split writes are names, and one may be nan
         is_nan = text.strip().casefold() == "nan" and _key(column) != "class_name"
-        if missing or not text.strip() or is_nan:
-            shown = "nothing" if missing or not text.strip() else f"'{text}'"
+        if missing or is_nan:
+            shown = "nothing" if missing else f"'{text}'"
             raise LongtailError(
-                f"{where}, row {row}: column '{column}' holds {shown}, expected {expected}; add it, or remove the row"
+                f"{where}, {row_name(index, lines)}: column '{column}' holds {shown}, expected {expected}; add "
+                "it, or remove the row"
             )
         texts.append(text)
     return texts
 
 
-def read_columns(path: Path, remarks: list[str]) -> Mapping[str, Sequence[Any]]:
-    """Return the values of a table by column; what was guessed is added to ``remarks``.
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+
+
+def read_columns(path: Path, remarks: list[str]) -> tuple[Mapping[str, Sequence[Any]], list[int] | None]:
+    """Return the values of a table by column, and the line of each row, None for a table that is no text.
+
+    What was guessed is added to ``remarks``.
 
     Raises:
         LongtailError: it cannot be read, is empty, or its rows differ in length.
     """
     if path.suffix.lower() == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path), None
     text = read_text(path)
     declared = re.match(r"sep=(.)\r?\n", text, re.IGNORECASE)  # as Excel writes it
     if declared is not None:
-        text, delimiter = text[declared.end() :], declared[1]
+        text, delimiter, above = text[declared.end() :], declared[1], 1
     else:
-        delimiter = _find_separator(text, path, remarks)
+        delimiter, above = _find_separator(text, path, remarks), 0
     # strict: a quotation mark that is never closed would make one value of all the rows after it
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    start = 1  # line of the row that is read
+    start = above + 1  # line where the row that is read begins
     try:
         header = [name.strip() for name in next(rows, [])]
         header = [from_latin1(name) if is_undecoded(name) else name for name in header]
@@ -208,15 +259,15 @@ def read_columns(path: Path, remarks: list[str]) -> Mapping[str, Sequence[Any]]:
         if repeated is not None:
             raise LongtailError(f"{printable(path)}: two columns are called '{repeated}'; rename one")
         table: dict[str, list[Any]] = {name: [] for name in header if name}
-        start = rows.line_num + 1
+        lines: list[int] = []
+        start = above + rows.line_num + 1
         for row in rows:
-            start = rows.line_num + 1
+            line, start = start, above + rows.line_num + 1
             if not any(row):
                 continue
             if len(row) != len(header):
-                raise LongtailError(
-                    f"{printable(path)}, line {rows.line_num}: expected {len(header)} columns, got {len(row)}"
-                )
+                raise LongtailError(f"{printable(path)}, line {line}: expected {len(header)} columns, got {len(row)}")
+            lines.append(line)
             for name, value in zip(header, row, strict=True):
                 if name:
                     table[name].append(value)
@@ -225,7 +276,7 @@ def read_columns(path: Path, remarks: list[str]) -> Mapping[str, Sequence[Any]]:
             f"{printable(path)}, line {start}: cannot be read as a table: {error}; a quotation mark within a value is "
             "doubled, and the value quoted"
         ) from None
-    return table
+    return table, lines
 
 
 def _find_separator(text: str, path: Path, remarks: list[str]) -> str:
@@ -300,7 +351,7 @@ def pick_column(columns: Iterable[str], wanted: str | None, usual: Sequence[str]
     name = next((name for key in usual for name in columns if _key(name) == key), None)
     if name is None:
         raise LongtailError(
-            f"{where}: which column holds the {what}? Name it with data.{what}_column; there are: {existing}"
+            f"{where}: which column holds the {what}? Name it with --data.{what}_column NAME; there are: {existing}"
         )
     return name
 

@@ -6,9 +6,10 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.image_io import read_size
 from longtail.data.images import ArrayImages, CopiedImages, FileImages, Images
-from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile
+from longtail.data.imbalance import long_tailed, permuted_by_class, remarks_on_tail, resolve_profile
 from longtail.data.listing import Entries, Listing
 from longtail.data.row_store import RowStore, RowStoreError, cache_folder, content_hash
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
@@ -76,8 +77,7 @@ def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedDa
         unreadable = Unreadable(config, unreadable.total)
         sets = {name: _open(listing, name, entries, policy, unreadable) for name, entries in splits.items()}
     unreadable.check(remarks)
-    if unreadable.found:
-        check_smallest_class(sets["train"].labels, listing.class_names, f"below {listing.root}", config.min_images)
+    check_readable_classes(listing, splits["train"], dict(unreadable.found), config.min_images)
     return LongTailedData(
         train=sets["train"],
         val=sets.get("val"),
@@ -90,6 +90,26 @@ def data_from_listing(listing: Listing, config: Data, seed: int) -> LongTailedDa
         remarks=tuple(remarks),
         unreadable=tuple(unreadable.found),
     )
+
+
+def check_readable_classes(listing: Listing, train: Entries, unreadable: Mapping[str, str], min_images: int) -> None:
+    """Raise LongtailError if a class has too few training images that can be read; the message names the first file.
+
+    Args:
+        listing: class names and root.
+        train: the training images.
+        unreadable: reasons, which name the file, by path below the root; of images of any split.
+        min_images: the setting ``data.min_images``.
+    """
+    if not unreadable:
+        return
+    kept = torch.tensor([name not in unreadable for name in train.names])
+    lost = [
+        (label, unreadable[name])
+        for name, label in zip(train.names, train.labels.tolist(), strict=True)
+        if name in unreadable
+    ]
+    check_smallest_class(train.labels[kept], listing.class_names, f"below {listing.root}", min_images, lost)
 
 
 def split_listing(listing: Listing, config: Data, seed: int, remarks: list[str]) -> dict[str, Entries]:
@@ -110,35 +130,57 @@ def split_listing(listing: Listing, config: Data, seed: int, remarks: list[str])
     splits = dict(listing.splits)
     test, val = held_out_fractions(splits, config, remarks)
     if "all" in splits or test or val:
-        splits = _hold_out(splits, listing, test, val, seed, remarks)
-    splits["train"] = _make_long_tailed(splits["train"], names, config, seed)
+        splits = _hold_out(splits, listing, config, test, val, seed, remarks)
+    splits["train"] = _make_long_tailed(splits["train"], names, config, seed, remarks)
     check_smallest_class(splits["train"].labels, names, f"below {listing.root}", config.min_images)
     return splits
 
 
 def _hold_out(
-    splits: dict[str, Entries], listing: Listing, test: float, val: float, seed: int, remarks: list[str]
+    splits: dict[str, Entries],
+    listing: Listing,
+    config: Data,
+    test: float,
+    val: float,
+    seed: int,
+    remarks: list[str],
 ) -> dict[str, Entries]:
     """Hold out a test split, where there is none, and a validation split, where one is asked for and there is none."""
     whole = splits.pop("all") if "all" in splits else splits.pop("train")
     counts = torch.bincount(whole.labels, minlength=len(listing.class_names)).tolist()
     single = next((index for index, count in enumerate(counts) if count < 2), None)
     if single is not None and test > 0:
+        own_test = "a test split (a folder test beside train, or a table: --data.test TABLE)"
+        if max(counts) < 2:
+            raise LongtailError(
+                f"{listing.root}: there are no test images, and no class has a second image that could be one; add "
+                f"images to some of the classes, or {own_test}"
+            )
+        way = f"or give {own_test}"
+        if "all" in listing.splits:  # which longtail split takes
+            root = f" --data.root {shlex.quote(str(listing.root))}"
+            data = shlex.quote(str(listing.root)) if config.train is None else shlex.quote(config.train) + root
+            way = (
+                f"or train on it without a test image: longtail split {data} --val 0 --out split.csv, then longtail "
+                f"train split.csv{root}"
+            )
         raise LongtailError(
             f"class '{listing.class_names[single]}' has {counts[single]} image{'s' * (counts[single] != 1)} "
             f"below {listing.root}: at least 2 are expected, one to train on and one to test on; add images, remove "
-            "the class, or train on it without a test image: longtail split, then longtail train on its table"
+            f"the class, {way}"
         )
     parts = hold_out(whole.labels, listing.class_names, test, val, seed, remarks)
     return {**splits, **{name: whole.at(positions) for name, positions in parts.items()}}
 
 
-def _make_long_tailed(entries: Entries, names: Sequence[str], config: Data, seed: int) -> Entries:
+def _make_long_tailed(entries: Entries, names: Sequence[str], config: Data, seed: int, remarks: list[str]) -> Entries:
     profile = resolve_profile(config.profile, balanced=False)
     if profile == "natural":
         return entries
     order = permuted_by_class(entries.labels, len(names), seed)
-    return entries.at(long_tailed(order, names, profile, config.imbalance, config.class_order, seed))
+    kept = entries.at(long_tailed(order, names, profile, config.imbalance, config.class_order, seed))
+    remarks += remarks_on_tail(order, kept.labels, names, profile, config.imbalance, config.class_order, seed)
+    return kept
 
 
 def _short_sides(root: Path, names: Sequence[str]) -> list[int]:

@@ -59,21 +59,32 @@ def remark_on_short_classes(names: Sequence[str]) -> str:
     return f"{classes} too few images for every split ({shown})"
 
 
-def check_smallest_class(labels: Tensor, class_names: Sequence[str], where: str, min_images: int) -> None:
+def check_smallest_class(
+    labels: Tensor,
+    class_names: Sequence[str],
+    where: str,
+    min_images: int,
+    unreadable: Sequence[tuple[int, str]] = (),
+) -> None:
     """Raise LongtailError if a class has fewer training images than ``min_images``.
 
     Args:
-        labels: (N,) int64 classes of the training images.
+        labels: (N,) int64 classes of the training images, without those that cannot be read.
         class_names: of the C classes.
         where: the images are, for the message: «below FOLDER», «in data.name 'NAME'».
         min_images: the setting ``data.min_images``.
+        unreadable: class and reason of each training image that cannot be read; the reason names the file.
     """
     counts = torch.bincount(labels, minlength=len(class_names))
     index = int(counts.argmin())
     count = int(counts[index])
     if count < min_images:
         expected = f"{min_images} are" if min_images > 1 else "1 is"
+        reasons = [reason for label, reason in unreadable if label == index]
+        readable, cause = " that can be read" * bool(reasons), ""
+        if reasons:
+            cause = f"; {len(reasons)} cannot be read: {reasons[0]}{' …' * (len(reasons) > 1)}"
         raise LongtailError(
-            f"class '{class_names[index]}' has {count} training image{'s' * (count != 1)} {where}: at least {expected} "
-            "expected (data.min_images); add images or remove the class"
+            f"class '{class_names[index]}' has {count} training image{'s' * (count != 1)}{readable} {where}: at least "
+            f"{expected} expected (data.min_images); add images or remove the class{cause}"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.images import ArrayImages, EncodedImages
-from longtail.data.imbalance import long_tailed, permuted_by_class, resolve_profile
+from longtail.data.imbalance import long_tailed, permuted_by_class, remarks_on_tail, resolve_profile
 from longtail.data.listing import SPLITS, validation_is_test
 from longtail.data.listing.tables import IMAGE_COLUMNS, LABEL_COLUMNS
 from longtail.data.size_policy import SAMPLE, SizePolicy, choose_size
@@ -72,6 +72,7 @@ def load_hub(config: Data, seed: int) -> LongTailedData:
     profile = resolve_profile(config.profile, balanced=False)
     kept = long_tailed(order, names, profile, config.imbalance, config.class_order, seed)
     parts["train"] = parts["train"].at(kept)
+    remarks += remarks_on_tail(order, parts["train"].labels, names, profile, config.imbalance, config.class_order, seed)
     check_smallest_class(parts["train"].labels, names, f"in {where}", config.min_images)
     policy = choose_size(
         config,
@@ -83,7 +84,10 @@ def load_hub(config: Data, seed: int) -> LongTailedData:
     unreadable.check(remarks)
     lost = torch.nonzero(torch.bincount(sets["train"].labels, minlength=len(names)) == 0).flatten().tolist()
     if lost:
-        raise LongtailError(f"{where}: the class '{names[lost[0]]}' has no training image that can be read")
+        raise LongtailError(
+            f"{where}: the class '{names[lost[0]]}' has no training image that can be read; {len(unreadable.found)} "
+            f"images cannot be read, the first: {unreadable.found[0][1]}"
+        )
     return LongTailedData(
         train=sets["train"],
         val=sets.get("val"),

@@ -52,6 +52,8 @@ CAMVID_CLASSES = (
 )
 """The eleven classes of CamVid (Brostow et al., 2008; Badrinarayanan et al., 2017)."""
 
+_PNG_SIGNATURE, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # and where the bits of a value are, in the header
+
 Labels = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -154,9 +156,19 @@ def _mask_values(image: Image.Image, path: Path, ignore_value: int | None) -> La
             f"{path}: has {len(image.getbands())} channels ({image.mode}), expected one: the number of its class"
         )
     values = np.array(image).astype(np.int32)
+    if image.mode == "L":
+        values //= _grey_step(path)
     if ignore_value is not None:
         values[values == ignore_value] = 0
     return values
+
+
+def _grey_step(path: Path) -> int:
+    """Return what Pillow multiplies grey values of a PNG file of 2 or 4 bits by, so that they fill 8 bits; else 1."""
+    with path.open("rb") as file:
+        header = file.read(_PNG_DEPTH + 1)
+    depth = header[_PNG_DEPTH] if header.startswith(_PNG_SIGNATURE) and len(header) > _PNG_DEPTH else 8
+    return 255 // (2**depth - 1) if depth < 8 else 1
 
 
 def load_segmentation(
@@ -173,17 +185,7 @@ def load_segmentation(
         LongtailError: a mask or an image is missing, more of them cannot be read than the settings accept, their sizes
             differ, a mask has an unknown value, there are fewer than two classes, or one has no training pixel.
     """
-    if config.root is None:
-        raise LongtailError(
-            f"data.root is missing: which folder holds images/ and annotations/ of {config.source}? "
-            "(--data.root FOLDER)"
-        )
-    if config.profile not in {"auto", "natural"}:
-        raise LongtailError(
-            f"data.profile {config.profile}: is not supported for images with masks, which have several classes; "
-            "use natural"
-        )
-    root = find_path(Path(config.root))
+    root = _checked_root(config)
     folders = {kind: _split_folders(root / kind) for kind in ("images", "annotations")}
     pairs = {split: _pairs(root, split, folders) for split in SPLITS}
     if not pairs["train"]:
@@ -198,14 +200,8 @@ def load_segmentation(
     names = _class_names(root, default_names)
     unreadable = Unreadable(config, sum(map(len, pairs.values())))
     pairs, counted = _count_readable(root, pairs, names, config.ignore_value, test, unreadable)
-    width = max(masks.counts.shape[1] for masks in counted.values())
     if names is None:
-        names = tuple(f"class {number}" for number in range(1, width))
-        if len(names) < 2:
-            raise LongtailError(
-                f"{root / 'annotations'}: expected the numbers of at least two classes in the masks, found "
-                f"{len(names)}; 0 means unlabelled, so classes, the background too, are numbered from 1"
-            )
+        names = _numbered_names(root, max(masks.counts.shape[1] for masks in counted.values()) - 1)
     remarks = [remark for split in pairs for remark in _unlabelled_remarks(root, pairs[split], counted[split])]
     if config.val_fraction > 0:
         remarks.append("data.val_fraction is not used: masks have the splits of their folders")
@@ -219,14 +215,7 @@ def load_segmentation(
     train = counted["train"].counts[:, 1:]
     train = torch.nn.functional.pad(train, (0, len(names) - train.shape[1]))
     totals = train.sum(dim=0)
-    unseen = next((index for index, count in enumerate(totals.tolist()) if count == 0), None)
-    if unseen is not None:
-        place = root / "annotations" / folders["annotations"]["train"]
-        raise LongtailError(
-            f"{place}: class '{names[unseen]}' (value {unseen + 1}) has no pixel there; add images of it, or give its "
-            "number to another class in classes.txt and the masks; --data.ignore_value leaves out a value, such as "
-            "255, of pixels that are not labelled"
-        )
+    _check_every_class(totals, names, root / "annotations" / folders["annotations"]["train"])
     present = train > 0
     shares = present.double() / present.sum(dim=1, keepdim=True).clamp(min=1)
     rarest = torch.where(present, totals, torch.iinfo(torch.int64).max).argmin(dim=1)
@@ -253,6 +242,42 @@ def load_segmentation(
         draw_counts=tuple(int(value) for value in (1000 * shares.sum(dim=0)).round().clamp(min=1).tolist()),
         size=size,
     )
+
+
+def _checked_root(config: Data) -> Path:
+    """Return the folder that the settings name; raise LongtailError if they do not, or are not for masks."""
+    if config.root is None:
+        raise LongtailError(
+            f"data.root is missing: which folder holds images/ and annotations/ of {config.source}? "
+            "(--data.root FOLDER)"
+        )
+    if config.profile not in {"auto", "natural"}:
+        raise LongtailError(
+            f"data.profile {config.profile}: is not supported for images with masks, which have several classes; "
+            "use natural"
+        )
+    return find_path(Path(config.root))
+
+
+def _numbered_names(root: Path, count: int) -> tuple[str, ...]:
+    """Return names of the classes 1 to ``count``, the largest value of any mask; raise LongtailError if it is 1."""
+    if count < 2:
+        raise LongtailError(
+            f"{root / 'annotations'}: expected the numbers of at least two classes in the masks, found {count}; 0 "
+            "means unlabelled, so classes, the background too, are numbered from 1"
+        )
+    return tuple(f"class {number}" for number in range(1, count + 1))
+
+
+def _check_every_class(totals: Tensor, names: tuple[str, ...], folder: Path) -> None:
+    """Raise LongtailError if a class has no pixel in the training masks, of which ``totals`` (C,) are counted."""
+    unseen = next((index for index, count in enumerate(totals.tolist()) if count == 0), None)
+    if unseen is not None:
+        raise LongtailError(
+            f"{folder}: class '{names[unseen]}' (value {unseen + 1}) has no pixel there; add images of it, or give its "
+            "number to another class in classes.txt and the masks; --data.ignore_value leaves out a value, such as "
+            "255, of pixels that are not labelled"
+        )
 
 
 def _class_names(root: Path, default_names: Callable[[Path], tuple[str, ...] | None]) -> tuple[str, ...] | None:

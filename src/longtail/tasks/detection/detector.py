@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from longtail.data.detection import Detections
+from longtail.data.detection import DEFAULT_POST_PROCESSING, Detections, PostProcessing
 from longtail.data.image_io import to_rgb
 from longtail.data.letterbox import boxes_in_image, letterbox, size_in_square
 from longtail.inference.model import Classifier, Prior, TrainedModel
@@ -152,9 +152,7 @@ class Detector(TrainedModel):
     def detect(
         self,
         images: Tensor,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        post_processing: PostProcessing = DEFAULT_POST_PROCESSING,
         prior: Prior = "uniform",
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[Detections]:
@@ -162,10 +160,7 @@ class Detector(TrainedModel):
 
         Args:
             images: see :meth:`preprocess`.
-            score_threshold: smallest probability of a detection.
-            nms_threshold: of two detections of one class that overlap by more, as intersection over union, the less
-                probable one is left out.
-            max_detections: most of an image.
+            post_processing: what of the regions is returned.
             prior: see :meth:`probabilities`.
             sizes: width and height of each image as it is stored: boxes are clipped to the part of the square that the
                 image takes, and those in the padding left out, before suppression and the choice of the best; if not
@@ -174,14 +169,12 @@ class Detector(TrainedModel):
         Raises:
             LongtailError: the prior does not fit.
         """
-        return self.select(self.regions(images), score_threshold, nms_threshold, max_detections, prior, sizes)
+        return self.select(self.regions(images), post_processing, prior, sizes)
 
     def select(
         self,
         regions: RegionScores,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        post_processing: PostProcessing = DEFAULT_POST_PROCESSING,
         prior: Prior = "uniform",
         sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[Detections]:
@@ -189,9 +182,7 @@ class Detector(TrainedModel):
 
         Args:
             regions: of :meth:`regions`.
-            score_threshold: see :meth:`detect`.
-            nms_threshold: see :meth:`detect`.
-            max_detections: see :meth:`detect`.
+            post_processing: see :meth:`detect`.
             prior: see :meth:`probabilities`.
             sizes: see :meth:`detect`.
 
@@ -200,16 +191,12 @@ class Detector(TrainedModel):
         """
         probabilities = self.probabilities(regions.scores, prior)
         shown = None if sizes is None else [size_in_square(size, self.config.image_size) for size in sizes]
-        return select_detections(
-            regions.boxes, probabilities, regions.counts, score_threshold, nms_threshold, max_detections, shown
-        )
+        return select_detections(regions.boxes, probabilities, regions.counts, post_processing, shown)
 
     def find(
         self,
         images: ImageLike | Iterable[ImageLike],
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        post_processing: PostProcessing = DEFAULT_POST_PROCESSING,
         prior: Prior = "uniform",
         batch_size: int = 8,
     ) -> Iterator[Detections]:
@@ -217,9 +204,7 @@ class Detector(TrainedModel):
 
         Args:
             images: files, Pillow images, arrays (H, W, channels) of uint8, or tensors (channels, H, W).
-            score_threshold: see :meth:`detect`.
-            nms_threshold: see :meth:`detect`.
-            max_detections: see :meth:`detect`.
+            post_processing: see :meth:`detect`.
             prior: see :meth:`probabilities`.
             batch_size: images of a pass.
 
@@ -227,7 +212,7 @@ class Detector(TrainedModel):
             LongtailError: a file cannot be read, or the prior does not fit.
         """
         for squares, sizes in self._batches(images, batch_size):
-            found = self.detect(squares, score_threshold, nms_threshold, max_detections, prior, sizes)
+            found = self.detect(squares, post_processing, prior, sizes)
             for size, detections in zip(sizes, found, strict=True):
                 yield self.to_stored(detections, size)
 
@@ -236,9 +221,7 @@ class Detector(TrainedModel):
         self,
         images: ImageLike | Iterable[ImageLike],
         corrections: Sequence[Callable[[Tensor], Tensor] | None],
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        post_processing: PostProcessing = DEFAULT_POST_PROCESSING,
         batch_size: int = 8,
     ) -> Iterator[tuple[Detections, ...]]:
         """Yield what is found in images with each of several corrections of the scores, from one pass of the network.
@@ -246,9 +229,7 @@ class Detector(TrainedModel):
         Args:
             images: see :meth:`find`.
             corrections: of the raw scores, (N, C) or (N, C + 1), in place of removing a prior; None for none.
-            score_threshold: see :meth:`detect`.
-            nms_threshold: see :meth:`detect`.
-            max_detections: see :meth:`detect`.
+            post_processing: see :meth:`detect`.
             batch_size: images of a pass.
 
         Raises:
@@ -262,7 +243,7 @@ class Detector(TrainedModel):
                 else:
                     scores = correct(raw.scores) / self.config.temperature
                 regions = raw._replace(scores=scores)
-                found.append(self.select(regions, score_threshold, nms_threshold, max_detections, sizes=sizes))
+                found.append(self.select(regions, post_processing, sizes=sizes))
             for index, size in enumerate(sizes):
                 yield tuple(self.to_stored(by_image[index], size) for by_image in found)
 
@@ -306,9 +287,7 @@ def select_detections(
     boxes: Tensor,
     probabilities: Tensor,
     counts: Sequence[int],
-    score_threshold: float,
-    nms_threshold: float,
-    max_detections: int,
+    post_processing: PostProcessing = DEFAULT_POST_PROCESSING,
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Detections]:
     """Return the detections of each image: probable classes of regions, without those that another one suppresses.
@@ -317,16 +296,14 @@ def select_detections(
         boxes: (N, 4), image after image.
         probabilities: (N, C).
         counts: regions of each image.
-        score_threshold: see :meth:`Detector.detect`.
-        nms_threshold: see :meth:`Detector.detect`.
-        max_detections: see :meth:`Detector.detect`.
+        post_processing: which of them are returned.
         sizes: width and height of each image, in the pixels of the boxes, which are clipped to it; not clipped if not
             given.
     """
     found = []
     parts = zip(boxes.split(list(counts)), probabilities.split(list(counts)), strict=True)
     for image, (own_boxes, own) in enumerate(parts):
-        is_probable = own > score_threshold
+        is_probable = own > post_processing.score_threshold
         if sizes is not None:
             width, height = sizes[image]
             own_boxes = clip_boxes_to_image(own_boxes, (height, width))
@@ -337,6 +314,7 @@ def select_detections(
             scores, best = scores.topk(MOST_CANDIDATES)
             rows, labels = rows[best], labels[best]
         candidates = own_boxes[rows].float()
-        kept = batched_nms(candidates, scores.float(), labels, nms_threshold)[:max_detections]
+        kept = batched_nms(candidates, scores.float(), labels, post_processing.nms_threshold)
+        kept = kept[: post_processing.max_detections]
         found.append(Detections(candidates[kept], labels[kept], scores[kept].float()))
     return found

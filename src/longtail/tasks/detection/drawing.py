@@ -99,7 +99,7 @@ def _text_height(image: Image.Image, count: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _font(height: int) -> ImageFont.FreeTypeFont:
-    # Matplotlib brings it along; it has Greek, Cyrillic, Arabic and Hebrew letters, which Pillow's own has not
+    # Matplotlib brings it along; it has Greek, Cyrillic, Arabic and Hebrew letters, which Pillow's own does not have
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), height)
 
 

@@ -10,7 +10,7 @@ from longtail.data.detection import AnnotationProblems
 from longtail.data.detection.coco import read_coco
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
-from longtail.evaluation.detection_results import read_results
+from longtail.evaluation.detection_results import have_masks, load_results, read_results
 
 _PRIOR = "as given"
 logger = logging.getLogger(__name__)
@@ -19,7 +19,14 @@ logger = logging.getLogger(__name__)
 def evaluate_results(results: Path, annotations: Path, train_annotations: Path | None) -> dict[str, Any]:
     """Return what ``evaluate --json`` holds, see :meth:`longtail.tasks.base.Task.evaluate_results`."""
     problems = AnnotationProblems()
-    ground_truth = read_coco(annotations, problems, as_written=True)
+    if results.is_dir():
+        raise LongtailError(
+            f"{results}: is a folder; expected a file of results (.json) of the images that --annotations names; a run "
+            "is evaluated on its own test set, without --annotations"
+        )
+    entries = load_results(results)
+    # masks that are not compared may be damaged
+    ground_truth = read_coco(annotations, problems, masks=have_masks(entries), as_written=True)
     # COCO's tools take detections of equal score in the order of the images' ids
     if all(isinstance(image_id, int) for image_id in ground_truth.image_ids):
         ids = ground_truth.image_ids
@@ -35,7 +42,7 @@ def evaluate_results(results: Path, annotations: Path, train_annotations: Path |
         counts, trained = (values[position].tolist() for values in (train.image_counts, train.object_counts))
     for remark in problems.remarks():
         logger.info(remark)
-    detections = read_results(results, ground_truth)
+    detections = read_results(results, ground_truth, entries)
     metrics = detection_metrics(detections, ground_truth, image_counts=counts)
     if ground_truth.masks is not None and any(each.masks is not None for each in detections):
         metrics["masks"] = detection_metrics(detections, ground_truth, image_counts=counts, iou_type="segm")

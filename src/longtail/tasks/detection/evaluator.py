@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from longtail.data.dataset import ImageSet
-from longtail.data.detection import Detections
+from longtail.data.detection import Detections, PostProcessing
 from longtail.data.detection.data import annotations_of, images_of
 from longtail.distributed import gather_objects, rank, world_size
 from longtail.evaluation.detection import RESAMPLES, detection_metrics
-from longtail.evaluation.detection_matches import MAX_DETECTIONS, MAX_DETECTIONS_FEDERATED
+from longtail.evaluation.detection_matches import MAX_DETECTIONS, MAX_DETECTIONS_FEDERATED, SCORE_THRESHOLD
 from longtail.inference.model import Prior
 from longtail.tasks.base import Evaluator, Metrics
 from longtail.tasks.detection.detector import Detector, RegionScores
 from longtail.tasks.detection.examples import error_examples, precision_recall_curves
 
-SCORE_THRESHOLD = 0.001
-"""Lowest score of a detection that is evaluated: average precision asks for all, and rare classes have low scores."""
 _BATCH = 8
 
 
@@ -67,20 +65,15 @@ class DetectionEvaluator(Evaluator):
             if not accuracy_only or name == main
         }
         federated = self.annotations.negatives is not None
-        self.max_detections = MAX_DETECTIONS_FEDERATED if federated else MAX_DETECTIONS
+        most = MAX_DETECTIONS_FEDERATED if federated else MAX_DETECTIONS
+        self.post_processing = PostProcessing(score_threshold=SCORE_THRESHOLD, max_detections=most)
         self.found: dict[str, dict[int, Detections]] = {name: {} for name in self.priors}
         """What was found by this process, by prior and position of the image."""
 
     def update(self, positions: Tensor, scores: FoundRegions, labels: Tensor) -> None:  # noqa: ARG002
         """Add what was found in B images; ``labels`` is not looked at."""
         for name, prior in self.priors.items():
-            found = self.model.select(
-                scores.regions,
-                score_threshold=SCORE_THRESHOLD,
-                max_detections=self.max_detections,
-                prior=prior,
-                sizes=scores.sizes,
-            )
+            found = self.model.select(scores.regions, self.post_processing, prior=prior, sizes=scores.sizes)
             for position, detections, size in zip(positions.tolist(), found, scores.sizes, strict=True):
                 self.found[name][position] = self.model.to_stored(detections, size)
 

@@ -6,6 +6,7 @@ Legend: N regions, K detections, C classes, S side in pixels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image, nms, roi_align
 
 import longtail
+from longtail.data.detection import DEFAULT_POST_PROCESSING
 from longtail.data.image_io import open_image
 from longtail.data.letterbox import FILL
 from longtail.errors import LongtailError
@@ -25,8 +27,6 @@ from longtail.inference.model import Prior
 from longtail.inference.options import TTA
 from longtail.tasks.detection.detector import MOST_CANDIDATES, Detector
 
-SCORE_THRESHOLD, NMS_THRESHOLD, MAX_DETECTIONS = 0.05, 0.5, 100
-"""What is inside the file, as :meth:`Detector.detect` has it if nothing else is said."""
 PARITY = 1e-3
 """Largest difference from PyTorch that an export goes through with: of a score, and of a box as a fraction of S."""
 _EXAMPLES = 3  # images that both are compared on
@@ -56,8 +56,8 @@ class _ExportModule(nn.Module):
         rows, labels = index // classes, index % classes
         boxes = regions.boxes[rows].float()
         # moved apart by class, so that a box suppresses those of its own class alone
-        kept = nms(boxes + (labels * 2 * side)[:, None], scores, NMS_THRESHOLD)
-        kept = kept[scores[kept] > SCORE_THRESHOLD][:MAX_DETECTIONS]
+        kept = nms(boxes + (labels * 2 * side)[:, None], scores, DEFAULT_POST_PROCESSING.nms_threshold)
+        kept = kept[scores[kept] > DEFAULT_POST_PROCESSING.score_threshold][: DEFAULT_POST_PROCESSING.max_detections]
         return boxes[kept], labels[kept], scores[kept]
 
 
@@ -175,9 +175,7 @@ def export_onnx(model: Detector, path: Path, prior: Prior, images: Sequence[Path
         "stored_size": side,
         "fill": FILL,
         "prior": frequencies,
-        "score_threshold": SCORE_THRESHOLD,
-        "nms_threshold": NMS_THRESHOLD,
-        "max_detections": MAX_DETECTIONS,
+        **dataclasses.asdict(DEFAULT_POST_PROCESSING),
     }
     content = serialize(proto, metadata)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -185,10 +183,10 @@ def export_onnx(model: Detector, path: Path, prior: Prior, images: Sequence[Path
     for image in inputs:
         boxes, labels, scores = session.run(None, {"images": image[None].numpy()})
         pixels = image[None].permute(0, 3, 1, 2).float() / 255
-        want = model.detect(pixels, SCORE_THRESHOLD, NMS_THRESHOLD, MAX_DETECTIONS, prior)[0]
+        want = model.detect(pixels, DEFAULT_POST_PROCESSING, prior)[0]
         expected = (want.boxes.numpy(), want.labels.numpy(), want.scores.numpy())
         difference = max(difference, detection_difference((boxes, labels, scores), expected, side))
-        compared += int((want.scores >= SCORE_THRESHOLD + _NEAR).sum())
+        compared += int((want.scores >= DEFAULT_POST_PROCESSING.score_threshold + _NEAR).sum())
     if not difference < PARITY:
         raise LongtailError(
             f"{path}: what the ONNX file finds differs from what PyTorch finds by {difference:.2g}, expected less than "
@@ -216,7 +214,7 @@ def detection_difference(one: Found, other: Found, side: int) -> float:
     largest = 0.0
     for (boxes, labels, scores), (others, other_labels, other_scores) in ((one, other), (other, one)):
         for box, label, score in zip(boxes, labels, scores, strict=True):
-            if score < SCORE_THRESHOLD + _NEAR:
+            if score < DEFAULT_POST_PROCESSING.score_threshold + _NEAR:
                 continue
             same = other_labels == label
             corners = np.abs(others[same] - box).max(axis=1, initial=0.0) / side

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from longtail.data.detection import Detections
+from longtail.data.detection import DEFAULT_POST_PROCESSING, Detections, PostProcessing
 from longtail.data.image_io import open_image, read_or_record, to_rgb
 from longtail.data.palette import class_colors
 from longtail.data.paths import printable
@@ -36,8 +36,6 @@ from longtail.tasks.detection.drawing import draw_detections
 
 RESULTS = "detections.json"
 _ADVICE = "name another --out"
-_MOST = 100  # of an image
-_PAGE_THRESHOLD = 0.05  # of what a web page is sent, which hides a part of it
 
 
 def check_request(prior: str, options: InferenceOptions, coverage: float | None) -> None:
@@ -52,7 +50,7 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
     """Return the objects of image files; write drawings and a result file if a folder is given."""
     check_request(request.prior, request.options, request.coverage)
     threshold = OBJECT_THRESHOLD if request.threshold is None else request.threshold
-    names, most = model.config.class_names, request.top or _MOST
+    names, most = model.config.class_names, request.top or DEFAULT_POST_PROCESSING.max_detections
     classes = dict(zip(model.config.class_ids or range(1, len(names) + 1), names, strict=True))
     earlier = [] if request.out is None else _earlier_results(request.out / RESULTS, files, classes)
     unreadable: dict[Path, str] = {}
@@ -67,7 +65,8 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
     found: list[tuple[Path, Detections, dict[str, Any]]] = []  # with the record of the image
     kept: list[dict[str, Any]] = []
     model.log_prior(request.prior)  # refused before the first image
-    found_in_each = model.find(decoded(), score_threshold=threshold, max_detections=most, prior=request.prior)
+    post_processing = PostProcessing(score_threshold=threshold, max_detections=most)
+    found_in_each = model.find(decoded(), post_processing, request.prior)
     try:
         for each in tqdm(found_in_each, total=len(files), unit="image", disable=not request.progress, leave=False):
             file, image = opened.pop(0)
@@ -95,8 +94,9 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
 
 def find_objects(model: Detector, image: Image.Image, prior: Prior) -> list[dict[str, Any]]:
     """Return the objects of one RGB image with the colours of their classes, for a web page."""
-    unsorted = next(model.find([image], score_threshold=_PAGE_THRESHOLD, max_detections=_MOST, prior=prior))
-    detections = _above(unsorted, _PAGE_THRESHOLD, _MOST)
+    limits = DEFAULT_POST_PROCESSING  # the page hides a part of it
+    unsorted = next(model.find([image], limits, prior))
+    detections = _above(unsorted, limits.score_threshold, limits.max_detections)
     names = model.config.class_names
     css = [f"rgb{color}" for color in class_colors(len(names))]
     objects = zip(_objects(detections, names), detections.labels.tolist(), strict=True)
@@ -125,7 +125,7 @@ def _earlier_results(path: Path, files: Sequence[Path], classes: Mapping[int, st
     """Return the entries of the result file of earlier predictions; none if there is no file.
 
     Raises:
-        LongtailError: it is another program's file, or objects in other images are of classes that the model has not.
+        LongtailError: it is another program's file, or objects in other images are of classes that the model lacks.
     """
     if not path.exists():
         return []

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtail.box_labels import BACKGROUND_REGION, IGNORED_REGION
 from longtail.config import Config
 from longtail.data.loader import Batch
 from longtail.losses import posterior_cross_entropy
 from longtail.losses.regions import federated_classes, relative_log_odds, relative_log_prior, sigmoid_focal_loss
 from longtail.methods.base import Encoded, SampleAdapter, Samples
 from longtail.nn import Encoder, EncoderEnsemble, FrozenEncoder, RegionClassifier
-from longtail.nn.detection import BACKGROUND, DETECTORS, DetectionNetwork, FasterRCNN
+from longtail.nn.detection import DETECTORS, DetectionNetwork, FasterRCNN
 from longtail.nn.heads import FOREGROUND_PROBABILITY
 from longtail.tasks.detection.settings import DetectionSettings
 
@@ -51,7 +52,7 @@ class RegionAdapter(SampleAdapter):
         assert isinstance(network, DetectionNetwork)
         images = encoder.normalize(views[0])
         samples = network.sample(images, batch.labels, settings.objects, settings.regions_per_image)
-        labels = torch.where(samples.labels == BACKGROUND, len(self.class_counts), samples.labels)
+        labels = torch.where(samples.labels == BACKGROUND_REGION, len(self.class_counts), samples.labels)
         ids = batch.ids[samples.image_index]
         regions = dataclasses.replace(batch, labels=labels, ids=ids, max_local_batch=None, images=batch)
         return Encoded(samples.features, regions, {name: settings.box_weight * t for name, t in samples.terms.items()})
@@ -69,7 +70,8 @@ class RegionAdapter(SampleAdapter):
         number, place = is_object.sum(), torch.arange(min(most, len(batch)), device=features.device)
         objects_first = is_object.logical_not().to(torch.uint8).argsort(stable=True)
         index = objects_first[place % number.clamp(min=1)]
-        return Samples(features[index], torch.where(place < number, batch.labels[index], -1), batch.ids[index])
+        labels = torch.where(place < number, batch.labels[index], IGNORED_REGION)
+        return Samples(features[index], labels, batch.ids[index])
 
     def encode_keys(self, teacher: FrozenEncoder | EncoderEnsemble, view: Tensor, batch: Batch) -> Tensor:
         """Return (B · T, F) features of the boxes of all rows of targets; those of empty rows mean nothing."""
@@ -84,7 +86,8 @@ class RegionAdapter(SampleAdapter):
         targets, largest = batch.images.labels, batch.images.max_local_batch
         rows = targets.shape[1]
         has_area = (targets[..., 2:4] > targets[..., :2]).all(dim=2)
-        labels = torch.where(has_area, targets[..., 4].round().long().clamp(min=-1), -1)
+        classes = targets[..., 4].round().long()  # neither padding nor ignored
+        labels = torch.where(has_area & (classes >= 0), classes, IGNORED_REGION)
         ids = batch.images.ids.repeat_interleave(rows)
         return Samples(features, labels.flatten(), ids, None if largest is None else largest * rows)
 

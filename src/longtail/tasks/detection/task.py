@@ -224,13 +224,13 @@ def _check_network(config: Config) -> None:
         )
     if config.method == "seesaw" and not DETECTORS[kind].background:
         raise LongtailError(
-            f"method seesaw: compares the classes of a softmax, which {kind} has not; use fasterrcnn:ENCODER, or "
-            "method la"
+            f"method seesaw: compares the classes of a softmax, and {kind} does not have one; use "
+            "fasterrcnn:ENCODER, or method la"
         )
     if settings.federated is not None and DETECTORS[kind].background:
         raise LongtailError(
-            f"detection.federated {settings.federated}: needs a yes or no for each class, which {kind} has not; "
-            "use retinanet:ENCODER, or leave it out"
+            f"detection.federated {settings.federated}: needs a yes or no for each class, and {kind} does not have "
+            "it; use retinanet:ENCODER, or leave it out"
         )
     if config.method == "gml":
         own = config.teacher.network

@@ -13,7 +13,7 @@ from longtail.data.dataset import ImageSet
 from longtail.data.prefetch import prefetch
 from longtail.data.sources.segmentation import SegmentationImages
 from longtail.distributed import all_reduce_sum, rank, world_size
-from longtail.evaluation.segmentation import count_pixels, pixel_metrics
+from longtail.evaluation.segmentation import boundary_band, count_pixels, pixel_metrics
 from longtail.inference.options import InferenceOptions
 from longtail.losses.score_loss import broadcast_to_classes
 from longtail.tasks.base import Evaluator, Metrics
@@ -43,22 +43,32 @@ class SegmentationEvaluator(Evaluator):
         images: the split.
         config: settings of the run.
         priors: (C,) log priors by name; None is the uniform one.
+        accuracy_only: without boundary IoU.
     """
 
-    def __init__(self, model: Segmenter, images: ImageSet, config: Config, priors: Mapping[str, Tensor | None]) -> None:
+    def __init__(
+        self,
+        model: Segmenter,
+        images: ImageSet,
+        config: Config,
+        priors: Mapping[str, Tensor | None],
+        accuracy_only: bool = False,
+    ) -> None:
         self.model_config, self.num_images, self.priors = model.config, len(images), priors
-        self.boundary = config.section(SegmentationSettings).boundary
+        self.boundary = None if accuracy_only else config.section(SegmentationSettings).boundary
         self.num_classes = len(model.config.class_names)
-        zeros = torch.zeros(6, self.num_classes, dtype=torch.int64, device=model.device)
+        zeros = torch.zeros(3 if accuracy_only else 6, self.num_classes, dtype=torch.int64, device=model.device)
         self.counts = {name: zeros.clone() for name in priors}
         # per image: pixels of a class that were missed or wrongly predicted as it
         self.errors = torch.zeros(len(images), self.num_classes, dtype=torch.int64, device=model.device)
 
     def update(self, positions: Tensor, scores: Tensor, labels: Tensor) -> None:
         """Add the (1, C, H, W) scores and (1, H, W) labels of an image."""
+        band = None if self.boundary is None else boundary_band(labels[0], self.boundary)
         for name, prior in self.priors.items():
             adjusted = scores if prior is None else scores + broadcast_to_classes(prior.to(scores), scores)
-            counts = count_pixels(adjusted.argmax(dim=1)[0], labels[0], self.num_classes, self.boundary)
+            predicted = adjusted.argmax(dim=1)[0]
+            counts = count_pixels(predicted, labels[0], self.num_classes, self.boundary, band)
             self.counts[name] += counts
             if name == self.model_config.predicts_under:
                 self.errors[int(positions[0])] = counts[0] + counts[1] - 2 * counts[2]

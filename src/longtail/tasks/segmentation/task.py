@@ -146,10 +146,10 @@ class Segmentation(Task[Segmenter]):
         images: ImageSet,
         config: Config,
         priors: Mapping[str, Tensor | None],
-        accuracy_only: bool,  # noqa: ARG002
+        accuracy_only: bool,
     ) -> Evaluator:
         """Return an empty evaluator."""
-        return SegmentationEvaluator(model, images, config, priors)
+        return SegmentationEvaluator(model, images, config, priors, accuracy_only)
 
     def default_options(self, config: Config) -> InferenceOptions:
         """Return the sliding window of the settings."""

@@ -1,0 +1,51 @@
+"""What Lightning Fabric wraps."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longtail.config import Config
+from longtail.training.fabric import build_fabric, wrap
+
+
+def test_trainings_in_threads_do_not_end_the_backward_of_one_another(tiny: Config) -> None:
+    """Fabric says by a flag of the whole process that a backward is under way."""
+    begun, ended = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    class Wait(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx: Any, loss: Tensor) -> Tensor:
+            return loss.clone()
+
+        @staticmethod
+        def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+            begun.set()
+            assert ended.wait(30)
+            return gradient
+
+    def step(first: bool) -> None:
+        try:
+            fabric = build_fabric(tiny.replace(device="cpu", precision="bf16-mixed"))
+            module = nn.Linear(4, 4)
+            wrapped, optimizer = wrap(fabric, module, torch.optim.SGD(module.parameters(), lr=0.1))
+            loss = wrapped(torch.rand(2, 4)).square().mean()
+            if not first:
+                assert begun.wait(30)
+            fabric.backward(Wait.apply(loss) if first else loss)
+            optimizer.step()
+        except BaseException as error:  # of a thread, which would be lost
+            errors.append(error)
+        finally:
+            (begun if first else ended).set()
+
+    threads = [threading.Thread(target=step, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
