@@ -111,7 +111,10 @@ def priors(results: dict[str, Any]) -> str:
 
 
 def runs(results: dict[str, Any]) -> str:
-    """Return runs as a table of Markdown: mean and deviation over their seeds, and the columns of the file."""
+    """Return runs as a table of Markdown: mean and deviation over their seeds, and the columns of the file.
+
+    Below it are the paired differences that the file has, see ``benchmarks/accelerator_results.py``.
+    """
     metrics = ("balanced_accuracy", "many", "medium", "few")
     columns: dict[str, str] = results["columns"]
     header = ["run", "seeds", "balanced accuracy", "many", "medium", "few", *columns.values()]
@@ -128,7 +131,18 @@ def runs(results: dict[str, Any]) -> str:
             if name in metrics and len(values) > 1:
                 cells[-1] += f" ± {statistics.stdev(values):.1f}"
         lines.append(f"| {' | '.join(cells)} |")
+    if gaps := results.get("differences"):
+        lines += ["", *map(_difference, gaps)]
     return "\n".join(lines)
+
+
+def _difference(gap: dict[str, Any]) -> str:
+    mean, low, high, *by_seed = (
+        f"{value:+.2f}".replace("-", "−") for value in (gap["mean"], gap["low"], gap["high"], *gap["by_seed"])
+    )
+    seeds = f"by seed {', '.join(by_seed)}" if len(by_seed) > 1 else "one seed"
+    pair = f"{gap['run']} − {gap['baseline']}"
+    return f"- {pair}: {mean} points, 95 % interval {low} to {high} over test images, {seeds}"
 
 
 def style(axes: Axes, title: str) -> None:
