@@ -37,7 +37,7 @@ OTHER_PROGRAMS = {
     *("nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint"),  # torchrun
     *("nodes", "ntasks-per-node", "gpus-per-node", "time", "requeue", "signal", "kill-on-bad-exit"),  # SLURM
     "no-deps",  # pip
-    *("weights", "only", "fashion", "rehearse", "phases", "prepare", "pack"),  # studies and benchmarks
+    *("weights", "only", "fashion", "rehearse", "phases", "plan", "prepare", "pack"),  # studies and benchmarks
     "doubt.strength",  # the method that docs/extending.md adds
 }
 """Flags on the pages that are not longtail's."""
