@@ -27,7 +27,7 @@ commands:
   train [RECIPE]         train, evaluate and save a model; every field of the recipe is a flag
   evaluate RUN           metrics of a run on its test set
   rebalance RUN          train a new classifier on a run's encoder: cRT, learnable weight scaling, τ-normalisation
-  predict RUN IMAGES…    classes and probabilities of image files, or the labels of their pixels
+  predict RUN IMAGES…    classes and probabilities of image files, labels of their pixels, or objects in them
   export RUN             an ONNX file with preprocessing, labels and prior inside
   calibrate-detector MODEL
                          a trained detector corrected for rare classes, without training
@@ -43,7 +43,7 @@ options of every command:
 longtail --version       print the version
 
 `longtail COMMAND --help` lists a command's options. First steps: longtail train digits-lt
-Your own images (a folder with one sub-folder per class, a list, a table): longtail train --data photos/
+Your own images (a folder with one sub-folder per class, a list, a table): longtail train photos/
 """
 
 COMMANDS = {
