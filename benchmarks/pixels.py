@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from longtail.config import load_recipe
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.methods.base import Method
 from longtail.nn import CosineClassifier, Encoder, FrozenEncoder
 from longtail.nn.segmentation import build_segmentation_backbone

@@ -39,10 +39,11 @@ from peak import elsewhere, peak_mib, resident
 from torch import Tensor, nn
 
 from longtail.config import Config, load_recipe
+from longtail.data.batch import Batch
 from longtail.data.dataset import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, ImageSet
 from longtail.data.images import ArrayImages
 from longtail.data.imbalance import profile_counts
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.data.sources import load_data
 from longtail.data.transforms import build_transform
 from longtail.methods.gml import GML

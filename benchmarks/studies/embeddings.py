@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from longtail import ClassPrior, ClassQueues, CosineClassifier, GMLLoss
 from longtail.config import Shots, load_recipe
-from longtail.data.loader import evaluation_batches
+from longtail.data.evaluation_batches import evaluation_batches
 from longtail.data.sources import load_data
 from longtail.evaluation.metrics import classification_metrics, count_correct
 from longtail.experiments.records import Record, markdown

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from longtail.data import device_loader
+from longtail.data.batch import Batch
 from longtail.data.dataset import ImageSet
 from longtail.data.device_loader import DeviceLoader, SharedViews, reason_against_device
 from longtail.data.images import ArrayImages
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.data.transforms import build_transform
 from longtail.methods.base import view_after_view
 

@@ -11,10 +11,11 @@ import torch
 from scipy.stats import beta
 
 from longtail.config import Mixing
+from longtail.data.batch import Batch
 from longtail.data.dataset import ImageSet
 from longtail.data.device_loader import DeviceLoader
 from longtail.data.images import ArrayImages
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.data.mixing import Mixer, Mixture, beta_quantiles, boxes, lookup_quantile, remix_label_weights
 from longtail.data.transforms import build_transform
 

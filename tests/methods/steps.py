@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from longtail.config import Config
+from longtail.data.batch import Batch
 from longtail.data.dataset import LongTailedData
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.data.transforms import build_transform
 from longtail.methods.base import Method
 from longtail.nn import CosineClassifier, Encoder

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from longtail.config import Config
+from longtail.data.batch import Batch
 from longtail.data.dataset import LongTailedData
-from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.methods.paco import PaCo

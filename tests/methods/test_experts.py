@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longtail.config import Config
+from longtail.data.batch import Batch
 from longtail.data.dataset import LongTailedData
-from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.experiments.compare import plan

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from longtail.config import Config, load_recipe, settings_type
+from longtail.data.batch import Batch
 from longtail.data.dataset import LongTailedData, from_arrays
-from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.losses import LDAMLoss, agreement, distillation, posterior_cross_entropy

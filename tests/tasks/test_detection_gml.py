@@ -13,8 +13,9 @@ from torch import nn
 
 from longtail.box_labels import IGNORED_TARGET, PADDING_TARGET
 from longtail.config import Config, load_recipe
+from longtail.data.batch import Batch
 from longtail.data.detection import PostProcessing
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.errors import LongtailError
 from longtail.methods.gml import GML
 from longtail.nn import Encoder, RegionClassifier

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from longtail.config import Config, load_recipe
+from longtail.data.batch import Batch
 from longtail.data.detection import Detections, PostProcessing, letterbox
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.errors import LongtailError
 from longtail.losses import compute_log_prior, posterior_cross_entropy
 from longtail.losses.seesaw import seesaw_loss

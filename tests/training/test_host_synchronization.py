@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from longtail.config import Config
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.batch import Batch
+from longtail.data.loader import TrainLoader
 from longtail.data.sources import load_data
 from longtail.data.transforms import build_transform
 from longtail.methods.base import Method

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from longtail.config import Config, load_recipe
+from longtail.data.batch import Batch
 from longtail.data.dataset import LongTailedData
-from longtail.data.loader import Batch
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.losses import distillation

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from longtail.config import Config, parse_config, read_config
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.batch import Batch
+from longtail.data.loader import TrainLoader
 from longtail.data.sources import load_data
 from longtail.data.transforms import PerImageTransform, build_transform
 from longtail.errors import LongtailError

@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longtail.data.loader import BY_IMAGE, Batch, TrainLoader, mix_batch
+from longtail.data.batch import BY_IMAGE, Batch
+from longtail.data.loader import TrainLoader
+from longtail.data.mixing import mix_batch
 from longtail.randomness import draw_ids
 
 PIXELS_AT_ONCE = 2**24  # that are augmented at once, at most: a hundred operations are launched for any number

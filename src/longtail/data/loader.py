@@ -2,119 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from longtail.data.batch import Batch
 from longtail.data.dataset import ImageSet
-from longtail.data.mixing import Mixer
+from longtail.data.evaluation_batches import take_ahead
+from longtail.data.mixing import Mixer, mix_batch
 from longtail.data.per_image_batches import PerImageBatches, ShownImages, ignore_signals
-from longtail.data.prefetch import prefetch
 from longtail.data.samplers import REPEAT_THRESHOLD, epoch_order, occurrence_numbers
 from longtail.data.transforms import AnyTransform, PerImageTransform
 from longtail.data.transforms.batched import to_float
 from longtail.errors import LongtailError
 from longtail.randomness import Stream, draw_ids, mix
 
-_EVALUATION_PIXELS = 2**22  # of a batch, whose activations must fit into the memory of a laptop
 _VIEW = mix(Stream.VIEWS)
 GROUPED_VALUES = 2**17
 """Small batches are augmented together, up to so many values of pixels."""
-
-
-@dataclass
-class Batch:
-    """What a method trains on."""  # not frozen: Fabric inspects the arguments of a module, and refuses frozen ones
-
-    views: tuple[Tensor, ...]
-    """V views, each (B, channels, S, S) float32 in [0, 1]."""
-    labels: Tensor
-    """(B,) int64, or (B, S, S) where every pixel has a label; −1 where there is none. Or (B, T, 5) float32 boxes with
-    their classes, where these are what an image has."""
-    ids: Tensor
-    """(B,) int64 ids of the images, so that a query can leave its own image out of the keys."""
-    key_features: Tensor | None = None
-    """(B, F) the teacher's features of the key view, where they are cached."""
-    teacher_scores: Tensor | None = None
-    """(B, D, C) the teacher's scores of the D distilled views, where they are cached or computed ahead of the step."""
-    max_local_batch: int | None = None
-    """Most images that any process has of this batch; B if None."""
-    global_batch: int | None = None
-    """Images that all processes together have of it."""
-    epoch_fraction: float | Tensor = 0.0
-    """Fraction of the training's epochs before this one, in [0, 1); a scalar of the device where batches are made
-    there, since a recorded step cannot contain a number that changes."""
-    mixed_labels: Tensor | None = None
-    """(B,) int64 labels of the images that the classified views are mixed with, see :mod:`longtail.data.mixing`; None
-    where no images are mixed."""
-    label_weights: Tensor | None = None
-    """(B,) the weight of an image's own label in [0, 1], where images are mixed."""
-    gradient_weights: Tensor | None = None
-    """(B,) factors of the gradient of each image's loss with respect to its scores; the loss itself stays as it is."""
-    part: int = 0
-    """Which part of a batch whose gradient is accumulated in parts this is, from 0."""
-    images: Batch | None = None
-    """The batch of images, where this is one of parts of them; None where a sample is an image."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def targets(self, num_classes: int) -> Tensor:
-        """Return the labels of the classified views: ``labels``, or (B, C) probabilities where images are mixed.
-
-        An image without a label has a row of zeros.
-        """
-        if self.mixed_labels is None or self.label_weights is None:
-            return self.labels
-        classes = torch.arange(num_classes, device=self.labels.device)
-        own, other = (labels[:, None] == classes for labels in (self.labels, self.mixed_labels))
-        weights = self.label_weights[:, None]
-        return weights * own + (1 - weights) * other
-
-    def _map(self, function: Callable[[Tensor], Tensor], max_local_batch: int | None) -> Batch:
-        changes: dict[str, Any] = {"max_local_batch": max_local_batch, "views": tuple(map(function, self.views))}
-        for name in BY_IMAGE:
-            tensor = getattr(self, name)
-            changes[name] = None if tensor is None else function(tensor)
-        return dataclasses.replace(self, **changes)
-
-    def to(self, device: torch.device) -> Batch:
-        """Copy to ``device``, asynchronously to CUDA; itself where it is there."""
-        if self.labels.device.type == device.type:
-            return self
-        pinned = device.type == "cuda"
-        return self._map(
-            lambda tensor: (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True),
-            self.max_local_batch,
-        )
-
-    def split(self, parts: int) -> list[Batch]:
-        """Return the batch in ``parts`` parts whose sizes differ by at most one."""
-        if parts == 1:
-            return [self]
-        edges = [len(self) * part // parts for part in range(parts + 1)]
-        max_local_batch = None if self.max_local_batch is None else -(-self.max_local_batch // parts)
-        return [
-            dataclasses.replace(
-                self._map(lambda tensor, a=a, b=b: tensor[a:b], max_local_batch),  # type: ignore[misc]
-                part=number,
-            )
-            for number, (a, b) in enumerate(itertools.pairwise(edges))
-        ]
-
-
-BY_IMAGE = (
-    *("labels", "ids", "key_features", "teacher_scores"),
-    *("mixed_labels", "label_weights", "gradient_weights"),
-)
-"""Tensors of a batch, beside its views, that have a row for every image."""
 
 
 class CachedTeacherViews(Protocol):
@@ -336,7 +245,7 @@ class TrainLoader:
         together = self._augmented_together([images.positions for images in taken])
         groups = [taken[first : first + together] for first in range(0, len(taken), together)]
         joined = [_join([images.positions for images in group]) for group in groups]
-        decoded = _ahead(self.images, self.images.images.take, joined)
+        decoded = take_ahead(self.images, self.images.images.take, joined)
         for (indices, pixels), group in zip(decoded, groups, strict=True):
             ids, views = self.images.ids[indices], []
             repeats = [images.occurrences for images in group if images.occurrences is not None]
@@ -374,81 +283,9 @@ class TrainLoader:
             yield tuple(to_float(view) for view in views), pixel_labels
 
 
-def mix_batch(batch: Batch, mixer: Mixer, partners: Tensor, ids: Tensor, epoch: int) -> Batch:
-    """Return a batch of the first B images, each mixed with its partner.
-
-    Args:
-        batch: of these images and, after them, of partners that are not among them; its teacher's scores, if there are
-            any, are of views that are not mixed.
-        mixer: mixes them.
-        partners: (B,) where in the batch the partner of each is.
-        ids: of all these images in draws, see :func:`longtail.randomness.draw_ids`.
-        epoch: from 0.
-    """
-    own = batch._map(lambda tensor: tensor[: len(partners)], batch.max_local_batch)
-    height, width = own.views[0].shape[-2:]
-    other_labels = batch.labels[partners]
-    mixture = mixer.draw(ids[: len(partners)], own.labels, other_labels, epoch, (height, width))
-    views = [
-        mixture.views(view, batch.views[number][partners]) if number < mixer.num_views else view
-        for number, view in enumerate(own.views)
-    ]
-    scores = own.teacher_scores
-    if scores is not None and batch.teacher_scores is not None:
-        scores = mixture.scores(scores, batch.teacher_scores[partners], mixer.temperature)
-    return dataclasses.replace(
-        own,
-        views=tuple(views),
-        teacher_scores=scores,
-        mixed_labels=other_labels,
-        label_weights=mixture.label_weights,
-    )
-
-
 _Views = tuple[tuple[Tensor, ...], Tensor | None]
 """Float views of a batch's images, and labels of their pixels where they have some."""
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def evaluation_batch_size(side: int) -> int:
-    """Return how many images of ``side`` × ``side`` pixels pass a network at once: the fewer, the larger they are."""
-    return min(512, max(1, _EVALUATION_PIXELS // side**2))
-
-
-def evaluation_batches(
-    images: ImageSet, size: int, batch_size: int = 512, rank: int = 0, world: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what a network is given without augmentation, and (B,) labels, of a process's images, each image once.
-
-    These are (B, channels, size, size) float32 centre crops, or features where a set holds these.
-
-    Args:
-        images: the split.
-        size: side of the crops in pixels.
-        batch_size: B, the last batch may be smaller.
-        rank: of this process.
-        world: number of processes; process r has the images r, r + world, ….
-    """
-    splits = torch.arange(rank, len(images), world).split(batch_size)
-    for indices, views in zip(splits, plain_batches(images, splits, size), strict=True):
-        yield views, images.labels[indices]
-
-
-def plain_batches(images: ImageSet, splits: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """Yield what a network is given without augmentation for the images at each of ``splits``."""
-    for _, views in _ahead(images, lambda part: images.images.plain(part, size), splits):
-        yield views
-
-
-def _ahead(
-    images: ImageSet, take: Callable[[Tensor], Tensor], splits: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield positions and what ``take`` returns for each batch; files are decoded one batch ahead of their use."""
-    if images.images.lazy:
-        yield from prefetch(take, splits)
-    else:
-        for indices in splits:
-            yield indices, take(indices)

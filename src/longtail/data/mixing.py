@@ -14,6 +14,7 @@ Legend: B images of a batch, R batches, H and W sides in pixels, C classes, λ s
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from longtail.config import Mixing
+from longtail.data.batch import Batch
 from longtail.randomness import Stream, mix, uniform
 
 _ORDER, _SHARE = mix(Stream.MIXING_PARTNERS), mix(Stream.MIXING_SHARES)
@@ -187,3 +189,34 @@ def remix_label_weights(
     partner_takes = (counts >= count_ratio * partner_counts) & (image_weights < threshold)
     own_takes = (partner_counts >= count_ratio * counts) & (1 - image_weights < threshold)
     return image_weights.masked_fill(partner_takes, 0.0).masked_fill(own_takes & ~partner_takes, 1.0)
+
+
+def mix_batch(batch: Batch, mixer: Mixer, partners: Tensor, ids: Tensor, epoch: int) -> Batch:
+    """Return a batch of the first B images, each mixed with its partner.
+
+    Args:
+        batch: of these images and, after them, of partners that are not among them; its teacher's scores, if there are
+            any, are of views that are not mixed.
+        mixer: mixes them.
+        partners: (B,) where in the batch the partner of each is.
+        ids: of all these images in draws, see :func:`longtail.randomness.draw_ids`.
+        epoch: from 0.
+    """
+    own = batch.map_tensors(lambda tensor: tensor[: len(partners)], batch.max_local_batch)
+    height, width = own.views[0].shape[-2:]
+    other_labels = batch.labels[partners]
+    mixture = mixer.draw(ids[: len(partners)], own.labels, other_labels, epoch, (height, width))
+    views = [
+        mixture.views(view, batch.views[number][partners]) if number < mixer.num_views else view
+        for number, view in enumerate(own.views)
+    ]
+    scores = own.teacher_scores
+    if scores is not None and batch.teacher_scores is not None:
+        scores = mixture.scores(scores, batch.teacher_scores[partners], mixer.temperature)
+    return dataclasses.replace(
+        own,
+        views=tuple(views),
+        teacher_scores=scores,
+        mixed_labels=other_labels,
+        label_weights=mixture.label_weights,
+    )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.data.dataset import ImageSet
-from longtail.data.loader import evaluation_batch_size, evaluation_batches
+from longtail.data.evaluation_batches import evaluation_batch_size, evaluation_batches
 from longtail.nn.encoder import channels_last
 
 

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from longtail.config import Config
 from longtail.data.dataset import ImageSet, LongTailedData
+from longtail.data.evaluation_batches import plain_batches
 from longtail.data.images import Images
-from longtail.data.loader import TrainLoader, plain_batches
+from longtail.data.loader import TrainLoader
 from longtail.data.row_store import RowStore, cache_folder, content_hash
 from longtail.data.sources.unreadable import without
 from longtail.distributed import barrier, rank

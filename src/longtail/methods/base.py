@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail.config import Config, Settings
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses import ClassPrior, agreement, distillation, posterior_cross_entropy

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.config import Config
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.losses.contrastive import balanced_contrastive_loss
 from longtail.methods.contrastive import Contrastive, ContrastiveSettings, self_mask
 from longtail.nn import Encoder

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longtail.config import Config, Positive, PositiveFloat, Settings, Weight
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.memory import ClassQueues
 from longtail.methods.base import Method, TeacherOutput, ViewUse

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from longtail.config import Config, Settings, Weight
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.losses import agreement, distillation, posterior_cross_entropy
 from longtail.methods.base import Method, TeacherOutput

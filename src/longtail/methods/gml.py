@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from longtail.config import Config, Positive, Settings, Weight
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.losses import GMLLoss
 from longtail.losses.checks import MIN_TEMPERATURE

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from longtail.config import Config, Fraction, Settings, first_stage_epochs
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.data.samplers import last_phase_start
 from longtail.losses.margin import ldam_loss, ldam_margins
 from longtail.losses.reweighting import effective_number_weights, scale_to_images

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from longtail.config import Config, Weight
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.losses.contrastive import parametric_contrastive_loss
 from longtail.methods.base import ViewUse

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longtail.config import Config
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.distributed import all_reduce_sum
 from longtail.errors import LongtailError
 from longtail.losses import posterior_cross_entropy

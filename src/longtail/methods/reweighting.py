@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from longtail.config import Config, Settings, Weight
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy

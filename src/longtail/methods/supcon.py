@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from longtail.config import Config
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.losses.contrastive import supcon_loss
 from longtail.methods.contrastive import Contrastive, ContrastiveSettings, self_mask

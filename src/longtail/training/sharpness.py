@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail.config import Config
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.methods.base import LabelKind, Method
 

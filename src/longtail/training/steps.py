@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from longtail.config import Config
+from longtail.data.batch import Batch
 from longtail.data.device_loader import DeviceLoader, reason_against_device
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.distributed import rank, sum_batch_sizes, world_size
 from longtail.errors import LongtailError
 from longtail.methods.base import Method

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import longtail
 from longtail.config import Config, choose_method, first_stage_epochs
+from longtail.data.batch import Batch
 from longtail.data.dataset import ImageSet, LongTailedData
-from longtail.data.loader import Batch, TrainLoader
+from longtail.data.loader import TrainLoader
 from longtail.data.mixing import Mixer
 from longtail.data.sources import load_data
 from longtail.distributed import barrier, broadcast_buffers, rank, world_size, wrap_peer_failure

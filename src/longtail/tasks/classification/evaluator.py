@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longtail.config import Config
 from longtail.data.dataset import ImageSet
-from longtail.data.loader import evaluation_batch_size, evaluation_batches
+from longtail.data.evaluation_batches import evaluation_batch_size, evaluation_batches
 from longtail.distributed import all_reduce_sum, rank, world_size
 from longtail.evaluation.calibration import (
     Reliability,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longtail.box_labels import BACKGROUND_REGION, IGNORED_REGION
 from longtail.config import Config
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.losses import posterior_cross_entropy
 from longtail.losses.regions import federated_classes, relative_log_odds, relative_log_prior, sigmoid_focal_loss
 from longtail.methods.base import Encoded, SampleAdapter, Samples

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from longtail.config import Settings, Weight
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.losses.seesaw import seesaw_loss
 from longtail.methods.base import LabelKind
 from longtail.methods.classifier import ReweightedLoss

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.losses.reduction import to_full_precision
 from longtail.methods.base import SampleAdapter, Samples
 from longtail.nn.segmentation import STRIDE, downsample_labels, upsample_scores

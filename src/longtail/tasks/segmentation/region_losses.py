@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from longtail.config import Config
-from longtail.data.loader import Batch
+from longtail.data.batch import Batch
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses import posterior_cross_entropy
 from longtail.methods.base import LabelKind
