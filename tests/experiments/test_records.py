@@ -56,22 +56,28 @@ def test_differences_are_paired() -> None:
     assert "one seed" in str(single)
 
 
-def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> None:
-    def runs(method: str, values: list[float], seconds: float, teacher: float = 0.0) -> list[Record]:
-        return [
-            Record(
-                method=method,
-                seed=seed,
-                metrics={"balanced_accuracy": value},
-                seconds=seconds,
-                student_passes=1,
-                teacher_seconds=teacher,
-                epochs=1,
-                predicts_under="uniform",
-            )
-            for seed, value in enumerate(values)
-        ]
+def runs(
+    method: str,
+    accuracies: list[float],
+    seconds: float,
+    teacher: float = 0.0,
+    passes: int = 100,
+    side_by_side: bool = False,
+) -> list[Record]:
+    """Return a record for each accuracy, of the seeds 0, 1, …"""
+    return [
+        replace(
+            record(method, seed, accuracy),
+            seconds=seconds,
+            teacher_seconds=teacher,
+            student_passes=passes,
+            side_by_side=side_by_side,
+        )
+        for seed, accuracy in enumerate(accuracies)
+    ]
 
+
+def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> None:
     ce, la = runs("ce", [45.0, 45.5, 45.2], 10), runs("la", [55.0, 55.5, 55.2], 11)
     gml = runs("gml", [55.9, 55.0, 55.6], 30, teacher=11)  # ahead by chance
     assert recommendation([*ce, *la]) == "take la: best balanced accuracy, 55.2"
@@ -103,31 +109,16 @@ def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> N
 
 
 def test_the_time_of_runs_that_were_trained_side_by_side_recommends_none() -> None:
-    def runs(method: str, values: list[float], seconds: float, passes: int, teacher: float = 0.0) -> list[Record]:
-        return [
-            Record(
-                method=method,
-                seed=seed,
-                metrics={"balanced_accuracy": value},
-                seconds=seconds,
-                student_passes=passes,
-                teacher_seconds=teacher,
-                epochs=1,
-                predicts_under="uniform",
-                side_by_side=True,
-            )
-            for seed, value in enumerate(values)
-        ]
-
-    la, best = runs("la", [55.0, 55.5, 55.2], 10, 100), runs("gml", [55.9, 55.0, 55.6], 30, 100)
+    la = runs("la", [55.0, 55.5, 55.2], 10, side_by_side=True)
+    best = runs("gml", [55.9, 55.0, 55.6], 30, side_by_side=True)
     assert recommendation([*la, *best]) == (
         "take gml: best balanced accuracy, 55.5, but not shown to be better than la"
     )
     assert recommendation([*la, *(replace(run, side_by_side=False) for run in best)]).startswith("take gml: ")
-    fewer = runs("la", [55.0, 55.5, 55.2], 40, 50)
+    fewer = runs("la", [55.0, 55.5, 55.2], 40, passes=50, side_by_side=True)
     assert recommendation([*fewer, *best]).startswith("take la: balanced accuracy 55.2, not shown to be worse than gml")
     # passes say nothing of the cost of a teacher
-    taught = runs("la", [55.0, 55.5, 55.2], 40, 50, teacher=5)
+    taught = runs("la", [55.0, 55.5, 55.2], 40, passes=50, side_by_side=True, teacher=5)
     assert recommendation([*taught, *best]).startswith("take gml: ")
 
 
