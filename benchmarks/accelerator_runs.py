@@ -238,7 +238,7 @@ class Trainings:
             "run": job.name,
             "seed": job.seed,
             "phase": self.phase,
-            "views": METHODS[run.config.method].num_student_views(run.config),
+            "views": METHODS[run.config.method].view_plan(run.config).num_student,
             "paper": PAPER.get(job.name) if self.context.images == "cifar100" else None,
             **record.metrics,
             "class_accuracies": run.metrics["per_class"],

@@ -47,7 +47,7 @@ class Training:
         self.method.to(memory_format=torch.channels_last)
         fabric = build_fabric(config)
         assert isinstance(config.epochs, int)
-        transforms = task.build_transforms(config, data, kind.views(config))
+        transforms = task.build_transforms(config, data, kind.view_plan(config).uses)
         self.loader = TrainLoader(data.train, config.batch_size, transforms, config.seed, epochs=config.epochs)
         optimizer: Any = build_optimizer(self.method, config, on_device=True)
         wrapped, optimizer = wrap(fabric, self.method, optimizer)
@@ -115,7 +115,7 @@ class Training:
     def networks_alone(self) -> float:
         """Return milliseconds of the student's network alone, forward and backward, as a graph too."""
         student, device = self.student, self.student.fabric.device
-        views = student.method.num_student_views(student.config)
+        views = student.method.plan.num_student
         shape = (student.config.batch_size, 3, 32, 32)
         batch = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
 

@@ -92,7 +92,7 @@ class Step:
         self.method = method_class(config, self.student, counts, *parts)
         self.method.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.method.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-        self.views, self.passes = len(method_class.views(config)), method_class.num_student_views(config)
+        self.views, self.passes = len(method_class.view_plan(config).uses), method_class.view_plan(config).num_student
         self.loader = TrainLoader(images, 128, [build_transform("cifar", 32)] * self.views, seed=0)
         if method_class.needs_teacher(config):
             for _ in range(60):  # fills the queues without the teacher passes of the trainer
@@ -110,7 +110,7 @@ class Step:
 
     def networks(self, batch: Batch, teacher: nn.Module) -> None:
         if self.config.method == "gml" and not self.config.teacher.cache:
-            shared = GML.shares_key_view(self.config)
+            shared = GML.view_plan(self.config).share_key
             views = [batch.views[0]] if shared else [batch.views[0], batch.views[-1]]
             with torch.no_grad():
                 teacher(torch.cat(views))
@@ -156,7 +156,7 @@ class Digits:
         student = Encoder(config.network, data.mean, data.std)
         self.method = method_class(config, student, data.class_counts, teacher, classifier)
         self.method.to(memory_format=torch.channels_last)
-        transforms = TASKS[data.task].build_transforms(config, data, method_class.views(config))
+        transforms = TASKS[data.task].build_transforms(config, data, method_class.view_plan(config).uses)
         loader = TrainLoader(data.train, config.batch_size, transforms, config.seed)
 
         def draw(splits: Sequence[Tensor], number: int) -> Iterator[Batch]:

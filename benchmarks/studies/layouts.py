@@ -65,7 +65,7 @@ def main() -> None:
         data = load_data(config.data, seed)
         for layout, changes in LAYOUTS.items():
             changed = config.replace(seed=seed, **changes)
-            changed = changed.replace(epochs=epochs * 2 // GML.num_student_views(changed))
+            changed = changed.replace(epochs=epochs * 2 // GML.view_plan(changed).num_student)
             folder = args.out / f"{layout.replace(' ', '-').replace(',', '')}-seed{seed}"
             run = train(changed, folder, args.out / "teachers", data)
             records.append(dataclasses.replace(run_record(run), method=layout))

@@ -87,9 +87,10 @@ def test_the_sigmoid_focal_loss_equals_the_loop(gamma: float, alpha: float | Non
     assert plain.item() == pytest.approx(focal_loop(scores, labels, gamma, alpha, [True] * 4), rel=1e-12)
 
 
-def test_the_sigmoid_focal_loss_has_a_finite_gradient_at_the_ends() -> None:
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_the_sigmoid_focal_loss_has_a_finite_gradient_at_the_ends(gamma: float) -> None:
     scores = torch.tensor([[-200.0, 200.0], [200.0, -200.0]], requires_grad=True)
-    sigmoid_focal_loss(scores, torch.tensor([0, 2])).backward()
+    sigmoid_focal_loss(scores, torch.tensor([0, 2]), gamma).backward()
     assert scores.grad is not None
     assert torch.isfinite(scores.grad).all()
 

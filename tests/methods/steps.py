@@ -41,7 +41,7 @@ def new_loader(data: LongTailedData, views: int) -> TrainLoader:
 
 def batches(method: Method, data: LongTailedData) -> list[Batch]:
     """Return the batches of the first epoch, with the views that the method needs."""
-    return list(new_loader(data, len(method.views(method.config))).epoch(0))
+    return list(new_loader(data, len(method.plan.uses)).epoch(0))
 
 
 class Pass(NamedTuple):

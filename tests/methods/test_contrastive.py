@@ -44,8 +44,8 @@ def test_a_view_without_a_loss_is_refused(tiny: Config, name: str) -> None:
 def test_views(tiny: Config, data: LongTailedData, name: str, views: int, share: bool, passes: int) -> None:
     config = tiny.replace(method=name, **{name: {"views": views, "share_view": share}})
     method = build_method(config, data)
-    assert method.num_student_views(config) == passes
-    assert len(method.views(config)) == passes + (name == "paco")
+    assert method.view_plan(config).num_student == passes
+    assert len(method.view_plan(config).uses) == passes + (name == "paco")
     images = 0
 
     def count(_module: object, inputs: tuple[torch.Tensor], _output: object) -> None:

@@ -48,7 +48,7 @@ def test_every_registered_method_can_be_imported() -> None:
 def test_classifiers_average_over_views(tiny: Config, data: LongTailedData, name: str) -> None:
     config = tiny.replace(classifier={"views": 2})
     method = METHODS[name](config, new_encoder(), data.class_counts).eval()
-    assert method.views(config) == ("classification",) * method.num_student_views(config) == ("classification",) * 2
+    assert method.view_plan(config).uses == method.view_plan(config).student == ("classification",) * 2
     batch = next(new_loader(data, 2).epoch(0))
     both = method(batch)["classifier"].item()
     alone = METHODS[name](tiny, new_encoder(), data.class_counts).eval()

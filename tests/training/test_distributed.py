@@ -68,7 +68,7 @@ def train_steps(rank: int, world: int, folder: str, name: str) -> None:
         without_batchnorm(part)
     # an uneven number of images a step, so that the processes' shares differ
     loader = TrainLoader(
-        data.train, 37, [build_transform("digits", 8)] * len(method.views(config)), seed=1, rank=rank, world=world
+        data.train, 37, [build_transform("digits", 8)] * len(method.plan.uses), seed=1, rank=rank, world=world
     )
     method.init_memory(
         lambda splits, number: loader.batches(splits, -1 - number, [len(loader.views) - 1]), data.train.labels

@@ -33,7 +33,7 @@ def test_no_step_reads_a_value_on_the_host(tiny: Config, name: str) -> None:
         classifier = CosineClassifier(teacher.num_features, 10)
     student = Encoder("conv8-tiny", [0.3], [0.4])
     method = method_class(config, student, data.class_counts, teacher, classifier).train()
-    views = [build_transform("digits", 8)] * len(method_class.views(config))
+    views = [build_transform("digits", 8)] * len(method_class.view_plan(config).uses)
     _two_steps_without_values(method, next(TrainLoader(data.train, 32, views, seed=0).epoch(0)))
 
 
@@ -47,7 +47,7 @@ def test_no_step_with_a_moving_average_as_the_teacher_does(tiny: Config, name: s
     )
     data = load_data(config.data, 0)
     method = METHODS[name](config, Encoder("conv8-tiny", [0.3], [0.4]), data.class_counts).train()
-    views = [build_transform("digits", 8)] * len(method.views(config))
+    views = [build_transform("digits", 8)] * len(method.plan.uses)
     _two_steps_without_values(method, next(TrainLoader(data.train, 32, views, seed=0).epoch(0)))
 
 
@@ -69,7 +69,7 @@ def test_no_step_with_several_teachers_does(tiny: Config) -> None:
     classifier = ClassifierEnsemble([CosineClassifier(width, 10) for width in together.widths], together.widths, 4.0)
     student = Encoder("conv8-tiny", [0.3], [0.4])
     method = METHODS["gml"](config, student, data.class_counts, together, classifier.requires_grad_(False)).train()
-    views = [build_transform("digits", 8)] * len(method.views(config))
+    views = [build_transform("digits", 8)] * len(method.plan.uses)
     _two_steps_without_values(method, next(TrainLoader(data.train, 32, views, seed=0).epoch(0)))
 
 
@@ -91,7 +91,7 @@ def test_no_step_over_label_maps_does_either(segmenting: Config, name: str) -> N
         classifier = CosineClassifier(teacher.num_features, 3)
     adapter = task.sample_adapter(config, data)
     method = method_class(config, new_encoder(), data.class_counts, teacher, classifier, adapter=adapter).train()
-    views = task.build_transforms(config, data, method_class.views(config))
+    views = task.build_transforms(config, data, method_class.view_plan(config).uses)
     _two_steps_without_values(method, next(TrainLoader(data.train, 4, views, seed=0, workers=0).epoch(0)))
 
 

@@ -39,7 +39,7 @@ def data(tiny: Config) -> LongTailedData:
 
 def mixing_loader(config: Config, data: LongTailedData) -> TrainLoader:
     method = METHODS[config.method]
-    views = [build_transform("digits", 8)] * len(method.views(config))
+    views = [build_transform("digits", 8)] * len(method.view_plan(config).uses)
     mixer = build_mixer(config, method, data.class_counts, label_kind="image")
     return TrainLoader(data.train, 64, views, seed=0, epochs=2, mixer=mixer)
 

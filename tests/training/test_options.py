@@ -52,7 +52,7 @@ def test_every_layout_trains_and_resumes(
     changes.setdefault("gml", {})["distillation_weight"] = distillation
     config = tiny.replace(**changes)
     run = fit(config, tmp_path / "whole", quiet=True)
-    images, views = len(load_data(config.data, 0).train), GML.num_student_views(config)
+    images, views = len(load_data(config.data, 0).train), GML.view_plan(config).num_student
     assert run.student_passes == pytest.approx(2 * images * views * GML.pass_cost(config), rel=1e-3)
     assert views == (1 if changes["gml"].get("share_query") else 2)
     fit_in_two(config, tmp_path / "cut", 8, monkeypatch)

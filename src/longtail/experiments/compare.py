@@ -105,7 +105,7 @@ def plan(
             "set --data.profile to exponential, step or pareto to make others"
         )
     assert isinstance(config.epochs, int)
-    costs = {name: METHODS[name].num_student_views(config) * METHODS[name].pass_cost(config) for name in methods}
+    costs = {name: METHODS[name].view_plan(config).num_student * METHODS[name].pass_cost(config) for name in methods}
     epochs = _equal_epochs(config, costs) if budget == "passes" else dict.fromkeys(methods, config.epochs)
     # the teacher is the recipe's, whatever its student's epochs become
     config = config.replace(teacher={"epochs": config.teacher.epochs or config.epochs})

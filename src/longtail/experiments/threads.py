@@ -58,7 +58,7 @@ def reason_against_threads(config: Config, data: LongTailedData) -> str:
         return "the networks of timm may draw random numbers, whose state belongs to the whole process"
     if issubclass(method, GML) and config.section(GMLSettings).feature_transfer > 0:
         return "gml.feature_transfer draws random numbers, whose state belongs to the whole process"
-    transforms = task.build_transforms(config, data, method.views(config))
+    transforms = task.build_transforms(config, data, method.view_plan(config).uses)
     loader = TrainLoader(data.train, config.batch_size, transforms, config.seed)
     on_device, reason = batches_on_device(config, loader, select_device(config.device))
     return "" if on_device else reason or "training batches are not made on the device"

@@ -71,7 +71,8 @@ def sigmoid_focal_loss(
         scores = scores + shift
     target = labels[:, None] == torch.arange(scores.shape[1], device=labels.device)
     signed = torch.where(target, scores, -scores)  # p_t = σ(signed)
-    losses = -(torch.sigmoid(-signed) ** gamma) * F.logsigmoid(signed)
+    # (1 − p_t)^γ by its logarithm: the derivative of a power below 1 is infinite at 0, where a sigmoid ends
+    losses = -(gamma * F.logsigmoid(-signed)).exp() * F.logsigmoid(signed)
     if alpha is not None:
         losses = ((2 * alpha - 1) * target.to(losses.dtype) + (1 - alpha)) * losses
     counted = labels[:, None] >= 0

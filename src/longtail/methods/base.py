@@ -27,10 +27,10 @@ from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses import ClassPrior, agreement, distillation, posterior_cross_entropy
 from longtail.methods.ema import EMAEncoder
+from longtail.methods.views import CLASSIFICATION, ViewPlan
 from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, RegionClassifier, TeacherEncoder, freeze
 from longtail.nn.encoder import EncoderEnsemble, FrozenEncoder
 
-ViewUse = Literal["classification", "contrast"]
 LabelKind = Literal["image", "pixels", "boxes"]
 """What a label is of: a whole image, every pixel of it, or boxes in it."""
 TrainedClassifier = CosineClassifier | RegionClassifier
@@ -160,6 +160,8 @@ class Method(nn.Module, ABC):
     """The method's own settings, a section of the recipe."""
     label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image"})
     """What labels may be of: whole images, every pixel, boxes."""
+    settings: Settings
+    """They, where there are any."""
     plotted_metrics: ClassVar[Mapping[str, str]] = {}
     """What of :meth:`metrics_to_log` a report plots over the epochs, with the label of its axis."""
 
@@ -173,16 +175,36 @@ class Method(nn.Module, ABC):
         adapter: SampleAdapter | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.prepare_encoder(encoder, config)
+        self.config, self.class_counts, self.plan = config, class_counts, self.view_plan(config)
+        if self.settings_class is not None:
+            self.settings = config.section(self.settings_class)
         self.adapter = SampleAdapter() if adapter is None else adapter
         self.encoder = encoder
         self.prior = ClassPrior(class_counts)
+        # not sub-modules: the teacher never changes and stays out of checkpoints
+        self._teacher = (None if teacher is None else freeze(teacher), teacher_classifier)
         self.classifier = self.build_classifier(encoder.num_features)
         if config.teacher.source == "ema" and self.distillation_weight(config) > 0:
             parts = config.optimizer.grad_accumulation_steps
             self.mean_teacher = EMAEncoder([encoder, self.classifier], config.teacher.ema_decay, parts, warm_up=True)
-        # not sub-modules: the teacher never changes and stays out of checkpoints
-        self._teacher = (None if teacher is None else freeze(teacher), teacher_classifier)
+        self.build()
+
+    @property
+    def teacher(self) -> FrozenEncoder | EncoderEnsemble | None:
+        """The frozen encoder, or several; None where there is none."""
+        return self._teacher[0]
+
+    @property
+    def teacher_classifier(self) -> nn.Module | None:
+        """The classifier of its features, (B, F) to (B, C) scores; None where it has none for these classes."""
+        return self._teacher[1]
+
+    def build(self) -> None:
+        """Add the method's own modules, buffers and memories; called once, at the end of the construction.
+
+        Classes between this one and a method may add theirs too: call ``super().build()`` first.
+        """
 
     def build_classifier(self, num_features: int) -> TrainedClassifier:
         """Return the classifier of (N, F) features, as it is before the training."""
@@ -192,13 +214,13 @@ class Method(nn.Module, ABC):
     def check(cls, config: Config, class_counts: list[int]) -> None:  # noqa: ARG003
         """Raise LongtailError where the settings do not fit the data; called before anything is built."""
         weight = config.classifier.agreement_weight
-        if weight and cls.num_classified_views(config) < 2:
+        if weight and cls.view_plan(config).num_classified < 2:
             raise LongtailError(
                 f"classifier.agreement_weight {weight:g}: method {config.method} classifies one view of each image, "
                 "expected two or more; set classifier.views 2 (ce, la, focal, cb, ldam, experts), or "
                 "classifier.every_view with a second student view (contrastive methods; gml with --gml.no_share_query)"
             )
-        distilled = cls.num_distilled_views(config) if cls.distillation_weight(config) else 0
+        distilled = cls.view_plan(config).num_distilled if cls.distillation_weight(config) else 0
         if 0 < config.teacher.cache < distilled:
             raise LongtailError(
                 f"teacher.cache {config.teacher.cache}: {distilled} views of an image are distilled in a step; set it "
@@ -258,30 +280,14 @@ class Method(nn.Module, ABC):
         return False
 
     @classmethod
-    def num_student_views(cls, config: Config) -> int:
-        """Return how many views of an image go through the student, forward and backward, in a step."""
-        return config.classifier.views
-
-    @classmethod
-    def num_classified_views(cls, config: Config) -> int:
-        """Return to how many of them, the first, the classification loss is applied."""
-        return cls.num_student_views(config)
-
-    @classmethod
-    def num_distilled_views(cls, config: Config) -> int:
-        """Return how many of the classified views, the first, learn from the teacher's scores."""
-        return cls.num_classified_views(config) if config.classifier.distill_every_view else 1
-
-    @classmethod
-    def views(cls, config: Config) -> tuple[ViewUse, ...]:
-        """Return what each view of a batch is for, which decides how it is augmented."""
-        classification: ViewUse = "classification"
-        return (classification,) * cls.num_student_views(config)
-
-    @classmethod
-    def shares_key_view(cls, config: Config) -> bool:  # noqa: ARG003
-        """Return whether the teacher's key view is the classification view."""
-        return False
+    def view_plan(cls, config: Config) -> ViewPlan:
+        """Return which views of an image a step has, and what takes them."""
+        views = config.classifier.views
+        return ViewPlan(
+            student=(CLASSIFICATION,) * views,
+            num_classified=views,
+            distill_every_view=config.classifier.distill_every_view,
+        )
 
     @classmethod
     def teacher_is_frozen(cls, config: Config) -> bool:
@@ -289,11 +295,6 @@ class Method(nn.Module, ABC):
         of the step, for many batches at once.
         """
         return config.teacher.source != "ema"
-
-    @classmethod
-    def num_teacher_views(cls, config: Config) -> int:  # noqa: ARG003
-        """Return how many views of a batch, the last, are for a frozen teacher alone."""
-        return 0
 
     @classmethod
     def losses_are_per_image(cls) -> bool:
@@ -318,10 +319,9 @@ class Method(nn.Module, ABC):
         # the teacher first: its memory is free again before the student's activations are kept for backward, which
         # saves memory and, on a CPU, a sixth of the step
         teacher_output = self.teacher_outputs(batch)
-        student_views = batch.views[: self.num_student_views(self.config)]
+        student_views = batch.views[: self.plan.num_student]
         features, batch, encoder_terms = self.adapter.encode(self.encoder, student_views, batch)
-        size = len(batch)
-        views, labels = self.num_classified_views(self.config), batch.labels
+        size, views, labels = len(batch), self.plan.num_classified, batch.labels
         scores = self.training_scores(features if views == len(student_views) else features[: size * views])
         if batch.gradient_weights is not None:
             weights = batch.gradient_weights.repeat(views).view(-1, *(1,) * (scores.ndim - 1))
@@ -335,7 +335,7 @@ class Method(nn.Module, ABC):
             return terms
         counted = self.adapter.downsample_labels(labels) >= 0
         if teacher_output.scores is not None:
-            distilled = self.num_distilled_views(self.config)
+            distilled = self.plan.num_distilled
             terms["distillation"] = self.distillation_strength(batch) * self.distillation_loss(
                 scores if distilled == views else scores[: size * distilled],
                 teacher_output.scores,
@@ -377,7 +377,7 @@ class Method(nn.Module, ABC):
     @torch.no_grad()
     def teacher_outputs(self, batch: Batch) -> TeacherOutput:
         """Return what the teacher computes for the batch, as far as the method needs it."""
-        teacher, classifier = self._teacher
+        teacher, classifier = self.teacher, self.teacher_classifier
         if self.distillation_weight(self.config) == 0:
             return TeacherOutput(None, None)
         if self.config.teacher.source == "ema":
@@ -412,7 +412,7 @@ class Method(nn.Module, ABC):
 
     def distilled_views(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the views whose scores the student learns from the teacher."""
-        return batch.views[: self.num_distilled_views(self.config)]
+        return batch.views[: self.plan.num_distilled]
 
     def log_prior(self) -> Tensor | None:
         """Return what is added to the scores in training, (C,)."""

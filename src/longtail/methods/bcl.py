@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtail.config import Config
 from longtail.data.batch import Batch
 from longtail.losses.contrastive import balanced_contrastive_loss
 from longtail.methods.contrastive import Contrastive, ContrastiveSettings, self_mask
-from longtail.nn import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +22,18 @@ class BCLSettings(ContrastiveSettings):
 
 
 class BCL(Contrastive):
-    """Zhu et al., CVPR 2022, arXiv 2207.09052: averages over classes, and a centre of every class in every batch."""
+    """Zhu et al., CVPR 2022, arXiv 2207.09052: averages over classes, and a centre of every class in every batch.
+
+    The authors' network of the centres has BatchNorm too, over the classes, and takes weights that are not normalised.
+    """
 
     settings_class = BCLSettings
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
-        width = encoder.num_features
-        # the centres are computed from the classifier's weights, as in the paper
+    def build(self) -> None:
+        """Add the embedding of the class centres."""
+        super().build()
+        width = self.encoder.num_features
+        # of the classifier's weights
         self.centres = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, self.settings.embedding_dim)
         )

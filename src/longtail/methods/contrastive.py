@@ -17,8 +17,9 @@ from longtail.config import Config, Positive, PositiveFloat, Settings, Weight
 from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.memory import ClassQueues
-from longtail.methods.base import Method, TeacherOutput, ViewUse
-from longtail.nn import Encoder, ProjectionMLP
+from longtail.methods.base import Method, TeacherOutput
+from longtail.methods.views import CLASSIFICATION, CONTRAST, ViewPlan
+from longtail.nn import ProjectionMLP
 
 _Self = TypeVar("_Self", bound="QueueContrastive")
 
@@ -46,13 +47,11 @@ class Contrastive(Method):
     """
 
     settings_class: ClassVar[type[ContrastiveSettings]]
+    settings: ContrastiveSettings
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
-        self.settings = config.section(self.settings_class)
-        self.embed = ProjectionMLP(encoder.num_features, self.settings.embedding_dim)
+    def build(self) -> None:
+        """Add the embedding of the features."""
+        self.embed = ProjectionMLP(self.encoder.num_features, self.settings.embedding_dim)
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
@@ -66,21 +65,15 @@ class Contrastive(Method):
             )
 
     @classmethod
-    def num_student_views(cls, config: Config) -> int:
-        """Return V, plus one where the classification view is not among them."""
-        settings = config.section(cls.settings_class)
-        return settings.views + (not settings.share_view)
-
-    @classmethod
-    def num_classified_views(cls, config: Config) -> int:
-        """Return 1, or all of them."""
-        return cls.num_student_views(config) if config.classifier.every_view else 1
-
-    @classmethod
-    def views(cls, config: Config) -> tuple[ViewUse, ...]:
-        """Return the classification view and the compared views."""
-        contrast: ViewUse = "contrast"
-        return ("classification", *(contrast,) * (cls.num_student_views(config) - 1))
+    def view_plan(cls, config: Config) -> ViewPlan:
+        """Return the classification view and the compared views, of which it may be one."""
+        settings, classifier = config.section(cls.settings_class), config.classifier
+        student = settings.views + (not settings.share_view)
+        return ViewPlan(
+            student=(CLASSIFICATION, *(CONTRAST,) * (student - 1)),
+            num_classified=student if classifier.every_view else 1,
+            distill_every_view=classifier.distill_every_view,
+        )
 
     @classmethod
     def reason_against_mixing(cls, config: Config) -> str:
@@ -134,13 +127,13 @@ class QueueContrastive(Contrastive):
     """A contrastive method with one queue of the embeddings of earlier steps, for all classes."""
 
     settings_class: ClassVar[type[QueueSettings]]
+    settings: QueueSettings
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
-        settings = config.section(self.settings_class)
-        self.queue = ClassQueues(class_counts, settings.queue_size, dim=settings.embedding_dim, shared=True)
+    def build(self) -> None:
+        """Add the queue."""
+        super().build()
+        size, dim = self.settings.queue_size, self.settings.embedding_dim
+        self.queue = ClassQueues(self.class_counts, size, dim=dim, shared=True)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return the contents of the queue: part of ``state_dict``, but not buffers."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -80,20 +80,14 @@ class ProductOfExperts(Method):
     without the prior that an expert's contain.
 
     Source: Sanchez Aimar et al., *Balanced Product of Calibrated Experts for Long-Tailed Recognition* (BalPoE), CVPR
-    2023, arXiv 2208.07662. Stages of their own: Wang et al. (RIDE), ICLR 2021, arXiv 2010.01809. The experts' product
+    2023, arXiv 2206.05260. Stages of their own: Wang et al. (RIDE), ICLR 2021, arXiv 2010.01809. The experts' product
     as the teacher of each: Lan et al., *Knowledge Distillation by On-the-Fly Native Ensemble*, NeurIPS 2018, arXiv
     1806.04606; for a long tail Zhao et al. (MDCS), ICCV 2023, arXiv 2308.09922, by way of two views.
     """
 
     settings_class = ExpertsSettings
+    settings: ExpertsSettings
     classifier: ExpertClassifier
-
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        self.prepare_encoder(encoder, config)
-        self.settings = config.section(ExpertsSettings)
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
 
     def build_classifier(self, num_features: int) -> ExpertClassifier:
         """Return the classifiers of the experts, with what their scores will contain of the log prior."""

@@ -25,16 +25,15 @@ from longtail.methods.base import (
     Head,
     LabelKind,
     Method,
-    SampleAdapter,
     TeacherOutput,
     TrainedClassifier,
-    ViewUse,
     view_after_view,
 )
 from longtail.methods.ema import EMAEncoder
 from longtail.methods.experts import give_experts, operations_of_experts
 from longtail.methods.feature_transfer import FeatureTransfer
-from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP, TeacherEncoder
+from longtail.methods.views import CLASSIFICATION, CONTRAST, ViewPlan
+from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP
 
 _Self = TypeVar("_Self", bound="GML")
 
@@ -92,79 +91,66 @@ class GMLSettings(Settings):
     distillation_weight: Weight | None = None
     """Weight of the distillation from the teacher's classifier [α]; 1 where the teacher has one, if not given."""
 
+    @property
+    def num_experts(self) -> int:
+        """2 where the classifier and the mixture have stages of their own, or 1."""
+        return 1 if self.stages is None else 2
+
 
 class GML(Method):
-    """Three views per image: classification and query for the student, key for the teacher; the first can be shared.
-
-    Args:
-        config: settings of the run.
-        encoder: the student.
-        class_counts: (C,) training images per class.
-        teacher: the frozen encoder, in eval mode.
-        teacher_classifier: its classifier, which distillation needs; (B, F) features to (B, C) scores.
-        adapter: what a sample is.
-    """
+    """Three views per image: classification and query for the student, key for the teacher; the first can be shared."""
 
     settings_class: ClassVar[type[GMLSettings]] = GMLSettings
+    settings: GMLSettings
     label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels", "boxes"})
     plotted_metrics: ClassVar[Mapping[str, str]] = {"temperature": "τ"}
 
-    def __init__(
-        self,
-        config: Config,
-        encoder: Encoder,
-        class_counts: list[int],
-        teacher: TeacherEncoder | None = None,
-        teacher_classifier: nn.Module | None = None,
-        adapter: SampleAdapter | None = None,
-    ) -> None:
-        self.prepare_encoder(encoder, config)
-        settings = self.settings = config.section(GMLSettings)
-        self.num_experts = num_experts(settings)
-        super().__init__(config, encoder, class_counts, teacher, teacher_classifier, adapter)
-        class_counts = self.adapter.sample_counts(class_counts)
+    def build(self) -> None:
+        """Add the queues, the embeddings and the mixture."""
+        settings, teacher = self.settings, self.teacher
+        class_counts = self.adapter.sample_counts(self.class_counts)
         if settings.keys != "teacher":
-            self.ema = EMAEncoder([encoder], settings.momentum, config.optimizer.grad_accumulation_steps)
+            self.ema = EMAEncoder([self.encoder], settings.momentum, self.config.optimizer.grad_accumulation_steps)
         assert teacher is not None or settings.keys == "momentum"
-        width = (settings.keys != "teacher") * encoder.num_features
+        width = (settings.keys != "teacher") * self.encoder.num_features
         width += teacher.num_features if teacher is not None and settings.keys != "momentum" else 0
         # the queues are not sub-modules: their contents differ from step to step and must not be overwritten by those
         # of another process (see ClassQueues)
         self.queues = ClassQueues(
             class_counts,
-            config.batch_size if settings.queues == "batch" else queue_size(settings, class_counts),
+            self.config.batch_size if settings.queues == "batch" else queue_size(settings, class_counts),
             settings.queue_minimum,
             width,
             shared=settings.queues != "class",
         )
-        self.query_mlp = ProjectionMLP(encoder.num_features // self.num_experts, settings.embedding_dim)
+        self.query_mlp = ProjectionMLP(self.encoder.num_features // settings.num_experts, settings.embedding_dim)
         self.key_mlp = ProjectionMLP(width, settings.embedding_dim)
         self.mixture = GMLLoss(class_counts, settings.temperature, settings.learn_temperature, validate=False)
         if settings.feature_transfer:
             self.feature_transfer = FeatureTransfer(
-                settings.feature_transfer, config.shots.groups(class_counts), self.queues.sizes
+                settings.feature_transfer, self.config.shots.groups(class_counts), self.queues.sizes
             )
 
     def build_classifier(self, num_features: int) -> TrainedClassifier:
         """Return the classifier of the features that are its own."""
-        return super().build_classifier(num_features // self.num_experts)
+        return super().build_classifier(num_features // self.settings.num_experts)
 
     @classmethod
     def prepare_encoder(cls, encoder: Encoder, config: Config) -> None:
         """Give the classifier and the mixture last stages of their own, where they have them."""
         settings = config.section(GMLSettings)
         if settings.stages is not None:
-            give_experts(encoder, config, num_experts(settings), settings.stages)
+            give_experts(encoder, config, settings.num_experts, settings.stages)
 
     @classmethod
     def pass_cost(cls, config: Config) -> float:
         """Return the operations of both experts together, as a multiple of the network's alone."""
         settings = config.section(GMLSettings)
-        return 1.0 if settings.stages is None else operations_of_experts(config, num_experts(settings), settings.stages)
+        return 1.0 if settings.stages is None else operations_of_experts(config, settings.num_experts, settings.stages)
 
     def training_scores(self, features: Tensor) -> Tensor:
         """Return the scores of the features, of those that are the classifier's own."""
-        return super().training_scores(features.chunk(self.num_experts, dim=1)[0])
+        return super().training_scores(features.chunk(self.settings.num_experts, dim=1)[0])
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
@@ -271,14 +257,17 @@ class GML(Method):
         return True
 
     @classmethod
-    def num_student_views(cls, config: Config) -> int:
-        """Return 2, the classification view and the query view, or 1 where they are shared."""
-        return 1 if config.section(GMLSettings).share_query else 2
-
-    @classmethod
-    def num_classified_views(cls, config: Config) -> int:
-        """Return 1, or all of them."""
-        return cls.num_student_views(config) if config.classifier.every_view else 1
+    def view_plan(cls, config: Config) -> ViewPlan:
+        """Return classification, query and key, as far as they differ and the key's features are not cached."""
+        settings, classifier = config.section(GMLSettings), config.classifier
+        student = (CLASSIFICATION,) if settings.share_query else (CLASSIFICATION, CONTRAST)
+        return ViewPlan(
+            student=student,
+            keys=() if settings.share_key or config.teacher.cache else (CONTRAST,),
+            num_classified=len(student) if classifier.every_view else 1,
+            distill_every_view=classifier.distill_every_view,
+            share_key=settings.share_key,
+        )
 
     @classmethod
     def teacher_is_frozen(cls, config: Config) -> bool:
@@ -297,23 +286,6 @@ class GML(Method):
         if settings.share_key and not config.teacher.cache:
             return "takes its keys from the classified view, and a key has one class; set gml.share_key to false"
         return ""
-
-    @classmethod
-    def num_teacher_views(cls, config: Config) -> int:
-        """Return 1 where there is a key view."""
-        return len(cls.views(config)) - cls.num_student_views(config)
-
-    @classmethod
-    def shares_key_view(cls, config: Config) -> bool:
-        """Return whether the teacher's key view is the classification view."""
-        return config.section(GMLSettings).share_key
-
-    @classmethod
-    def views(cls, config: Config) -> tuple[ViewUse, ...]:
-        """Return classification, query and key, as far as they differ and the key's features are not cached."""
-        contrast: ViewUse = "contrast"
-        separate = cls.num_student_views(config) - 1 + (not cls.shares_key_view(config) and not config.teacher.cache)
-        return ("classification", *(contrast,) * separate)
 
     def classification_loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the classifier's term, weighted."""
@@ -339,7 +311,7 @@ class GML(Method):
         if settings.feature_transfer:
             slots = self.feature_transfer(slots)
         mixture = self.mixture.terms(
-            self.query_mlp(queries.chunk(self.num_experts, dim=1)[-1]),
+            self.query_mlp(queries.chunk(settings.num_experts, dim=1)[-1]),
             labels,
             self.key_mlp(slots.features),
             slots.labels,
@@ -360,7 +332,7 @@ class GML(Method):
         if batch.key_features is not None:
             scores = batch.teacher_scores
             return TeacherOutput(batch.key_features, None if scores is None else view_after_view(scores))
-        teacher, classifier = self._teacher
+        teacher, classifier = self.teacher, self.teacher_classifier
         distilled, key = self.distilled_views(batch), batch.views[0 if self.settings.share_key else -1]
         distils = self.distillation_weight(self.config) > 0 and classifier is not None
         if self.settings.keys == "momentum" or teacher is None:
@@ -451,7 +423,7 @@ class GML(Method):
         A shared queue, pixels, and the features of a moving average that has learned nothing yet are left to the first
         steps.
         """
-        teacher, settings = self._teacher[0], self.settings
+        teacher, settings = self.teacher, self.settings
         filled = settings.queues == "class" and settings.keys == "teacher" and self.adapter.one_per_image
         if not filled or teacher is None:
             return
@@ -478,11 +450,6 @@ class GML(Method):
         super()._apply(fn, recurse)
         self.queues.apply(fn)
         return self
-
-
-def num_experts(settings: GMLSettings) -> int:
-    """Return 2 where the classifier and the mixture have stages of their own, or 1."""
-    return 1 if settings.stages is None else 2
 
 
 def queue_size(settings: GMLSettings, class_counts: list[int]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,7 +15,6 @@ from longtail.data.samplers import last_phase_start
 from longtail.losses.margin import ldam_loss, ldam_margins
 from longtail.losses.reweighting import effective_number_weights, scale_to_images
 from longtail.methods.classifier import ReweightedLoss
-from longtail.nn import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +38,15 @@ class LDAM(ReweightedLoss):
     """
 
     settings_class = LDAMSettings
+    settings: LDAMSettings
     margins: Tensor
     weights: Tensor
     equal_weights: Tensor
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
-        settings = config.section(LDAMSettings)
-        self.reweight_from = last_phase_start(settings.reweight_from, first_stage_epochs(config))
+    def build(self) -> None:
+        """Add the margins and the weights of the classes."""
+        settings = self.settings
+        self.reweight_from = last_phase_start(settings.reweight_from, first_stage_epochs(self.config))
         self.register_buffer("margins", ldam_margins(self.prior.class_counts, settings.max_margin), persistent=False)
         counts = self.prior.class_counts
         weights = effective_number_weights(counts, settings.beta)

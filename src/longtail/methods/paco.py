@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,10 +14,9 @@ from longtail.config import Config, Weight
 from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.losses.contrastive import parametric_contrastive_loss
-from longtail.methods.base import ViewUse
 from longtail.methods.contrastive import QueueContrastive, QueueSettings, self_mask
 from longtail.methods.ema import EMAEncoder
-from longtail.nn import Encoder
+from longtail.methods.views import CONTRAST, ViewPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,7 @@ class GPaCo(QueueContrastive):
     """
 
     settings_class: ClassVar[type[GPaCoSettings]] = GPaCoSettings
+    settings: GPaCoSettings
 
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
@@ -60,9 +60,10 @@ class GPaCo(QueueContrastive):
             )
 
     @classmethod
-    def num_classified_views(cls, config: Config) -> int:
-        """Return all of them: the scores of a query stand beside its keys."""
-        return cls.num_student_views(config)
+    def view_plan(cls, config: Config) -> ViewPlan:
+        """Return the compared views, all classified: the scores of a query stand beside its keys."""
+        plan = super().view_plan(config)
+        return replace(plan, num_classified=plan.num_student)
 
     @classmethod
     def reason_against_mixing(cls, config: Config) -> str:  # noqa: ARG003
@@ -80,7 +81,7 @@ class GPaCo(QueueContrastive):
 
     def contrastive_loss(self, embeddings: Tensor, labels: Tensor, scores: Tensor, batch: Batch) -> Tensor:
         """Return the parametric contrastive loss of the compared views, whose scores are the last ones."""
-        settings = self.config.section(self.settings_class)
+        settings = self.settings
         batch_keys, batch_labels = self.batch_keys(batch, embeddings, labels)
         slots = self.queue.slots()
         keys = torch.cat([embeddings, batch_keys, slots.features])
@@ -110,18 +111,18 @@ class PaCo(GPaCo):
     """Cui et al., ICCV 2021, arXiv 2107.12028: a momentum encoder computes the keys, from a view of their own."""
 
     settings_class: ClassVar[type[PaCoSettings]] = PaCoSettings
+    settings: PaCoSettings
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
-        momentum, parts = config.section(PaCoSettings).momentum, config.optimizer.grad_accumulation_steps
-        self.ema = EMAEncoder([self.encoder, self.embed], momentum, parts)
+    def build(self) -> None:
+        """Add the momentum encoder."""
+        super().build()
+        parts = self.config.optimizer.grad_accumulation_steps
+        self.ema = EMAEncoder([self.encoder, self.embed], self.settings.momentum, parts)
 
     @classmethod
-    def views(cls, config: Config) -> tuple[ViewUse, ...]:
+    def view_plan(cls, config: Config) -> ViewPlan:
         """Return the student's views and, last, the key view."""
-        return (*super().views(config), "contrast")
+        return replace(super().view_plan(config), keys=(CONTRAST,))
 
     def batch_keys(self, batch: Batch, queries: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return the momentum encoder's embeddings of the key view."""

@@ -6,7 +6,7 @@ Legend: B samples, V views, C classes, D embedding width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from longtail.losses import posterior_cross_entropy
 from longtail.losses.checks import valid_labels
 from longtail.losses.von_mises_fisher import MIN_DIM, vmf_scores
 from longtail.methods.contrastive import Contrastive, ContrastiveSettings
-from longtail.nn import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +40,13 @@ class ProCo(Contrastive):
     counts: Tensor
     epoch: Tensor
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+    def build(self) -> None:
+        """Add the sums of embeddings by class."""
+        super().build()
+        classes = len(self.class_counts)
         # sums of the last epoch and of this one; equal in all processes, so they may be buffers
-        self.register_buffer("sums", torch.zeros(2, len(class_counts), self.settings.embedding_dim))
-        self.register_buffer("counts", torch.zeros(2, len(class_counts)))
+        self.register_buffer("sums", torch.zeros(2, classes, self.settings.embedding_dim))
+        self.register_buffer("counts", torch.zeros(2, classes))
         self.register_buffer("epoch", torch.zeros(()))
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,7 +17,6 @@ from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
 from longtail.methods.base import LabelKind
 from longtail.methods.classifier import ReweightedLoss, shown_prior
-from longtail.nn import Encoder
 from longtail.nn.network_name import is_decoder_network
 
 _PARTS_OF_AN_IMAGE = 1000
@@ -39,6 +38,7 @@ class Focal(ReweightedLoss):
     """Lin et al., ICCV 2017, arXiv 1708.02002."""
 
     settings_class = FocalSettings
+    settings: FocalSettings
     label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels"})
 
     @classmethod
@@ -48,7 +48,7 @@ class Focal(ReweightedLoss):
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Return the focal loss."""
-        return focal_loss(scores, labels, self.config.section(FocalSettings).gamma)
+        return focal_loss(scores, labels, self.settings.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +72,17 @@ class ClassBalanced(ReweightedLoss):
     """
 
     settings_class = ClassBalancedSettings
+    settings: ClassBalancedSettings
     label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"image", "pixels"})
     weights: Tensor
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+    def build(self) -> None:
+        """Add the weights of the classes."""
         counts = self.prior.class_counts.double()
         if not self.adapter.one_per_image:
             # of pixels, the counts of drawn samples are thousandths of images
-            counts = counts * (sum(self.adapter.sample_counts(class_counts)) / _PARTS_OF_AN_IMAGE / counts.sum())
-        weights = _class_balanced_weights(counts, config.section(ClassBalancedSettings).beta)
+            counts = counts * (sum(self.adapter.sample_counts(self.class_counts)) / _PARTS_OF_AN_IMAGE / counts.sum())
+        weights = _class_balanced_weights(counts, self.settings.beta)
         self.register_buffer("weights", weights, persistent=False)
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.losses.contrastive import supcon_loss
 from longtail.methods.contrastive import Contrastive, ContrastiveSettings, self_mask
-from longtail.nn import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +27,9 @@ class SupCon(Contrastive):
     settings_class = SupConSettings
     positives: Tensor
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+    def build(self) -> None:
+        """Add the fraction of a batch with positives, for the log."""
+        super().build()
         self.register_buffer("positives", self.prior.log_prior.new_ones(()), persistent=False)
 
     @classmethod

@@ -80,7 +80,7 @@ class ExpertClassifier(CosineClassifier):
         contained_log_prior: (E, C) buffer, what of the log prior the scores of each expert contain; 0 at first.
 
     Source: Hinton, *Products of Experts*, ICANN 1999; with experts of several priors Sanchez Aimar et al., *Balanced
-    Product of Calibrated Experts for Long-Tailed Recognition* (BalPoE), CVPR 2023, arXiv 2208.07662.
+    Product of Calibrated Experts for Long-Tailed Recognition* (BalPoE), CVPR 2023, arXiv 2206.05260.
     """
 
     contained_log_prior: Tensor

@@ -135,8 +135,8 @@ def _check_views(config: Config) -> None:
             f"classifier.views {config.classifier.views}: with tune head and feature_views 1 all views of an image are "
             "the same; set feature_views to 2 or more, or classifier.views to 1"
         )
-    distilled = method.num_distilled_views(config) if method.distillation_weight(config) else 0
-    uses = method.views(config)[:distilled]
+    plan = method.view_plan(config)
+    uses = plan.uses[: plan.num_distilled] if method.distillation_weight(config) else ()
     if config.teacher.cache and "contrast" in uses and config.data.augment != config.data.contrast_augment:
         raise LongtailError(
             f"teacher.cache {config.teacher.cache}: the cached scores are of views by data.augment "
@@ -154,16 +154,15 @@ def least_feature_views(config: Config) -> int:
 
 
 def _classifies_several_views(config: Config) -> bool:
-    return config.classifier.views > 1 and METHODS[config.method].num_classified_views(config) > 1
+    return config.classifier.views > 1 and METHODS[config.method].view_plan(config).num_classified > 1
 
 
 def _without_effect(config: Config) -> list[str]:
     """Return what is set and does not do what its name promises."""
     method, name, notes = METHODS[config.method], config.method, []
     views = config.classifier.views
-    if views > 1 and method.num_student_views(config) == method.num_student_views(
-        config.replace(classifier={"views": 1, "agreement_weight": 0.0})
-    ):
+    one = config.replace(classifier={"views": 1, "agreement_weight": 0.0})
+    if views > 1 and method.view_plan(config) == method.view_plan(one):
         notes.append(f"classifier.views {views}: without effect, method {name} chooses its views by its own settings")
     source = config.teacher.source
     if source != "train" and not method.needs_teacher(config) and method.distillation_weight(config) == 0:

@@ -107,10 +107,11 @@ def expected_seconds(config: Config, sizes: Sizes, speed: Speed, missing: int | 
     evaluated = sizes.test + sizes.val * (1 + config.epochs // config.validate_every)
     if config.tune == "head":
         images = sizes.train * config.feature_views + sizes.val + sizes.test if missing is None else missing
-        return images * speed.encode + steps * _HEAD_STEP * method.num_student_views(config) * passes_per_step(config)
+        passes = steps * method.view_plan(config).num_student * passes_per_step(config)
+        return images * speed.encode + passes * _HEAD_STEP
     passes = first_stage_epochs(config) * sizes.train
     seconds = (config.epochs * sizes.train - passes) * speed.encode  # features for a second stage
-    trained = passes * method.num_student_views(config) * passes_per_step(config)
+    trained = passes * method.view_plan(config).num_student * passes_per_step(config)
     seconds += trained * speed.train + evaluated * speed.encode
     if config.classifier.init == "class_means":
         seconds += sizes.train * speed.encode
@@ -129,7 +130,7 @@ def expected_seconds(config: Config, sizes: Sizes, speed: Speed, missing: int | 
             one = expected_seconds(first, sizes, speed)
             seconds += teacher.count * (teacher.generations * one + (teacher.generations - 1) * passes * speed.encode)
     elif teacher.source == "ema" and method.distillation_weight(config) > 0:
-        seconds += passes * speed.encode * method.num_distilled_views(config)
+        seconds += passes * speed.encode * method.view_plan(config).num_distilled
     return seconds
 
 

@@ -41,6 +41,6 @@ def build_mixer(config: Config, method: type[Method], class_counts: list[int], l
         class_counts,
         config.seed,
         first_stage_epochs(config),
-        method.num_classified_views(config),
+        method.view_plan(config).num_classified,
         config.teacher.distillation_temperature,
     )

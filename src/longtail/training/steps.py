@@ -134,7 +134,7 @@ class Student:
 
     def end_step(self, images: int) -> None:
         """Update the counts after a step over ``images`` images of all processes."""
-        views, cost = self.method.num_student_views(self.config), self.method.pass_cost(self.config)
+        views, cost = self.method.plan.num_student, self.method.pass_cost(self.config)
         self.tracker.count(images, round(images * views * passes_per_step(self.config) * cost))
 
 
@@ -431,7 +431,8 @@ def build_steps(
         _memory(config, fabric.device),
         student.learning_rate,
         teacher_pass if ahead else None,
-        len(loader.views) - method.num_teacher_views(config) if ahead else None,
+        # the key views are then the teacher's, where it computes keys at all
+        method.plan.num_student if ahead and method.needs_teacher_features(config) else None,
         student.turn.views,
         view_names,
         None if streams is None else streams[1],

@@ -145,7 +145,7 @@ class _Trainer:
         self.method_class.check(config, data.class_counts)
         check_sharpness(config, self.method_class, data.class_counts, self.task.label_kind)
         self.mixer = build_mixer(config, self.method_class, data.class_counts, self.task.label_kind)
-        self.transforms = self.task.build_transforms(config, data, self.method_class.views(config))
+        self.transforms = self.task.build_transforms(config, data, self.method_class.view_plan(config).uses)
         assert isinstance(config.epochs, int)
         self.epochs = first_stage_epochs(config)
         check_logs(config.log)
@@ -233,7 +233,7 @@ class _Trainer:
         write_inputs(self.out, config, self.images)  # settings that do not make it another run may have changed
         log = MetricLogger(self.out, config.log, self.out.name, tracker.step)
         shown = (data.fingerprint, data.image_size, config.data.augment, config.data.contrast_augment)
-        names = [(*shown, use) for use in self.method_class.views(config)]
+        names = [(*shown, use) for use in method.plan.uses]
         steps = build_steps(student, loader, on_device, names)
         if config.compile:  # once for each size of a batch, of which there are two
             method.encoder.backbone.compile(dynamic=False)
@@ -282,6 +282,7 @@ class _Trainer:
 
     def _cache(self, teacher: Teacher, teachers: Path) -> TeacherCache:
         device, distils = self.fabric.device, self.method_class.distillation_weight(self.config) > 0
+        plan = self.method_class.view_plan(self.config)
 
         def open_cache(write: bool) -> TeacherCache:
             return teacher_cache(
@@ -294,8 +295,8 @@ class _Trainer:
                 device,
                 self.fabric.autocast,
                 keeps_features=self.method_class.needs_teacher_features(self.config),
-                share_key=self.method_class.shares_key_view(self.config),
-                distilled=self.method_class.num_distilled_views(self.config),
+                share_key=plan.share_key,
+                distilled=plan.num_distilled,
                 write=write,
                 check=lambda: stop.check("while the teacher's cache was filled, which begins again; the rest is kept"),
             )

@@ -30,9 +30,10 @@ class Seesaw(ReweightedLoss):
     """Wang et al., CVPR 2021, arXiv 2008.10032; the background has no factors."""
 
     settings_class = SeesawSettings
+    settings: SeesawSettings
     label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"boxes"})
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Return the seesaw loss."""
-        settings = self.config.section(SeesawSettings)
-        return seesaw_loss(scores, labels, self.prior.class_counts, settings.mitigation, settings.compensation)
+        mitigation, compensation = self.settings.mitigation, self.settings.compensation
+        return seesaw_loss(scores, labels, self.prior.class_counts, mitigation, compensation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from longtail.evaluation.class_frequencies import PriorName
 from longtail.losses import posterior_cross_entropy
 from longtail.methods.base import LabelKind
 from longtail.methods.classifier import ReweightedLoss
-from longtail.nn import Encoder
 
 
 class RegionLoss(ReweightedLoss):
@@ -21,10 +20,8 @@ class RegionLoss(ReweightedLoss):
     label_kinds: ClassVar[frozenset[LabelKind]] = frozenset({"pixels"})
     loss_name: ClassVar[str]
 
-    def __init__(
-        self, config: Config, encoder: Encoder, class_counts: list[int], *teacher: Any, **adapter: Any
-    ) -> None:
-        super().__init__(config, encoder, class_counts, *teacher, **adapter)
+    def build(self) -> None:
+        """Add the loss over regions."""
         from segmentation_models_pytorch import losses
 
         self.region_loss = getattr(losses, self.loss_name)(mode="multiclass", ignore_index=-1)
@@ -36,7 +33,8 @@ class RegionLoss(ReweightedLoss):
 
     def loss(self, scores: Tensor, labels: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
         """Return the sum of both."""
-        region: Tensor = self.region_loss(scores, labels)
+        # a sum, since Lovász of segmentation-models-pytorch is empty, (0, C), where no pixel has a label
+        region: Tensor = self.region_loss(scores, labels).sum()
         return posterior_cross_entropy(scores, labels) + region
 
 
