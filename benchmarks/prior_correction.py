@@ -11,7 +11,7 @@ StandardScaler. imbalanced-learn re-samples the training set (pip install imbala
 left out); its own way to other class frequencies is to re-sample to them and train again.
 
 Prints the NLL of each model, mean ± standard deviation over the seeds, and its ratio to that of the model trained on
-the right frequencies: the mean of the ratios in pairs, with its 95 % interval.
+the right frequencies: the mean of the ratios in pairs, with its 95 % t-interval.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
@@ -122,7 +123,7 @@ def main() -> None:
         for name in names:
             values = np.array(results[used, name])
             ratios = values / reference
-            half_width = 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5
+            half_width = t.ppf(0.975, len(ratios) - 1) * ratios.std(ddof=1) / len(ratios) ** 0.5
             print(
                 f"| {used} | {name} | {values.mean():.3f} ± {values.std(ddof=1):.3f} | "
                 f"{ratios.mean():.3f} ± {half_width:.3f} |"

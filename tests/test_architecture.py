@@ -231,3 +231,12 @@ def test_private_uses_are_seen(code: str) -> None:
 )
 def test_other_names_are_not_taken_for_private(code: str) -> None:
     assert list(private_uses(ast.parse(code))) == []
+
+
+def test_python_3_10_has_no_await_in_nested_comprehensions() -> None:
+    comprehensions = (ast.ListComp, ast.SetComp, ast.DictComp)
+    for path in (*sources(), *sorted(TESTS.rglob("*.py")), *sorted((TESTS.parent / "benchmarks").rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, comprehensions):
+                inner = (each for each in ast.walk(node) if each is not node and isinstance(each, comprehensions))
+                assert not any(isinstance(part, ast.Await) for each in inner for part in ast.walk(each)), path

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,93 @@ def test_a_method(plugin: Any, tmp_path: Path) -> None:
     # without the plugin nobody knows what the run was trained with
     assert "method 'tempered' is not known" in refused("train", "--method", "tempered", "--out", tmp_path / "other")
     assert "there is no field 'tempered'" in refused("evaluate", run)
+    # what it does is not in the settings: with another file of that name the run would be another one
+    plugin(METHOD.replace("prior(), strength", "prior(), 2 * strength"))
+    again = (*with_plugin, "--method", "tempered", "--tempered.strength", "0.25", *TINY)
+    err = refused("train", *again, "--out", run, "--resume")
+    assert f"{run}: plugin plugin.py has changed since this run; use --overwrite or another --out" in err
+    ran("train", *again, "--out", run, "--overwrite")
+
+
+@pytest.mark.slow
+def test_a_comparison_after_a_plugin_has_changed(plugin: Any, tmp_path: Path) -> None:
+    compare: list[str | Path] = ["compare", "--seeds", "1", *TINY, "--out", tmp_path / "c"]
+    compare += ["--plugin", plugin(METHOD), "--methods"]
+    ran(*compare, "la,tempered")
+    plugin(METHOD.replace("prior(), strength", "prior(), 2 * strength"))
+    assert "tempered-seed0: plugin plugin.py has changed since this run" in refused(*compare, "la,tempered")
+    ran(*compare, "la")  # which is not the plugin's
+
+
+@pytest.mark.slow
+def test_a_teacher_is_found_again_unless_a_plugin_of_its_own_has_changed(plugin: Any, tmp_path: Path) -> None:
+    def teachers(code: str, out: str, *arguments: str) -> set[str]:
+        with_plugin = ("--plugin", plugin(code))
+        ran("train", "--method", "gml", *with_plugin, *TINY, *arguments, "--out", tmp_path / out)
+        return {path.name for path in (tmp_path / "teachers").iterdir() if not path.name.startswith(".")}
+
+    first = teachers(AUGMENTATION, "a", "--data.augment", "brighter")
+    assert teachers(AUGMENTATION, "b", "--data.augment", "brighter") == first
+    assert len(teachers(AUGMENTATION.replace("0.7", "0.1"), "c", "--data.augment", "brighter")) == 2
+    plain = teachers(METHOD, "d")  # registers nothing that the teacher has
+    assert teachers(METHOD.replace("prior(), strength", "prior(), 2 * strength"), "e") == plain
+
+
+WHOSE = """
+import sys
+from longtail.registry import load_plugin, plugins_of
+
+load_plugin(sys.argv[1])
+kinds = {"method": "la", "data.source": "digits-lt", "augmentation": "none", "data.sampler": "class"}
+used = set(kinds.items())
+print(len(plugins_of(used)), len(plugins_of(used | {("data.sampler", "own")})))
+"""
+
+
+def test_a_plugin_counts_for_what_has_its_parts_alone(plugin: Any) -> None:
+    """In a new process, where the parts of the package's tasks are not registered before it runs."""
+    of_a_sampler = "from longtail.registry import METHODS, SAMPLERS\nlist(METHODS)\nSAMPLERS.register('own')(print)"
+    of_a_task = "from longtail.registry import TASKS\nTASKS.add('own', 'nowhere:OWN')"
+    for code, shown in ((of_a_sampler, "0 1"), (of_a_task, "1 1"), ("", "1 1")):
+        done = subprocess.run(
+            [sys.executable, "-c", WHOSE, plugin(code)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.stdout == f"{shown}\n", done.stderr
+
+
+NETWORK = """
+from timm.models import register_model
+from torch import nn
+
+
+class Tiny(nn.Module):
+    num_features = 8
+
+    def __init__(self, in_chans):
+        super().__init__()
+        self.convolution = nn.Conv2d(in_chans, 8, 3, padding=1)
+
+    def forward(self, images):
+        return self.convolution(images).relu().mean((2, 3))
+
+
+@register_model
+def own_network(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, in_chans=3, **options):
+    return Tiny(in_chans)
+"""
+
+
+def test_a_network(plugin: Any, tmp_path: Path) -> None:
+    with_plugin, run = ("--plugin", plugin(NETWORK)), tmp_path / "run"
+    arguments: list[str | Path] = ["--method", "la", *TINY, "--network", "own_network", "--out", run]
+    ran("train", *with_plugin, *arguments)
+    evaluated_and_reported(run, *with_plugin)
+    image = save_image(tmp_path / "x.png", (8, 8), mode="L")
+    err = refused("predict", run, image)
+    assert "config.json: network 'own_network' is not known" in err
+    assert "(of a plugin? name its file with --plugin)" in err
+    plugin(NETWORK.replace("8, 3, padding=1", "8, 5, padding=2"))
+    assert "plugin plugin.py has changed" in refused("train", *with_plugin, *arguments, "--resume")
 
 
 @pytest.mark.slow
@@ -267,6 +356,10 @@ def test_a_data_set(plugin: Any, tmp_path: Path) -> None:
     assert "'stripe-lt'" in (err := refused("inspect", *with_plugin, "stripe-lt"))
     assert "perhaps you meant stripes-lt?" in err
     assert "data.source 'stripes-lt' is not known" in refused("evaluate", run)
+    err = refused("inspect", "stripes-lt", *with_plugin, "--data.profile", "step")
+    assert "data.profile step: source stripes-lt makes no tail of its images; leave it out" in err
+    makes_tail = ("--plugin", plugin(DATA.replace("Source(load=load)", "Source(load=load, makes_tail=True)"), "tail"))
+    ran("inspect", "stripes-lt", *makes_tail, "--data.profile", "step")
 
 
 @pytest.mark.slow
@@ -355,7 +448,9 @@ def test_a_task(plugin: Any, tmp_path: Path) -> None:
     for command in commands:
         ran(*command, *with_plugin)
     assert json.loads((tmp_path / "run-crt" / "recognizer" / "config.json").read_text())["metrics"]["worst"] >= 0
-    assert "config.json: task 'worst-class' is not known" in refused("predict", run, image)
+    err = refused("predict", run, image)
+    assert "config.json: task 'worst-class' is not known" in err
+    assert "(of a plugin? name its file with --plugin)" in err
 
 
 DOUBLED = [
@@ -381,12 +476,120 @@ def test_a_name_that_two_plugins_have(plugin: Any, code: str) -> None:
     ran("recipes", "--plugin", one, f"--plugin={one}")  # the same file twice is that file
 
 
+def test_two_files_of_one_name(plugin: Any, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    one, two = plugin(METHOD), plugin(AUGMENTATION, "other/plugin")
+    ran("recipes", "--plugin", one, "--plugin", two, "--plugin", one)
+
+
+SETTINGS = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from longtail.config import Settings
+from longtail.methods.base import Method
+from longtail.registry import METHODS
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Settings):
+    section: ClassVar[str] = "mine"
+    a: float = 1.0
+
+METHODS.register("mine")(type("Own", (Method,), {"settings_class": Mine}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('    section: ClassVar[str] = "mine"\n', "", "Mine: has no section; expected section"),
+        ('"mine"\n', '"other"\n', "Mine.section is 'other', expected 'mine'"),
+        ("a: float = 1.0", "a: float", "Mine.a: has no default"),
+        ("a: float = 1.0", "a: torch.Tensor = None", "Mine: Unable to generate pydantic-core schema for"),
+        ("a: float = 1.0", "a: list[float] | None = None", "Mine.a: settings never change; use tuple"),
+        ("@dataclass(frozen=True, kw_only=True)", "", "Mine: is no dataclass; expected @dataclass"),
+        ('{"settings_class": Mine}', '{"settings_class": dict}', "settings_class: expected a class derived from"),
+        ('register("mine")', 'register("mixing")', "is the name of a setting"),
+        ('register("mine")', 'register("segmentation")', "a task has the name already"),
+        ('type("Own", (Method,), {"settings_class": Mine})', "print", "expected a class derived from Method, got"),
+    ],
+)
+def test_a_method_that_cannot_be_one(plugin: Any, old: str, new: str, message: str) -> None:
+    assert SETTINGS.count(old) == 1
+    err = refused("recipes", "--plugin", plugin(SETTINGS.replace(old, new), "broken"))
+    assert re.search(r"--plugin \S+broken.py: method '(mine|mixing|segmentation)': ", err)
+    assert message in err
+    assert re.search(r"\(line 1[34]\)$", err.strip())
+
+
+@pytest.mark.parametrize(
+    ("registry", "message"),
+    [
+        ("SOURCES", "data.source 'mine': expected an object of Source, got <built-in function print>"),
+        ("TRANSFORMS", "augmentation 'mine': expected an object of Transform"),
+        ("TASKS", "task 'mine': expected an object of Task"),
+    ],
+)
+def test_an_object_that_is_no_part(plugin: Any, registry: str, message: str) -> None:
+    code = f"from longtail.registry import {registry}\n{registry}.register('mine')(print)"
+    assert message in refused("recipes", "--plugin", plugin(code))
+
+
+PER_IMAGE = """
+import torch
+
+from longtail.data.transforms import PerImageTransform, Transform
+from longtail.registry import TRANSFORMS
+
+
+class Grey(PerImageTransform):
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, sample, image_id, keys):
+        return torch.full((3, self.size, self.size), 128, dtype=torch.uint8), None
+
+
+TRANSFORMS.register("grey")(Transform(Grey, per_image=True))
+"""
+SPAWNED = """
+import multiprocessing
+import sys
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    import torch
+
+    from longtail.data.dataset import from_arrays
+    from longtail.data.loader import TrainLoader
+    from longtail.data.transforms import build_transform
+    from longtail.registry import load_plugin
+
+    load_plugin(sys.argv[1])
+    part = torch.zeros(8, 8, 8, 3, dtype=torch.uint8), torch.arange(8) % 2
+    images = from_arrays(part, part).train
+    loader = TrainLoader(images, 4, [build_transform("grey", 8)], seed=0, workers=1)
+    print(*(tuple(batch.views[0].shape) for batch in loader.epoch(0)))
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_no_copies_of_this_process_know_the_plugins(plugin: Any) -> None:
+    script = plugin(SPAWNED, "script")
+    done = subprocess.run(
+        [sys.executable, script, plugin(PER_IMAGE)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout == "(4, 3, 8, 8) (4, 3, 8, 8)\n", done.stderr
+
+
 def test_files_that_are_no_plugin(plugin: Any, tmp_path: Path) -> None:
     (tmp_path / "plugin.txt").write_text("")
     for path, message in (
         (tmp_path / "none.py", "none.py: there is no such file; expected a Python file that registers parts"),
         (tmp_path / "plugin.txt", "plugin.txt: expected a Python file, its name ending in .py"),
-        (plugin("1 / 0", "broken"), "broken.py: ZeroDivisionError: division by zero"),
+        (plugin("\n1 / 0", "broken"), "broken.py: ZeroDivisionError: division by zero (line 2)"),
+        (plugin("def f():\n  int('a')\n\nf()", "deep"), "base 10: 'a' (line 2)"),
+        (plugin("import sys\nsys.exit('no licence')", "ends"), "ends.py: SystemExit: no licence (line 2)"),
         (plugin("def", "cut"), "cut.py: SyntaxError: "),
         (plugin("import nowhere_to_be_found", "lost"), "lost.py: ModuleNotFoundError: "),
     ):

@@ -348,8 +348,11 @@ def test_a_fitted_model() -> None:
         PriorCorrectedClassifier(frozen.FrozenEstimator(fitted)).fit(X_valid, y_valid)
     with pytest.raises(ValueError, match="training_frequencies: expected those that the fitted estimator was trained"):
         PriorCorrectedClassifier(make_pipeline(frozen.FrozenEstimator(fitted))).fit(X, y)
-    with pytest.raises(ValueError, match="y: expected the classes of the fitted estimator"):
-        PriorCorrectedClassifier(frozen.FrozenEstimator(fitted), TRAINED).fit(X_valid, y_valid + 2)
+    wrong = {"3": y_valid + 2, "100, 101": y_valid + 100, "50, 100, 150 and 2 more": np.arange(25) % 6 * 50}
+    for unknown, labels in wrong.items():
+        message = f"y: expected the classes of the fitted estimator, such as 0, got {unknown}, which it does not know"
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            PriorCorrectedClassifier(frozen.FrozenEstimator(fitted), TRAINED).fit(X_valid, labels)
 
 
 def digits(seed: int, imbalance: float = 20.0) -> tuple[Array, Array, Array, Array]:

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -24,7 +26,10 @@ from longtail.cli import options
 from longtail.cli.app import COMMANDS
 from longtail.config import field_names
 from longtail.experiments.records import Record, markdown
-from tests.conftest import TINY, Command
+from longtail.inference.export import export_onnx
+from longtail.inference.onnx_model import ONNXModel
+from longtail.nn import Encoder
+from tests.conftest import TINY, Command, small_card
 from tests.test_architecture import LAYERS
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +39,9 @@ PAGES = {"README.md": README} | {
 }
 DOCS = sorted(name for name in PAGES if name != "README.md")
 OTHER_PROGRAMS = {
-    *("nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint"),  # torchrun
+    *("nproc_per_node", "nnodes", "rdzv_id", "rdzv_backend", "rdzv_endpoint", "shutdown_timeout"),  # torchrun
     *("nodes", "ntasks-per-node", "gpus-per-node", "time", "requeue", "signal", "kill-on-bad-exit"),  # SLURM
+    *("ntasks", "gpus", "cpus-per-task", "array"),  # SLURM
     "no-deps",  # pip
     *("weights", "only", "fashion", "rehearse", "phases", "plan", "prepare", "pack"),  # studies and benchmarks
     "doubt.strength",  # the method that docs/extending.md adds
@@ -49,7 +55,8 @@ def blocks(page: str, language: str) -> list[str]:
     return [code for name, code in fences if name == language]
 
 
-RECOGNIZER, LOOP, EMBEDDINGS = blocks("README.md", "python")
+RECOGNIZER, LOSS_LOOP, LOOP, EMBEDDINGS = blocks("README.md", "python")
+_, PREPARATION = blocks("using.md", "python")
 TABLES = [
     (page, name, shown)
     for page, text in PAGES.items()
@@ -80,8 +87,33 @@ def test_the_tables_are_up_to_date(page: str) -> None:
         assert (ROOT / "docs" / figure).is_file(), figure
 
 
-def test_the_demo_is_in_the_readme() -> None:
-    assert ("README.md", "benchmarks/results/digits-lt.json") in {(page, name) for page, name, _ in TABLES}
+def test_the_demo_is_among_the_tables() -> None:
+    assert "benchmarks/results/digits-lt.json" in {name for _, name, _ in TABLES}
+
+
+def test_the_figures_of_the_readme_are_on_the_pages_that_it_names() -> None:
+    rows = re.findall(r"^\|.*\(\[page\]\((docs/\S+)\)\) \|(.*)\|$", README, re.MULTILINE)
+    assert len(rows) >= 3
+    for page, cells in rows:
+        shown = (ROOT / page).read_text(encoding="utf-8")
+        for balanced, few in re.findall(r"([\d.]+) \(([\d.]+)\)", cells):
+            # of one row of the page's table
+            assert re.search(rf"^\|.*\| {balanced} ±.*\| {few} ±.*\|$", shown, re.MULTILINE), (page, balanced, few)
+
+
+def test_the_loop_with_a_loss_runs_and_learns() -> None:
+    torch.manual_seed(0)
+    counts = [40, 8, 4]
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    images = torch.randn(3, 12)[labels] + 0.3 * torch.randn(52, 12)
+    network = nn.Linear(12, 3)
+    losses: list[float] = []
+    space = {"class_counts": counts, "network": network, "losses": losses}
+    space["optimizer"] = torch.optim.SGD(network.parameters(), lr=0.1)
+    space["loader"] = [(images[p], labels[p]) for p in torch.randperm(52).split(26)] * 20
+    exec(compile(LOSS_LOOP + "    losses.append(loss.item())\n", "README.md", "exec"), space)
+    assert len(losses) == 40
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_the_loop_runs_and_learns() -> None:
@@ -138,9 +170,32 @@ def test_the_embeddings_snippet() -> None:
 def test_the_examples_of_the_docs_run(page: str) -> None:
     if page == "own-trainer.md":
         pytest.importorskip("transformers")
-    code = "".join(blocks(page, "python"))
+    code = "".join(block for block in blocks(page, "python") if block != PREPARATION)  # which needs a file
     assert "assert" in code
     exec(compile(code, page, "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_preparation_of_an_image_is_the_one_of_longtail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = small_card(("a", "b", "c"), (9, 3, 1), stored_size=12, mean=(0.5,) * 3, std=(0.5,) * 3)
+    encoder = Encoder("conv8-tiny", config.mean, config.std)
+    recognizer = Recognizer(encoder, CosineClassifier(encoder.num_features, 3), config)
+    (tmp_path / "RUN").mkdir()
+    export_onnx(recognizer, tmp_path / "RUN" / "model.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=rotated)
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(compile(PREPARATION, "using.md", "exec"), space)
+    expected = ONNXModel("RUN/model.onnx").predict("photo.png")
+    np.testing.assert_allclose(space["probabilities"], expected, atol=1e-6)
+    # the steps of the preparation matter here
+    others = [pixels[:, :, :3], np.rot90(pixels[:, :, :3], -1)]
+    differences = [abs(ONNXModel("RUN/model.onnx").predict(other) - expected).max() for other in others]
+    assert min(differences) > 1e-4, differences
 
 
 @pytest.mark.slow
@@ -154,10 +209,11 @@ def test_the_examples_of_plugins_run(tmp_path: Path) -> None:
         else:
             (tmp_path / name[1]).write_text(block, encoding="utf-8")
     commands = [line.split()[1:] for block in blocks("extending.md", "") for line in block.splitlines()]
-    assert len(commands) == 5
-    short = ["--network", "conv8-tiny", "--epochs", "1", "--quiet"]
+    assert len(commands) == 6
     scripts.append("from longtail.cli import main")
     for number, arguments in enumerate(commands):
+        network = [] if "--network" in arguments else ["--network", "conv8-tiny"]
+        short = [*network, "--epochs", "1", "--quiet"]
         command = [*arguments, *short, "--out", f"run{number}", "--json", f"{number}.json"]
         scripts.append(f"main({command!r})")
     # in a process of its own: what is registered stays registered
@@ -173,10 +229,11 @@ def test_the_examples_of_plugins_run(tmp_path: Path) -> None:
     assert completed.returncode == 0, completed.stdout + completed.stderr
     metrics = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(len(commands))]
     assert all((tmp_path / f"run{number}" / "report.html").is_file() for number in range(len(commands)))
-    assert metrics[1]["class_names"] == ["vertical", "horizontal"]
-    assert 0 <= metrics[3]["mean_absolute_error"] < 9
+    assert metrics[2]["class_names"] == ["vertical", "horizontal"]
+    assert 0 <= metrics[4]["mean_absolute_error"] < 9
     assert "strength: 0.3" in (tmp_path / "run0" / "config.yaml").read_text()
-    assert "augment: brightness" in (tmp_path / "run2" / "config.yaml").read_text()
+    assert "network: my_net" in (tmp_path / "run1" / "config.yaml").read_text()
+    assert "augment: brightness" in (tmp_path / "run3" / "config.yaml").read_text()
 
 
 def command_flags() -> dict[str, set[str]]:

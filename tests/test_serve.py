@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import shutil
@@ -33,15 +34,16 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from longtail.config import load_recipe
-from longtail.data.dataset import LongTailedData
+from longtail.data.dataset import ImageSet, LongTailedData
+from longtail.data.images import FileImages
 from longtail.inference.recognizer import Recognizer
 from longtail.serve import app as serve_app
 from longtail.serve import build_app
 from longtail.serve.app import MOST_BYTES, reference_images
-from longtail.serve.connections import trusted_hosts
+from longtail.serve.connections import is_local, listen, own_addresses, trusted_hosts
 from longtail.tasks.loading import load_run
 from longtail.training.trainer import fit
-from tests.conftest import Command, small_card
+from tests.conftest import Command, save_image, small_card
 from tests.processes import start_longtail
 
 NAMES = ("<img src=x onerror=alert(1)>", 'a "quote" & more', "שלום 🐘")
@@ -115,6 +117,39 @@ def test_a_training_image_is_its_own_nearest(run: Path) -> None:
     nearest = client.post("/predict", content=held.getvalue()).json()["nearest"][0]
     assert nearest["cosine"] == pytest.approx(1, abs=1e-4)
     assert nearest["class"] == data.class_names[int(data.train.labels[7])]
+
+
+def test_classes_that_are_in_every_set(run: Path) -> None:
+    recognizer = loaded(run)[0]
+    assert recognizer.calibration_stats is not None
+    labels = torch.tensor([0] * 9 + [1] * 8)
+    sure = torch.full((17,), 0.9999)
+    recognizer.calibration_stats = recognizer.calibration_stats._replace(labels=labels, true_probability=sure)
+    response = TestClient(build_app(recognizer)).post("/predict", content=picture()).json()
+    assert response["too_few"] == [str(digit) for digit in range(1, 10)]
+    assert set(response["too_few"]) <= set(response["set"])
+
+
+def test_a_neighbour_that_cannot_be_read_is_left_out(run: Path, tmp_path: Path, caplog: Any) -> None:
+    recognizer, names = loaded(run)[0], [f"{number}.png" for number in range(8)]
+    for number, name in enumerate(names):
+        save_image(tmp_path / name, (8, 8), seed=number)
+    labels = torch.zeros(len(names), dtype=torch.int64)
+    images = FileImages(tmp_path, names, recognizer.config.stored_size, 1, labels, max_unreadable_fraction=0.0)
+    reference = reference_images(recognizer, ImageSet(images, labels, torch.arange(len(names))))
+    client, body = TestClient(build_app(recognizer, reference)), (tmp_path / "3.png").read_bytes()
+    whole = client.post("/predict", content=body).json()["nearest"]
+    assert len(whole) == 5
+    (tmp_path / "3.png").unlink()  # the nearest
+    for _ in range(3):
+        assert client.post("/predict", content=body).json()["nearest"] == whole[1:]
+    for name in names:
+        (tmp_path / name).unlink(missing_ok=True)
+    response = client.post("/predict", content=body)
+    assert (response.status_code, response.json()["nearest"]) == (200, [])
+    assert not images.unreadable
+    (message,) = (record.getMessage() for record in caplog.records if record.name.startswith("longtail"))
+    assert "3.png: cannot be read" in message
 
 
 def test_test_time_augmentation(run: Path) -> None:
@@ -338,6 +373,20 @@ def test_a_client_that_sends_too_slowly_loses_its_place(run: Path) -> None:
         assert asyncio.run(request(port, picture(), pause=0.0005)) == 200
 
 
+def test_an_upload_that_stalls_does_not_hold_up_the_end(run: Path) -> None:
+    with served(run, "import longtail.serve.app as a; a.SHUTDOWN_SECONDS = 0.5") as (process, address):
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=60) as line:
+            line.sendall(b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\nabc")
+            time.sleep(0.5)
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            answered = line.recv(4096)
+        assert process.wait(timeout=30) == 130
+    assert time.monotonic() - start < 10  # the upload had a minute
+    assert b" 503 " in answered
+    assert "Traceback" not in process.stderr
+
+
 @pytest.mark.slow
 def test_two_hundred_at_once_slow_ones_among_them(run: Path) -> None:
     large = picture((1500, 1000))
@@ -437,16 +486,55 @@ def test_a_port_that_is_taken_and_a_host_that_is_no_name(run: Path, command: Com
         for place in (("--port", str(taken.getsockname()[1])), ("--host", "é" * 70)):
             code, _, err = command("serve", run, *place)
             assert (code, "cannot be listened at" in err, len(err.splitlines())) == (2, True, 1), err
+        code, _, err = command("serve", run, "--host", "")  # not all addresses
+        assert (code, "--host: is empty, expected an address" in err, len(err.splitlines())) == (2, True, 1), err
+
+
+@pytest.mark.parametrize(("host", "exposed"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_who_can_use_it_is_said(
+    run: Path, host: str, exposed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve_app, "own_addresses", lambda _: ["192.0.2.7", "2001:db8::7"])
+
+    async def announce(app: Any) -> None:
+        async with app.router.lifespan_context(app):
+            pass
+
+    def run_server(server: Any, sockets: list[socket.socket]) -> None:
+        asyncio.run(announce(server.config.app))
+        sockets[0].close()
+
+    monkeypatch.setattr("uvicorn.Server.run", run_server)
+    serve_app.serve(run, host, 0)
+    lines = capsys.readouterr().out.splitlines()
+    port = lines[0].split()[0].rpartition(":")[2]
+    assert lines[0] == f"http://{host}:{port}  (Ctrl-C ends it)"
+    others = [
+        f"at http://192.0.2.7:{port}, http://[2001:db8::7]:{port}",
+        "anyone who reaches this machine can use it; there is no authentication",
+    ]
+    assert lines[1:] == (others if exposed else [])
+
+
+def test_the_addresses_of_this_machine() -> None:
+    with listen("127.0.0.1", 0) as local:
+        assert is_local(local)
+        assert own_addresses(local) == ["127.0.0.1"]
+    with listen("0.0.0.0", 0) as everywhere:
+        assert not is_local(everywhere)
+        for address in own_addresses(everywhere):
+            assert not address.startswith("127.")
+            socket.create_connection((address, everywhere.getsockname()[1]), timeout=10).close()
 
 
 BROWSER = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Debian's chromium")
 
 
-def shown_by_browser(address: str) -> str:
+def shown_by_browser(address: str, *flags: str) -> str:
     """Return the page at an address after its scripts have run."""
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
-    return subprocess.run([*command, address], capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run([*command, *flags, address], capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @needs_browser
@@ -459,8 +547,28 @@ def test_an_answer_that_comes_after_that_for_a_newer_prior_is_not_shown(client: 
     </script></body>"""
     (tmp_path / "page.html").write_text(client.get("/").text.replace("</body>", script), encoding="utf-8")
     shown = shown_by_browser((tmp_path / "page.html").as_uri())
-    assert "<span>predict?prior=train</span>" in shown
-    assert "<span>predict?prior=uniform</span>" not in shown
+    assert "<bdi>predict?prior=train</bdi>" in shown
+    assert "<bdi>predict?prior=uniform</bdi>" not in shown
+
+
+@needs_browser
+def test_a_set_of_very_many_classes_with_long_names(client: TestClient, tmp_path: Path) -> None:
+    names = [f"{index:03}_" + "x" * 150 for index in range(13)]
+    told = {"top": [{"class": names[0], "probability": 1}], "set": names, "too_few": names[4:], "nearest": []}
+    script = f"""<script>
+    window.fetch = async () => ({{ json: async () => ({json.dumps(told)}) }});
+    add([new File(["image"], "IMG_".repeat(60) + ".heic")]);
+    const page = document.documentElement;
+    setTimeout(() => document.body.dataset.overflow = page.scrollWidth - page.clientWidth, 2000);
+    </script></body>"""
+    (tmp_path / "page.html").write_text(client.get("/").text.replace("</body>", script), encoding="utf-8")
+    shown = shown_by_browser((tmp_path / "page.html").as_uri(), "--window-size=500,900")
+    assert 'data-overflow="0"' in shown
+    summary = "Prediction set: 13 of 10 classes, 9 of them only because they have too few validation images"
+    assert f'<details class="soft"><summary>{summary}</summary>' in shown  # closed
+    inside, rest = shown[shown.index(summary) : shown.index("</details>")].split("In the set of every image")
+    assert (inside.count("<bdi>"), rest.count("<bdi>")) == (4, 9)
+    assert "with fewer than 9 validation images each" in rest
 
 
 @needs_browser

@@ -227,7 +227,8 @@ def on_test_images(run_folder: Path, entry: Record, test: ImageSet, config: Conf
     """Return the record of a run with the metrics of its saved model on the test images."""
     model = Recognizer.load(run_folder)
     metrics = evaluate_split(model, test, config)[entry.predicts_under]
-    return dataclasses.replace(entry, metrics={name: metrics[name] for name in entry.metrics})
+    shown = {name: metrics[name] for name in entry.metrics}
+    return dataclasses.replace(entry, metrics=shown, test_images=None, num_test_images=None, half_widths={})
 
 
 def main() -> None:

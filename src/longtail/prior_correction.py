@@ -33,6 +33,7 @@ Array = np.ndarray[Any, Any]
 _SMALLEST_PROBABILITY = 1e-12
 _MAX_CANDIDATES = 25  # thresholds of a class that are tried in each round
 _MAX_ROUNDS = 10
+_SHOWN = 3  # classes in a message
 
 
 def _check_probabilities(estimator: Any) -> None:
@@ -77,9 +78,12 @@ class _ProbabilityClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator)
         if fitted:
             check_is_fitted(self.estimator)
             self.classes_ = self.estimator.classes_
-            if not np.isin(labels, self.classes_).all():
+            unknown = labels[~np.isin(labels, self.classes_)].tolist()
+            if unknown:
+                more = f" and {len(unknown) - _SHOWN:,} more" if len(unknown) > _SHOWN else ""
                 raise LongtailError(
-                    f"y: expected the classes of the fitted estimator, {self.classes_.tolist()}, got {labels.tolist()}"
+                    f"y: expected the classes of the fitted estimator, such as {self.classes_[0]}, got "
+                    f"{', '.join(map(str, unknown[:_SHOWN]))}{more}, which it does not know"
                 )
         else:
             self.classes_ = labels

@@ -14,11 +14,15 @@ default.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -40,10 +44,15 @@ class Registry(Generic[Part]):
     Args:
         kind: what the parts are, for messages: "method".
         builtin: where the package's own parts live, ``module:attribute`` by name.
+        base: place of the class of the parts; any object is one if not given.
+        classes: parts are classes that derive from it, not instances.
+        check: place of a function of kind, name and part that raises LongtailError for one that cannot be used.
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
-        self.kind = kind
+    def __init__(
+        self, kind: str, builtin: Mapping[str, str], base: str = "", classes: bool = False, check: str = ""
+    ) -> None:
+        self.kind, self._base, self._classes, self._check = kind, base, classes, check
         self._known = dict(builtin)
         self._parts: dict[str, Part] = {}
 
@@ -64,12 +73,14 @@ class Registry(Generic[Part]):
         """
         if self._known.setdefault(name, place) != place:
             raise LongtailError(f"{self.kind} '{name}': is registered already; choose another name")
+        if _running:
+            _running[-1].parts.add((self.kind, name))
 
     def register(self, name: str) -> Callable[[Part], Part]:
         """Return a decorator that registers a part under ``name``.
 
         Raises:
-            LongtailError: another part has the name.
+            LongtailError: another part has the name, or it is no part of this kind.
         """
 
         def add(part: Part) -> Part:
@@ -78,10 +89,25 @@ class Registry(Generic[Part]):
             if known is not None and known is not part:
                 raise LongtailError(f"{self.kind} '{name}': is registered already; choose another name")
             self.add(name, place)
+            try:
+                self._check_part(name, part)
+            except LongtailError:
+                del self._known[name]
+                raise
             self._parts[name] = part
             return part
 
         return add
+
+    def _check_part(self, name: str, part: object) -> None:
+        if self._base:
+            base: type = _attribute(self._base)
+            derives = isinstance(part, type) and issubclass(part, base)
+            if not (derives if self._classes else isinstance(part, base)):
+                expected = f"a class derived from {base.__name__}" if self._classes else f"an object of {base.__name__}"
+                raise LongtailError(f"{self.kind} '{name}': expected {expected}, got {part!r}")
+        if self._check:
+            _attribute(self._check)(self.kind, name, part)
 
     def __getitem__(self, name: str) -> Part:
         """Return the part of that name.
@@ -91,8 +117,7 @@ class Registry(Generic[Part]):
         """
         self.check(name, self.kind)
         if name not in self._parts:
-            module, _, attribute = self._places[name].partition(":")
-            self._parts[name] = getattr(importlib.import_module(module), attribute)
+            self._parts[name] = _attribute(self._places[name])
         return self._parts[name]
 
     def check(self, name: str, where: str) -> None:
@@ -108,6 +133,12 @@ class Registry(Generic[Part]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _attribute(place: str) -> Any:
+    """Return what ``module:attribute`` names."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 METHODS: Registry[type[Method]] = Registry(
@@ -126,10 +157,15 @@ METHODS: Registry[type[Method]] = Registry(
         "proco": "longtail.methods.proco:ProCo",
         "gml": "longtail.methods.gml:GML",
     },
+    base="longtail.methods.base:Method",
+    classes=True,
+    check="longtail.config.schema:check_part",
 )
 """Training methods."""
 
-TASKS: Registry[Task[Any]] = Registry("task", {})
+TASKS: Registry[Task[Any]] = Registry(
+    "task", {}, base="longtail.tasks.base:Task", check="longtail.config.schema:check_part"
+)
 """What a network is trained to predict."""
 
 SOURCES: Registry[Source] = Registry(
@@ -145,6 +181,7 @@ SOURCES: Registry[Source] = Registry(
         "list": "longtail.data.sources.files:LIST",
         "hub": "longtail.data.sources.hub:HUB",
     },
+    base="longtail.data.sources:Source",
 )
 """Data sets and kinds of them."""
 
@@ -160,6 +197,7 @@ TRANSFORMS: Registry[Transform] = Registry(
         "imagenet": "longtail.data.transforms.per_image:IMAGENET",
         "imagenet-contrast": "longtail.data.transforms.per_image:IMAGENET_CONTRAST",
     },
+    base="longtail.data.transforms:Transform",
 )
 """Augmentations."""
 
@@ -186,12 +224,46 @@ def _load_task_packages() -> None:
             importlib.import_module(f"longtail.tasks.{module.name}")
 
 
-_plugins: list[str] = []
+@dataclass(frozen=True)
+class _Plugin:
+    """A file that registers parts."""
+
+    path: str
+    digest: str
+    """Of what was run."""
+    parts: set[tuple[str, str]] = field(default_factory=set)
+    """Kind and name of each; networks, which are registered with timm, are of the kind network."""
+
+
+_plugins: list[_Plugin] = []
+_running: list[_Plugin] = []
 
 
 def plugins() -> tuple[str, ...]:
     """Return the files that :func:`load_plugin` has run, in order: another process runs them again."""
-    return tuple(_plugins)
+    return tuple(plugin.path for plugin in _plugins)
+
+
+def load_plugins(paths: Iterable[str]) -> None:
+    """Run several files that register parts, see :func:`load_plugin`."""
+    for path in paths:
+        load_plugin(path)
+
+
+def plugins_of(parts: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return name and digest of the plugins that what is made of some parts depends on.
+
+    A plugin without parts, or with a task, which the data choose, may change anything.
+
+    Args:
+        parts: kind and name of each; kind network for a network.
+    """
+    kinds = {kind for kind, _ in parts}
+    return [
+        (Path(plugin.path).name, plugin.digest)
+        for plugin in _plugins
+        if not plugin.parts or any(part in parts or part[0] not in kinds for part in plugin.parts)
+    ]
 
 
 def load_plugin(path: str | Path) -> None:
@@ -201,22 +273,32 @@ def load_plugin(path: str | Path) -> None:
         LongtailError: it cannot be read, or fails.
     """
     file = Path(path)
-    name = f"longtail_plugin_{file.stem}"
+    resolved = str(file.resolve())
+    # files of one name in several folders are several modules
+    name = f"longtail_plugin_{file.stem}_{hashlib.blake2b(os.fsencode(resolved), digest_size=4).hexdigest()}"
     if not file.is_file():
         raise LongtailError(f"--plugin {file}: there is no such file; expected a Python file that registers parts")
-    if getattr(sys.modules.get(name), "__file__", None) == str(file.resolve()):
+    if name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(name, file.resolve())
+    spec = importlib.util.spec_from_file_location(name, resolved)
     if spec is None or spec.loader is None:
         raise LongtailError(f"--plugin {file}: expected a Python file, its name ending in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs: dataclasses look their module up
+    _load_task_packages()  # before, so that what they register is not taken for the file's
+    plugin = _Plugin(resolved, hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest())
+    _running.append(plugin)
     try:
         spec.loader.exec_module(module)
-        _plugins.append(str(file.resolve()))
-    except LongtailError:
+    except (Exception, SystemExit) as error:  # the file's own code, which may do anything
         del sys.modules[name]
-        raise
-    except Exception as error:  # the file's own code, which may do anything
-        del sys.modules[name]
-        raise LongtailError(f"--plugin {file}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        message = " ".join(str(error).split())
+        reason = message if isinstance(error, LongtailError) else f"{type(error).__name__}: {message}"
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == resolved]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise LongtailError(f"--plugin {file}: {reason}{where}") from None
+    finally:
+        _running.pop()
+    if "timm" in sys.modules:
+        plugin.parts.update(("network", network) for network in sys.modules["timm"].list_models(module=name))
+    _plugins.append(plugin)

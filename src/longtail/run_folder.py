@@ -10,7 +10,9 @@ _FIELDS = frozenset({"recipe", "method", "network", "epochs", "batch_size", "see
 """Fields that ``config.yaml`` of a run has had in every version, so that runs of older ones are recognised."""
 RESULTS = frozenset({"metrics.jsonl", "last.ckpt", "recognizer"})
 """What a run leaves, by one of which its folder is recognised."""
-_BEFORE_RESULTS = frozenset({"config.yaml", "unreadable.csv", "train_images.npy", "tables", "tensorboard", "wandb"})
+_BEFORE_RESULTS = frozenset(
+    {"config.yaml", "plugins.json", "unreadable.csv", "train_images.npy", "tables", "tensorboard", "wandb"}
+)
 """All that is in the folder of a run that was stopped before its first result."""
 
 

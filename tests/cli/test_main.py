@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 
 from longtail.cli.parsing import recipe_with_data
 from longtail.config import Config, read_config
@@ -118,34 +116,6 @@ def test_unreadable_images_are_left_out_listed_and_counted(command: Command, pho
     assert {row["path"] for row in rows} == {"cat/0.png", "dog/bad\nname.png"}
     assert "is not an image that Pillow can read" in next(row["reason"] for row in rows if row["path"] == "cat/0.png")
     assert "2 images could not be read" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-
-
-def test_compare(command: Command, tmp_path: Path) -> None:
-    out, table = tmp_path / "comparison", tmp_path / "runs.json"
-    arguments = ("compare", "digits-lt", *TINY, "--methods", "ce,la,gml", "--seeds", "2", "--out", out, "--json", table)
-    code, printed, err = command(*arguments)
-    assert code == 0, err
-    assert "gml − la" in printed
-    assert "; chosen by the test images, without correction for 3 comparisons\n" in printed
-    records = json.loads(table.read_text())
-    assert len(records) == 6
-    wanted = {"method", "seed", "balanced_accuracy", "many", "medium", "few", "seconds", "student_passes"}
-    assert all(wanted <= record.keys() for record in records)
-    assert len({record["student_passes"] for record in records if record["seed"] == 0}) == 1
-    assert (out / "comparison.png").stat().st_size > 10_000
-    assert "gml − la" in (out / "report.html").read_text(encoding="utf-8")
-    assert (out / "gml-seed1" / "report.html").is_file()
-
-
-def test_a_folder_in_place_of_a_recipe_is_compared(command: Command, photos: Path, tmp_path: Path) -> None:
-    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
-    # the method and the epochs of the recipe are auto
-    settings = ("--network", "test_resnet", "--pretrained", tmp_path / "w.pth", "--tune", "head", "--quiet")
-    compared = ("--methods", "ce,la", "--seeds", "2", "--data.image_size", "16", "--out", tmp_path / "comparison")
-    code, printed, err = command("compare", photos, *settings, *compared)
-    assert code == 0, err
-    assert "\ntake " in printed
-    assert read_config(tmp_path / "comparison" / "la-seed1" / "config.yaml").epochs == 30
 
 
 @pytest.mark.slow
@@ -309,7 +279,7 @@ def test_a_place_where_no_folder_can_be(command: Command, out: str) -> None:
 
 
 def test_every_recipe_reads_and_round_trips(tmp_path: Path) -> None:
-    from longtail.config import load_recipe, read_config, recipe_names
+    from longtail.config import load_recipe, recipe_names
 
     assert set(recipe_names()) == {*named_sets(), "boxes", "folder", "masks", "cifar100-lt-best"}
     for name in recipe_names():
@@ -321,32 +291,6 @@ def test_every_recipe_reads_and_round_trips(tmp_path: Path) -> None:
     cifar = flatten(load_recipe("cifar10-lt").config.to_dict())
     base = flatten(load_recipe("cifar100-lt").config.to_dict())
     assert {key for key in cifar if cifar[key] != base[key]} == {"recipe", "data.source"}
-
-
-@pytest.mark.slow
-def test_a_comparison_over_imbalances(command: Command, tmp_path: Path) -> None:
-    out, lines = tmp_path / "out", tmp_path / "records.jsonl"
-    code, shown, err = command(
-        *("compare", "digits-lt", *TINY, "--methods", "ce,la", "--seeds", "1"),
-        *("--imbalances", "5,20", "--out", out, "--json", lines),
-    )
-    assert code == 0, err
-    assert "imbalance 20, la − ce" in shown
-    assert [json.loads(line)["imbalance"] for line in lines.read_text().splitlines()] == [5, 5, 20, 20]
-    page = (out / "report.html").read_text(encoding="utf-8")
-    assert "ce-imbalance5-seed0/report.html" in page
-    assert (out / "ce-imbalance5-seed0" / "report.html").is_file()
-    for wrong, message in (
-        (("--imbalances", "ten"), "--imbalances 'ten': expected numbers"),
-        (("--imbalances", "0.5"), "--imbalances: expected factors of at least 1"),
-        (("--jobs", "0"), "--jobs 0: expected at least 1"),
-        (("--methods", "ce,pacco"), "perhaps you meant paco"),
-    ):
-        code, _, err = command("compare", "digits-lt", *TINY, *wrong, "--out", tmp_path / "other")
-        assert code == 2
-        assert message in err
-        assert len(err.strip().splitlines()) == 1
-    assert not (tmp_path / "other").exists()
 
 
 def test_a_shell_completes(command: Command) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from longtail.cli.predict import csv_text
+from longtail.cli.predict import LONGEST_CELL, csv_text
+from longtail.inference.output import prediction_table
 from tests.conftest import TINY, Command, save_image
 
 
@@ -95,9 +96,72 @@ def test_objects_have_a_row_each() -> None:
     ]
 
 
-def test_conformal_sets_have_a_column() -> None:
-    records = [{"path": "a.png", "top": [{"class": "owl", "probability": 0.5}], "set": ["owl", "bat"]}]
-    assert csv_text(records, []).splitlines()[1] == 'a.png,owl,0.5,"owl, bat",'
+def test_conformal_sets_have_columns() -> None:
+    """A cell holds a set as a whole or not at all: what is longer than a cell may be would lose its end there."""
+    names = [f"{number:05d} Genus species" for number in range(8142)]
+    fitting = names[:1560]
+    assert len(", ".join(fitting)) <= LONGEST_CELL < len(", ".join(names[:1561]))
+    sets = [["owl", "bat"], [], fitting, names[:1561], names]
+    records = [{"path": "a.png", "top": [{"class": "owl", "probability": 0.5}], "set": each} for each in sets]
+    rows = list(csv.DictReader(io.StringIO(csv_text(records, []).removeprefix("\ufeff"), newline="")))
+    assert [(row["set_size"], row["set"]) for row in rows] == [
+        ("2", "owl, bat"),
+        ("0", ""),
+        ("1560", ", ".join(fitting)),
+        ("1561", ""),
+        ("8142", ""),
+    ]
+
+
+def test_the_console_shows_the_size_of_a_set_and_ten_names() -> None:
+    names = [str(number) for number in range(1234)]
+    sets = [["owl", "bat"], [], names[:10], names]
+    output = prediction_table([Path("a.png")] * 4, [[("owl", 0.5)]] * 4, sets)
+    ten = "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    assert [row[-1] for row in output.rows] == ["2: owl, bat", "none", f"10: {ten}", f"1,234: {ten} and 1,224 more"]
+    assert [record["set"] for record in output.records] == sets  # --json has every name
+
+
+def test_the_test_images_are_listed_the_most_confident_errors_first(
+    command: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, table, values = tmp_path / "run", tmp_path / "new" / "t.csv", tmp_path / "t.json"
+    settings = ("--network", "conv8-tiny", "--pretrained", "none", "--method", "la", "--data.image_size", "16")
+    assert command("train", photos, *settings, "--epochs", "1", "--quiet", "--out", folder)[0] == 0
+    assert command("evaluate", folder, "--csv", table, "--json", values)[0] == 0
+    rows, metrics = rows_of(table), json.loads(values.read_text())
+    assert "predictions" not in metrics
+    assert list(rows[0]) == ["path", "label", "class", "probability", "label_probability"]
+    assert len(rows) == metrics["images"]
+    for row in rows:
+        assert row["path"].partition("/")[0] == row["label"]
+        assert (photos / row["path"]).is_file()
+        assert (row["class"] == row["label"]) == (row["probability"] == row["label_probability"])
+        assert 0 <= float(row["label_probability"]) <= float(row["probability"]) <= 1
+    right = [row["class"] == row["label"] for row in rows]
+    assert 100 * sum(right) / len(rows) == pytest.approx(metrics["top1"])
+    order = [float(row["probability"]) * (1 if hit else -1) for row, hit in zip(rows, right, strict=True)]
+    assert order == sorted(order)
+    assert min(order) < 0, "expected an error to look at"
+    # the page names the files of its errors too
+    assert f"<bdi class=soft>{rows[0]['path']}</bdi>" in (folder / "report.html").read_text(encoding="utf-8")
+    code, _, err = command("evaluate", folder, "--csv", tmp_path / "t.txt")
+    assert (code, "expected a name that ends in .csv" in err) == (2, True)
+    segmenter = SimpleNamespace(task="segmentation")
+    monkeypatch.setattr("longtail.inference.model_config.read_model_config", lambda _: segmenter)
+    code, _, err = command("evaluate", folder, "--csv", table)
+    assert (code, len(err.splitlines()), "is for models that classify whole images" in err) == (2, 1, True)
+
+
+def test_images_in_memory_are_listed_by_their_numbers(run: Path, command: Command, tmp_path: Path) -> None:
+    shares = []
+    for prior in ("uniform", "train"):
+        assert command("evaluate", run, "--prior", prior, "--csv", tmp_path / "t.csv", "--quiet")[0] == 0
+        rows = rows_of(tmp_path / "t.csv")
+        assert sorted(int(row["path"]) for row in rows) == list(range(len(rows)))
+        shares.append(sum(row["class"] == row["label"] for row in rows) / len(rows))
+    metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert shares == [pytest.approx(metrics[prior]["top1"] / 100) for prior in ("uniform", "train")]
 
 
 def test_labels_of_pixels_make_no_table(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,21 @@ def test_a_split_with_groups_can_be_trained_on(birds: Path, tmp_path: Path) -> N
     assert remark.endswith("column 'Animal ID' is not used: groups in several splits: 1")  # the emu
 
 
+@pytest.mark.parametrize("before", ["photos\\", "{}/photos/"])
+def test_paths_of_groups_may_be_written_in_another_way(tmp_path: Path, before: str) -> None:
+    rows = [f"{before.format(tmp_path)}{n}.png,{'ab'[n % 2]},g{n // 2}\n" for n in range(8)]
+    for n in range(8):
+        save_image(tmp_path / "photos" / f"{n}.png", seed=n)
+    (tmp_path / "t.csv").write_text("path,label,site\n" + "".join(rows))
+    summary = write_split(
+        Data(source="list", train=str(tmp_path / "t.csv")), tmp_path / "s.csv", 0.0, 0.3, 0, group_column="site"
+    )
+    assert (summary["groups"], summary["divided"]) == (4, [])
+    assert {row["path"]: row["site"] for row in written(tmp_path / "s.csv")} == {
+        f"photos/{n}.png": f"g{n // 2}" for n in range(8)
+    }
+
+
 def test_groups_in_several_splits_are_remarked() -> None:
     columns = {"path": ["a", "b", "c", "d"], "label": list("xyxy"), "patient": ["p", "q", "p", ""]}
     used = {"image": "path", "label": "label", "split": None}
@@ -301,4 +316,4 @@ def test_an_image_in_two_groups_is_named(tmp_path: Path) -> None:
     table.write_text("path,label,site\na.png,0,x\n./a.png,0,y\n")
     message = "line 3: ./a.png is in the group 'y', but in 'x' in a row above"
     with pytest.raises(LongtailError, match=re.escape(message)):
-        read_groups(table, None, "site")
+        read_groups(table, tmp_path, None, "site")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ def test_parquet(parquet: Path, memory: float) -> None:
     assert thin.class_counts == [9, 5, 2]
     with pytest.raises(LongtailError, match=r"has no column 'species' \(data\.label_column\); there are: label$"):
         load_data(Data(source="hub", root=str(parquet), label_column="species"), seed=0)
+
+
+def test_workers_that_are_spawned_read_the_same_rows(parquet: Path) -> None:
+    images = load_data(Data(**source_of(str(parquet)), memory_gib=1e-9), seed=0).train.images
+    sent = pickle.loads(pickle.dumps(images))
+    assert torch.equal(sent.take(torch.tensor([0, 15])), images.take(torch.tensor([0, 15])))
 
 
 def test_held_out_images_of_the_hub(parquet: Path) -> None:
@@ -127,8 +134,10 @@ def test_columns_that_are_named(tmp_path: Path) -> None:
     ):
         load(tmp_path, label_column="genus")
     write_set(tmp_path, {"Species": ["a", "b"] * 5})
+    assert load(tmp_path).class_names == ("a", "b")
+    write_set(tmp_path, {"Kinds": ["a", "b"] * 5})
     with pytest.raises(
-        LongtailError, match=r"which column holds the label\? Name it with --data\.label_column NAME; .*: Species$"
+        LongtailError, match=r"which column holds the label\? Name it with --data\.label_column NAME; .*: Kinds$"
     ):
         load(tmp_path)
 

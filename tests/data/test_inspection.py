@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import shlex
 import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from longtail.config import Data, Shots
+from longtail.data.dataset import from_arrays
 from longtail.data.inspection import histogram, inspect
 from longtail.data.sources import load_data, read_listing
 from longtail.data.sources.from_listing import split_listing
@@ -178,6 +183,98 @@ def test_a_class_whose_training_images_cannot_be_read_is_an_error(
     assert f"longtail train {tmp_path / 'good.csv'} --data.root {photos}" in out
 
 
+def test_a_file_that_is_no_image_by_its_name_hides_no_other_error(photos: Path) -> None:
+    (photos / "cat" / "readme.txt").write_text("by whom")
+    (photos / "cat" / "bad.png").write_bytes(b"none")
+    settings = Data(source="folder", root=str(photos))
+    name, unreadable = inspect(settings, 0, Shots()).errors
+    assert "readme.txt: is not an image by its name" in name
+    assert "1 of 22 images cannot be read, more than data.max_unreadable_fraction 0.01 accepts" in unreadable
+    save_image(photos / "fox" / "0.png", seed=99)
+    inspection = inspect(settings, 0, Shots())
+    errors = ("readme.txt: is not an image by its name", "class 'fox' has 1 image", "1 of 23 images cannot be read")
+    for error, part in zip(inspection.errors, errors, strict=True):
+        assert part in error
+    with pytest.raises(LongtailError, match=r"readme\.txt: is not an image by its name"):
+        load_data(settings, 0)
+
+
+def test_the_split_that_is_advised_reads_the_table_in_the_same_way(
+    photos: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_image(photos / "fox" / "0.png", seed=99)
+    rows = [f"{file.relative_to(photos)};{file.parent.name}" for file in sorted(photos.rglob("*.png"))]
+    (tmp_path / "birds.csv").write_text("\n".join(["Datei;Art", *rows]) + "\n")
+    table = Data(
+        source="list", train="birds.csv", root="photos", image_column="Datei", label_column="Art", cache="none"
+    )
+    folder = Data(source="folder", root="photos", class_depth=1, skip_empty=True, cache="none")
+    (photos / "empty").mkdir()
+    save_image(photos / "fox" / "young" / "1.png", seed=98).unlink()
+    for settings in (table, folder):
+        (error,) = inspect(settings, 0, Shots()).errors
+        split, _, train = error.partition("longtail split ")[2].partition(", then longtail train ")
+        code, _, err = command("split", *shlex.split(split), "--overwrite")
+        assert code == 0, err
+        trained = load_data(dataclasses.replace(table, train=train.split()[0], image_column=None, label_column=None), 0)
+        assert trained.class_names == ("cat", "dog", "emu", "fox")
+
+
+def test_an_image_in_two_classes_is_a_kind_of_its_own(photos: Path, tmp_path: Path, command: Command) -> None:
+    whole = (photos / "cat" / "0.png").read_bytes()
+    for copy in ("cat/copy.png", "dog/wrong.png"):
+        (photos / copy).write_bytes(whole)
+    (photos / "emu" / "twin.png").write_bytes((photos / "emu" / "0.png").read_bytes())
+    inspection = inspect(Data(source="folder", root=str(photos)), 0, Shots())
+    assert inspection.conflicts == [["cat/0.png (cat)", "cat/copy.png (cat)", "dog/wrong.png (dog)"]]
+    assert not any("cat/0.png" in group for group in inspection.duplicates)
+    table, values = tmp_path / "good.csv", tmp_path / "i.json"
+    code, out, _ = command("inspect", photos, "--fix", table, "--json", values)
+    assert code == 0
+    assert "same content in two classes: cat/0.png (cat) = cat/copy.png (cat) = dog/wrong.png (dog)" in out
+    assert "lists the 22 images that can be read, without 2 copies of others; longtail train" in out
+    assert "1 image is in it under two classes ('same content in two classes' above): remove the wrong rows" in out
+    assert (json.loads(values.read_text())["fixed_copies"], len(table.read_text().splitlines())) == (2, 23)
+    fixed = inspect(Data(source="list", train=str(table), root=str(photos)), 0, Shots())
+    assert len(fixed.conflicts) == 1
+    assert not fixed.duplicates
+
+
+def test_of_an_image_in_two_splits_the_table_keeps_the_test_image(faulty: Path, tmp_path: Path) -> None:
+    table = tmp_path / "good.csv"
+    inspect(Data(source="folder", root=str(faulty)), 0, Shots(), fix=table)
+    names = {line.partition(",")[0] for line in table.read_text().splitlines()}
+    assert "test/dog/leak.png" in names
+    assert not names & {"train/dog/train-1.png", "train/cat/twin.png"}
+    assert "train/cat/train-0.png" in names
+
+
+def test_images_of_an_array_in_two_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
+    images[3] = images[0]  # of the other class
+    images[4] = images[2]  # of the same
+    labels = np.array([0, 0, 0, 1, 0, 1, 1, 1])
+    data = from_arrays((images, labels), (images[5:7], labels[5:7]), class_names=["cat", "dog"])
+    monkeypatch.setattr("longtail.data.inspection.load_data", lambda *_: data)
+    inspection = inspect(Data(source="digits-lt"), 0, Shots())
+    assert inspection.conflicts == [["train: image 0 (cat)", "train: image 3 (dog)"]]
+    assert inspection.duplicates == [["train: image 2 (cat)", "train: image 4 (cat)"]]
+    assert len(inspection.leaks) == 2
+
+
+@pytest.mark.parametrize("classes", [30, 31])
+def test_the_classes_are_listed_with_their_counts(tmp_path: Path, command: Command, classes: int) -> None:
+    for number in range(classes):
+        for copy in range(3 if number == 7 else 2):
+            save_image(tmp_path / f"class {number:02d}" / f"{copy}.png", seed=10 * number + copy)
+    _, out, _ = command("inspect", tmp_path)
+    shown = re.findall(r"class (\d+) (\d+)", out)
+    listed = [number for number in range(classes) if classes == 30 or not 10 <= number < 21]
+    assert shown == [("07", "2"), *((f"{number:02d}", "1") for number in listed if number != 7)]
+    assert ("… 11 more; --json FILE lists all …" in out) == (classes == 31)
+
+
 def test_the_same_image_in_train_and_test_of_the_split_to_come_is_reported(photos: Path, command: Command) -> None:
     settings = Data(source="folder", root=str(photos))
     splits = split_listing(read_listing(settings), settings, 0, [])
@@ -203,7 +300,7 @@ def test_an_unsplit_folder_is_counted_as_training_counts_it(photos: Path, comman
     assert inspection.groups == data.groups(Shots(many_above=9, few_below=3)) == ["many", "medium", "few"]
     assert inspection.imbalance_factor == 5.0
     assert inspection.counted == "training images"
-    (photos / "cat" / "notes.txt").write_text("no image, so that no split is made")
+    (photos / "empty").mkdir()  # so that no split is made
     refused = inspect(settings, 0, Shots())
     assert (refused.counted, refused.class_counts) == ("images", [12, 6, 3])
     assert "emu 3" in command("inspect", photos)[1]

@@ -122,9 +122,9 @@ def test_tables(tmp_path: Path) -> None:
     tree(tmp_path, {file: n for n, file in enumerate(files)})
     splits = (["train"] * 4 + ["validation", "test"]) * 2
     with (tmp_path / "t.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("file", "species", "split", "note")])
+        csv.writer(file).writerows([("file", "kinds", "split", "note")])
         csv.writer(file).writerows((f, f.split("/")[0], s, "x, y") for f, s in zip(files, splits, strict=True))
-    config = Data(source="list", train=str(tmp_path / "t.csv"), label_column="species")
+    config = Data(source="list", train=str(tmp_path / "t.csv"), label_column="kinds")
     data = load_data(config, seed=0)
     assert data.class_names == ("cat", "dog")
     assert data.class_counts == [4, 4]
@@ -144,9 +144,9 @@ def test_tables(tmp_path: Path) -> None:
     [
         ("", {}, "is empty, expected a header"),
         ("path,label\n", {}, "has no rows"),
-        ("file,species\na.png,1\n", {}, r"which column holds the label\? .*there are: file, species"),
+        ("file,kinds\na.png,1\n", {}, r"which column holds the label\? .*there are: file, kinds"),
         (
-            "file,species\na.png,1\n",
+            "file,kinds\na.png,1\n",
             {"label_column": "kind"},
             r"no column 'kind' \(data.label_column\); there are: file",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import unicodedata
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from longtail.data.listing import Listing, check, read_folder, split_of
 from longtail.data.paths import find_path, nfc, printable
 from longtail.data.source_spec import source_of
 from longtail.data.sources import load_data, read_listing
-from longtail.errors import LongtailError
+from longtail.errors import LongtailError, did_you_mean
 from tests.conftest import save_image
 
 CAFE = "caf\u00e9"
@@ -128,11 +129,112 @@ def test_an_empty_training_class_with_test_images(tmp_path: Path) -> None:
     assert "1 images of a class without training images are left out" in listing.remarks[0]
 
 
+def test_classes_of_a_split_that_the_training_set_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Similar names are looked for a few times only, as each search goes through all training classes."""
+    searched: list[str] = []
+
+    def watched(name: str, names: list[str]) -> str:
+        searched.append(name)
+        return did_you_mean(name, names)
+
+    monkeypatch.setattr("longtail.data.listing.folders.did_you_mean", watched)
+    tree(tmp_path, "train/cat/0.png", "train/dog/1.png", "val/cat/2.png")
+    tree(tmp_path, *(f"val/cat{number:02d}/3.png" for number in range(12)), "test/Katze/4.png", "test/dogg/5.png")
+    *known_too, none_known = listed(tmp_path).errors
+    assert len(known_too) == 12
+    assert known_too[0] == (
+        f"{tmp_path / 'val' / 'cat00'}: the class 'cat00' is not among the training classes; perhaps you meant cat?"
+    )
+    assert known_too[11] == f"{tmp_path / 'val' / 'cat11'}: the class 'cat11' is not among the training classes"
+    assert none_known == (
+        f"{tmp_path / 'test'}: none of its 2 classes is among the training classes; the first is 'Katze'; there are: "
+        "cat, dog"
+    )
+    assert len(searched) == 11
+
+
+def test_thousands_of_classes_are_listed_quickly(tmp_path: Path) -> None:
+    names = [f"class_{number:05d}_Genus species" for number in range(4000)] + ["class_00007_Genus species/young"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").touch()
+    start = time.process_time()
+    listing = read_folder(tmp_path)
+    assert time.process_time() - start < 2  # the comparison of every pair of names alone takes longer
+    assert listing.class_names == names[:8] + names[-1:] + names[8:-1]
+    assert "1 class has others below it (class_00007_Genus species)" in listing.remarks[0]
+
+
 def test_what_is_not_used_is_named(tmp_path: Path) -> None:
     tree(tmp_path, "train/cat/0.png", "train/dog/1.png", "train/loose.png", "extra/cat/3.png")
     remarks = listed(tmp_path).remarks
     assert f"{tmp_path / 'train'}: 1 image beside the class folders belongs to no class" in remarks[0]
-    assert "1 folder beside the splits is not used (extra)" in remarks[1]
+    assert remarks[1] == f"{tmp_path}: 1 folder beside the splits is not used (extra), with 1 image"
+
+
+def test_a_class_that_is_called_as_a_split_does_not_hide_the_others(tmp_path: Path) -> None:
+    tree(tmp_path, "train/deer/0.png", "train/emu/1.png", "train/emu/2.png", "wolf/3.png", "bear/black/4.png")
+    tree(tmp_path, "bear/black/5.png")
+    expected = (
+        f"{tmp_path}: train/ is a split, and 2 folders beside it (bear, wolf) contain 4 images that would not be "
+        f"used: move them into train/ or out of {tmp_path}, or rename train/"
+    )
+    assert not listed(tmp_path).errors  # as many images are used
+    tree(tmp_path, "wolf/6.png")
+    assert listed(tmp_path).errors == [expected]
+    with pytest.raises(LongtailError) as error:
+        load_data(Data(source="folder", root=str(tmp_path)), seed=0)
+    assert str(error.value) == expected
+    (tmp_path / "train").rename(tmp_path / "forest")
+    assert listed(tmp_path).class_names == ["bear/black", "forest/deer", "forest/emu", "wolf"]
+
+
+def test_what_people_keep_beside_splits_is_no_error(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{split}/{name}/{split}.png" for split in ("train", "test") for name in ("cat", "dog")))
+    tree(tmp_path, *(f"unlabelled/{n}.png" for n in range(9)), *(f"images_raw/cat/{n}.png" for n in range(3)))
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "boxes.json").write_text("{}")
+    # the runs that were trained in it
+    tree(tmp_path, *(f"runs/photos-la-seed0/errors/{n}.png" for n in range(9)), "runs/photos-la-seed0/recognizer/a.png")
+    (tmp_path / "runs" / "photos-la-seed0" / "config.yaml").write_text(Config().to_yaml())
+    listing = listed(tmp_path)
+    assert not listing.errors
+    assert listing.remarks == [
+        f"{tmp_path}: 2 folders beside the splits are not used (images_raw, unlabelled), with 12 images"
+    ]
+
+
+def test_a_folder_beside_the_splits_need_not_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "train/cat/0.png", "train/dog/1.png", "lost+found/2.png")
+    scandir = os.scandir
+
+    def refuses(path: Path) -> object:
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    listing = listed(tmp_path)
+    assert (listing.errors, listing.remarks) == ([], [])
+
+
+def test_the_error_on_a_single_class_counts_what_is_beside_it(tmp_path: Path) -> None:
+    tree(tmp_path, "train/deer/0.png", "train/deer/1.png", "wolf/2.png")
+    with pytest.raises(LongtailError) as error:
+        load_data(Data(source="folder", root=str(tmp_path)), seed=0)
+    assert str(error.value) == (
+        f"{tmp_path}: expected at least two classes, found 'deer' alone; 1 folder beside the splits is not used "
+        "(wolf), with 1 image"
+    )
+
+
+def test_classes_with_the_names_of_collections_are_remarked_on(tmp_path: Path) -> None:
+    tree(tmp_path, "cat/0.png", "otter/1.png", "Unsorted/2.png")
+    assert listed(tmp_path).remarks == ["is 'Unsorted' a class? Leave it out of the set if not"]
+    tree(tmp_path, "cat/New folder (2)/3.png", "tmp/4.png", "misc 3/5.png")
+    assert listed(tmp_path, class_depth=2).remarks[-1] == (
+        "are 'Unsorted', 'cat/New folder (2)', 'misc 3'… classes? Leave them out of the set if not"
+    )
 
 
 @pytest.mark.parametrize("place", ["test", "train/emu", "train/cat/x.png", "other"])

@@ -149,7 +149,11 @@ def test_categories_without_an_image_are_no_classes(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["path,label,Split", "Path,Label,SPLIT", "File Name,Class,subset", "IMG_PATH,labels,set"]
+    "header",
+    [
+        *("path,label,Split", "Path,Label,SPLIT", "File Name,Class,subset", "IMG_PATH,labels,set"),
+        *("path,Species,split", "path,scientificName,split", "path,scientific name,split"),
+    ],
 )
 def test_columns_and_splits_in_any_case(root: Path, header: str) -> None:
     text = f"{header}\na.png,cat,Train\nb.png,dog,TRAIN\nc.png,cat,Test\nd.png,dog,holdout\n"
@@ -233,11 +237,50 @@ def test_a_thousand_is_not_one(root: Path) -> None:
         listed(root, content.format("1,000"))
 
 
-def test_paths_of_windows_are_explained(root: Path) -> None:
-    for name, _ in ROWS:
-        save_image(root / "pets" / name)
-    listing = listed(root, table(rows=[(f"pets\\{name}", label) for name, label in ROWS]))
-    assert listing.errors[0].endswith("; separate folders by / in place of \\")
+@pytest.mark.parametrize("prefix", ["pets\\", ".\\pets\\", "pets/"])
+def test_relative_paths_of_windows_name_the_files_that_exist(root: Path, prefix: str) -> None:
+    for seed, (name, label) in enumerate(ROWS):
+        save_image(root / "pets" / label / name, seed=seed)
+    numbers = {"cat": "0", "dog": "1"}
+    rows = [(f"{prefix}{label}\\{name}", numbers[label]) for name, label in ROWS]
+    listing = listed(root, table(rows=rows))
+    assert not listing.errors
+    assert listing.training.names == [f"pets/{label}/{name}" for name, label in ROWS]
+    assert listing.class_names == ["cat", "dog"]  # after the folders of their images
+    remark = f"{root / 't.csv'}: 4 paths have \\ between folders, read as / ({rows[0][0]})"
+    assert listing.remarks == [remark]
+    # a file that is missing is looked for in the same way
+    missing = listed(root, table(rows=[*rows, (f"{prefix}dog\\e.png", "1")]))
+    assert missing.errors == [
+        f"all: 1 of 5 files are missing below {root} (pets/dog/e.png): {root / 'pets' / 'dog'} has no 'e.png'; perhaps "
+        "you meant d.png or c.png?"
+    ]
+
+
+def test_a_backslash_may_be_part_of_a_name(root: Path) -> None:
+    save_image(root / "x\\y.png", seed=9)
+    save_image(root / "x" / "y.png", seed=8)
+    listing = listed(root, table(rows=[*ROWS, ("x\\y.png", "cat")]))
+    assert not listing.errors
+    assert not listing.remarks
+    assert listing.training.names[-1] == "x\\y.png"
+
+
+@pytest.mark.parametrize("start", ["C:\\Users\\J\u00f6rg\\", "D:/", "\\\\server\\share\\"])
+def test_absolute_paths_of_windows_are_explained(root: Path, start: str) -> None:
+    separator = start[-1]
+    rows = [(separator.join([f"{start}photos", label, name]), label) for name, label in ROWS]
+    (error,) = listed(root, table(rows=rows)).errors
+    assert error.endswith(
+        f": they are absolute paths of Windows: remove '{start}photos{separator}' from them, and name the folder that "
+        "it stands for with --data.root FOLDER"
+    )
+    for seed, (name, label) in enumerate(ROWS):
+        save_image(root / "photos" / label / name, seed=seed)
+    (error,) = listed(root, table(rows=rows)).errors
+    assert error.endswith(f": they are absolute paths of Windows: remove '{start}' from them")
+    # which is true
+    assert not listed(root, table(rows=[(path.removeprefix(start), label) for path, label in rows])).errors
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from longtail.data.image_io import find_images, open_image, open_square, read_sh
 from longtail.data.paths import visible_files
 from longtail.errors import LongtailError
 from longtail.files import atomic_write, read_lines, write_text
-from longtail.inference.label_images import write_label_image
-from longtail.inference.pictures import OBJECTS, free_paths, source_of, write_picture, written_pictures
+from longtail.inference.label_images import label_pictures, write_label_image
+from longtail.inference.pictures import OBJECTS, PictureNames, source_of, write_picture, written_pictures
 from tests.conftest import Command
 
 
@@ -158,24 +158,24 @@ def test_overlays_and_label_images_do_not_overwrite_each_other(tmp_path: Path) -
     labels = np.zeros((8, 8), dtype=np.int64)
     for name in ("a-overlay.png", "a.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-        written += write_label_image(out, tmp_path / name, labels, 2)
+        written += write_label_image(label_pictures(out), tmp_path / name, labels, 2)
     assert len(set(written)) == 4
     with Image.open(out / "a-overlay.png") as label_image:
         assert label_image.mode == "P"
-    again = write_label_image(out, tmp_path / "a.png", labels, 2)
+    again = write_label_image(label_pictures(out), tmp_path / "a.png", labels, 2)
     assert list(again) == written[2:]  # of the same image
     (out / "b.png").write_bytes(b"no image")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
-    assert write_label_image(out, tmp_path / "b.png", labels, 2)[0].name == "b-2.png"
+    assert write_label_image(label_pictures(out), tmp_path / "b.png", labels, 2)[0].name == "b-2.png"
     assert (out / "b.png").read_bytes() == b"no image"
 
 
 def test_a_segmented_image_may_have_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     file, labels = tmp_path / os.fsdecode(b"caf\xe9.png"), np.zeros((8, 8), dtype=np.int64)
     Image.new("RGB", (8, 8)).save(file)
-    written = write_label_image(tmp_path / "out", file, labels, 2)
+    written = write_label_image(label_pictures(tmp_path / "out"), file, labels, 2)
     assert written[0].name == file.name
-    assert write_label_image(tmp_path / "out", file, labels, 2) == written  # it is known again
+    assert write_label_image(label_pictures(tmp_path / "out"), file, labels, 2) == written  # it is known again
 
 
 @pytest.mark.parametrize("letter", ["x", "ä", "\udce9"])
@@ -184,20 +184,53 @@ def test_pictures_of_an_image_with_a_very_long_name(tmp_path: Path, letter: str)
     written: list[Path] = []
     for name in (f"{stem}.png", f"{stem}.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-        written += write_label_image(tmp_path / "out", tmp_path / name, labels, 2)
-        written += free_paths(tmp_path / "out", tmp_path / name, [OBJECTS])
+        written += write_label_image(label_pictures(tmp_path / "out"), tmp_path / name, labels, 2)
+        written += PictureNames(tmp_path / "out", [OBJECTS]).paths(tmp_path / name)
         write_picture(written[-1], Image.new("RGB", (8, 8)), tmp_path / name)
     assert len(set(written)) == len(list((tmp_path / "out").iterdir())) == 6
     assert {path.name.partition("-")[0].removesuffix(".png") for path in written} == {stem[: 200 // (248 // len(stem))]}
+
+
+def test_images_of_one_name_look_at_each_picture_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / f"class_{number}" / "1.jpg" for number in range(12)]
+    looked_at: list[Path] = []
+
+    def watched(path: Path) -> str | None:
+        looked_at.append(path)
+        return source_of(path)
+
+    monkeypatch.setattr("longtail.inference.pictures.source_of", watched)
+    out = tmp_path / "out"
+
+    def write(files: list[Path]) -> list[str]:
+        pictures, names = PictureNames(out, [OBJECTS]), []
+        for file in files:
+            (path,) = pictures.paths(file)
+            write_picture(path, Image.new("RGB", (8, 8)), file)
+            names.append(path.name)
+        return names
+
+    names = ["1-objects.jpg", *(f"1-{number}-objects.jpg" for number in range(2, 13))]
+    assert write(files) == names
+    assert not looked_at
+    # the next command finds the picture of each image, in any order
+    for order in (1, -1):
+        looked_at.clear()
+        assert write(files[::order]) == names[::order]
+        assert len(looked_at) == 12
+    Image.new("RGB", (8, 8)).save(out / names[3])  # now another program's
+    assert write(files[2:5]) == [names[2], "1-13-objects.jpg", names[4]]
 
 
 def test_pictures_that_predictions_wrote_are_told_from_photos(tmp_path: Path) -> None:
     """Also where a photo has such a name, or a text about its source, as cameras and scanners write them."""
     photo, out = tmp_path / "a.png", tmp_path / "out"
     Image.new("RGB", (8, 8)).save(photo)
-    (overlaid, overlay), alone = (write_label_image(out / name, photo, np.zeros((8, 8), int), 2) for name in "xy")
+    (overlaid, overlay), alone = (
+        write_label_image(label_pictures(out / name), photo, np.zeros((8, 8), int), 2) for name in "xy"
+    )
     alone[1].unlink()
-    (drawing,) = free_paths(out, photo, [OBJECTS])
+    (drawing,) = PictureNames(out, [OBJECTS]).paths(photo)
     write_picture(drawing, Image.new("RGB", (8, 8)), photo)
     assert source_of(drawing) == source_of(overlay) == str(photo.resolve())
     Image.new("RGB", (8, 8)).save(out / f"b{OBJECTS}", comment="Source: a camera")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,24 @@ def test_a_folder_is_read(scenes: Path) -> None:
     assert data.draw_counts == (8 * 500 + 4 * 333 + 1, 8 * 500 + 4 * 333 + 1, 4 * 333 + 1)
     assert data.size == (50, 66)
     assert source_of(str(scenes)) == {"source": "masks", "root": str(scenes)}
+
+
+def test_memory_grows_with_the_classes_in_a_mask_alone(tmp_path: Path) -> None:
+    values = np.array([[1, 60_000]], dtype=np.uint16)
+    for number in range(200):
+        for split in ("training", "test") if number == 0 else ("training",):
+            image, mask = (tmp_path / part / split / f"{number}.png" for part in ("images", "annotations"))
+            for path in (image, mask):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 1)).save(image)
+            Image.fromarray(values).save(mask)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LongtailError, match=r"class 'class 2' \(value 2\) has no pixel there"):
+            load(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 40e6  # a count for each mask and class would be 96 MB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

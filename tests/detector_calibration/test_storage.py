@@ -78,6 +78,25 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["calibration.json"]
 
 
+def test_an_earlier_result_stays_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write_folder(out, lambda folder: None, {"power": 1}, overwrite=False)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(LongtailError, match="Input/output error"):
+        write_folder(out, lambda folder: None, {"power": 2}, overwrite=True)
+    assert json.loads((out / "calibration.json").read_text()) == {"power": 1}
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_other_folders_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match="contains no model"):
         load_detector(str(tmp_path))

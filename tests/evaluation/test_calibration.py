@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtail.evaluation.calibration import (
     BINS,
@@ -62,6 +64,54 @@ def test_a_class_without_images_has_no_effect_on_the_temperature() -> None:
     assert log_prior[4] == -torch.inf
     with_it = torch.cat([scores, torch.full((500, 1), 9.0)], dim=1)
     assert fit_temperature(3 * with_it, labels, log_prior) == fit_temperature(3 * scores, labels, log_prior[:4])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that is computed."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor):
+                self.elements = max(self.elements, each.numel())
+        return result
+
+
+def test_no_copy_of_all_scores_is_made() -> None:
+    g = torch.Generator().manual_seed(0)
+    scores, labels = torch.randn(2000, 30, generator=g), torch.randint(25, (2000,), generator=g)
+    log_prior = (torch.bincount(labels, minlength=30) / 2000).log()
+    for fit in (fit_temperature, fit_bias):
+        with LargestTensor() as largest:  # type: ignore[no-untyped-call]
+            fit(scores, labels, log_prior)
+        assert 30 * 500 <= largest.elements < 30 * 600
+
+
+def test_the_fits_are_those_of_the_definition() -> None:
+    """In one piece and with a graph of all images: what the sums by rows are to give."""
+    g = torch.Generator().manual_seed(0)
+    scores = 2 * torch.randn(1300, 6, generator=g)
+    labels = torch.multinomial((scores / 2).softmax(dim=1), 1, generator=g)[:, 0] % 5
+    log_prior = (torch.bincount(labels, minlength=6) / 1300).double().log()
+    assert log_prior[5] == -math.inf
+
+    known, known_prior = scores.double()[:, :5], log_prior[:5]
+    targets = torch.nn.functional.one_hot(labels, 5) + 10 / 1300 * (known + known_prior).softmax(dim=1)
+
+    def loss(temperature: float) -> float:
+        return -float((targets * (known / temperature + known_prior).log_softmax(dim=1)).sum())
+
+    low, high = fit_temperature(scores, labels, log_prior).interval
+    best = min(loss(low + (high - low) * step / 1000) for step in range(1001))
+    assert [loss(low) - best, loss(high) - best] == pytest.approx([1.92, 1.92], abs=0.02)
+
+    bias = fit_bias(scores, labels, log_prior, shrink=False).double().requires_grad_()
+    penalized = torch.nn.functional.cross_entropy(scores + log_prior + bias, labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(penalized + bias.square().sum() / 2, bias)
+    assert gradient.abs().max() < 0.05
+    assert bias.abs().max() > 0.3
 
 
 def test_the_interval_of_a_temperature_has_its_coverage() -> None:
@@ -181,6 +231,16 @@ def test_errors_against_a_loop() -> None:
     few = metrics["diagram"]["few"]
     assert all(low <= entry["accuracy"] <= high for entry in few for low, high in [entry["interval"]])
     assert sum(entry["images"] for entry in few) == int(((labels == 1) | (labels == 2)).sum())
+
+
+def test_weights_are_how_often_an_image_counts() -> None:
+    scores, labels = calibrated(300)
+    log_p, groups = (1.7 * scores).log_softmax(dim=1), group_numbers(["many", "few", "few", "medium"])
+    weights = torch.arange(300) % 4
+    log_p[weights == 0] = -math.inf  # counts nowhere
+    repeated = reliability(log_p.repeat_interleave(weights, 0), labels.repeat_interleave(weights), groups)
+    for one, other in zip(reliability(log_p, labels, groups, weights), repeated, strict=True):
+        assert torch.allclose(one, other)
 
 
 def test_a_row_with_nan_is_wrong_with_confidence_0() -> None:

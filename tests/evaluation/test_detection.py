@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+import types
 import warnings
 from typing import Any
 
@@ -264,4 +265,18 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     detections, annotations = draw_detections(9)
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(LongtailError, match=r"needs the extra det: pip install 'longtail\[det\]'"):
+        detection_metrics(detections, annotations)
+
+
+def test_with_a_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Evaluation:
+        """As that of 1.6.8."""
+
+        def __init__(self, cocoGt: Any = None, cocoDt: Any = None, iouType: str = "segm") -> None:  # noqa: N803
+            raise AssertionError
+
+    detections, annotations = draw_detections(9)
+    old = types.SimpleNamespace(COCOeval_faster=Evaluation, __version__="1.6.8")
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", old)
+    with pytest.raises(LongtailError, match=r"^average precision: faster-coco-eval 1\.6\.8 .* expected 1\.7 or later"):
         detection_metrics(detections, annotations)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 
 from longtail.errors import LongtailError
-from longtail.evaluation.label_shift import estimate_bbse, estimate_em, estimate_map
+from longtail.evaluation.label_shift import EstimatedPrior, estimate_bbse, estimate_em, estimate_map
 
 
 def sample(prior: np.ndarray, count: int, seed: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -164,6 +165,39 @@ def test_a_correction_from_few_images_widens_the_intervals() -> None:
             else:
                 without += covered
     assert without < 70 < 80 < inside  # of 100; nominal: 95
+
+
+def test_with_many_classes_single_precision_gives_the_same_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(2500, 30)).astype(np.float32)
+    scores[np.arange(2500), rng.choice(30, 2500, p=rng.dirichlet(np.ones(30)))] += 3
+    halves = 0.2 * rng.normal(size=(2, 30))
+    weights = rng.random(2500)
+
+    def estimates() -> list[EstimatedPrior]:
+        corrected = estimate_map(scores, 100.0 ** (-np.arange(30) / 29), halves.mean(axis=0), halves, weights)
+        return [estimate_em(scores, weights), corrected]
+
+    exact = estimates()
+    monkeypatch.setattr("longtail.evaluation.label_shift.MAX_EXACT_CLASSES", 29)
+    for ours, theirs in zip(estimates(), exact, strict=True):
+        assert ours.frequencies == pytest.approx(theirs.frequencies, abs=1e-6)
+        assert (ours.power, ours.prior_strength) == (theirs.power, theirs.prior_strength)
+        # without the correlations of the classes the intervals are narrower, and hardly so for good scores
+        widths = [np.array(estimate.high) - estimate.low for estimate in (ours, theirs)]
+        assert (widths[0] <= widths[1] + 1e-6).all()
+        assert widths[0].sum() > 0.8 * widths[1].sum()
+
+
+def test_with_many_classes_no_array_has_a_row_and_a_column_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.random.default_rng(0).normal(size=(20, 1500)).astype(np.float32)
+    monkeypatch.setattr("longtail.evaluation.label_shift.MAX_EXACT_CLASSES", 1499)
+    tracemalloc.start()
+    try:
+        estimate_em(scores, max_iterations=3)
+        assert tracemalloc.get_traced_memory()[1] < 1500 * 1500
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_absent_class_has_a_frequency_above_zero() -> None:

@@ -158,3 +158,13 @@ def test_infinite_scores_rank_and_a_row_with_nan_is_wrong() -> None:
     labels = torch.tensor([1, 0, 0, 1, 0])
     assert count_correct(scores, labels)[1].tolist() == [2, 1]
     assert count_correct(scores, labels, torch.tensor([-1.0, -2.0]))[1].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("classes", [3, 8, 100])
+def test_of_equal_scores_the_first_class_is_predicted(classes: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    scores, labels = torch.randint(0, 3, (600, classes), generator=g).float(), torch.arange(600) % classes
+    result = classification_metrics(count_correct(scores, labels), [50] * classes, Shots())
+    assert result["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(labels, scores.argmax(dim=1)))
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    assert result["top5"] == pytest.approx(100 * float((best == labels[:, None]).any(dim=1).double().mean()))

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from longtail.config import Config, first_stage_epochs, read_config
+from longtail.data.sources import load_data
 from longtail.errors import LongtailError
-from longtail.experiments.compare import compare, plan
+from longtail.experiments.compare import compare, describe, plan
 from longtail.experiments.records import Record, differences, table
 from longtail.training import second_stage
 from longtail.training.run_io import alone_in
@@ -36,6 +37,45 @@ def test_equal_passes(tiny: Config) -> None:
     assert {run.config.epochs for run in plan(tiny, ["la", "gml"], [0], "epochs")} == {2}
     two_views = tiny.replace(classifier={"views": 2})
     assert {run.config.epochs for run in plan(two_views, ["la", "gml"], [0], "passes")} == {2}
+
+
+def test_a_comparison_says_of_how_many_epochs_its_runs_are(tiny: Config) -> None:
+    config, methods = tiny.replace(epochs=200), ["ce", "la", "ldam", "bcl", "gml"]
+    shown = describe(plan(config, methods, range(3), "passes"), 200)
+    assert shown == ("15 runs: ce, la, ldam, bcl 400 epochs, gml 200: equal student passes (--budget epochs: 200 each)")
+    assert describe(plan(config, methods, range(3), "epochs"), 200) == "15 runs: 200 epochs each"
+    assert describe(plan(config.replace(epochs=1), ["la"], [0], "passes"), 1) == "1 run: 1 epoch each"
+
+
+@pytest.mark.parametrize("way", ["in turn", "in threads", pytest.param("in processes", marks=pytest.mark.slow)])
+def test_what_there_is_to_say_of_the_data_is_said_once(
+    tiny: Config, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    """A worker process shows no messages, and the remarks of its runs are told by the main process."""
+    caplog.set_level(logging.INFO, logger="longtail")
+    data = {"source": "folder", "root": str(photos), "profile": "exponential", "imbalance": 2, "class_order": "name"}
+    config = tiny.replace(data=data, epochs=1, accelerator={"batches": "device" if way == "in threads" else "auto"})
+    jobs = 2 if way == "in processes" else None
+    compare(config, ["ce", "la"], [0, 1], tmp_path / "out", jobs=jobs, quiet=True)
+    lines = [entry.getMessage() for entry in caplog.records]
+    for part in ("data.imbalance 2: is ", "resized copies", "4 runs: 1 epoch each"):
+        assert sum(part in line for line in lines) == 1, lines
+    first = next(number for number, line in enumerate(lines) if line.startswith("1/4 "))
+    assert "data.imbalance 2" in "".join(lines[:first])
+
+    # what is to be said of another factor or seed is said as well
+    config = config.replace(data={"class_order": "random"})
+    for seeds, factors in (([0], [1.5, 3.0]), ([0, 1, 2], [None])):
+        caplog.clear()
+        compare(config, ["ce"], seeds, tmp_path / f"{len(seeds)}", imbalances=factors, jobs=jobs, quiet=True)
+        wanted = {
+            line
+            for seed in seeds
+            for factor in factors
+            for line in load_data(config.replace(data={"imbalance": factor or 2}).data, seed).remarks
+        }
+        assert len(wanted) > 1
+        assert wanted <= {entry.getMessage() for entry in caplog.records}
 
 
 @pytest.mark.parametrize("sharpness", ["none", "sam"])

@@ -13,6 +13,7 @@ from longtail.config import Config
 from longtail.errors import LongtailError
 from longtail.experiments.evaluate import evaluate
 from longtail.experiments.rebalance import RebalanceSettings, rebalance
+from longtail.training.run_io import alone_in, read_finished
 from longtail.training.second_stage import fit_head, tau_normalize
 from longtail.training.seen_images import FILE as TRAIN_IMAGES
 from longtail.training.trainer import fit
@@ -172,3 +173,26 @@ def test_the_same_seed_gives_the_same_head(tiny: Config, tmp_path: Path) -> None
     assert torch.equal(a, b)
     with pytest.raises(LongtailError, match="is not empty"):
         rebalance(tmp_path / "run", tmp_path / "a", RebalanceSettings("crt"))
+
+
+def test_an_interrupted_call_is_repeated_and_two_do_not_meet(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out, settings = tmp_path / "run", tmp_path / "out", RebalanceSettings("crt", epochs=1, views=1)
+    fit(tiny.replace(method="ce", epochs=1), run, quiet=True)
+    with alone_in(out), pytest.raises(LongtailError, match="another process trains in it"):
+        rebalance(run, out, settings)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("longtail.experiments.rebalance.write_inputs", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rebalance(run, out, settings)
+    assert (out / "recognizer").is_dir()
+    metrics = rebalance(run, out, settings)
+    assert read_finished(out).test_metrics == metrics
+    assert not [path.name for path in (*out.iterdir(), *tmp_path.iterdir()) if path.name.startswith(".")]
+    with pytest.raises(LongtailError, match="is not empty"):
+        rebalance(run, out, settings)

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
+from longtail.config import Shots
+from longtail.evaluation.metrics import classification_metrics
 from longtail.experiments.records import Record, columns, differences, recommendation, summarize, table
 
 
@@ -56,6 +61,64 @@ def test_differences_are_paired() -> None:
     assert "one seed" in str(single)
 
 
+def test_the_same_difference_with_every_seed_says_nothing_of_its_spread() -> None:
+    records = [*runs("ce", [80.0, 75.0, 85.1], 1), *runs("la", [85.0, 80.0, 90.1], 1)]
+    (difference,) = differences(records)
+    assert difference.mean == pytest.approx(5)
+    assert (difference.low, difference.high, difference.seeds) == (None, None, 3)
+    assert str(difference) == (
+        "la − ce: +5.0 points (the same with all 3 seeds, so its spread is not known: more seeds)"
+    )
+    assert recommendation(records) == (
+        "best: la (balanced accuracy 85.0); the same lead over ce with every seed, so differences may be chance: "
+        "more seeds"
+    )
+    # it is no doubt of another method
+    assert "the same lead over ce with" in recommendation([*records, *runs("bcl", [60.0, 61.0, 62.0], 1)])
+    (none,) = differences([*runs("ce", [80.0, 75.0], 1), *runs("la", [80.0, 75.0], 1)])
+    assert str(none).endswith("no difference shown")
+
+
+def test_the_same_test_images_with_every_seed_are_said() -> None:
+    def on(images: Sequence[str | None], half_widths: tuple[float, float] = (3.0, 4.0)) -> str:
+        accuracies = {"ce": [80.0, 75.0, 85.1], "la": [85.0, 80.2, 90.0]}
+        records = [
+            replace(each, test_images=hashed, num_test_images=1000, half_widths={"balanced_accuracy": half})
+            for (method, values), half in zip(accuracies.items(), half_widths, strict=True)
+            for each, hashed in zip(runs(method, values, 1), images, strict=True)
+        ]
+        (difference,) = differences([Record.from_dict(json.loads(json.dumps(each.to_dict()))) for each in records])
+        return str(difference).partition(") over ")[2]
+
+    # of independent errors: √(3² + 4²)
+    same = "3 seeds on the same 1,000 test images (other images: up to ±5.0 more): a difference"
+    assert on(["a", "a", "a"]) == same
+    for images in (["a", "b", "c"], [None, None, None], ["a", "a", None]):
+        assert on(images) == "3 seeds: a difference"
+
+
+def test_the_interval_over_other_test_images_holds_for_independent_errors() -> None:
+    rng, classes, images, seeds = np.random.default_rng(0), 5, 30, 3
+    accuracy = {"ce": 0.6, "la": 0.7}
+    covered = []
+    for _ in range(200):
+        # every seed of a method is right on the same images, so that only their choice makes a difference vary
+        hits = {name: rng.random((classes, images)) < p for name, p in accuracy.items()}
+        records = []
+        for name, right in hits.items():
+            counts = torch.tensor([[images] * classes, right.sum(axis=1).tolist(), [images] * classes])
+            metrics = classification_metrics(counts, [1] * classes, Shots())
+            value, (low, _) = metrics["balanced_accuracy"], metrics["intervals"]["balanced_accuracy"]
+            records += [
+                replace(each, test_images="a", num_test_images=150, half_widths={"balanced_accuracy": value - low})
+                for each in runs(name, [value + 1e-6 * seed * (name == "la") for seed in range(seeds)], 1)
+            ]
+        (difference,) = differences(records)
+        assert difference.sampling is not None
+        covered.append(abs(difference.mean - 10) < difference.sampling)
+    assert 0.92 < np.mean(covered) < 0.99
+
+
 def runs(
     method: str,
     accuracies: list[float],
@@ -78,7 +141,7 @@ def runs(
 
 
 def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> None:
-    ce, la = runs("ce", [45.0, 45.5, 45.2], 10), runs("la", [55.0, 55.5, 55.2], 11)
+    ce, la = runs("ce", [45.0, 45.6, 45.2], 10), runs("la", [55.0, 55.5, 55.2], 11)
     gml = runs("gml", [55.9, 55.0, 55.6], 30, teacher=11)  # ahead by chance
     assert recommendation([*ce, *la]) == "take la: best balanced accuracy, 55.2"
     assert recommendation([*ce, *la, *gml]) == (
@@ -97,6 +160,10 @@ def test_the_recommendation_is_the_cheapest_that_is_not_shown_to_be_worse() -> N
     clear = runs("gml", [57.0, 57.6, 57.3], 30)
     assert recommendation([*ce, *la, *clear]) == "take gml: best balanced accuracy, 57.3"
     assert "one seed" in recommendation([ce[0], la[0]])
+    assert recommendation([la[0], replace(la[0], method="ce")]) == (
+        "equal: la and ce (balanced accuracy 55.0); one seed, so this may be chance: --seeds 3"
+    )
+    assert recommendation([ce[0], la[0]], "train further seeds").endswith("may be chance: train further seeds")
     assert recommendation(la) == ""
     # without pairs nothing is known of a difference
     doubt = "fewer than two seeds and sets of test images in common with ce, so differences may be chance"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -162,3 +163,21 @@ def test_predictions_of_a_file_have_the_prior_that_it_was_exported_with(
     _, exported, _ = command("predict", tmp_path / "uniform.onnx", image)
     assert uniform.splitlines()[:3] == exported.splitlines()[:3]
     assert uniform.splitlines()[2] != same.splitlines()[2]
+
+
+def test_a_torch_that_cannot_convert_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        try:
+            raise AttributeError("'OpOverload' object\nhas no attribute 'x'")
+        except AttributeError as cause:
+            raise torch.onnx.OnnxExporterError("Failed to convert.\n\nNext steps:\n- Report it") from cause
+
+    build_recognizer().save(tmp_path / "saved")
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    code, _, err = command("export", tmp_path / "saved", "--out", tmp_path / "m.onnx")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"longtail: error: export: torch {torch.__version__} with onnxscript ")
+    assert "cannot convert this model: 'OpOverload' object has no attribute 'x'; use a later torch" in err
+    assert not (tmp_path / "m.onnx").exists()

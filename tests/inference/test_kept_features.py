@@ -162,6 +162,16 @@ def test_what_is_left_to_compute_is_counted(frozen: Config) -> None:
     assert num_missing_features(data, encoder, without) == len(data.train) + others
 
 
+def test_where_features_are_kept_is_said_where_some_were_computed(
+    frozen: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "longtail")
+    data, encoder = digits(frozen)
+    for config, said in ((frozen, 1), (frozen, 1), (frozen.replace(feature_views=2), 2)):
+        feature_data(data, encoder, config, device=torch.device("cpu"))
+        assert caplog.text.count("images are kept in") == said
+
+
 def test_a_changed_image_or_network_is_computed_again(frozen: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     data, encoder = digits(frozen)
     passes = count_passes(monkeypatch)

@@ -16,7 +16,10 @@ from longtail.config import Config
 from longtail.errors import LongtailError
 from longtail.inference.model import CalibrationStats
 from longtail.inference.model_config import ModelConfig
+from longtail.inference.recognizer import Predictions
 from longtail.nn import CosineClassifier, Encoder
+from longtail.tasks.base import PredictionRequest
+from longtail.tasks.classification.predict import predict_files
 from longtail.training.trainer import fit
 from tests.conftest import save_image
 
@@ -95,6 +98,70 @@ def test_predictions_have_names() -> None:
         assert row[0][0] == name
         assert row[0][1] >= row[1][1]
     assert len(predictions.top(9)[0]) == 3
+
+
+def test_batches_are_the_parts_of_a_prediction() -> None:
+    recognizer = build_recognizer()
+    counts = torch.tensor([30, 20, 0])
+    labels = torch.arange(3).repeat_interleave(counts)
+    recognizer.calibration_stats = CalibrationStats(
+        labels, labels, torch.linspace(0.2, 0.6, 50), torch.zeros(3), torch.zeros(2, 3)
+    )
+    images = torch.rand(5, 3, 32, 32)
+    for prior in ("uniform", "train", [0.2, 0.3, 0.5]):
+        whole = recognizer.predict(images, prior, batch_size=2, coverage=0.9)
+        parts = list(recognizer.predict_batches(images, prior, batch_size=2, coverage=0.9))
+        assert [len(part.probabilities) for part in parts] == [2, 2, 1]
+        assert torch.equal(torch.cat([part.probabilities for part in parts]), whole.probabilities)
+        assert [names for part in parts for names in part.sets or []] == whole.sets
+        assert [row for part in parts for row in part.top(2)] == whole.top(2)
+    # an estimate rests on every image
+    (whole,) = recognizer.predict_batches(images, "estimate", batch_size=2)
+    assert len(whole.probabilities) == 5
+    assert whole.prior is not None
+    empty = recognizer.predict([], coverage=0.9)
+    assert (empty.probabilities.shape, empty.sets) == ((0, 3), [])
+
+
+def test_files_are_not_predicted_with_a_matrix_of_all_images_and_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognizer, largest = build_recognizer(), 0
+    files = [save_image(tmp_path / f"{number}.png", (32, 32), number) for number in range(5)]
+    expected = recognizer.predict(files)
+
+    class Watched(Predictions):
+        def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+            nonlocal largest
+            largest = max(largest, len(self.probabilities))
+            return super().top(k)
+
+    monkeypatch.setattr("longtail.inference.recognizer.Predictions", Watched)
+    batches = recognizer.predict_batches
+    monkeypatch.setattr(
+        recognizer, "predict_batches", lambda images, **options: batches(images, batch_size=2, **options)
+    )
+    output = predict_files(recognizer, files, PredictionRequest(prior="uniform"))
+    assert largest == 2
+    assert [(record["path"], record["class"]) for record in output.records] == [
+        (str(file), name) for file, name in zip(files, expected.names, strict=True)
+    ]
+
+
+def test_sets_of_every_class_are_refused(tmp_path: Path) -> None:
+    recognizer, file = build_recognizer(), save_image(tmp_path / "a.png", (32, 32))
+    for count, coverage, refused in ((8, 0.9, True), (9, 0.9, False), (8, 0.8, False)):
+        labels = torch.arange(3).repeat_interleave(torch.tensor([count, 2, 1]))
+        recognizer.calibration_stats = CalibrationStats(
+            labels, labels, torch.ones(len(labels)), torch.zeros(3), torch.zeros(2, 3)
+        )
+        request = PredictionRequest(prior="uniform", coverage=coverage)
+        if refused:
+            with pytest.raises(LongtailError) as error:
+                predict_files(recognizer, [file], request)
+            assert str(error.value) == ("coverage: no class has 9 validation images; every set would be all 3 classes")
+        else:
+            assert predict_files(recognizer, [file], request).records[0]["set"] == ["bee", "cow"]
 
 
 def test_a_class_without_training_images_keeps_its_score() -> None:

@@ -29,7 +29,12 @@ from longtail.losses import (
 )
 from longtail.losses.contrastive import balanced_contrastive_loss, parametric_contrastive_loss, supcon_loss
 from longtail.losses.margin import ldam_margins, with_margin
-from longtail.losses.reweighting import effective_number_weights, focal_loss, weighted_cross_entropy
+from longtail.losses.reweighting import (
+    compute_class_weights,
+    effective_number_weights,
+    focal_loss,
+    weighted_cross_entropy,
+)
 from longtail.losses.von_mises_fisher import vmf_scores
 from longtail.memory import ClassQueues
 
@@ -208,6 +213,49 @@ def test_all_take_the_same_kinds_of_counts(name: str) -> None:
     ):
         with pytest.raises(ValueError, match=f"^class_counts: .*{message}"):
             take(wrong)
+
+
+class OnMPS(Tensor):
+    """Stands for a tensor on MPS."""
+
+    device = torch.device("mps")
+
+    def cpu(self, *_: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    def double(self) -> Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        compute_log_prior,
+        lambda counts: ClassPrior(counts).finite_log_prior,
+        lambda counts: ClassPrior(counts).class_counts,
+        effective_number_weights,
+        lambda counts: compute_class_weights("root", counts),
+        lambda counts: compute_class_weights({1: 2.0}, counts),
+        lambda counts: compute_class_weights(counts),
+        ldam_margins,
+        lambda counts: LDAMLoss(counts).margins,
+        lambda counts: LDAMLoss(counts, class_weights="auto").weights,
+        lambda counts: SeesawLoss(counts).class_counts,
+    ],
+)
+def test_counts_on_a_device_without_float64(take: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def move(tensor: Tensor, *target: Any) -> Tensor:
+        if target != (torch.device("mps"),):
+            return original(tensor, *target)
+        assert tensor.dtype != torch.float64
+        return tensor.as_subclass(OnMPS)
+
+    counts, original = torch.tensor([70_000, 5, 0]), Tensor.to
+    expected = take(counts)
+    monkeypatch.setattr(Tensor, "to", move)
+    taken = take(counts.as_subclass(OnMPS))
+    assert isinstance(taken, OnMPS)
+    assert torch.equal(taken.cpu(), expected)
 
 
 def test_counts_are_whole_and_frequencies_are_not() -> None:

@@ -268,6 +268,17 @@ def test_compiles_as_one_graph() -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
+def test_what_torch_2_6_cannot_trace_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_graph(_device: str) -> bool:
+        raise AssertionError("Graph break due to unsupported builtin torch._C._is_autocast_available")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", break_graph)
+    p = problem(9, 12, 40, 4, 8)
+    queries = p["queries"].float().requires_grad_()
+    GMLLoss([4, 3, 2, 1])(queries, p["labels"], p["keys"].float(), p["key_labels"]).backward()
+    assert queries.grad is not None
+
+
 def test_no_host_reads_a_value() -> None:
     """Under FakeTensorMode there are no values: reading one, or a shape that depends on one, raises."""
     with FakeTensorMode():

@@ -127,6 +127,15 @@ def test_gml_has_keys_and_scores_of_moving_averages(tiny: Config) -> None:
             METHODS["gml"].check(config.replace(gml={"keys": keys}), data.class_counts)
 
 
+def test_a_method_that_needs_a_trained_teacher_says_so(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS["la"], "needs_teacher", lambda config: True)
+    config = tiny.replace(method="la", teacher={"source": "ema"})
+    with pytest.raises(
+        LongtailError, match=r"source ema: method la needs a trained teacher; use train, a folder or timm:NAME"
+    ):
+        METHODS["la"].check(config, [10] * 10)
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtail.errors import LongtailError
 from longtail.nn import Encoder, build_backbone
-from longtail.nn.backbones import input_size, with_input_size
+from longtail.nn.backbones import input_size, is_suited_to_lora, with_input_size
 from longtail.nn.encoder import pretrained_encoder
 from longtail.nn.network_name import parse_network, resolve_network, timm_settings
 from longtail.nn.pretrained import check_pretrained, find_pretrained, load_weights, normalization
@@ -162,6 +162,21 @@ def test_a_size_is_a_multiple_of_the_patches(network: str, size: int, message: s
     with pytest.raises(LongtailError, match=message) as raised:
         with_input_size(network, size)
     assert "\n" not in str(raised.value)
+
+
+def test_networks_that_compute_with_values_while_they_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*arguments: Any, **options: Any) -> Any:
+        torch.linspace(0, 1, 2)[0].item()  # as RegNet does with torch 2.6; without memory there are no values
+        return original(*arguments, **options)
+
+    weights, original = random_weights("test_vit"), timm.create_model
+    save_file(weights, tmp_path / "w.safetensors")
+    monkeypatch.setattr(timm, "create_model", create)
+    assert with_input_size("test_vit", 96) == "test_vit(img_size=96)"
+    assert is_suited_to_lora("test_vit(img_size=96)")
+    assert set(load_weights(tmp_path / "w.safetensors", "test_vit")) <= set(weights)
 
 
 def test_sizes_of_networks() -> None:

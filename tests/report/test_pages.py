@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from jinja2 import Environment, PackageLoader
 
 from longtail.config import Config
 from longtail.errors import LongtailError
@@ -65,11 +68,25 @@ def test_class_names_are_text(tiny: Config, tmp_path: Path) -> None:
         method="la", network="conv8-tiny", data={"source": "folder", "root": str(tmp_path / "photos")}
     )
     fit(config, tmp_path / "run", quiet=True)
+    # a confusion, whatever the network has learned
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines[-1]["uniform"]["confusions"] = [{"class": 0, "predicted": 1, "share": 50.0, "images": 1}]
+    assert lines[-1]["kind"] == "test"
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     text = run_report(tmp_path / "run").read_text(encoding="utf-8")
     assert text.count("<script") == 1  # the page's own, which sorts
     assert "<script>alert" not in text
     assert "&lt;script&gt;" in text
     assert "שלום 🐘" in text
+    # a direction mark in a name turns nothing around that follows it
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    confused = re.findall(r"<td>(.*?)</td>", text[text.index("Confused classes") :].partition("</table>")[0])
+    assert captions
+    assert len(confused) == 3
+    for caption in captions:
+        assert re.match(r"<bdi>[^<]+</bdi><br>.*predicted</span> <bdi>[^<]+</bdi>, \d+\s%", caption)
+    for name in confused[:2]:
+        assert re.fullmatch(r"<bdi>[^<]+</bdi> \(\d+\)", name)
 
 
 def test_a_run_that_has_not_ended(tmp_path: Path) -> None:
@@ -130,7 +147,9 @@ def test_runs_that_do_not_go_together(tiny: Config, tmp_path: Path) -> None:
     # the same run twice is labelled by its folder
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     records = runs_report([tmp_path / "one", tmp_path / "copy"], tmp_path / "page.html")
-    advice = recommendation(records)
+    advice = recommendation(records, "train further seeds")
+    assert advice.startswith("equal: ")  # not the first of them the best
+    assert advice.endswith("train further seeds")
     assert f"<b>{advice[0].upper()}{advice[1:]}.</b>" in html.unescape((tmp_path / "page.html").read_text())
     assert [Path(record.method).name for record in records] == ["one", "copy"]
 
@@ -152,6 +171,21 @@ def test_runs_on_other_images_say_so(tiny: Config, photos: Path, tmp_path: Path)
     assert {record.method for record in runs_report(folders[:2], tmp_path / "page.html")} == {"la"}
 
 
+def test_the_same_test_images_with_every_seed(tiny: Config, photos: Path, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        shutil.copytree(photos, tmp_path / "split" / split)
+    config = tiny.replace(epochs=1, data={"source": "folder", "root": str(tmp_path / "split")})
+    folders = [tmp_path / f"{method}{seed}" for seed in (0, 1) for method in ("la", "ce")]
+    for folder in folders:
+        fit(config.replace(method=folder.name[:2], seed=int(folder.name[2])), folder, quiet=True)
+    records = runs_report(folders, tmp_path / "page.html")
+    assert {record.num_test_images for record in records} == {21}
+    assert 0 < records[0].half_widths["balanced_accuracy"] < 60
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "over 2 seeds on the same 21 test images (other images: up to ±" in text
+    assert "an interval is of other seeds on these images" in text
+
+
 def test_a_run_without_metrics(tiny: Config, tmp_path: Path) -> None:
     fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
     (tmp_path / "run" / "metrics.jsonl").unlink()
@@ -159,18 +193,50 @@ def test_a_run_without_metrics(tiny: Config, tmp_path: Path) -> None:
         run_report(tmp_path / "run")
 
 
-def test_the_table_of_classes_sorts_in_a_browser(tiny: Config, tmp_path: Path) -> None:
+@pytest.fixture
+def in_a_browser(tmp_path: Path) -> Callable[..., str]:
+    """Return the document of a page after a script has run on it."""
     browser = shutil.which("chromium")
     if browser is None:
         pytest.skip("needs Debian's chromium")
-    fit(tiny.replace(method="la"), tmp_path / "run", quiet=True)
-    page = run_report(tmp_path / "run")
-    clicks = "<script>const b = document.querySelectorAll('th button')[{column}]; {clicks}</script></body>"
-    for column, number, expected in ((0, 1, [str(i) for i in range(10)]), (0, 2, [str(i) for i in range(9, -1, -1)])):
-        clicked = tmp_path / "clicked.html"
-        text = page.read_text(encoding="utf-8")
-        clicked.write_text(text.replace("</body>", clicks.format(column=column, clicks="b.click();" * number)))
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", clicked.as_uri()]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-        table = shown[shown.index('class="sortable"') :]
-        assert re.findall(r"<tr><td>(\d)</td>", table) == expected
+
+    def run(body: str, script: str, *flags: str) -> str:
+        pages = Environment(loader=PackageLoader("longtail.report", "."), autoescape=True)
+        text = pages.get_template("page.html.j2").render(title="a page").replace("<script>", f"{body}<script>", 1)
+        page = tmp_path / "page.html"
+        page.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", *flags, "--dump-dom", page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    return run
+
+
+def class_table(rows: Sequence[tuple[str, str]]) -> str:
+    heads = "".join(f"<th aria-sort=none><button>{name}</button></th>" for name in ("class", "accuracy, %"))
+    cells = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
+    table = f"<table class=sortable><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table>"
+    return f"<div class=scroll>{table}</div>"
+
+
+@pytest.mark.parametrize(
+    ("column", "clicks", "expected"),
+    [
+        (0, 1, ["2", "10", "cat", "dog"]),
+        (0, 2, ["dog", "cat", "10", "2"]),
+        (1, 1, ["dog", "2", "cat", "10"]),
+        (1, 2, ["2", "dog", "cat", "10"]),  # without a value: last, whatever the direction
+    ],
+)
+def test_the_table_of_classes_sorts(
+    in_a_browser: Callable[..., str], column: int, clicks: int, expected: list[str]
+) -> None:
+    table = class_table([("cat", "n/a"), ("10", ""), ("dog", "9.5"), ("2", "1,000.0")])
+    shown = in_a_browser(table, f"const b = document.querySelectorAll('th button')[{column}];" + "b.click();" * clicks)
+    names = re.findall(r"<tr><td>(\w+)</td>", shown[shown.index('class="sortable"') :])
+    assert names == expected
+
+
+def test_a_long_name_hides_no_number(in_a_browser: Callable[..., str]) -> None:
+    table = class_table([("x" * 150, "50.0"), ("cat", "9.5")])
+    measure = "const s = document.querySelector('.scroll'); document.title = s.scrollWidth - s.clientWidth;"
+    assert "<title>0</title>" in in_a_browser(table, measure, "--window-size=600,800")

@@ -23,6 +23,7 @@ from longtail.experiments.rebalance import RebalanceSettings, rebalance
 from longtail.inference.export import export_onnx
 from longtail.report import run_report
 from longtail.tasks.classification.calibration import calibrate
+from longtail.tasks.classification.console import trust_lines
 from longtail.tasks.evaluate import evaluate_split
 from longtail.tasks.loading import load_model
 from longtail.training.trainer import fit
@@ -95,6 +96,35 @@ def test_a_target_that_is_the_reverse_of_the_training_set(run: Path) -> None:
     assert sets["coverage_interval"][0] < 90 < sets["coverage_interval"][1]
     assert sets["few"]["covered"] > 80
     assert sets["all"]["size"] < 4
+
+
+def test_with_many_classes_there_is_no_black_box_estimate(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtail.tasks.classification.evaluate.MAX_BBSE_CLASSES", 9)
+    monkeypatch.setattr("longtail.tasks.classification.console.MAX_BBSE_CLASSES", 9)
+    metrics = evaluate(run, "estimate")
+    assert list(metrics["estimates"]) == ["map", "em"]
+    assert "no estimate by bbse: with more than 9 classes it would take too long" in trust_lines(metrics)
+
+
+def test_calibration_and_sets_at_a_target_are_those_of_the_weighted_test_set(run: Path, tmp_path: Path) -> None:
+    model, data = Recognizer.load(run), load_data(read_config(run / "config.yaml").data, 0)
+    frequencies = np.arange(1.0, 11) ** 2
+    (tmp_path / "p.csv").write_text(
+        "".join(f"{name},{q}\n" for name, q in zip(model.config.class_names, frequencies, strict=True))
+    )
+    metrics = evaluate(run, str(tmp_path / "p.csv"), test_prior=str(tmp_path / "p.csv"), coverage=0.9)
+    labels = data.test.labels.numpy()
+    weights = (frequencies / np.bincount(labels))[labels]
+    predictions = model.predict(data.test.images.take(torch.arange(len(labels))), frequencies.tolist(), coverage=0.9)
+    own = predictions.probabilities.numpy()[np.arange(len(labels)), labels]
+    assert metrics["calibration"]["nll"] == pytest.approx(-np.log(own).mean(), rel=1e-4)
+    assert metrics["target_calibration"]["nll"] == pytest.approx(np.average(-np.log(own), weights=weights), rel=1e-4)
+    assert predictions.in_set is not None
+    covered = predictions.in_set.numpy()[np.arange(len(labels)), labels]
+    assert metrics["conformal"]["all"]["covered"] == pytest.approx(100 * np.average(covered, weights=weights))
+    uniform = evaluate(run, test_prior="uniform")
+    for name in ("ece", "nll", "brier"):
+        assert uniform["target_calibration"][name] == pytest.approx(uniform["calibration"][name])
 
 
 def test_a_target_of_its_own(run: Path, tmp_path: Path) -> None:
@@ -237,7 +267,8 @@ def test_on_the_command_line(run: Path, tmp_path: Path, command: Command) -> Non
         "accuracy at target",
         "estimate",
         "bbse",
-        "calibration under the estimate prior",
+        "calibration under the estimate prior on the test set weighted to the target",
+        "conformal sets at coverage 90 % on the test set weighted to the target, few",
         "classes on average",
     ):
         assert part in out

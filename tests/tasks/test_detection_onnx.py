@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from longtail.data.dataset import IMAGENET_MEAN, IMAGENET_STD
+from longtail.errors import LongtailError
 from longtail.inference.model_config import ModelConfig
 from longtail.nn import Encoder
 from longtail.nn.detection import DetectionNetwork, build_detection_network
@@ -88,11 +89,9 @@ def test_the_class_frequencies_in_a_file(tmp_path: Path, command: Command) -> No
             assert (code, f"has {what} inside" in err, err.count("\n")) == (2, True, 1), err
 
 
-@pytest.mark.slow
-def test_an_export_of_a_size_that_is_padded(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
+def build_detector(side: int) -> Detector:
     torch.manual_seed(0)
-    name, side = "fasterrcnn:test_efficientnet:32", 80
+    name = "fasterrcnn:test_efficientnet:32"
     encoder = Encoder(name, IMAGENET_MEAN, IMAGENET_STD, build=build_detection_network)
     assert isinstance(encoder.backbone, DetectionNetwork)
     encoder.backbone.set_image_size(side)
@@ -109,9 +108,26 @@ def test_an_export_of_a_size_that_is_padded(tmp_path: Path) -> None:
         stored_size=side,
         predicts_under="uniform",
     )
-    detector = Detector(encoder, Detector.build_classifier(config, encoder), config)
+    return Detector(encoder, Detector.build_classifier(config, encoder), config)
+
+
+@pytest.mark.slow
+def test_an_export_of_a_size_that_is_padded(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    side = 80
+    detector = build_detector(side)
     with torch.no_grad():  # an untrained class layer finds nothing with certainty
         detector.class_layer.weight.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
     images = [save_image(tmp_path / f"{seed}.png", (side, side), seed) for seed in range(3)]
     exported = DETECTION.export(detector, tmp_path / "m.onnx", "uniform", images, "none")
     assert exported.difference < 1e-3
+
+
+def test_a_torch_that_cannot_convert_the_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.onnx.OnnxExporterError("Failed to convert")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(LongtailError, match=r"^export: torch .* cannot convert this model: Failed to convert; use a"):
+        DETECTION.export(build_detector(64), tmp_path / "m.onnx", "uniform", [], "none")
+    assert not (tmp_path / "m.onnx").exists()

@@ -174,6 +174,16 @@ def test_a_missing_extra_is_found_before_the_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_extra_that_is_too_old_is_found_before_the_training(
+    detecting: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = draw_data(tmp_path)
+    monkeypatch.setattr("faster_coco_eval.COCOeval_faster", lambda: None)
+    with pytest.raises(LongtailError, match=r"faster-coco-eval .* is installed, expected 1\.7 or later"):
+        fit(detecting, tmp_path / "run", data=data, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_pretrained_stays_as_it_is(detecting: Config, tmp_path: Path) -> None:
     data, task = draw_data(tmp_path), TASKS["detection"]
     for pretrained, settings, frozen in (

@@ -125,7 +125,7 @@ def test_evaluation_is_that_of_the_detections(run: Path) -> None:
         evaluator.update(positions, found, labels)
     metrics = evaluator.compute()
     for prior in ("uniform", "train"):
-        files = [data.test.images.open(index) for index in range(7)]  # type: ignore[attr-defined]
+        files = [data.test.images.open(index) for index in range(7)]
         again = list(model.find(files, PostProcessing(score_threshold=0.001), prior))
         expected = detection_metrics(again, annotations, image_counts=model.config.image_counts)
         assert metrics[prior]["per_class"] == expected["per_class"]

@@ -51,6 +51,10 @@ def test_nothing_stands_out_of_a_good_run() -> None:
     ("changes", "parts"),
     [
         ({"metrics": {"few": 5.0}}, ["The tail is hardly recognised", "5.0 %", "gml.queue_minimum above 2", "crt"]),
+        (
+            {"metrics": {"few": 5.0, "intervals": {"few": [1.2, 44.0]}}},
+            ["Accuracy in few is 5.0 % (95 % interval 1 to 44), in many 90.0 %."],
+        ),
         ({"metrics": {"few": 5.0}, "method": "la", "pretrained": "timm"}, ["The tail", "--tune lora"]),
         ({"metrics": {"few": 5.0}, "method": "la", "init": "runs/first"}, ["The tail", "--tune lora"]),
         (
@@ -122,6 +126,7 @@ def test_each_signature_is_reported_with_its_figure(changes: dict[str, Any], par
         {"lines": losses(2.0, 1.8, 1.6, 1.4, 1.2, 1.0, 0.8)},
         # tail, head
         {"metrics": {"few": 46.0}},
+        {"metrics": {"few": 41.7, "many": 86.7, "intervals": {"few": [10.0, 73.0]}}},  # too few test images to say
         {"metrics": {"many": 70.0}},
         # overfitting: the test set is known as well, the loss is not that small, or it is no −log p(y|x)
         {"lines": losses(*[0.01] * 16)},

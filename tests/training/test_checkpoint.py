@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,35 @@ def test_broken_and_foreign_checkpoints(tiny: Config, tmp_path: Path) -> None:
     here = load_data(config.data, config.seed).fingerprint
     save_checkpoint(path, {"images": here, "method": {"a": torch.ones(1)}, "optimizer": {}, "tracker": {}})
     assert "is another recipe's checkpoint" in message()
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    weights = torch.arange(1000.0)
+    save_checkpoint(path, {"weights": weights})
+    content = bytearray(path.read_bytes())
+    content[content.index(weights.numpy().tobytes()) + 403] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(LongtailError, match=r"last\.ckpt: is damaged; start again with --overwrite"):
+        load_checkpoint(path)
+
+
+def test_whatever_unpickling_raises_is_one_line(tmp_path: Path) -> None:
+    """A pickle within an intact file that names a text as the type of a storage."""
+    path = tmp_path / "last.ckpt"
+    save_checkpoint(path, {"weights": torch.ones(3)})
+    changed = tmp_path / "changed.ckpt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(changed, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("data.pkl"):
+                assert content.count(b"ctorch\nFloatStorage\n") == 1
+                content = content.replace(b"ctorch\nFloatStorage\n", b"X\x01\x00\x00\x00a")
+            target.writestr(name, content)
+    with pytest.raises(AttributeError):
+        torch.load(changed, weights_only=True)
+    with pytest.raises(LongtailError, match="is truncated or not a checkpoint of longtail"):
+        load_checkpoint(changed)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(

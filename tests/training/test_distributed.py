@@ -154,15 +154,16 @@ def test_processes_share_the_second_stage(tmp_path: Path) -> None:
     assert kinds == ["epoch", "first_stage", "second_stage", "test"]
 
 
-# run before the command: keeps a copy of the checkpoint of step 20
-KEEP_STEP_20 = """
+# run before the command: keeps a copy of the first checkpoint within the third epoch, of eight steps, or a later one
+KEEP_MIDDLE = """
 import shutil
 from longtail.training import trainer
 save = trainer.save_checkpoint
 def save_and_keep(path, state):
     save(path, state)
-    if state["tracker"]["step"] == 20:
-        shutil.copy(path, path.with_name("middle.ckpt"))
+    kept, step = path.with_name("middle.ckpt"), state["tracker"]["step"]
+    if step > 16 and step % 8 and not kept.exists():
+        shutil.copy(path, kept)
 trainer.save_checkpoint = save_and_keep
 """
 
@@ -194,7 +195,7 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path, first: int, sec
     out = tmp_path / "run"
     arguments = ["train", "digits-lt", *TINY[:2], "--checkpoint_seconds", "0", "--batch_size", "50"]
     arguments += ["--method", "la", "--epochs", "8", "--out", str(out)]
-    before = run_ranks(first, *arguments, prelude=KEEP_STEP_20)
+    before = run_ranks(first, *arguments, prelude=KEEP_MIDDLE)
     assert [done.returncode for done in before] == [0] * first, before
     printed = "".join(done.stdout for done in before)
     assert "balanced accuracy" in printed
@@ -202,10 +203,10 @@ def test_a_run_moves_between_one_process_and_two(tmp_path: Path, first: int, sec
     assert read_metrics(out / "metrics.jsonl")[-1]["uniform"]["images"] == 500
     # back to a checkpoint from the middle of an epoch, as a kill would have left it
     (out / "last.ckpt").write_bytes((out / "middle.ckpt").read_bytes())
-    assert load_checkpoint(out / "last.ckpt")["tracker"]["step"] == 20
+    step = load_checkpoint(out / "last.ckpt")["tracker"]["step"]
     after = run_ranks(second, *arguments, "--resume")
     assert [done.returncode for done in after] == [0] * second, after
-    assert "resumed at step 20 of 64" in after[0].stderr
+    assert f"resumed at step {step} of 64" in after[0].stderr
     lines = read_metrics(out / "metrics.jsonl")
     assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == list(range(1, 9))
     assert lines[-1]["uniform"]["images"] == 500
@@ -266,8 +267,29 @@ def test_torchrun_that_is_stopped_saves(tmp_path: Path) -> None:
         assert process.wait(timeout=60) != 0
     assert "stopped by SIGTERM at step" in (tmp_path / "errors").read_text()
     step = load_checkpoint(out / "last.ckpt")["tracker"]["step"]
-    assert step % 10 == 0  # where the processes synchronise
     assert step >= 18
+
+
+# run before the command: process 1 receives SIGTERM during the last validation
+TERMINATED_AT_THE_END = """
+import os, signal
+from longtail.training.trainer import _Trainer
+end_epoch = _Trainer._end_epoch
+def terminated(trainer, student, *rest):
+    end_epoch(trainer, student, *rest)
+    if student.tracker.step == 12 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+_Trainer._end_epoch = terminated
+"""
+
+
+def test_a_signal_after_the_last_regular_synchronization_is_heard(tmp_path: Path) -> None:
+    arguments = ["train", "digits-lt", *TINY, "--method", "la", "--out", str(tmp_path / "run")]
+    for done in run_ranks(2, *arguments, prelude=TERMINATED_AT_THE_END):
+        assert done.returncode == 143, done.stderr
+        assert "stopped by SIGTERM at step 12 of 12, all of it saved" in done.stderr
+    assert load_checkpoint(tmp_path / "run" / "last.ckpt")["tracker"]["step"] == 12
+    assert not (tmp_path / "run" / "recognizer").exists()
 
 
 def stop_in_new_python(run: Path, number: signal.Signals) -> tuple[int, str]:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from longtail.config import Config
 from longtail.training.fabric import build_fabric, wrap
+
+
+@pytest.mark.parametrize("variables", [{"SLURM_NTASKS": "4"}, {"SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "2"}])
+def test_a_training_in_a_job_of_several_tasks_is_one_process(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    job = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0")
+    for name, value in {**job, "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", **variables}.items():
+        monkeypatch.setenv(name, value)
+    fabric = build_fabric(tiny.replace(device="cpu"))
+    assert (fabric.world_size, fabric.global_rank, fabric.local_rank) == (1, 0, 0)
 
 
 def test_trainings_in_threads_do_not_end_the_backward_of_one_another(tiny: Config) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -184,7 +186,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_a_signal_stops_it_and_the_first_stage_is_kept(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sync(*_: object) -> tuple[str, bool]:
+    def sync(*_: object, **__: object) -> tuple[str, bool]:
         kinds = [line["kind"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
         return ("SIGTERM" if "first_stage" in kinds else ""), True
 
@@ -195,6 +197,21 @@ def test_a_signal_stops_it_and_the_first_stage_is_kept(
     fit(config, tmp_path / "run", quiet=True, resume=True)
     fit(config, tmp_path / "whole", quiet=True)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_a_signal_in_its_last_pass_is_not_dropped(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrain = second_stage.retrain_classifier
+
+    def terminated(*args: Any, **options: Any) -> Any:
+        trained = retrain(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return trained
+
+    monkeypatch.setattr(second_stage, "retrain_classifier", terminated)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM at the end of the first stage"):
+        fit(config, tmp_path / "run", quiet=True)
 
 
 def test_features_that_take_too_much_memory_are_of_fewer_views(

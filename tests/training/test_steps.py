@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from longtail.config import Config, read_config
+from longtail.data.batch import Batch
 from longtail.errors import LongtailError
+from longtail.methods.base import Method, TeacherOutput
+from longtail.methods.views import CLASSIFICATION, CONTRAST, ViewPlan
 from longtail.registry import METHODS
 from longtail.training import steps as training_steps
 from longtail.training.checkpoint import load_checkpoint
@@ -201,6 +204,68 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(
     config = tiny.replace(method="ce", accelerator=ON_DEVICE, checkpoint_seconds=60.0)
     with pytest.raises(LongtailError, match="'classifier' is nan at step 5"):
         fit(config, tmp_path / "run", quiet=True)
+
+
+def test_the_teacher_sees_the_key_view_of_a_method(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one with ``teacher_outputs`` of its own, called ahead of the step where batches are made on the device."""
+    plan = ViewPlan(student=(CLASSIFICATION, CLASSIFICATION), keys=(CONTRAST,), num_classified=1)
+
+    def teacher_outputs(self: Method, batch: Batch) -> TeacherOutput:
+        assert self.teacher is not None
+        with torch.no_grad():
+            return TeacherOutput(self.teacher(batch.views[-1]), None)
+
+    def auxiliary_loss(
+        self: Method, features: torch.Tensor, scores: torch.Tensor, batch: Batch, teacher_output: TeacherOutput
+    ) -> dict[str, torch.Tensor]:
+        assert teacher_output.features is not None
+        similarity = torch.nn.functional.cosine_similarity(features[len(batch) :], teacher_output.features)
+        return {"features": 1 - similarity.mean()}
+
+    for name, hook in {
+        "view_plan": classmethod(lambda cls, config: plan),
+        "needs_teacher": classmethod(lambda cls, config: True),
+        "needs_teacher_features": classmethod(lambda cls, config: True),
+        "teacher_outputs": teacher_outputs,
+        "auxiliary_loss": auxiliary_loss,
+    }.items():
+        monkeypatch.setattr(METHODS["ce"], name, hook)
+    config = tiny.replace(method="ce", epochs=1, teacher={"epochs": 1})
+    for place in ("host", "device"):
+        settings = config.replace(accelerator={"batches": place})
+        fit(settings, tmp_path / place, quiet=True, teachers=tmp_path / "teachers")
+    host, device = _weights(tmp_path / "host"), _weights(tmp_path / "device")
+    for key, value in host.items():
+        torch.testing.assert_close(device[key], value, rtol=5e-3, atol=3e-3)
+    losses = [_epochs(tmp_path / place)[0]["loss/features"] for place in ("host", "device")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda scores: scores.logsumexp(dim=1), r"loss term 'classifier': expected a scalar tensor, got \(\d+,\)"),
+        (lambda scores: 1.5, "loss term 'classifier': expected a scalar tensor, got 1.5"),
+        (lambda scores: None, "loss term 'classifier': expected a scalar tensor, got nothing"),
+        (lambda scores: scores.detach().sum(), "expected loss terms with a gradient for what is trained, got class"),
+    ],
+    ids=["one per image", "number", "nothing", "detached"],
+)
+@pytest.mark.parametrize("batches", ["host", "device"])
+def test_a_loss_that_is_no_loss_is_refused_at_the_first_step(
+    tiny: Config, batches: str, loss: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(METHODS["ce"], "loss", lambda self, scores, labels, batch: loss(scores))
+    with pytest.raises(LongtailError, match=f"method ce: {message}"):
+        fit(tiny.replace(method="ce", accelerator={"batches": batches}), tmp_path / "run", quiet=True)
+
+
+def test_a_method_without_loss_terms_is_refused(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS["ce"], "classification_loss", lambda self, scores, labels, batch: {})
+    with pytest.raises(LongtailError, match=r"method ce: expected loss terms with a gradient .*, got no terms"):
+        fit(tiny.replace(method="ce"), tmp_path / "run", quiet=True)
 
 
 def test_what_cannot_be_on_the_device_is_said(tiny: Config, tmp_path: Path) -> None:

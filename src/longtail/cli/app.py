@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from longtail.allocator import reuse_freed_memory
 from longtail.cli.parsing import load_plugins
+from longtail.cli.streams import discard, is_read, prepare_streams
 from longtail.data.paths import printable
 from longtail.errors import LongtailError, StoppedError, did_you_mean
 
@@ -84,7 +84,8 @@ def _quiet_interrupts() -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        os.write(2, b"longtail: interrupted\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"longtail: interrupted\n")
         os._exit(130)
 
     before = signal.signal(signal.SIGINT, stop)
@@ -97,9 +98,7 @@ def _quiet_interrupts() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 when done, 2 for an unusable input, 128 + n when stopped by signal n."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    prepare_streams()
     try:
         if any("\0" in argument for argument in args):
             raise LongtailError("the arguments contain a null byte, which no name or value can have; leave it out")
@@ -135,16 +134,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = "; use --resume to continue from the last checkpoint" if resumes else ""
         print(f"longtail: interrupted{hint}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # the reader of the output has gone (head, for one), which is not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and not is_read(sys.stdout):
+            discard(sys.stdout)  # its reader has gone (head, for one), which is not an error
+            return
         # a name that is too long, or a full disk under the output
         reason = error.strerror or " ".join(str(error).split())
         place = "" if error.filename is None else f"{printable(str(error.filename))}: "
         print(f"longtail: error: {place}{reason}", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except OSError:  # what it still holds would fail again when the process ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:
+            discard(sys.stdout)
         sys.exit(2)

@@ -17,12 +17,15 @@ from longtail.errors import LongtailError
 from longtail.files import write_json_output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from longtail.data.inspection import Inspection
 
 _SHOWN_PROBLEMS = 10  # of each kind
 _SHOWN_NAMES = 20  # of classes or groups
+_LISTED_CLASSES = 30  # of which all are listed, else the largest and the smallest
+_WIDTH = 100  # of a line of classes
+_CONFLICT = "same content in two classes"
 
 
 def inspect(arguments: list[str]) -> None:
@@ -46,12 +49,7 @@ def inspect(arguments: list[str]) -> None:
     if not options.quiet:
         _print_inspection(inspection)
         if options.fix:
-            print(f"fixed: {options.fix} lists the {inspection.fixed:,} images that can be read; ", end="")
-            if inspection.fixed_error is None:
-                table, root = shlex.quote(str(options.fix)), shlex.quote(str(inspection.root))
-                print(f"longtail train {table} --data.root {root}")
-            else:
-                print(f"training would refuse it too: {printable(inspection.fixed_error)}")
+            _print_fixed(inspection, options.fix)
     if inspection.errors or inspection.fixed_error is not None:
         sys.stdout.flush()
         sys.exit(1)
@@ -87,7 +85,6 @@ def _print_inspection(inspection: Inspection) -> None:
         ["imbalance factor", "∞ (a class has no images)" if factor is None else f"{factor:.1f}"],
         ["Gini", f"{inspection.gini:.3f}"],
         ["groups", ", ".join(f"{group} {sizes[group]}" for group in sizes)],
-        ["smallest classes", ", ".join(f"{printable(name)} {count:,}" for name, count in inspection.least)],
     ]
     rows += [[f"{side} in pixels", f"{v[0]} to {v[2]}, median {v[1]}"] for side, v in inspection.sides.items()]
     rows += [list(row) for row in inspection.details.rows]
@@ -95,6 +92,9 @@ def _print_inspection(inspection: Inspection) -> None:
     print()
     print("\n".join(histogram(inspection.class_counts, inspection.counted)))
     details = inspection.details
+    if not 0 < len(details.class_rows) <= _SHOWN_NAMES:  # else the table below has all classes
+        print()
+        print("\n".join(_class_lines(inspection)))
     if details.class_rows:
         smallest = sorted(range(len(details.class_rows)), key=lambda index: inspection.class_counts[index])
         print()
@@ -104,6 +104,7 @@ def _print_inspection(inspection: Inspection) -> None:
     problems = [
         *(("error", text) for text in inspection.errors),
         *(("unreadable", f"{entry['path']}: {entry['reason']}") for entry in inspection.unreadable),
+        *((_CONFLICT, " = ".join(group)) for group in inspection.conflicts),
         *(("same content in two splits", " = ".join(group)) for group in inspection.leaks),
         *(("same content", " = ".join(group)) for group in inspection.duplicates),
         *inspection.details.problems,
@@ -116,6 +117,41 @@ def _print_inspection(inspection: Inspection) -> None:
             print(f"{kind}: {printable(text)}")
         if len(texts) > _SHOWN_PROBLEMS:
             print(f"{kind}: and {len(texts) - _SHOWN_PROBLEMS:,} more; --json FILE lists all")
+
+
+def _print_fixed(inspection: Inspection, path: Path) -> None:
+    copies, conflicts = inspection.fixed_copies, len(inspection.conflicts)
+    without = f", without {copies:,} cop{'ies' if copies != 1 else 'y'} of others" if copies else ""
+    if inspection.fixed_error is None:
+        advice = f"longtail train {shlex.quote(str(path))} --data.root {shlex.quote(str(inspection.root))}"
+    else:
+        advice = f"training would refuse it too: {printable(inspection.fixed_error)}"
+    print(f"fixed: {path} lists the {inspection.fixed:,} images that can be read{without}; {advice}")
+    if conflicts:
+        are = "image is" if conflicts == 1 else "images are"
+        print(f"fixed: {conflicts:,} {are} in it under two classes ('{_CONFLICT}' above): remove the wrong rows")
+
+
+def _class_lines(inspection: Inspection) -> list[str]:
+    """Return the classes with their counts, head first, in columns; of many, the largest and the smallest."""
+    from longtail.data.class_order import head_first
+
+    cells = [
+        f"{printable(inspection.class_names[index])} {inspection.class_counts[index]:,}"
+        for index in head_first(inspection.class_counts)
+    ]
+    if len(cells) <= _LISTED_CLASSES:
+        return _columns(cells)
+    half = _LISTED_CLASSES // 3
+    more = len(cells) - 2 * half
+    return [*_columns(cells[:half]), f"… {more:,} more; --json FILE lists all …", *_columns(cells[-half:])]
+
+
+def _columns(cells: Sequence[str]) -> list[str]:
+    width = max(map(len, cells)) + 2
+    per_line = max(1, _WIDTH // width)
+    lines = (cells[start : start + per_line] for start in range(0, len(cells), per_line))
+    return ["".join(cell.ljust(width) for cell in line).rstrip() for line in lines]
 
 
 def _sizes(splits: Mapping[str, int]) -> str:

@@ -10,6 +10,7 @@ from longtail.cli.checks import check_output, check_run
 from longtail.cli.console import print_metrics, print_table, show_messages
 from longtail.cli.options import Evaluate, Export, Report, Serve
 from longtail.cli.parsing import parse
+from longtail.cli.tables import table_text, write_table
 from longtail.data.paths import printable
 from longtail.errors import LongtailError
 from longtail.files import write_json_output
@@ -25,6 +26,7 @@ def evaluate(arguments: list[str]) -> None:
     results = options.run if options.run.suffix.lower() == ".json" else None
     inputs = (results, options.annotations, options.train_annotations, options.prior, options.test_prior)
     check_output(options.json, inputs=inputs)
+    check_output(options.csv, "--csv", ".csv", inputs=inputs)
     if options.annotations is not None or options.run.suffix.lower() == ".json":
         _evaluate_results(options)
         return
@@ -41,6 +43,11 @@ def evaluate(arguments: list[str]) -> None:
 
     task = TASKS[read_model_config(options.run).task]
     check_inference_options(inference, task.label_kind, "evaluate")
+    if options.csv is not None and task.label_kind != "image":
+        raise LongtailError(
+            f"--csv {options.csv}: is for models that classify whole images, which {options.run} does not; use --json "
+            "FILE for the metrics of each class"
+        )
     metrics = evaluate_run(
         options.run,
         options.prior,
@@ -49,7 +56,11 @@ def evaluate(arguments: list[str]) -> None:
         options.test_prior,
         options.imbalance,
         options.coverage,
+        predictions=options.csv is not None,
     )
+    if options.csv is not None:
+        rows = metrics.pop("predictions")
+        write_table(options.csv, table_text(list(rows[0]), [list(row.values()) for row in rows]))
     _show_metrics(options, task, metrics)
 
 
@@ -67,6 +78,7 @@ def _evaluate_results(options: Evaluate) -> None:
     if options.annotations is None:
         raise LongtailError(f"{options.run}: is a file of results; name the annotations of its images by --annotations")
     for name in (
+        "csv",
         "prior",
         "test_prior",
         "imbalance",
@@ -150,6 +162,7 @@ def report(arguments: list[str]) -> None:
     check_output(options.json)
 
     from longtail.experiments.compare import as_json
+    from longtail.experiments.priors import training_prior_lines
     from longtail.experiments.records import differences, run_record, table
     from longtail.report import run_report, runs_report
     from longtail.training.run_io import read_finished
@@ -162,6 +175,6 @@ def report(arguments: list[str]) -> None:
         write_json_output(options.json, as_json(records))
     if not options.quiet:
         print_table(*table(records))
-        for difference in differences(records):
-            print(difference)
+        for line in (*training_prior_lines(records, options.runs), *differences(records)):
+            print(line)
         print(f"report: {page}")

@@ -82,6 +82,9 @@ class Evaluate(InferenceFlags):
     example 0.9; the run needs validation images."""
     root: Path | None = None
     """Where the images are now, if not where they were."""
+    csv: Path | None = None
+    """Models that classify whole images: write what is predicted of every test image under --prior to this .csv file:
+    path, label, class, probability, label_probability; the most confident errors first."""
     json: Path | None = None
     """Write the metrics, per class too, to this file."""
     quiet: Flag = False
@@ -261,8 +264,8 @@ class Compare:
     """Several methods × seeds under one recipe: longtail compare [RECIPE | DATA] [OPTIONS]."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    methods: str = "ce,la,gml"
-    """Methods, separated by commas."""
+    methods: str | None = None
+    """Methods, separated by commas (default: ce, la and the recipe's own; for your own images ce,la)."""
     seeds: int = 3
     """Number of seeds, counted up from --seed."""
     imbalances: str | None = None

@@ -58,21 +58,35 @@ def _joined_lines() -> Iterator[None]:
 
 
 def parse_with_config(
-    kind: type[Options], command: str, arguments: Sequence[str], config: Config
+    kind: type[Options], command: str, arguments: Sequence[str], config: Config, hidden: Sequence[str] = ()
 ) -> tuple[Options, Config]:
     """Parse the options of a command that has a field ``config``, with the sections of all methods and tasks as flags.
+
+    Args:
+        kind: type of the options.
+        command: its name.
+        arguments: of the command line.
+        config: the defaults.
+        hidden: fields of the configuration that the help does not show, since the command refuses them.
 
     Returns:
         The options, whose ``config`` is not to be used, and the checked configuration.
     """
-    from typing import Annotated
+    from typing import Annotated, get_type_hints
 
     import tyro
 
     from longtail.config import FLAGS, Config, parse_config, settings_types
 
     sections = settings_types()
-    fields = [(name, section, dataclasses.field(default_factory=section)) for name, section in sorted(sections.items())]
+    fields: list[Any] = [
+        (name, section, dataclasses.field(default_factory=section)) for name, section in sorted(sections.items())
+    ]
+    types = get_type_hints(Config, include_extras=True) if hidden else {}
+    fields += [
+        (name, Annotated[types[name], tyro.conf.Suppress], dataclasses.field(default=getattr(config, name)))
+        for name in hidden
+    ]
     flags = dataclasses.make_dataclass("Flags", fields, bases=(Config,), frozen=True, kw_only=True)
     core = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name != "settings"}
     default = flags(**core, **{name: config.section(section) for name, section in sections.items()})

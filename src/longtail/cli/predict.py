@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +12,10 @@ from longtail.cli.checks import check_folder, check_output, check_run
 from longtail.cli.console import print_table
 from longtail.cli.options import Predict
 from longtail.cli.parsing import parse
+from longtail.cli.tables import table_text, write_table
 from longtail.data.paths import printable
 from longtail.errors import LongtailError
-from longtail.files import make_folder, write_json_output, write_text
+from longtail.files import write_json_output
 from longtail.inference.options import InferenceOptions
 from longtail.inference.output import (
     OBJECT_THRESHOLD,
@@ -31,6 +30,9 @@ from longtail.inference.output import (
 
 if TYPE_CHECKING:
     from longtail.inference.onnx_model import ONNXModel
+
+LONGEST_CELL = 32_767
+"""Characters in a cell that spreadsheets take; Excel cuts off what is longer, or spreads it over further rows."""
 
 
 def predict(arguments: list[str]) -> None:
@@ -56,8 +58,7 @@ def predict(arguments: list[str]) -> None:
         unread = [{"path": str(path), "error": reason} for path, reason in unreadable]
         write_json_output(options.json, [*output.records, *unread])
     if options.csv:
-        make_folder(options.csv.parent)
-        write_text(options.csv, csv_text(output.records, unreadable))
+        write_table(options.csv, csv_text(output.records, unreadable))
     if not options.quiet:
         print_table(output.header, output.rows)
         for note in output.notes:
@@ -71,18 +72,17 @@ def predict(arguments: list[str]) -> None:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]], unreadable: Sequence[tuple[Path, str]]) -> str:
-    """Return predictions as the text of a table, with the byte-order mark by which spreadsheets recognise UTF-8.
+    """Return predictions as the text of a table, see :func:`longtail.cli.tables.table_text`.
 
-    There is a row for each image: path, class, probability, the next classes (class_2, probability_2 …), the conformal
-    set where there is one, and error, which is empty for an image that was read. Of objects there is a row for each:
-    path, class, score, x1, y1, x2, y2 in pixels, error; one with the path alone where nothing was found.
+    There is a row for each image: path, class, probability, the next classes (class_2, probability_2 …), set_size and
+    set where there are conformal sets, and error, which is empty for an image that was read. A set whose names are
+    longer than :data:`LONGEST_CELL` is empty beside its size. Of objects there is a row for each: path, class, score,
+    x1, y1, x2, y2 in pixels, error; one with the path alone where nothing was found.
 
     Args:
         records: one entry per image, as ``--json`` holds them.
         unreadable: path and reason of the images that could not be read.
     """
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
     if records and "objects" in records[0]:
         header = ["path", "class", "score", "x1", "y1", "x2", "y2"]
         cells = [
@@ -94,17 +94,20 @@ def csv_text(records: Sequence[Mapping[str, Any]], unreadable: Sequence[tuple[Pa
         most, sets = max((len(record["top"]) for record in records), default=1), any("set" in each for each in records)
         header = ["path", "class", "probability"]
         header += [f"{name}_{rank}" for rank in range(2, most + 1) for name in ("class", "probability")]
-        header += ["set"] if sets else []
+        header += ["set_size", "set"] if sets else []
         cells = [
             [record["path"]]
             + [value for each in record["top"] for value in (each["class"], each["probability"])]
-            + ([", ".join(record["set"])] if sets else [])
+            + ([len(record["set"]), _set_cell(record["set"])] if sets else [])
             for record in records
         ]
-    rows.writerow([*header, "error"])
-    rows.writerows([*row, ""] for row in cells)
-    rows.writerows([str(path), *[""] * (len(header) - 1), reason] for path, reason in unreadable)
-    return f"\ufeff{text.getvalue()}"
+    unread = [[str(path), *[""] * (len(header) - 1), reason] for path, reason in unreadable]
+    return table_text([*header, "error"], [*([*row, ""] for row in cells), *unread])
+
+
+def _set_cell(names: Sequence[str]) -> str:
+    cell = ", ".join(names)
+    return cell if len(cell) <= LONGEST_CELL else ""
 
 
 def _refuse_csv(options: Predict) -> None:
@@ -168,14 +171,15 @@ def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOu
     if out is not None:
         return _segment_with_onnx(model, files, out, options)
     unreadable: dict[Path, str] = {}
-    probabilities = model.predict(files, unreadable=unreadable)
-    if options.prior is not None:
-        probabilities = model.change_prior(probabilities, options.prior)
-    order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top or 3]
-    top = [
-        [(model.class_names[c], float(row[c])) for c in classes]
-        for row, classes in zip(probabilities, order, strict=True)
-    ]
+    top = []
+    for probabilities in model.predict_batches(files, unreadable=unreadable):  # N × C of all images may be gigabytes
+        if options.prior is not None:
+            probabilities = model.change_prior(probabilities, options.prior)
+        order = (-probabilities).argsort(axis=1, kind="stable")[:, : options.top or 3]
+        top += [
+            [(model.class_names[c], float(row[c])) for c in classes]
+            for row, classes in zip(probabilities, order, strict=True)
+        ]
     return _with_prior(model, options, prediction_table(readable_files(files, unreadable), top, unreadable=unreadable))
 
 

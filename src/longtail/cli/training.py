@@ -53,15 +53,19 @@ def train(arguments: list[str]) -> None:
 
 def compare(arguments: list[str]) -> None:
     """Train several methods with several seeds under one recipe."""
+    from longtail.config import choose_method
+
     recipe, rest = recipe_with_data(arguments, "digits-lt")
     if any(argument == "--method" or argument.startswith("--method=") for argument in rest):
         raise LongtailError("--method: is for longtail train; a comparison takes --methods, such as --methods la,gml")
-    options, config = parse_with_config(Compare, "compare", rest, recipe.config)
+    options, config = parse_with_config(Compare, "compare", rest, recipe.config, hidden=("method", "minutes"))
     for flag, number in (("seeds", options.seeds), ("jobs", options.jobs)):
         if number is not None and number < 1:
             raise LongtailError(f"--{flag} {number}: expected at least 1")
     if config.minutes is not None:
         raise LongtailError("minutes: is for longtail train; the runs of a comparison have equal epochs or passes")
+    methods = ["ce", "la", choose_method(config)[0].method]  # of the recipe
+    methods = list(dict.fromkeys(methods)) if options.methods is None else options.methods.split(",")
     out = options.out or Path("runs") / f"compare-{recipe.name}"
     check_folder(out)
     check_outside_data(out, config.data)
@@ -71,12 +75,13 @@ def compare(arguments: list[str]) -> None:
 
     from longtail.experiments.compare import as_json, as_json_lines
     from longtail.experiments.compare import compare as compare_methods
+    from longtail.experiments.priors import training_prior_lines
     from longtail.experiments.records import differences, recommendation, run_name, table
     from longtail.report import comparison_report, run_report
 
     records = compare_methods(
         config,
-        [method.strip() for method in options.methods.split(",")],
+        [method.strip() for method in methods],
         range(config.seed, config.seed + options.seeds),
         out,
         budget=options.budget,
@@ -85,8 +90,9 @@ def compare(arguments: list[str]) -> None:
         overwrite=options.overwrite,
         quiet=options.quiet,
     )
-    for record in records:
-        run_report(out / run_name(record.method, record.seed, record.imbalance))
+    runs = [out / run_name(record.method, record.seed, record.imbalance) for record in records]
+    for run in runs:
+        run_report(run)
     page = comparison_report(records, out, options.budget)
     if options.json:
         write_json_output(
@@ -95,8 +101,8 @@ def compare(arguments: list[str]) -> None:
     print_table(*table(records))
     print(f"in %, mean ± standard deviation over {options.seeds} seed{'s' * (options.seeds != 1)}; ", end="")
     print("equal student passes" if options.budget == "passes" else "equal epochs")
-    for difference in differences(records):
-        print(difference)
+    for line in (*training_prior_lines(records, runs), *differences(records)):
+        print(line)
     if advice := recommendation(records):
         pairs = len(differences(records))
         doubt = f", without correction for {pairs} comparisons" if pairs > 1 else ""

@@ -8,7 +8,6 @@ from longtail.config.schema import (
     Classifier,
     Config,
     Data,
-    Settings,
     Shots,
     field_names,
     first_stage_epochs,
@@ -17,6 +16,7 @@ from longtail.config.schema import (
     settings_types,
     validate_section,
 )
+from longtail.config.sections import Settings
 from longtail.config.teacher import Teacher
 from longtail.config.types import Fraction, Positive, PositiveFloat, Weight
 

@@ -1,8 +1,9 @@
 """The settings of a run: typed, checked, and read without importing torch.
 
 :class:`Config` holds what every run has. The settings of a method or of a task live beside it, as a subclass of
-:class:`Settings`, and make a section of their own: ``gml.queue_size`` in a recipe, ``--gml.queue_size`` on the command
-line. A field that does not exist, or a value of the wrong type or range, is an error that names it.
+:class:`~longtail.config.Settings`, and make a section of their own: ``gml.queue_size`` in a recipe,
+``--gml.queue_size`` on the command line. A field that does not exist, or a value of the wrong type or range, is an
+error that names it.
 """
 
 from __future__ import annotations
@@ -10,26 +11,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from longtail.config.optimization import Mixing, Optimizer, Schedule
+from longtail.config.sections import Settings, check_settings
 from longtail.config.teacher import Teacher
 from longtail.config.types import STRICT, Fraction, Positive, PositiveFloat, Weight, check_tune
 from longtail.errors import LongtailError, did_you_mean
 from longtail.registry import METHODS, SAMPLERS, TASKS, TRANSFORMS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of one method or task: a section of a recipe, under the name of the method or task."""
-
-    __pydantic_config__ = STRICT
-    section: ClassVar[str]
-
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
@@ -231,7 +224,8 @@ class Config:
     """Side in pixels to which images are resized before they enter the network; their own size if not given."""
     epochs: Positive | Literal["auto"] = 100
     """Passes over the training set; auto: as many as make 20,000 steps, between 30 and 200, or for a pretrained network
-    1,000 steps, between 3 and 30."""
+    1,000 steps, between 3 and 30. In a comparison they are those of the method with the most student passes an epoch;
+    the others have more, so that the passes are equal (--budget epochs: the same)."""
     minutes: PositiveFloat | None = None
     """Time that the whole command may take: the speed of this machine is measured, and tune, the size of images and
     epochs are chosen to fit, unless you set them (pretrained networks that classify whole images)."""
@@ -359,17 +353,41 @@ def settings_type(name: str) -> type[Settings] | None:
     """Return the type of the settings of a method or task; None where it has none of its own, or does not exist.
 
     Raises:
-        LongtailError: the section of the settings is not the name of a method or task.
+        LongtailError: they cannot be a section, or their section is not the name of a method or task.
     """
     registry = METHODS if name in METHODS else TASKS if name in TASKS else None
-    kind: type[Settings] | None = None if registry is None else registry[name].settings_class
-    if kind is None or kind.section == name:
-        return kind
-    if kind.section not in METHODS and kind.section not in TASKS:
+    return None if registry is None else _own_settings(registry.kind, name, registry[name].settings_class)
+
+
+def _own_settings(kind: str, name: str, settings: Any) -> type[Settings] | None:
+    if settings is None:
+        return None
+    check_settings(settings, f"{kind} '{name}'")
+    own: type[Settings] = settings
+    if own.section == name:
+        return own
+    if own.section not in METHODS and own.section not in TASKS:
         raise LongtailError(
-            f"{kind.__name__}.section '{kind.section}': expected '{name}', the name it is registered under"
+            f"{kind} '{name}': {own.__name__}.section is '{own.section}', expected '{name}', the name that "
+            "it is registered under"
         )
     return None  # inherited from another method, whose section it is
+
+
+def check_part(kind: str, name: str, part: Any) -> None:
+    """Raise LongtailError if a method or a task cannot have its name, or its settings cannot be a section.
+
+    Args:
+        kind: method or task.
+        name: of the part.
+        part: the method or task.
+    """
+    if name in _CORE_FIELDS or name in {"auto", "settings"}:
+        raise LongtailError(f"{kind} '{name}': is the name of a setting or of a value of one; choose another name")
+    other = TASKS if kind == METHODS.kind else METHODS
+    if name in other:
+        raise LongtailError(f"{kind} '{name}': a {other.kind} has the name already; choose another name")
+    _own_settings(kind, name, part.settings_class)
 
 
 def settings_types() -> dict[str, type[Settings]]:

@@ -24,7 +24,7 @@ class Batch:
     ids: Tensor
     """(B,) int64 ids of the images, so that a query can leave its own image out of the keys."""
     key_features: Tensor | None = None
-    """(B, F) the teacher's features of the key view, where they are cached."""
+    """(B, F) the teacher's features of the key view, where they are cached or computed ahead of the step."""
     teacher_scores: Tensor | None = None
     """(B, D, C) the teacher's scores of the D distilled views, where they are cached or computed ahead of the step."""
     max_local_batch: int | None = None

@@ -41,6 +41,14 @@ class Images(Protocol):
         """Return (B, channels, S, S) uint8 for (B,) int64 indices."""
         ...
 
+    def name(self, index: int) -> str | None:
+        """Return where an image is found: its path below the data's folder, or its table and row; None in memory."""
+        ...
+
+    def open(self, index: int) -> Image.Image:
+        """Return one image as it is stored; raise LongtailError, which names it, where it cannot be read."""
+        ...
+
     def open_with_fallback(self, index: int) -> Image.Image:
         """Return one image as it is stored, or another of its class where it cannot be read."""
         ...
@@ -91,14 +99,22 @@ class ArrayImages:
     def _take_one(self, index: int) -> Tensor:
         return self.take(torch.tensor([index]))[0]
 
-    def open_with_fallback(self, index: int) -> Image.Image:
+    def name(self, index: int) -> str | None:  # noqa: ARG002
+        """Return None: what is in memory is found nowhere else."""
+        return None
+
+    def open(self, index: int) -> Image.Image:
         """Return one image."""
         pixels = self._take_one(index).permute(1, 2, 0).numpy()
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
+    def open_with_fallback(self, index: int) -> Image.Image:
+        """Return one image."""
+        return self.open(index)
+
     def open_sample(self, index: int) -> Image.Image:
         """Return one image."""
-        return self.open_with_fallback(index)
+        return self.open(index)
 
     def record_unreadable(self, reasons: dict[int, str]) -> None:
         """Do nothing: what is in memory has been read."""
@@ -138,6 +154,10 @@ class LazyImages(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return where an image is found: its path below the data's folder, or its table and row."""
 
     @abstractmethod
     def signature(self, index: int) -> bytes:
@@ -254,6 +274,10 @@ class FileImages(LazyImages):
         labels = None if self.labels is None else self.labels[positions]
         return FileImages(self.root, names, self.size, self.channels, labels, self.max_unreadable_fraction)
 
+    def name(self, index: int) -> str:
+        """Return the path of the image at ``index``."""
+        return self.names[index]
+
     def open(self, index: int) -> Image.Image:
         """Return the image at ``index``."""
         return open_image(self.root / self.names[index])
@@ -311,6 +335,10 @@ class CopiedImages(ArrayImages):
         """Return the images at ``indices``."""
         return torch.from_numpy(np.asarray(self._copies[self.rows[indices].numpy()])).permute(0, 3, 1, 2)
 
+    def name(self, index: int) -> str:
+        """Return the path of the image's file."""
+        return self.files.name(index)
+
     def signature(self, index: int) -> bytes:
         """Return what the images' signature is without copies, so that both are the same training set."""
         return self.files.signature(index) if self.lazy else super().signature(index)
@@ -326,7 +354,7 @@ class EncodedImages(LazyImages):
     Args:
         read_row: returns the encoded image of a row.
         count: N.
-        name: of the table, for messages.
+        table: its name, for messages.
         size: see :class:`LazyImages`.
         channels: see :class:`LazyImages`.
         labels: see :class:`LazyImages`.
@@ -338,7 +366,7 @@ class EncodedImages(LazyImages):
         self,
         read_row: Callable[[int], bytes],
         count: int,
-        name: str,
+        table: str,
         size: int,
         channels: int = 3,
         labels: Tensor | None = None,
@@ -346,23 +374,24 @@ class EncodedImages(LazyImages):
         numbers: Tensor | None = None,
     ) -> None:
         super().__init__(size, channels, labels, max_unreadable_fraction)
-        self.read_row, self.count, self.name, self.numbers = read_row, count, name, numbers
+        self.read_row, self.count, self.table, self.numbers = read_row, count, table, numbers
 
     def __len__(self) -> int:
         return self.count
 
+    def name(self, index: int) -> str:
+        """Return the table and the row of the image at ``index``."""
+        return f"{self.table}, row {index if self.numbers is None else int(self.numbers[index])}"
+
     def open(self, index: int) -> Image.Image:
         """Return the image of row ``index``."""
-        place = self._place(index)
+        place = self.name(index)
         return open_image(io.BytesIO(self._content(index, place)), place)
 
     def open_square(self, index: int) -> Image.Image:
         """Return the image of row ``index`` as a square."""
-        place = self._place(index)
+        place = self.name(index)
         return open_square(io.BytesIO(self._content(index, place)), self.size, self.channels, place)
-
-    def _place(self, index: int) -> str:
-        return f"{self.name}, row {index if self.numbers is None else int(self.numbers[index])}"
 
     def _content(self, index: int, place: str) -> bytes:
         """Return the encoded image of a row.
@@ -383,7 +412,7 @@ class EncodedImages(LazyImages):
     def version(self, index: int) -> bytes:
         """Return a digest of a row's image, since rows of other splits and other sets have the same numbers."""
         try:
-            with image_errors(self._place(index)):
+            with image_errors(self.name(index)):
                 content = self.read_row(index)
         except LongtailError:  # what is done about it is decided when the image is opened
             return b""

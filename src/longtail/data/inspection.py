@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from longtail.data.dataset import DataDetails, LongTailedData
 from longtail.data.image_io import UnsupportedFormatError, open_header
 from longtail.data.images import FileImages, Images
 from longtail.data.imbalance import gini, imbalance_factor
-from longtail.data.listing import Entries, Listing
+from longtail.data.listing import SPLITS, Entries, Listing
 from longtail.data.sources import load_data, read_listing
 from longtail.data.sources.from_listing import check_readable_classes, raise_listing_errors, split_listing
 from longtail.data.sources.unreadable import refusal
@@ -72,7 +72,9 @@ class Inspection:
     unreadable: list[dict[str, str]] = field(default_factory=list)
     """Files that cannot be read as images: path and reason."""
     duplicates: list[list[str]] = field(default_factory=list)
-    """Groups of files of one split with the same content."""
+    """Groups of files of one split, and of one class where each has one, with the same content."""
+    conflicts: list[list[str]] = field(default_factory=list)
+    """Groups of files with the same content in several classes, each with its class; some may be leaks too."""
     leaks: list[list[str]] = field(default_factory=list)
     """Groups of files with the same content in several splits: those of the set, or those that training would make."""
     errors: list[str] = field(default_factory=list)
@@ -82,6 +84,8 @@ class Inspection:
     """Folder of the image files."""
     fixed: int | None = None
     """Number of files in the table that was asked for."""
+    fixed_copies: int | None = None
+    """Number of files that are not in that table because another of their class has the same content."""
     fixed_error: str | None = None
     """What training would refuse that table for."""
     details: DataDetails = field(default_factory=DataDetails)
@@ -122,7 +126,8 @@ def inspect(
         seed: of the tail and the splits, as in training.
         shots: thresholds of the groups of classes.
         tick: called with the number of images after each chunk that was read.
-        fix: where to write a table (path, class_name and, where there are splits, split) of the files that can be read.
+        fix: where to write a table (path, class_name and, where there are splits, split) of the files that can be read;
+            of those of one class with the same content it has one, a test image if there is one among them.
 
     Raises:
         LongtailError: the set is unknown, or cannot be listed at all; or there are no files to write a table of.
@@ -158,7 +163,7 @@ def _files_of(splits: Sequence[tuple[str, Images]]) -> Iterator[_File]:
     for split, images in splits:
         assert isinstance(images, FileImages)
         for name in images.names:
-            yield f"{split}: {name}", split, (images.root / name).read_bytes
+            yield _Place(f"{split}: {name}", split), (images.root / name).read_bytes
 
 
 def _inspect_files(
@@ -167,7 +172,7 @@ def _inspect_files(
     seed = seed if config.seed is None else config.seed
     errors, remarks = list(listing.errors), list(listing.remarks)
     splits: dict[str, Entries] | None = None
-    if not errors:
+    if listing.can_be_split:
         try:
             # what it remarks on concerns the tail and the split, and is said by training too
             splits = split_listing(listing, config, seed, remarks)
@@ -189,32 +194,39 @@ def _inspect_files(
         split_of = {name: split for split, entries in splits.items() for name in entries.names}
         # of a tail, images are left that are in no split
         split_of |= {name: _NO_SPLIT for name in listing.training.names if name not in split_of}
+    names = dict(enumerate(listing.class_names))
     files = (
-        (f"{split}: {name}" if split != "all" else name, split_of.get(name, split), (listing.root / name).read_bytes)
+        (
+            _Place(f"{split}: {name}" if split != "all" else name, split_of.get(name, split), names.get(label)),
+            (listing.root / name).read_bytes,
+        )
         for split, entries in listing.splits.items()
-        for name in entries.names
+        for name, label in zip(entries.names, entries.labels.tolist(), strict=True)
     )
-    _read_files(inspection, files, tick)
+    groups = _read_files(inspection, files, tick)
     if held_out:
         whole = "all" in listing.splits
         inspection.leaks = [
             [f"{split_of[name]}: {name}" for name in (shown if whole else shown.partition(": ")[2] for shown in group)]
             for group in inspection.leaks
         ]
-        if inspection.duplicates:
+        if inspection.duplicates or inspection.conflicts:
             inspection.remarks.append(
                 f"files with the same content that are in one split with seed {seed} may be in train and test with "
-                "another: keep one of each"
+                "another: keep one of each (within a class, --fix FILE.csv does)"
             )
     reasons = {entry["path"]: entry["reason"] for entry in inspection.unreadable}
-    if not listing.errors:
+    if listing.can_be_split:
         shown = [f"{path}: {reason}" for path, reason in reasons.items()]
         refused = refusal(config, shown, sum(inspection.splits.values()))
         inspection.errors += [] if refused is None else [refused]
     if splits is not None:
         inspection.errors += _refusals(listing, config, splits, reasons)
     if fix is not None:
-        inspection.fixed = _write_good(listing, {*reasons, *inspection.missing}, fix)
+        bad = {*reasons, *inspection.missing}
+        copies = _copies(groups)
+        inspection.fixed = _write_good(listing, bad | copies, fix)
+        inspection.fixed_copies = len(copies)
         inspection.fixed_error = _refusal_of_table(fix, listing.root, config, seed)
     return inspection
 
@@ -252,8 +264,23 @@ def _refusal_of_table(table: Path, root: Path, config: Data, seed: int) -> str |
         return str(error)
 
 
+def _copies(groups: Iterable[Sequence[_Place]]) -> set[str]:
+    """Return the files to leave out so that of those of one class with the same content one is left.
+
+    Of a file in several splits that in test stays, then that in val: what is tested on is not changed.
+    """
+    copies: set[str] = set()
+    for group in groups:
+        kept: set[str | None] = set()
+        for place in sorted(group, key=lambda place: -SPLITS.index(place.split) if place.split in SPLITS else 1):
+            if place.class_name in kept:
+                copies.add(place.shown)
+            kept.add(place.class_name)
+    return copies
+
+
 def _write_good(listing: Listing, bad: set[str], path: Path) -> int:
-    """Write the table of the files that can be read; returns their number."""
+    """Write the table of the files that are not bad; returns their number."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     whole = set(listing.splits) == {"all"}
@@ -291,43 +318,65 @@ def _inspection(
     )
 
 
-_File = tuple[str, str, Callable[[], bytes]]
-"""Name of a file in messages, its split, and a function that reads it."""
+class _Place(NamedTuple):
+    """Where an image is."""
+
+    shown: str
+    """Its name in messages."""
+    split: str
+    class_name: str | None = None
+    """None if it has not one class."""
 
 
-def _read_files(inspection: Inspection, files: Iterable[_File], tick: Callable[[int], None]) -> None:
+_File = tuple[_Place, Callable[[], bytes]]
+"""Where a file is, and a function that reads it."""
+
+
+def _read_files(inspection: Inspection, files: Iterable[_File], tick: Callable[[int], None]) -> list[list[_Place]]:
+    """Add what is wrong with files to an inspection; returns the groups of those with the same content."""
     widths, heights = collections.Counter[int](), collections.Counter[int]()
-    digests: dict[bytes, list[tuple[str, str]]] = {}
-    first: dict[bytes, tuple[str, str]] = {}
+    digests: dict[bytes, list[_Place]] = {}
+    first: dict[bytes, _Place] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for chunk in _chunks(files):
-            for (shown, split, _), (digest, sides, reason) in zip(chunk, pool.map(_examine, chunk), strict=True):
+            for (place, _), (digest, sides, reason) in zip(chunk, pool.map(_examine, chunk), strict=True):
                 if reason == _MISSING:
-                    inspection.missing.append(shown)
+                    inspection.missing.append(place.shown)
                 elif reason is not None:
-                    inspection.unreadable.append({"path": shown, "reason": reason})
+                    inspection.unreadable.append({"path": place.shown, "reason": reason})
                 if sides is not None:
                     widths[sides[0]] += 1
                     heights[sides[1]] += 1
                 if digest is not None:
                     if digest in first:
-                        digests.setdefault(digest, [first[digest]]).append((shown, split))
+                        digests.setdefault(digest, [first[digest]]).append(place)
                     else:
-                        first[digest] = (shown, split)
+                        first[digest] = place
             tick(len(chunk))
-    _add_repeated(inspection, digests.values(), widths, heights)
+    groups = list(digests.values())
+    _add_repeated(inspection, groups, lambda place: f"{place.shown} ({place.class_name})")
+    _add_sides(inspection, widths, heights)
+    return groups
 
 
 def _add_repeated(
     inspection: Inspection,
-    groups: Iterable[list[tuple[str, str]]],
-    widths: collections.Counter[int],
-    heights: collections.Counter[int],
+    groups: Iterable[Sequence[_Place]],
+    with_class: Callable[[_Place], str],
 ) -> None:
     for group in groups:
-        names = [name for name, _ in group]
-        splits = {split for _, split in group} - {_NO_SPLIT}
-        (inspection.leaks if len(splits) > 1 else inspection.duplicates).append(names)
+        names = [place.shown for place in group]
+        in_splits = len({place.split for place in group} - {_NO_SPLIT}) > 1
+        in_classes = len({place.class_name for place in group}) > 1
+        if in_classes:
+            inspection.conflicts.append([with_class(place) for place in group])
+        if in_splits:
+            inspection.leaks.append(names)
+        if not in_classes and not in_splits:
+            inspection.duplicates.append(names)
+
+
+def _add_sides(inspection: Inspection, widths: collections.Counter[int], heights: collections.Counter[int]) -> None:
     if widths:
         inspection.sides = {"width": _range(widths), "height": _range(heights)}
 
@@ -357,14 +406,13 @@ def _chunks(files: Iterable[_File]) -> Iterator[list[_File]]:
 
 
 def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | None]:
-    """Return a file's digest, its width and height, and why it cannot be read as an image."""
+    """Return an image file's digest, its width and height, or else why it cannot be read as an image."""
     try:
-        content = file[2]()
+        content = file[1]()
     except FileNotFoundError:  # which checking the listing has found
         return None, None, _MISSING
     except (OSError, ValueError) as error:  # the latter for a name with a null character
         return None, None, f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    digest = hashlib.blake2b(content, digest_size=16).digest()
     if not content:
         return None, None, "is empty"
     try:
@@ -372,19 +420,19 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
             sides = image.size
             image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return digest, None, f"is larger than Pillow decodes safely ({error})"
+        return None, None, f"is larger than Pillow decodes safely ({error})"
     except UnsupportedFormatError as error:
-        return digest, None, str(error)
+        return None, None, str(error)
     except UnidentifiedImageError:
-        return digest, None, "is not an image that Pillow can read"
+        return None, None, "is not an image that Pillow can read"
     except Exception as error:  # decoders raise all kinds of errors over a damaged file
-        return digest, None, f"is damaged ({' '.join(str(error).split())[:120]})"
-    return digest, sides, None
+        return None, None, f"is damaged ({' '.join(str(error).split())[:120]})"
+    return hashlib.blake2b(content, digest_size=16).digest(), sides, None
 
 
 def _compare_pixels(inspection: Inspection, data: LongTailedData, tick: Callable[[int], None]) -> None:
     """Find images with the same pixels, where a set is no folder of files."""
-    digests: dict[bytes, list[tuple[str, str]]] = {}
+    digests: dict[bytes, list[_Place]] = {}
     widths, heights = collections.Counter[int](), collections.Counter[int]()
     for split, images in (("train", data.train), ("val", data.val), ("test", data.test)):
         if images is None:
@@ -395,10 +443,13 @@ def _compare_pixels(inspection: Inspection, data: LongTailedData, tick: Callable
             heights[pixels.shape[2]] += len(pixels)
             for index, image in zip(indices.tolist(), pixels, strict=True):
                 digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-                shown = f"{split}: image {int(images.ids[index])} ({data.class_names[int(images.labels[index])]})"
-                digests.setdefault(digest, []).append((shown, split))
+                class_name = data.class_names[int(images.labels[index])]
+                place = _Place(f"{split}: image {int(images.ids[index])} ({class_name})", split, class_name)
+                digests.setdefault(digest, []).append(place)
             tick(len(indices))
-    _add_repeated(inspection, (group for group in digests.values() if len(group) > 1), widths, heights)
+    repeated = [group for group in digests.values() if len(group) > 1]
+    _add_repeated(inspection, repeated, lambda place: place.shown)
+    _add_sides(inspection, widths, heights)
 
 
 def histogram(counts: Sequence[int], counted: str = "training images", width: int = 64, height: int = 6) -> list[str]:

@@ -14,6 +14,7 @@ from longtail.data.transforms import PerImageTransform
 from longtail.data.transforms.per_image import preserve_rng_state
 from longtail.errors import LongtailError
 from longtail.randomness import draw_ids
+from longtail.registry import load_plugins, plugins
 
 if TYPE_CHECKING:
     from longtail.data.loader import TrainLoader
@@ -40,6 +41,10 @@ class PerImageBatches(Dataset[Any]):
 
     def __init__(self, loader: TrainLoader, taken: Sequence[ShownImages], epoch: int, numbers: Sequence[int]) -> None:
         self.loader, self.taken, self.epoch, self.numbers = loader, taken, epoch, numbers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, and before them the plugins, which augmentations may be of."""
+        return {"plugins": _Plugins(), **vars(self)}
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -73,6 +78,13 @@ class PerImageBatches(Dataset[Any]):
             return str(error)
         labels_of_pixels = torch.stack(pixel_labels) if pixel_labels else None
         return tuple(map(_stack, views)), labels_of_pixels, images.unreadable
+
+
+class _Plugins:
+    """The plugins of this process; where workers do not begin as copies of it, reading this runs them there."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_plugins, (plugins(),)
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:

@@ -121,5 +121,5 @@ def _groups_of(listing: Listing, config: Data, group_column: str) -> tuple[str, 
             f"--groups {group_column}: expected a table (.csv, .tsv, .parquet) with this column, got "
             f"{printable(path or listing.root)}"
         )
-    column, groups = read_groups(path, config.image_column, group_column)
+    column, groups = read_groups(path, listing.root, config.image_column, group_column)
     return column, [groups[path_key(name)] for name in listing.splits["all"].names]

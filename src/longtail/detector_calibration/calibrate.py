@@ -21,7 +21,7 @@ from longtail.detector_calibration.heads import ClassHead, check_uncorrected, co
 from longtail.detector_calibration.running import DetectorRunner
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
-from longtail.evaluation.detection_matches import MAX_DETECTIONS_FEDERATED, SCORE_THRESHOLD, coco_masks
+from longtail.evaluation.detection_matches import MAX_DETECTIONS_FEDERATED, SCORE_THRESHOLD, coco_library
 from longtail.evaluation.detector_scores import (
     LogitCorrection,
     LogitStatistics,
@@ -243,7 +243,7 @@ def evaluate_corrections(
     unless ``runner`` has another threshold. On federated annotations (LVIS) the detector finds up to 300 objects in an
     image, as their evaluation counts, unless ``runner`` has another number.
     """
-    coco_masks()  # so that a missing extra is not found after hours
+    coco_library()  # so that a missing extra is not found after hours
     class_map = map_classes(runner.head, validation, class_order)
     train_map = map_classes(runner.head, train, class_order)
     found: list[list[Detections]] = [[] for _ in corrections]

@@ -223,9 +223,15 @@ def write_folder(out: Path, write: Callable[[Path], None], note: dict[str, Any],
             partial.mkdir()
             write(partial)
             write_json(partial / NOTE, note)
-            if out.exists():
-                out.rename(Path(place) / "old")
-            partial.rename(out)
+            old = Path(place) / "old"
+            try:
+                if out.exists():
+                    out.rename(old)
+                partial.rename(out)
+            except BaseException:  # Ctrl-C too
+                if old.exists() and not out.exists():
+                    old.rename(out)
+                raise
     except (OSError, RuntimeError, SafetensorError) as error:
         raise LongtailError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 

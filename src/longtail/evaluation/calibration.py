@@ -21,6 +21,7 @@ GROUPS = ("many", "medium", "few")
 PRIOR_IMAGES = 10.0
 """Images that the prior of a temperature is worth, see :func:`fit_temperature`."""
 _MAX_LOG_TEMPERATURE = 3.0
+_ROWS = 512  # images at a time, whose scores are converted to float64
 _HALF_CHI2 = 1.92  # half the 95 % quantile of χ² with one degree of freedom
 
 
@@ -46,15 +47,24 @@ def fit_temperature(scores: Tensor, labels: Tensor, log_prior: Tensor | None = N
         labels: (N,) true classes.
         log_prior: (C,) log class frequencies of these images; None is the uniform prior.
     """
-    scores, labels = scores.double().cpu(), labels.cpu()
-    targets = torch.nn.functional.one_hot(labels, scores.shape[1]).double()
+    scores, labels = scores.cpu(), labels.cpu()
     bias = torch.zeros(scores.shape[1], dtype=torch.float64) if log_prior is None else log_prior.double().cpu()
-    possible = bias > -math.inf  # classes without images have probability 0 at every temperature
-    scores, targets, bias = scores[:, possible], targets[:, possible], bias[possible]
-    targets += PRIOR_IMAGES / len(labels) * posterior(scores, bias).exp()
+    # −Σ targets · log posterior is Σ logsumexp − Σ targets · scores / T − Σ targets · bias, where the targets of an
+    # image are its label and the prior's share: the two last sums do not depend on T. Classes without images, whose
+    # bias is −∞, have probability 0 at every temperature
+    share, finite_bias = PRIOR_IMAGES / len(labels), bias.masked_fill(bias == -math.inf, 0)
+    scores_sum = bias_sum = 0.0
+    for part, true in zip(scores.split(_ROWS), labels.split(_ROWS), strict=True):
+        values = part.double()
+        p = posterior(values, bias).exp()
+        scores_sum += float(values.gather(1, true[:, None]).sum() + share * (p * values).sum())
+        bias_sum += float(bias[true].sum() + share * (p @ finite_bias).sum())
 
     def loss(logarithm: float) -> float:
-        return -float((targets * posterior(scores / math.exp(logarithm), bias)).sum())
+        temperature = math.exp(logarithm)
+        parts = scores.split(_ROWS)
+        normalizers = sum(float((part.double() / temperature + bias).logsumexp(dim=1).sum()) for part in parts)
+        return (1 + share) * normalizers - scores_sum / temperature - bias_sum
 
     best = _minimum(loss, -_MAX_LOG_TEMPERATURE, _MAX_LOG_TEMPERATURE)
     limit = loss(best) + _HALF_CHI2
@@ -121,35 +131,47 @@ def fit_bias(
             with few images small.
         shrink: whether the factor is applied.
     """
-    scores, labels = scores.double().cpu(), labels.cpu()
+    scores, labels = scores.cpu(), labels.cpu()
     if len(labels) == 0:
         return torch.zeros(scores.shape[1])
-    offset = scores if log_prior is None else scores + log_prior.double().cpu()
-    bias = torch.zeros(scores.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(scores.shape[1], dtype=torch.float64)
+    prior = bias.clone() if log_prior is None else log_prior.double().cpu()
+    counts = torch.bincount(labels, minlength=len(bias)).double()
+    scores_sum = sum(
+        float(part.double().gather(1, true[:, None]).sum())
+        for part, true in zip(scores.split(_ROWS), labels.split(_ROWS), strict=True)
+    ) + float(prior[labels].sum())
+
+    def nll(bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed cross-entropy and its (C,) gradient; of all images at once a graph is many times them."""
+        total, gradient = -scores_sum - counts @ bias, -counts
+        for part in scores.split(_ROWS):
+            values = part.double() + (prior + bias)
+            normalizers = values.logsumexp(dim=1, keepdim=True)
+            total = total + normalizers.sum()
+            gradient = gradient + (values - normalizers).exp().sum(dim=0)
+        return total, gradient
+
     optimizer = torch.optim.LBFGS([bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(offset + bias, labels) + strength * bias.square().sum() / 2 / len(
-            labels
-        )
-        loss.backward()
-        return loss
+        total, gradient = nll(bias)
+        bias.grad = (gradient + strength * bias) / len(labels)
+        return (total + strength * bias.square().sum() / 2) / len(labels)
 
-    with torch.enable_grad():
-        optimizer.step(closure)
-    fitted = bias.detach()
+    optimizer.step(closure)
+    fitted = bias
     if shrink:
-        gain = float(
-            torch.nn.functional.cross_entropy(offset, labels, reduction="sum")
-            - torch.nn.functional.cross_entropy(offset + fitted, labels, reduction="sum")
-        )
+        gain = float(nll(torch.zeros_like(fitted))[0] - nll(fitted)[0])
         fitted = fitted * max(0.0, 1 - (len(fitted) - 1) / max(2 * gain, 1e-9))
     return fitted.float()
 
 
 class Reliability(NamedTuple):
-    """Sums over images, from which :func:`calibration_metrics` are computed; those of disjoint sets can be added."""
+    """Sums over images, from which :func:`calibration_metrics` are computed; those of disjoint sets can be added.
+
+    Where images have weights, every sum and number is one of weights.
+    """
 
     counts: Tensor
     """(G, S) number of images by shot group of the label and bin of the confidence."""
@@ -167,7 +189,9 @@ class Reliability(NamedTuple):
     """(C, S) number of images of the class, by the bin of its probability."""
 
 
-def reliability(log_probabilities: Tensor, labels: Tensor, group_of: Tensor) -> Reliability:
+def reliability(
+    log_probabilities: Tensor, labels: Tensor, group_of: Tensor, weights: Tensor | None = None
+) -> Reliability:
     """Return the calibration sums of images.
 
     An image with a NaN is predicted wrongly, as by :func:`~longtail.evaluation.metrics.count_correct`: every class has
@@ -177,7 +201,11 @@ def reliability(log_probabilities: Tensor, labels: Tensor, group_of: Tensor) -> 
         log_probabilities: (N, C).
         labels: (N,) true classes.
         group_of: (C,) int64, the index in :data:`GROUPS` of each class's group.
+        weights: (N,) of the images, at least 0; 1 each if not given. An image of weight 0 counts nowhere.
     """
+    if weights is not None:  # the NLL of an image of weight 0 may be infinite
+        counted = weights > 0
+        log_probabilities, labels, weights = log_probabilities[counted], labels[counted], weights[counted]
     log_p = log_probabilities.to(torch.float32 if log_probabilities.device.type == "mps" else torch.float64)
     undefined = log_p.isnan().any(dim=1)
     log_p = log_p.masked_fill(undefined[:, None], -math.inf)
@@ -186,18 +214,20 @@ def reliability(log_probabilities: Tensor, labels: Tensor, group_of: Tensor) -> 
     confidence, predicted = p.max(dim=1)
     cell = group_of[labels] * BINS + _bin(confidence)
     shape = (len(GROUPS), BINS)
+    weight = torch.ones_like(confidence) if weights is None else weights.to(p)
 
     def sum_cells(values: Tensor) -> Tensor:
-        return p.new_zeros(len(GROUPS) * BINS).index_add_(0, cell, values.to(p.dtype)).view(shape)
+        return p.new_zeros(len(GROUPS) * BINS).index_add_(0, cell, weight * values).view(shape)
 
     def sum_groups(values: Tensor) -> Tensor:
-        return p.new_zeros(len(GROUPS)).index_add_(0, group_of[labels], values)
+        return p.new_zeros(len(GROUPS)).index_add_(0, group_of[labels], weight * values)
 
     one_hot = torch.nn.functional.one_hot(labels, classes).to(p.dtype)
     class_cell = (torch.arange(classes, device=p.device) * BINS + _bin(p)).flatten()
 
     def sum_classes(values: Tensor) -> Tensor:
-        return p.new_zeros(classes * BINS).index_add_(0, class_cell, values.flatten()).view(classes, BINS)
+        weighted = values if weights is None else weight[:, None] * values
+        return p.new_zeros(classes * BINS).index_add_(0, class_cell, weighted.flatten()).view(classes, BINS)
 
     return Reliability(
         sum_cells(torch.ones_like(confidence)),

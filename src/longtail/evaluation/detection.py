@@ -26,6 +26,7 @@ from longtail.evaluation.detection_matches import (
     DetectionTable,
     IoUType,
     MatchTable,
+    coco_library,
     detection_table,
     encode_mask,
     match_table,
@@ -78,7 +79,7 @@ def detection_metrics(
         ``intervals`` by metric and ``per_class_interval``.
 
     Raises:
-        LongtailError: the extra is missing, or detections and annotations do not fit.
+        LongtailError: the extra is missing or too old, or detections and annotations do not fit.
     """
     classes = len(annotations.class_names)
     if image_counts is not None and len(image_counts) != classes:
@@ -189,10 +190,7 @@ def _coco_evaluation(
     table: DetectionTable, annotations: Annotations, iou_type: IoUType, limit: int
 ) -> tuple[Array, Array]:
     """Return (C, T, 4) average precision, of all objects and by area, and (C, T) recall; NaN without objects."""
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError:
-        raise LongtailError("average precision: needs the extra det: pip install 'longtail[det]'") from None
+    library = coco_library()
     classes, images = len(annotations.class_names), len(annotations)
     ranges = {name: list(area) for name, area in _AREAS.items()}
     precision = np.full((classes, len(IOU_THRESHOLDS), 1 + len(ranges)), np.nan)
@@ -217,7 +215,7 @@ def _coco_evaluation(
             [each for label in labels for each in objects[label]],
             [results[index] for index in np.sort(order[begin:end]).tolist()],
         ):
-            one = COCO()
+            one = library.COCO()
             one.dataset = {
                 "images": info,
                 "categories": [{"id": label + 1, "frequency": "f"} for label in labels],
@@ -225,7 +223,7 @@ def _coco_evaluation(
             }
             one.createIndex()
             sets.append(one)
-        evaluation = COCOeval_faster(
+        evaluation = library.COCOeval_faster(
             *sets, iou_type, ranges=ranges, lvis_style=annotations.negatives is not None, print_function=_silent
         )
         evaluation.params.maxDets = [limit]

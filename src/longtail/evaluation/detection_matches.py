@@ -8,6 +8,7 @@ Legend: N images, C classes, G objects, D detections of all images, T IoU thresh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,26 @@ MAX_DETECTIONS_FEDERATED = 300
 SCORE_THRESHOLD = 0.001
 """Lowest score of a detection that is evaluated: average precision asks for all, and rare classes have low scores."""
 _CHUNK = 2_000_000  # values of resampled sets that are held at a time
+_MISSING = "average precision: needs the extra det: pip install 'longtail[det]'"
+
+
+def coco_library() -> Any:
+    """Return the library that computes average precision, faster-coco-eval.
+
+    Raises:
+        LongtailError: the extra is missing, or its version is too old.
+    """
+    try:
+        import faster_coco_eval
+    except ImportError:
+        raise LongtailError(_MISSING) from None
+    # before 1.7 it knows no areas but COCO's
+    if "ranges" not in inspect.signature(faster_coco_eval.COCOeval_faster).parameters:
+        raise LongtailError(
+            f"average precision: faster-coco-eval {faster_coco_eval.__version__} is installed, expected 1.7 or later; "
+            "pip install -U faster-coco-eval"
+        )
+    return faster_coco_eval
 
 
 def coco_masks() -> Any:
@@ -41,7 +62,7 @@ def coco_masks() -> Any:
     try:
         from faster_coco_eval.core import mask
     except ImportError:
-        raise LongtailError("average precision: needs the extra det: pip install 'longtail[det]'") from None
+        raise LongtailError(_MISSING) from None
     return mask
 
 

@@ -15,9 +15,16 @@ import numpy as np
 
 from longtail.errors import LongtailError
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
+MAX_BBSE_CLASSES = 500
+"""Classes up to which ``longtail evaluate`` runs :func:`estimate_bbse`, whose time grows with their cube: a minute at
+500, days at 8,000."""
+MAX_EXACT_CLASSES = 2000
+"""Classes up to which intervals are from the whole Fisher information, which is C × C, and float32 scores are computed
+with in float64."""
+_ROWS = 1024  # images at a time
 _RESAMPLES = 200  # of the bootstrap
 _PRIOR_STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 _POWERS = np.linspace(-2, 2, 81)
@@ -51,7 +58,9 @@ def estimate_em(
 ) -> EstimatedPrior:
     """Estimate class frequencies by maximum likelihood, with expectation maximisation.
 
-    Source: Saerens et al., Neural Computation 14(1), 2002; the intervals are from the Fisher information.
+    Source: Saerens et al., Neural Computation 14(1), 2002; the intervals are from the Fisher information. Above
+    :data:`MAX_EXACT_CLASSES` classes they are from its diagonal alone: as if it were known how often a class is taken
+    for another, so they are too narrow for classes that are confused. There float32 scores stay in float32.
 
     Args:
         scores: (N, C) of unlabelled images, N at least 1.
@@ -99,7 +108,8 @@ def estimate_map(
         validation_images: number of images that the corrections were fitted on, for the record.
 
     Returns:
-        Frequencies, with intervals that cover the number of images and the difference between the halves.
+        Frequencies, with intervals that cover the number of images, as those of :func:`estimate_em`, and the difference
+        between the halves.
 
     Raises:
         LongtailError: the scores are not (N, C) finite numbers, there is not one count of at least 0 for each class, a
@@ -127,13 +137,13 @@ def estimate_map(
     prior_strength = max(prior_strength, _MIN_PSEUDO_IMAGES * scores.shape[1] / len(scores))
 
     def estimate(correction: Array, images: Indices) -> tuple[float, Array]:
-        likelihood, share = _likelihood(scores[images] + correction), weights[images] / weights[images].sum()
+        likelihood, share = _likelihood(scores[images], correction), weights[images] / weights[images].sum()
         power = _best_power(likelihood, weights[images], log_counts) if use_power else 0.0
         return power, _em(likelihood, share, _power_of_frequencies(log_counts, power), prior_strength)
 
     power, frequencies = estimate(full_bias, order)
     # without the information of the Dirichlet prior, which is an assumption: as wide as for maximum likelihood
-    variance = _variance(_likelihood(scores + full_bias), weights, frequencies)
+    variance = _variance(_likelihood(scores, full_bias), weights, frequencies)
     if len(folds[1]):
         # the halves differ by twice the standard error of the whole; pooled over the classes, relative to frequencies
         first, second = (np.log(estimate(*fold)[1]) for fold in zip(fold_biases, folds, strict=True))
@@ -155,7 +165,7 @@ def _cross_validate(
     folds = [fold[: _MAX_VALIDATION_IMAGES // 2] for fold in folds]
     log_likelihoods: dict[tuple[bool, float], float] = {}
     for fit, validate in ((0, 1), (1, 0)):
-        fitted, validated = (_likelihood(scores[folds[fold]] + fold_biases[fold]) for fold in (fit, validate))
+        fitted, validated = (_likelihood(scores[folds[fold]], fold_biases[fold]) for fold in (fit, validate))
         # relative to the likelihood under the uniform prior; otherwise a correction could raise that of every image
         validated /= validated.sum(axis=1, keepdims=True)
         fit_share, validate_share = (weights[folds[fold]] / weights[folds[fold]].sum() for fold in (fit, validate))
@@ -173,7 +183,7 @@ def _cross_validate(
                     max_iterations=200,
                     start=frequencies,
                 )
-                value = float(validate_share @ np.log(validated @ frequencies))
+                value = float(validate_share @ np.log(_product(validated, frequencies)))
                 log_likelihoods[use_power, prior_strength] = (
                     log_likelihoods.get((use_power, prior_strength), 0.0) + value
                 )
@@ -183,9 +193,8 @@ def _cross_validate(
 
 def _best_power(likelihood: Array, weights: Array, log_counts: Array) -> float:
     """Return the power of the training frequencies with the largest posterior, under a prior N(0, 1) of the power."""
-    values = [
-        weights @ np.log(likelihood @ _power_of_frequencies(log_counts, power)) - power**2 / 2 for power in _POWERS
-    ]
+    frequencies = np.stack([_power_of_frequencies(log_counts, power) for power in _POWERS], axis=1)
+    values = weights @ np.log(_product(likelihood, frequencies)) - _POWERS**2 / 2
     return float(_POWERS[int(np.argmax(values))])
 
 
@@ -197,9 +206,9 @@ def _power_of_frequencies(log_counts: Array, power: float) -> Array:
     return frequencies
 
 
-def _numbers(values: Any, name: str) -> Array:
+def _numbers(values: Any, name: str, dtype: type[np.floating[Any]] = np.float64) -> Array:
     try:
-        array: Array = np.asarray(values, dtype=np.float64)
+        array: Array = np.asarray(values, dtype=dtype)
     except (TypeError, ValueError):
         raise LongtailError(f"{name}: expected numbers, got {values!r:.80}") from None
     return array
@@ -229,17 +238,25 @@ def _counted_images(scores: Any, weights: Any) -> tuple[Array, Array]:
 
 
 def _check_scores(scores: Any) -> Array:
-    array = _numbers(scores, "scores")
+    """Return (N, C) scores in float64, or in float32 if they are and have so many classes that memory counts."""
+    single = "float32" in str(getattr(scores, "dtype", "")) and scores.shape[-1:] > (MAX_EXACT_CLASSES,)
+    array = _numbers(scores, "scores", np.float32 if single else np.float64)
     if array.ndim != 2 or len(array) == 0 or not np.isfinite(array).all():
         raise LongtailError(f"scores: expected (N, C) finite numbers of at least one image, got {array.shape}")
     return array
 
 
-def _likelihood(scores: Any) -> Array:
-    """Return (N, C) likelihoods, scaled to a maximum of 1 for each image."""
-    scores = _check_scores(scores)
-    likelihood: Array = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return likelihood
+def _likelihood(scores: Array, bias: Any = 0.0) -> Array:
+    """Return (N, C) likelihoods of scores plus a (C,) bias, scaled to a maximum of 1 for each image; in their type."""
+    likelihood = scores + np.asarray(bias, dtype=scores.dtype)
+    likelihood -= likelihood.max(axis=1, keepdims=True)
+    return np.exp(likelihood, out=likelihood)
+
+
+def _product(likelihood: Array, vectors: Array) -> Array:
+    """Return ``likelihood @ vectors`` in the likelihood's type, of which there is no second copy."""
+    product: Array = likelihood @ vectors.astype(likelihood.dtype)
+    return product
 
 
 def _image_weights(scores: Any, weights: Any) -> Array:
@@ -276,7 +293,8 @@ def _em(
     mode = np.full(classes, 1 / classes) if mode is None else mode
     frequencies = mode if start is None else start
     for _ in range(max_iterations):
-        new = frequencies * (likelihood.T @ (share / (likelihood @ frequencies))) + prior_strength * mode
+        shared = _product(likelihood.T, share / _product(likelihood, frequencies))
+        new = frequencies * shared + prior_strength * mode
         new = new / new.sum()
         change = np.abs(new - frequencies).max()
         frequencies = new
@@ -286,15 +304,23 @@ def _em(
 
 
 def _variance(likelihood: Array, weights: Array, frequencies: Array) -> Array:
-    """Return the (C,) variances of maximum-likelihood frequencies, from the Fisher information."""
-    ratio = likelihood / (likelihood @ frequencies)[:, None]
-    information = (ratio * weights[:, None]).T @ ratio
+    """Return the (C,) variances of maximum-likelihood frequencies, from the Fisher information or its diagonal."""
+    classes = len(frequencies)
+    exact = classes <= MAX_EXACT_CLASSES
+    information = np.zeros((classes, classes) if exact else classes)
+    for start in range(0, len(likelihood), _ROWS):
+        rows = slice(start, start + _ROWS)
+        ratio = likelihood[rows] / (likelihood[rows] @ frequencies)[:, None]
+        information += (ratio * weights[rows, None]).T @ ratio if exact else weights[rows] @ ratio**2
     # a small multiple of the identity makes it invertible where the images carry no information
-    information[np.diag_indices_from(information)] += 1e-9 * np.trace(information) / len(frequencies)
-    inverse = np.linalg.inv(information)
+    if exact:
+        information[np.diag_indices_from(information)] += 1e-9 * np.trace(information) / classes
+        inverse = np.linalg.inv(information)
+        row_sums, inverse_diagonal = inverse.sum(axis=1), np.diag(inverse)
+    else:
+        row_sums = inverse_diagonal = 1 / (information + 1e-9 * information.mean())
     # restricted to the directions that keep the sum of the frequencies
-    row_sums = inverse.sum(axis=1)
-    variance: Array = (np.diag(inverse) - row_sums**2 / row_sums.sum()).clip(min=0)
+    variance: Array = (inverse_diagonal - row_sums**2 / row_sums.sum()).clip(min=0)
     return variance
 
 

@@ -22,6 +22,7 @@ def count_correct(scores: Tensor, labels: Tensor, log_prior: Tensor | None = Non
     """Return (3, C) int64: images of each class, those predicted correctly, those with the class in the top 5.
 
     The counts of disjoint parts of a test set can be added. An image with a score that is NaN is predicted wrongly.
+    Of equal scores that of the lower class number ranks first, as in ``scores.argmax(dim=1)``.
 
     Args:
         scores: (N, C) log-likelihood scores, or probabilities.
@@ -37,11 +38,15 @@ def count_correct(scores: Tensor, labels: Tensor, log_prior: Tensor | None = Non
     scores = to_full_precision(scores)
     if log_prior is not None:
         scores = scores + log_prior
-    hits = scores.topk(min(5, classes), dim=1).indices == labels[:, None]
-    hits &= ~scores.isnan().any(dim=1, keepdim=True)
+    own = labels.clamp(min=0)[:, None]
+    true_scores = scores.gather(1, own)
+    # not topk, whose order of equal scores is open
+    ahead = scores > true_scores
+    ahead |= (scores == true_scores) & (torch.arange(classes, device=scores.device) < own)
+    rank = ahead.sum(dim=1, dtype=torch.int32).masked_fill(scores.isnan().any(dim=1), classes)
     # ignored images are counted in an extra column
     columns = torch.where(labels < 0, classes, labels)
-    chosen = (columns, columns[hits[:, 0]], columns[hits.any(dim=1)])
+    chosen = (columns, columns[rank < 1], columns[rank < min(5, classes)])
     return torch.stack([torch.bincount(part, minlength=classes + 1)[:classes] for part in chosen])
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -151,6 +151,23 @@ def _equal_epochs(config: Config, costs: Mapping[str, float]) -> dict[str, int]:
     return {name: nearest(cost) for name, cost in costs.items()}
 
 
+def describe(runs: Sequence[Planned], epochs: int) -> str:
+    """Return how many runs a comparison has and of how many epochs, in one line.
+
+    Args:
+        runs: of :func:`plan`.
+        epochs: those of the recipe.
+    """
+    methods: dict[object, list[str]] = {}
+    for name, own in dict.fromkeys((run.config.method, run.config.epochs) for run in runs):
+        methods.setdefault(own, []).append(name)
+    line = f"{len(runs)} run{'s' * (len(runs) != 1)}: "
+    if len(methods) == 1:
+        return f"{line}{epochs} epoch{'s' * (epochs != 1)} each"
+    first, *others = (f"{', '.join(names)} {own}" for own, names in methods.items())
+    return f"{line}{', '.join([f'{first} epochs', *others])}: equal student passes (--budget epochs: {epochs} each)"
+
+
 def _check_methods(methods: Sequence[str]) -> None:
     for name in methods:
         if name == "auto":
@@ -199,6 +216,7 @@ def compare(
     config, _ = fit_init(config, data)
     if config.epochs == "auto":
         config = config.replace(epochs=auto_config(config, data)[0].epochs)
+    assert isinstance(config.epochs, int)
     runs = plan(config, methods, seeds, budget, imbalances)
     _check_runs([run for run in runs if run.config.seed == seeds[0]], config.data, data)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -209,7 +227,24 @@ def compare(
         for planned in _of_first(runs):
             check_run_folder(out / planned.name, auto_config(planned.config, data)[0], resume=True, overwrite=False)
     with alone_in(out):
-        return _compare(config, runs, out, data, jobs, overwrite=overwrite, quiet=quiet)
+        remarks = _Remarks()
+        if any(run.config.data == config.data for run in runs):
+            remarks.say(data.remarks)
+        logger.info("%s", describe(runs, config.epochs))
+        return _compare(config, runs, out, data, jobs, remarks, overwrite=overwrite, quiet=quiet)
+
+
+class _Remarks:
+    """What there is to say of the data of all runs, most of which they have in common: each line is logged once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            if line not in self._said:
+                self._said.add(line)
+                logger.info("%s", line)
 
 
 def _check_runs(runs: Sequence[Planned], of_recipe: Data, data: LongTailedData) -> None:
@@ -243,6 +278,7 @@ def _compare(
     out: Path,
     data: LongTailedData,
     jobs: int | None,
+    remarks: _Remarks,
     *,
     overwrite: bool,
     quiet: bool,
@@ -269,9 +305,11 @@ def _compare(
             logger.info("the runs cannot share one process: %s", reason)
             in_threads = False
     if in_threads:
-        ended = _in_threads(runs, out, jobs or MAX_AT_ONCE)
+        ended = _in_threads(runs, out, jobs or MAX_AT_ONCE, remarks)
+    elif jobs in {None, 1}:
+        ended = _in_turn(runs, out, remarks, quiet)
     else:
-        ended = _in_turn(runs, out, quiet) if jobs in {None, 1} else _side_by_side(runs, out, jobs or 1)
+        ended = _side_by_side(runs, out, jobs or 1, remarks)
     for planned, entry in ended:
         if not records:
             write_json(out / "comparison.json", comparison)
@@ -305,16 +343,19 @@ def _on_accelerator(config: Config) -> bool:
     return config.accelerator.batches == "device" or select_device(config.device).type == "cuda"
 
 
-_loaded: list[tuple[object, LongTailedData]] = []  # the set that this process used last
+# the set that this process used last, and its remarks
+_loaded: list[tuple[object, LongTailedData, tuple[str, ...]]] = []
 
 
-def _train(planned: Planned, out: Path, quiet: bool) -> Record:
-    """Train one run, or read it where it is finished."""
+def _train(planned: Planned, out: Path, say: Callable[[Sequence[str]], None], quiet: bool) -> Record:
+    """Train one run, or read it where it is finished; ``say`` is called with the remarks on its data."""
     config = planned.config
     key = (config.data, config.seed)
     if not _loaded or _loaded[0][0] != key:
-        _loaded[:] = [(key, load_data(config.data, config.seed))]
-    data = _loaded[0][1]
+        loaded = load_data(config.data, config.seed)
+        _loaded[:] = [(key, dataclasses.replace(loaded, remarks=()), loaded.remarks)]
+    _, data, remarks = _loaded[0]
+    say(remarks)
     run, folder = auto_config(config, data)[0], out / planned.name
     done = find_finished(folder, run, data) or fit(
         run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data
@@ -322,28 +363,28 @@ def _train(planned: Planned, out: Path, quiet: bool) -> Record:
     return dataclasses.replace(run_record(done), imbalance=planned.imbalance)
 
 
-def _in_threads(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tuple[Planned, Record]]:
+def _in_threads(runs: Sequence[Planned], out: Path, jobs: int, remarks: _Remarks) -> Iterator[tuple[Planned, Record]]:
     """Train ``jobs`` runs at a time on one accelerator."""
     planned = {out / run.name: run for run in runs}
     configs = {folder: run.config for folder, run in planned.items()}
-    for folder, done in train_in_threads(configs, out / "teachers", jobs):
+    for folder, done in train_in_threads(configs, out / "teachers", jobs, remarks.say):
         run = planned[folder]
         yield run, dataclasses.replace(run_record(done), imbalance=run.imbalance)
 
 
-def _in_turn(runs: Sequence[Planned], out: Path, quiet: bool) -> Iterator[tuple[Planned, Record]]:
+def _in_turn(runs: Sequence[Planned], out: Path, remarks: _Remarks, quiet: bool) -> Iterator[tuple[Planned, Record]]:
     try:
         # a signal outside a training's steps is noted, and heard before the next training or at its first step
         with PreemptionHandler(quiet) as signals:
             for ended, planned in enumerate(runs):
                 if signals.name:
                     raise StoppedError(signals.name, f"after {ended} of {len(runs)} runs")
-                yield planned, _train(planned, out, quiet)
+                yield planned, _train(planned, out, remarks.say, quiet)
     finally:
         _loaded.clear()
 
 
-def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tuple[Planned, Record]]:
+def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int, remarks: _Remarks) -> Iterator[tuple[Planned, Record]]:
     """Train ``jobs`` runs at a time, in processes that start once and share out the cores."""
     threads = max(1, torch.get_num_threads() // jobs)
     ended = 0
@@ -356,7 +397,9 @@ def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tup
         waiting = {pool.submit(_train_in_worker, planned, out): planned for planned in runs}
         try:
             for future in concurrent.futures.as_completed(waiting):
-                yield waiting[future], future.result()
+                entry, lines = future.result()
+                remarks.say(lines)  # of another seed or factor than the first, of which they have been said
+                yield waiting[future], entry
                 ended += 1
         except Exception as error:
             # runs that have not started are cancelled; the others finish, or have received the signal
@@ -375,12 +418,14 @@ def _side_by_side(runs: Sequence[Planned], out: Path, jobs: int) -> Iterator[tup
 _signals = PreemptionHandler(quiet=True, ignore_repeat=True)
 
 
-def _train_in_worker(planned: Planned, out: Path) -> Record:
+def _train_in_worker(planned: Planned, out: Path) -> tuple[Record, list[str]]:
+    """Train one run; returns its record and the remarks on its data, since the messages of a worker are not shown."""
+    remarks: list[str] = []
     # a run that is queued for this worker must not start after the one that was stopped
     if _signals.name:
         raise StoppedError(_signals.name, "between two trainings")
     try:
-        return _train(planned, out, quiet=True)
+        return _train(planned, out, remarks.extend, quiet=True), remarks
     except StoppedError as stop:
         _signals.name = stop.name
         raise

@@ -20,6 +20,8 @@ def evaluate(
     test_prior: str | None = None,
     imbalance: float = 100.0,
     coverage: float | None = None,
+    *,
+    predictions: bool = False,
 ) -> dict[str, Any]:
     """Return the metrics of a finished run on its test set.
 
@@ -33,6 +35,8 @@ def evaluate(
             the order of the training set, or reversed), ``uniform``, ``train``, or a file; its own if not given.
         imbalance: imbalance factor of a forward or backward test prior.
         coverage: coverage of conformal sets, in (0, 1), whose size and coverage are then reported.
+        predictions: whether to return what is predicted of every test image, see
+            :attr:`longtail.tasks.base.EvaluationRequest.predictions`.
 
     Returns:
         The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under each prior.
@@ -44,6 +48,7 @@ def evaluate(
         test_prior=test_prior,
         imbalance=imbalance,
         coverage=coverage,
+        predictions=predictions,
     )
     metrics, main, further = TASKS[data.task].evaluate_run(model, config, data, request)
     return {**format_metrics(metrics, model.config, main), **further}

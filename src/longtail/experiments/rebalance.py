@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 
+from longtail.config import Config
+from longtail.data.dataset import LongTailedData
 from longtail.errors import LongtailError
-from longtail.files import make_folder
+from longtail.files import make_folder, write_text
 from longtail.inference.kept_features import feature_data
+from longtail.inference.model import TrainedModel
 from longtail.registry import TASKS
+from longtail.run_folder import is_partial
 from longtail.tasks.loading import load_run
 from longtail.training.metric_log import MetricLogger
+from longtail.training.run_io import alone_in
 from longtail.training.run_results import calibrate_model, save_model, write_inputs
 from longtail.training.second_stage import HeadSettings, retrain_classifier
+
+_UNFINISHED = ".rebalance.partial"
+"""In a folder whose writing has begun and has not ended, which the same command may replace."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +50,8 @@ def rebalance(
         Metrics on the test set, under the prior ``uniform`` and under ``train``.
 
     Raises:
-        LongtailError: the run has not finished, ``out`` is not empty, or a setting is out of its range.
+        LongtailError: the run has not finished, ``out`` is not empty, another process writes it, or a setting is out of
+            its range. What an interrupted call left in ``out`` is replaced.
     """
     for name, low in (("epochs", 1), ("views", 1)):
         if getattr(settings, name) < low:
@@ -51,23 +60,33 @@ def rebalance(
         raise LongtailError(f"--tau {settings.tau}: expected a value between 0 (no change) and 10")
     if settings.tau is not None and settings.method != "tau":
         raise LongtailError(f"--tau {settings.tau}: is for --method tau, not {settings.method}")
-    if out.exists() and any(out.iterdir()):
-        raise LongtailError(f"{out}: is not empty; choose another --out")
+    _check_out(out)
     # the random state of the caller stays as it is
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         model, config, data = load_run(run, data_root)
-        task = TASKS[data.task]
-        if task.label_kind != "image":
-            raise LongtailError(f"{run}: labels {task.label_kind}; a new classifier is supported for whole images only")
-        started = time.monotonic()
-        source = data
-        if config.tune == "head":  # its features are kept
-            data = feature_data(data, model.encoder, config, device=model.device)
-        assert isinstance(config.epochs, int)
-        # views that the training has not shown
-        rebalanced, tau = retrain_classifier(
-            model, data, config, settings, views=settings.views, first_view=config.epochs
-        )
+        if TASKS[data.task].label_kind != "image":
+            kind = TASKS[data.task].label_kind
+            raise LongtailError(f"{run}: labels {kind}; a new classifier is supported for whole images only")
+        with alone_in(out):
+            _check_out(out)  # another process may have finished it meanwhile
+            return _rebalance(model, config, data, out, settings)
+
+
+def _check_out(out: Path) -> None:
+    written = out.exists() and any(not is_partial(path.name) for path in out.iterdir())
+    if written and not (out / _UNFINISHED).exists():
+        raise LongtailError(f"{out}: is not empty; choose another --out")
+
+
+def _rebalance(
+    model: TrainedModel, config: Config, source: LongTailedData, out: Path, settings: RebalanceSettings
+) -> dict[str, dict[str, Any]]:
+    started = time.monotonic()
+    # its features are kept
+    data = feature_data(source, model.encoder, config, device=model.device) if config.tune == "head" else source
+    assert isinstance(config.epochs, int)
+    # views that the training has not shown
+    rebalanced, tau = retrain_classifier(model, data, config, settings, views=settings.views, first_view=config.epochs)
     training_info = {
         **model.config.training_info,
         "rebalanced": settings.method,
@@ -77,8 +96,10 @@ def rebalance(
     rebalanced.config = dataclasses.replace(rebalanced.config, training_info=training_info)
     rebalanced = calibrate_model(rebalanced, data, config)
     make_folder(out)
+    write_text(out / _UNFINISHED, "")
     metrics = save_model(out, rebalanced, data, config)
     write_inputs(out, config, source)
     log = MetricLogger(out, also=(), name=out.name, step=0)
     log.add({"kind": "test", "step": 0, **metrics})
+    (out / _UNFINISHED).unlink()
     return metrics

@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from longtail.registry import TASKS
@@ -15,6 +15,7 @@ from longtail.training.run_io import Run
 
 _RESAMPLES = 10_000
 _CHEAPER = 0.9  # of the cost
+_ROUNDING = 1e-9  # points, of a difference of two metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,10 @@ class Record:
     task: str = "classification"
     test_images: str | None = None
     """Hash of the test images; None where the version that trained the run kept none."""
+    num_test_images: int | None = None
+    """Test images; None where the record is of an earlier version."""
+    half_widths: Mapping[str, float] = field(default_factory=dict)
+    """Half widths of the 95 % intervals over test images of the compared metrics that have one, in points."""
     side_by_side: bool = False
     """Whether others were trained on the same device meanwhile, on which the seconds then depend."""
 
@@ -60,6 +65,7 @@ def run_record(run: Run) -> Record:
     """Return the record of a finished run."""
     task = TASKS[run.model_config.task]
     names = dict.fromkeys(("balanced_accuracy", "top1", *(name for name, _ in task.columns)))
+    intervals = {name: run.metrics.get("intervals", {}).get(name) for name in task.compared_metrics}
     return Record(
         method=run.config.method,
         seed=run.config.seed,
@@ -71,6 +77,13 @@ def run_record(run: Run) -> Record:
         teacher_seconds=run.teacher_seconds,
         task=run.model_config.task,
         test_images=run.model_config.training_info.get("test_images"),
+        num_test_images=run.metrics.get("images"),
+        # the longer side: the other may end at 0 or 100 %
+        half_widths={
+            name: max(run.metrics[name] - ends[0], ends[1] - run.metrics[name])
+            for name, ends in intervals.items()
+            if ends is not None
+        },
         side_by_side=run.model_config.training_info.get("side_by_side", False),
     )
 
@@ -96,7 +109,10 @@ class Difference:
     """A paired difference of a metric, in points, with two 95 % intervals over seeds.
 
     The t-interval decides whether a difference is shown. The percentiles of the bootstrap (resampled pairs) are given
-    beside it: with three to five seeds they are too narrow, since values that were not drawn cannot be resampled.
+    beside it: with three to five seeds they are too narrow, since values that were not drawn cannot be resampled. There
+    is no interval for one seed, nor where the difference is the same with every seed, which says as little.
+
+    Where every seed has the same test images, both intervals are over seeds on these images alone.
     """
 
     method: str
@@ -110,20 +126,29 @@ class Difference:
     imbalance: float | None = None
     measure: str = ""
     """Title of the metric, where it is not the only one that is compared."""
+    num_test_images: int | None = None
+    """Test images, where those of all seeds are known to be the same."""
+    sampling: float | None = None
+    """At most the half width of the difference's 95 % interval over these test images, in points, where it is known:
+    that of methods whose errors are independent. The more of their errors are common, the smaller it is."""
 
     def __str__(self) -> str:
-        where = "" if self.imbalance is None else f"imbalance {self.imbalance:g}, "
-        where += f"{self.measure}, " if self.measure else ""
-        text = f"{where}{self.method} − {self.baseline}: {_signed(self.mean)} points"
+        of = "" if self.imbalance is None else f"imbalance {self.imbalance:g}, "
+        of += f"{self.measure}, " if self.measure else ""
+        text = f"{of}{self.method} − {self.baseline}: {_signed(self.mean)} points"
         if self.low is None or self.high is None:
-            return f"{text} (one seed says nothing about its spread)"
+            same = f"the same with all {self.seeds} seeds, so its spread is not known: more seeds"
+            return f"{text} ({'one seed says nothing about its spread' if self.seeds == 1 else same})"
         assert self.bootstrap_low is not None
         assert self.bootstrap_high is not None
         verdict = "no difference shown" if self.low <= 0 <= self.high else "a difference"
+        where = f"over {self.seeds} seeds"
+        if self.num_test_images is not None:
+            where += f" on the same {self.num_test_images:,} test images"
+            where += "" if self.sampling is None else f" (other images: up to ±{self.sampling:.1f} more)"
         return (
             f"{text}, 95 % interval {_signed(self.low)} to {_signed(self.high)} "
-            f"(bootstrap {_signed(self.bootstrap_low)} to {_signed(self.bootstrap_high)}) over {self.seeds} seeds: "
-            f"{verdict}"
+            f"(bootstrap {_signed(self.bootstrap_low)} to {_signed(self.bootstrap_high)}) {where}: {verdict}"
         )
 
 
@@ -185,24 +210,50 @@ def _difference(
     task = TASKS[records[0].task]
     title = dict(task.columns)[measure] if len(task.compared_metrics) > 1 else ""
     mean = statistics.fmean(gaps)
-    if len(gaps) == 1:
-        return Difference(method, baseline, mean, None, None, 1, imbalance=imbalance, measure=title)
+    difference = Difference(method, baseline, mean, None, None, len(gaps), imbalance=imbalance, measure=title)
+    if len(gaps) == 1 or (abs(mean) > _ROUNDING and max(gaps) - min(gaps) < _ROUNDING):
+        return difference
     import numpy as np
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
     drawn = np.random.default_rng(0).choice(gaps, (_RESAMPLES, len(gaps))).mean(axis=1)
     low, high = (float(value) for value in np.percentile(drawn, [2.5, 97.5]))
-    return Difference(method, baseline, mean, mean - half, mean + half, len(gaps), low, high, imbalance, title)
+    images, sampling = _same_test_images(same, measure)
+    return replace(
+        difference,
+        low=mean - half,
+        high=mean + half,
+        bootstrap_low=low,
+        bootstrap_high=high,
+        num_test_images=images,
+        sampling=sampling,
+    )
 
 
-def recommendation(records: Sequence[Record]) -> str:
+def _same_test_images(pairs: Sequence[tuple[Record, Record]], measure: str) -> tuple[int | None, float | None]:
+    """Return ``num_test_images`` and ``sampling`` of the :class:`Difference` of some pairs."""
+    records = [record for pair in pairs for record in pair]
+    if records[0].test_images is None or len({record.test_images for record in records}) > 1:
+        return None, None
+    # a mean over seeds varies with the images no more than the values of single seeds do on average
+    squares = [record.half_widths.get(measure, math.nan) ** 2 for record in records]
+    sampling = math.sqrt(2 * statistics.fmean(squares))
+    return records[0].num_test_images, None if math.isnan(sampling) else sampling
+
+
+def recommendation(records: Sequence[Record], more_seeds: str = "--seeds 3") -> str:
     """Return one line that says which method to take; empty for a single method.
 
     It is the best in the task's main metric, or the cheapest (teacher included) of the methods that are not shown to be
     worse, cost at least a tenth less, and less with every seed than the best with any. The cost is the time; where runs
-    were trained side by side it is the student passes, and one with a teacher is not cheaper than one without. Where a
-    method has fewer than two pairs with the best, it is the best, with that doubt.
+    were trained side by side it is the student passes, and one with a teacher is not cheaper than one without. Where
+    the spread of its lead over a method is not known, it is the best, with that doubt; or those that are as good as
+    shown.
+
+    Args:
+        records: of runs over the same classes.
+        more_seeds: how to get more seeds where this is run, for the line that says that they are needed.
     """
     methods = methods_of(records)
     if len(methods) < 2 or imbalances_of(records) != [None]:
@@ -226,12 +277,9 @@ def recommendation(records: Sequence[Record]) -> str:
     def cost(method: str) -> float:
         return statistics.fmean(costs(method))
 
-    lows = {
-        method: None if difference is None else difference.low
-        for method in scores
-        if method != best
-        for difference in [_difference(records, best, method, None, measure)]
-    }
+    gaps = {method: _difference(records, best, method, None, measure) for method in scores if method != best}
+    lows = {method: None if gap is None else gap.low for method, gap in gaps.items()}
+    unpaired = [method for method, gap in gaps.items() if gap is None or gap.seeds < 2]
     unknown = [method for method, low in lows.items() if low is None]
     as_good = [method for method, low in lows.items() if low is not None and low <= 0]
 
@@ -245,9 +293,16 @@ def recommendation(records: Sequence[Record]) -> str:
     ]
     taken = min([best, *cheaper], key=cost)
     if unknown:
-        common = f"fewer than two seeds and sets of test images in common with {', '.join(unknown)}"
-        why = "one seed" if len({record.seed for record in records}) == 1 else common
-        return f"best: {best} ({title} {scores[best]:.1f}); {why}, so differences may be chance: --seeds 3"
+        why = f"fewer than two seeds and sets of test images in common with {', '.join(unpaired)}"
+        if len({record.seed for record in records}) == 1:
+            why = "one seed"
+        elif not unpaired:
+            why, more_seeds = f"the same lead over {', '.join(unknown)} with every seed", "more seeds"
+        shown = f"{title} {scores[best]:.1f}"
+        tied = [method for method in scores if f"{scores[method]:.1f}" == f"{scores[best]:.1f}"]
+        if len(tied) > 1:
+            return f"equal: {' and '.join(tied)} ({shown}); {why}, so this may be chance: {more_seeds}"
+        return f"best: {best} ({shown}); {why}, so differences may be chance: {more_seeds}"
     if taken == best:
         doubt = f", but not shown to be better than {', '.join(as_good)}" if as_good else ""
         return f"take {best}: best {title}, {scores[best]:.1f}{doubt}"

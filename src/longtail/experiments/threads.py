@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import gc
 import threading
@@ -64,7 +65,9 @@ def reason_against_threads(config: Config, data: LongTailedData) -> str:
     return "" if on_device else reason or "training batches are not made on the device"
 
 
-def train_in_threads(configs: Mapping[Path, Config], teachers: Path, jobs: int) -> Iterator[tuple[Path, Run]]:
+def train_in_threads(
+    configs: Mapping[Path, Config], teachers: Path, jobs: int, say: Callable[[Sequence[str]], None]
+) -> Iterator[tuple[Path, Run]]:
     """Train several runs at a time on one accelerator, and yield the folder and result of each as it ends.
 
     The teachers that they need are trained first, side by side as well. Finished runs are not trained again.
@@ -73,6 +76,7 @@ def train_in_threads(configs: Mapping[Path, Config], teachers: Path, jobs: int) 
         configs: settings of every run, by its folder.
         teachers: folder that keeps trained teachers.
         jobs: runs at a time, each with an equal share of the memory for images and views.
+        say: called with the remarks on the data of the runs, which these do not log themselves.
 
     Raises:
         LongtailError: an input cannot be used.
@@ -83,7 +87,9 @@ def train_in_threads(configs: Mapping[Path, Config], teachers: Path, jobs: int) 
     for folder, config in configs.items():
         key = (config.data, config.seed)
         if key not in loaded:
-            loaded[key] = load_data(config.data, config.seed)
+            images = load_data(config.data, config.seed)
+            say(images.remarks)
+            loaded[key] = dataclasses.replace(images, remarks=())
         data[folder] = loaded[key]
     memory = {folder: {"memory": config.accelerator.memory / jobs} for folder, config in configs.items()}
     configs = {

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def export_onnx(
 
     Raises:
         LongtailError: the extra is missing, test-time augmentation is asked for of a model that labels pixels, or the
-            probabilities of the file differ from PyTorch's.
+            probabilities of the file differ from PyTorch's; or the installed torch cannot convert the model.
     """
     try:
         import onnx  # noqa: F401
@@ -112,17 +113,7 @@ def export_onnx(
     with torch.no_grad(), silent_export():
         expected = module(inputs)
         # two images: a single one would be exported as a fixed size
-        program = torch.onnx.export(
-            module,
-            (inputs[:2],),
-            input_names=["images"],
-            output_names=["probabilities"],
-            dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}},
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    proto = program.model_proto
+        proto = to_onnx(module, inputs[:2], ["probabilities"], {"images": {0: torch.export.Dim("N", min=1)}})
     metadata = {
         "longtail": longtail.__version__,
         "task": config.task,
@@ -163,6 +154,43 @@ def _example_inputs(model: TrainedModel, size: tuple[int, int], files: Sequence[
         return (drawn * 255).to(torch.uint8)
     repeated = (list(files) * 2)[: max(2, min(len(files), _EXAMPLES))]
     return torch.stack([model.export_input(open_image(file), size) for file in repeated])
+
+
+def to_onnx(
+    module: nn.Module, images: Tensor, output_names: Sequence[str], dynamic_shapes: dict[str, Any] | None = None
+) -> Any:
+    """Return a module as an ONNX model (``onnx.ModelProto``).
+
+    Args:
+        module: what to convert; it has been called with the images before.
+        images: the input, uint8, called ``images``.
+        output_names: of what it returns.
+        dynamic_shapes: see ``torch.onnx.export``.
+
+    Raises:
+        LongtailError: the installed torch and onnxscript cannot convert it.
+    """
+    try:
+        program = torch.onnx.export(
+            module,
+            (images,),
+            input_names=["images"],
+            output_names=output_names,
+            dynamic_shapes=dynamic_shapes,
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        return program.model_proto
+    except Exception as error:  # what an exporter raises is not limited
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # around it the exporter puts advice of many lines
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise LongtailError(
+            f"export: torch {torch.__version__} with onnxscript {version('onnxscript')} cannot convert this model: "
+            f"{reason}; use a later torch (tested with 2.14)"
+        ) from None
 
 
 def serialize(proto: Any, metadata: Mapping[str, Any]) -> bytes:

@@ -63,6 +63,14 @@ class FeatureImages:
         """Return (B, F) features of the images without augmentation."""
         return self.features[0][indices]
 
+    def name(self, index: int) -> str | None:
+        """Return where an image is found."""
+        return self.images.name(index)
+
+    def open(self, index: int) -> Image.Image:
+        """Return an image."""
+        return self.images.open(index)
+
     def open_with_fallback(self, index: int) -> Image.Image:
         """Return an image."""
         return self.images.open_with_fallback(index)
@@ -142,8 +150,10 @@ def feature_data(
     frozen, network = FrozenEncoder(encoder).to(device), encoder_hash(encoder)
     every = 0.5 if sys.stderr.isatty() else 30.0  # a log file need not hold each step of a bar
     views, augment, folder = config.feature_views, config.data.augment, cache_folder(config.data.cache)
+    computed = False
 
     def compute(images: ImageSet, positions: Tensor, view: int) -> Iterator[Tensor]:
+        nonlocal computed
         splits = positions.split(_BATCH)
         inputs = plain_batches(images, splits, data.image_size)
         if view > 0:
@@ -153,6 +163,7 @@ def feature_data(
         for batch in tqdm(
             inputs, "features", len(splits), unit="batch", mininterval=every, maxinterval=every, disable=not progress
         ):
+            computed = True
             yield _encode(frozen, batch, device)
             check()
 
@@ -197,7 +208,7 @@ def feature_data(
             features = [rows(images, keys, view) for view in range(views if name == "train" else 1)]
             replaced[name] = dataclasses.replace(images, images=FeatureImages(images.images, features))
     _log_unreadable([split.images for split in replaced.values()])
-    if folder is not None:
+    if folder is not None and computed:  # the many runs of a comparison find the features that the first one computed
         count = sum(len(split) for split in replaced.values()) + (views - 1) * len(data.train)
         mib = count * encoder.num_features * 4 / 2**20
         logger.info("features of %s images are kept in %s (%.0f MiB)", f"{count:,}", folder / "features", mib)

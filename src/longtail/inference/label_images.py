@@ -16,7 +16,7 @@ from tqdm import tqdm
 from longtail.data.image_io import open_image, read_or_record, to_rgb
 from longtail.data.palette import class_colors
 from longtail.inference.output import PredictionOutput, readable_files
-from longtail.inference.pictures import OVERLAY, free_paths, write_picture
+from longtail.inference.pictures import OVERLAY, PictureNames, write_picture
 
 Labels = np.ndarray[Any, Any]
 
@@ -44,6 +44,7 @@ def predict_label_images(
     """
     records: list[dict[str, Any]] = []
     unreadable: dict[Path, str] = {}
+    pictures = label_pictures(out)
     for file in tqdm(files, unit="image", disable=not progress, leave=False):
         image = read_or_record(open_image, file, unreadable)
         if image is None:
@@ -51,7 +52,7 @@ def predict_label_images(
         labels = predict(image)
         counts = np.bincount(labels.ravel(), minlength=len(names))
         present = [index for index in np.argsort(-counts, kind="stable").tolist() if counts[index]]
-        label_file, overlay_file = write_label_image(out, file, labels, len(names))
+        label_file, overlay_file = write_label_image(pictures, file, labels, len(names))
         shares = {names[index]: float(counts[index]) / labels.size for index in present}
         records.append({"path": str(file), "labels": str(label_file), "overlay": str(overlay_file), "shares": shares})
     readable_files(files, unreadable)  # an error if there is none
@@ -80,12 +81,14 @@ def label_image(labels: Labels, classes: int) -> Image.Image:
     return image
 
 
-def write_label_image(out: Path, file: Path, labels: Labels, classes: int) -> tuple[Path, Path]:
-    """Write ``NAME.png`` with the labels of an image and an overlay ``NAME-overlay.png``; return both paths.
+def label_pictures(out: Path) -> PictureNames:
+    """Return the names of label images and their overlays in a folder, ``NAME.png`` and ``NAME-overlay.png``."""
+    return PictureNames(out, (".png", OVERLAY))
 
-    A number is appended to a name that another image has taken.
-    """
-    label_path, overlay_path = free_paths(out, file, (".png", OVERLAY))
+
+def write_label_image(pictures: PictureNames, file: Path, labels: Labels, classes: int) -> tuple[Path, Path]:
+    """Write the label image of an image and the overlay; return their paths, which :func:`label_pictures` gives."""
+    label_path, overlay_path = pictures.paths(file)
     mixed = overlay(open_image(file), labels, classes)
     write_picture(label_path, label_image(labels, classes), file)
     write_picture(overlay_path, mixed, file)

@@ -25,7 +25,7 @@ from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import resolve_class_frequencies
 from longtail.files import atomic_write, write_json, write_text
 from longtail.inference.model_card import ModelCardText, model_card
-from longtail.inference.model_config import ModelConfig, model_folder, read_model_config
+from longtail.inference.model_config import PLUGIN_HINT, ModelConfig, model_folder, read_model_config
 from longtail.losses import compute_log_prior
 from longtail.losses.score_loss import broadcast_to_classes
 from longtail.nn import (
@@ -260,7 +260,11 @@ class TrainedModel(ModelHubMixin, ABC, library_name="longtail", tags=["longtail"
                 f"{folder}: is a model for {config.task}, which is not for {cls.__name__}: use "
                 f"{model_class.__name__}.load"
             )
-        encoder = Encoder(config.network, config.mean, config.std, resize=config.network_size, build=cls.build_backbone)
+        size, build = config.network_size, cls.build_backbone
+        try:
+            encoder = Encoder(config.network, config.mean, config.std, resize=size, build=build)
+        except LongtailError as error:
+            raise LongtailError(f"{folder / 'config.json'}: {error} {PLUGIN_HINT}") from None
         if config.experts > 1:
             split_experts(encoder, config.experts, config.expert_stages)
         classifier = cls.build_classifier(config, encoder)

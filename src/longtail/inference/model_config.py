@@ -89,6 +89,10 @@ class ModelConfig:
         return len(self.mean)
 
 
+PLUGIN_HINT = "(of a plugin? name its file with --plugin)"
+"""End of the message on a task or a network of a model that is not known."""
+
+
 def model_folder(folder: Path | str) -> Path:
     """Return the folder of a model's files, given that folder or the folder of its run.
 
@@ -120,7 +124,7 @@ def read_model_config(folder: Path | str) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         if isinstance(first.get("ctx", {}).get("error"), LongtailError):
-            raise LongtailError(f"{path}: {first['ctx']['error']}") from None
+            raise LongtailError(f"{path}: {first['ctx']['error']} {PLUGIN_HINT}") from None
         where = ".".join(str(part) for part in first["loc"])
         hint = "; it was saved by another version of longtail" if where == "format" else ""
         raise LongtailError(f"{path}: {where}: {first['msg']}{hint}") from None

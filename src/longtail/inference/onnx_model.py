@@ -115,20 +115,36 @@ class ONNXModel:
         Raises:
             LongtailError: a file cannot be read, or an array is no image.
         """
-        probabilities, batch = [], []
+        parts = list(self.predict_batches(images, batch_size, unreadable))
+        return np.concatenate(parts) if parts else np.empty((0, len(self.class_names)), dtype=np.float32)
+
+    def predict_batches(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        batch_size: int = 256,
+        unreadable: dict[Path, str] | None = None,
+    ) -> Iterator[Array]:
+        """Yield what :meth:`predict` returns, a batch of images at a time, for more images than fit into memory.
+
+        Args:
+            images: see :meth:`predict`.
+            batch_size: images at a time.
+            unreadable: see :meth:`predict`; an image of a batch that is to come is not in it yet.
+
+        Raises:
+            LongtailError: a file cannot be read, or an array is no image.
+        """
+        batch: list[Array] = []
         for image in _several(images):
             opened = _opened(image, self._open, unreadable)
             if opened is None:
                 continue
             batch.append(self._preprocess(opened))
             if len(batch) == batch_size:
-                probabilities.append(self._run(batch))
+                yield self._run(batch)
                 batch = []
         if batch:
-            probabilities.append(self._run(batch))
-        return (
-            np.concatenate(probabilities) if probabilities else np.empty((0, len(self.class_names)), dtype=np.float32)
-        )
+            yield self._run(batch)
 
     def segment(self, image: ImageInput, prior: ClassFrequencies | None = None) -> Array:
         """Return the most probable class of every pixel, (H, W) int64, of a model that labels pixels.

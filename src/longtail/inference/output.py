@@ -42,6 +42,7 @@ SEGMENTED = Path("segmented")
 OBJECT_THRESHOLD = 0.5
 """Lowest score of an object that is shown, if nothing else is asked for."""
 OBJECTS_HEADER = ("path", "class", "score", "x1, y1, x2, y2")
+_SHOWN_OF_SET = 10  # names of a conformal set in the table; with thousands of classes it may hold all of them
 
 
 def object_records(
@@ -91,8 +92,16 @@ def prediction_table(
         row = [str(file), classes[0][0], f"{classes[0][1]:.3f}", others]
         if sets is not None:
             record["set"] = list(sets[number])
-            row.append(", ".join(sets[number]) or "none")
+            row.append(_set_cell(sets[number]))
         records.append(record)
         rows.append(row)
     header = ["path", "class", "probability", "next", *(["set"] if sets is not None else [])]
     return PredictionOutput(records, header, rows, notes, unreadable or {})
+
+
+def _set_cell(names: Sequence[str]) -> str:
+    """Return the number of classes in a conformal set, and the first of them."""
+    if not names:
+        return "none"
+    more = f" and {len(names) - _SHOWN_OF_SET:,} more" if len(names) > _SHOWN_OF_SET else ""
+    return f"{len(names):,}: {', '.join(names[:_SHOWN_OF_SET])}{more}"

@@ -22,24 +22,43 @@ _MARK = "Source"  # a text of PNG files; a comment of JPEG files begins with it
 _LONGEST_STEM = 200  # bytes of an image's name in those of its pictures; most file systems allow 255 with the ending
 
 
-def free_paths(out: Path, file: Path, endings: Sequence[str]) -> tuple[Path, ...]:
-    """Return where pictures of an image are written: at its name with each ending, over earlier pictures of it alone.
+class PictureNames:
+    """Names of the pictures that a command writes.
 
-    A number is appended to a name that another file has taken, and a very long name is shortened.
+    A picture has its image's name with an ending, and is written over earlier pictures of that image alone. A number is
+    appended to a name that another file has taken, and a very long name is shortened. A file in the folder is opened at
+    most once for each name, since thousands of class folders may hold a ``1.jpg`` each.
 
     Args:
         out: the folder.
-        file: the image.
-        endings: of the names, one for each picture.
+        endings: of the names of an image's pictures, one for each.
     """
-    stem, number, source = file.stem, "", _source(file)
-    while len(os.fsencode(stem)) > _LONGEST_STEM:
-        stem = stem[:-1]
-    while True:
-        paths = tuple(out / f"{stem}{number}{ending}" for ending in endings)
-        if all(not os.path.lexists(path) or source_of(path) == source for path in paths):
-            return paths
-        number = f"-{int(number[1:] or 1) + 1}"
+
+    def __init__(self, out: Path, endings: Sequence[str]) -> None:
+        self.out, self.endings = out, tuple(endings)
+        self._numbers: dict[str, dict[str, int]] = {}
+        """By name, then by image: the number that is appended."""
+        self._next: dict[str, int] = {}
+        """By name: the first number that has not been looked at."""
+
+    def paths(self, file: Path) -> tuple[Path, ...]:
+        """Return where the pictures of an image are to be written, one for each ending."""
+        stem, source = file.stem, _source(file)
+        while len(os.fsencode(stem)) > _LONGEST_STEM:
+            stem = stem[:-1]
+        numbers = self._numbers.setdefault(stem, {})
+        while source not in numbers:
+            number = self._next.get(stem, 1)
+            self._next[stem] = number + 1
+            owners = {source_of(path) for path in self._numbered(stem, number) if os.path.lexists(path)} or {source}
+            owner = owners.pop() if len(owners) == 1 else None
+            if owner is not None:
+                numbers.setdefault(owner, number)
+        return self._numbered(stem, numbers[source])
+
+    def _numbered(self, stem: str, number: int) -> tuple[Path, ...]:
+        suffix = "" if number == 1 else f"-{number}"
+        return tuple(self.out / f"{stem}{suffix}{ending}" for ending in self.endings)
 
 
 def write_picture(path: Path, picture: Image.Image, file: Path) -> None:

@@ -192,21 +192,58 @@ class Recognizer(TrainedModel):
             LongtailError: a file cannot be read, the prior does not fit, or there were no validation images, which
                 conformal sets need; or these are asked for with test-time augmentation.
         """
+        parts = list(self.predict_batches(images, prior, batch_size, coverage, tta, unreadable))
+        if not parts:
+            empty = torch.empty(0, len(self.config.class_names))
+            parts = [Predictions(empty, self.config.class_names, in_set=None if coverage is None else empty.bool())]
+        if len(parts) == 1:
+            return parts[0]
+        in_set = [part.in_set for part in parts if part.in_set is not None]
+        probabilities = torch.cat([part.probabilities for part in parts])
+        return Predictions(probabilities, self.config.class_names, in_set=torch.cat(in_set) if in_set else None)
+
+    def predict_batches(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        prior: Prior = "uniform",
+        batch_size: int = 256,
+        coverage: float | None = None,
+        tta: TTA = "none",
+        unreadable: dict[Path, str] | None = None,
+    ) -> Iterator[Predictions]:
+        """Yield what :meth:`predict` returns, a batch of images at a time, for more images than fit into memory.
+
+        With the prior ``estimate`` all of them come at once, since it rests on the scores of every image.
+
+        Args:
+            images: see :meth:`predict`.
+            prior: see :meth:`predict`.
+            batch_size: images per pass through the network.
+            coverage: see :meth:`predict`.
+            tta: see :meth:`predict`.
+            unreadable: see :meth:`predict`; an image of a batch that is to come is not in it yet.
+
+        Raises:
+            LongtailError: as :meth:`predict`.
+        """
         check_tta(tta)
         estimate = isinstance(prior, str) and prior == "estimate"
         log_prior = None if estimate else self.log_prior(prior)
         thresholds = None if coverage is None else self.conformal_thresholds(coverage, tta)
         batches = self._batches(images, batch_size, self.input_size(tta), unreadable)
-        parts = [self.scores(batch, tta).cpu() for batch in batches]
-        scores = torch.cat(parts) if parts else torch.empty(0, len(self.config.class_names))
+        parts: Iterable[Tensor] = (self.scores(batch, tta).cpu() for batch in batches)
         estimated = None
         if estimate:
-            if unreadable and not parts:
+            every = list(parts)
+            if unreadable and not every:
                 raise LongtailError(next(iter(unreadable.values())))
+            scores = torch.cat(every) if every else torch.empty(0, len(self.config.class_names))
             estimated = self.estimate_prior(scores)
             log_prior = self.log_prior(self.corrected_frequencies(estimated))
-        in_set = None if thresholds is None else posterior(scores).exp() >= thresholds.to(scores)
-        return Predictions(posterior(scores, log_prior).exp(), self.config.class_names, estimated, in_set)
+            parts = [scores]
+        for part in parts:
+            in_set = None if thresholds is None else posterior(part).exp() >= thresholds.to(part)
+            yield Predictions(posterior(part, log_prior).exp(), self.config.class_names, estimated, in_set)
 
     def estimate_prior(self, scores: Tensor, weights: Tensor | None = None) -> EstimatedPrior:
         """Return class frequencies estimated from scores: :func:`~longtail.evaluation.label_shift.estimate_map`.

@@ -19,7 +19,7 @@ Counts = Tensor | Sequence[float] | Any
 
 
 def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "count") -> Tensor:
-    """Return (C,) class counts as a float64 tensor, on the device of a tensor.
+    """Return (C,) class counts as a float64 tensor, on the device of a tensor; on the CPU if that is MPS.
 
     Args:
         class_counts: (C,) training images of each class; 0 for a class without any.
@@ -35,7 +35,8 @@ def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "cou
             class_counts = torch.tensor(values, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"{name}: expected one {noun} for each class, numbers, got {values!r:.80}") from None
-    counts = class_counts.double()
+    # MPS has no float64
+    counts = (class_counts.cpu() if class_counts.device.type == "mps" else class_counts).double()
     if counts.ndim != 1 or counts.numel() == 0:
         raise ValueError(f"{name}: expected shape (C,), one {noun} for each class, got {tuple(counts.shape)}")
     wrong = ~((counts >= 0) & (counts < math.inf))
@@ -45,6 +46,11 @@ def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "cou
     if not bool((counts > 0).any()):
         raise ValueError(f"{name}: expected {noun}s of at least 0, one of them positive; all are 0")
     return counts
+
+
+def beside_counts(values: Tensor, class_counts: Counts) -> Tensor:
+    """Return what was computed from :func:`as_counts` on the device of the class counts that were given."""
+    return values.to(class_counts.device) if isinstance(class_counts, Tensor) else values
 
 
 def valid_labels(

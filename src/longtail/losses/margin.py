@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtail.losses.checks import Counts, as_counts, valid_targets
+from longtail.losses.checks import Counts, as_counts, beside_counts, valid_targets
 from longtail.losses.reduction import to_full_precision
 from longtail.losses.reweighting import (
     ClassWeights,
@@ -40,7 +40,7 @@ def ldam_margins(class_counts: Counts, max_margin: float = 0.5) -> Tensor:
     """
     counts = as_counts(class_counts)
     margins = torch.where(counts > 0, counts, torch.inf) ** -0.25
-    return (margins * (max_margin / margins.max())).float()
+    return beside_counts((margins * (max_margin / margins.max())).float(), class_counts)
 
 
 def with_margin(
@@ -165,8 +165,9 @@ class LDAMLoss(ScoreLoss):
         weights = present if class_weights is None else compute_class_weights(class_weights, counts, beta)
         if isinstance(class_weights, str):
             weights = scale_to_images(weights, counts)
-        self.register_buffer("margins", ldam_margins(counts, max_margin), persistent=False)
-        self.register_buffer("weights", weights, persistent=False)
+        margins = beside_counts(ldam_margins(counts, max_margin), class_counts)
+        self.register_buffer("margins", margins, persistent=False)
+        self.register_buffer("weights", beside_counts(weights, class_counts), persistent=False)
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtail.losses.checks import Counts, as_counts, valid_targets
+from longtail.losses.checks import Counts, as_counts, beside_counts, valid_targets
 from longtail.losses.reduction import batch_mean, to_full_precision
 from longtail.losses.score_loss import (
     ScoreLoss,
@@ -43,7 +43,7 @@ def compute_log_prior(class_counts: Counts) -> Tensor:
         ValueError: counts that are negative, not finite, not one-dimensional, or all zero.
     """
     counts = as_counts(class_counts)
-    return (counts / counts.sum()).log().float()
+    return beside_counts((counts / counts.sum()).log().float(), class_counts)
 
 
 def _to_finite(log_prior: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class ClassPrior(nn.Module):
         counts = as_counts(class_counts)
         if not bool((counts == counts.round()).all()):
             raise ValueError("class_counts: expected whole numbers; for frequencies use compute_log_prior")
-        self.register_buffer("finite_log_prior", _to_finite(compute_log_prior(counts)))
-        self.register_buffer("class_counts", counts.long())
+        self.register_buffer("finite_log_prior", beside_counts(_to_finite(compute_log_prior(counts)), class_counts))
+        self.register_buffer("class_counts", beside_counts(counts.long(), class_counts))
 
     @property
     def log_prior(self) -> Tensor:

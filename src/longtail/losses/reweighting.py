@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtail.losses.checks import Counts, as_counts, valid_targets
+from longtail.losses.checks import Counts, as_counts, beside_counts, valid_targets
 from longtail.losses.reduction import to_full_precision
 from longtail.losses.score_loss import (
     ScoreLoss,
@@ -47,7 +47,7 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     counts = as_counts(class_counts)
     effective_numbers = 1 - torch.tensor(beta, dtype=torch.float64) ** counts
     weights = torch.where(counts > 0, (1 - beta) / effective_numbers.clamp(min=1e-300), 0.0)
-    return (weights * len(counts) / weights.sum()).float()
+    return beside_counts((weights * len(counts) / weights.sum()).float(), class_counts)
 
 
 def optional_class_weights(
@@ -75,7 +75,7 @@ def frequency_weights(class_counts: Counts, power: float = 1.0) -> Tensor:
     """
     counts = as_counts(class_counts)
     weights = torch.where(counts > 0, counts.clamp(min=1e-300) ** -power, 0.0)
-    return (weights * len(counts) / weights.sum()).float()
+    return beside_counts((weights * len(counts) / weights.sum()).float(), class_counts)
 
 
 def scale_to_images(weights: Tensor, class_counts: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def compute_class_weights(
         if named or isinstance(class_weights, Mapping):
             kind = f"'{class_weights}'" if named else "a mapping"
             raise ValueError(f"class_weights: {kind} needs class_counts; give them, or one weight for each class")
-        return as_counts(class_weights, "class_weights", "weight").float()
+        return beside_counts(as_counts(class_weights, "class_weights", "weight").float(), class_weights)
     if named:
         if class_weights in {"root", "inverse"}:
             return frequency_weights(class_counts, 0.5 if class_weights == "root" else 1.0)
@@ -148,7 +148,7 @@ def compute_class_weights(
     weights = as_counts(class_weights, "class_weights", "weight").float().to(counts.device)
     if len(weights) != len(counts):
         raise ValueError(f"class_weights: expected {len(counts)} weights, one for each class, got {len(weights)}")
-    return weights * (counts > 0)
+    return beside_counts(weights * (counts > 0), class_counts)
 
 
 def weighted_cross_entropy(

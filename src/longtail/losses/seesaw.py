@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtail.losses.checks import Counts, as_counts, valid_targets
+from longtail.losses.checks import Counts, as_counts, beside_counts, valid_targets
 from longtail.losses.reduction import to_full_precision
 from longtail.losses.score_loss import (
     ScoreLoss,
@@ -125,7 +125,8 @@ class SeesawLoss(ScoreLoss):
                 raise ValueError(f"{name}: expected an exponent of at least 0, got {exponent}")
         self.mitigation, self.compensation = mitigation, compensation
         # whole numbers keep their type where the module is converted to half precision, which ends at 65,504
-        self.register_buffer("class_counts", as_counts(class_counts).ceil().long(), persistent=False)
+        counts = beside_counts(as_counts(class_counts).ceil().long(), class_counts)
+        self.register_buffer("class_counts", counts, persistent=False)
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""

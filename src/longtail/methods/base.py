@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,33 @@ from longtail.config import Config, Settings
 from longtail.data.batch import Batch
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import PriorName
-from longtail.losses import ClassPrior, agreement, distillation, posterior_cross_entropy
+from longtail.losses import ClassPrior, agreement, distillation
 from longtail.methods.ema import EMAEncoder
+from longtail.methods.samples import SampleAdapter, TrainedClassifier
 from longtail.methods.views import CLASSIFICATION, ViewPlan
-from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, RegionClassifier, TeacherEncoder, freeze
+from longtail.nn import (
+    Encoder,
+    MixtureEnsembleHead,
+    TeacherEncoder,
+    freeze,
+)
 from longtail.nn.encoder import EncoderEnsemble, FrozenEncoder
 
 LabelKind = Literal["image", "pixels", "boxes"]
 """What a label is of: a whole image, every pixel of it, or boxes in it."""
-TrainedClassifier = CosineClassifier | RegionClassifier
-"""What a method trains to score features."""
 Head = TrainedClassifier | MixtureEnsembleHead
 """What predicts."""
 
 _Self = TypeVar("_Self", bound="Method")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem that the figures of a run show."""
+
+    problem: str
+    evidence: str
+    advice: str
 
 
 class TeacherOutput(NamedTuple):
@@ -55,93 +68,12 @@ def view_after_view(scores: Tensor) -> Tensor:
     return scores.transpose(0, 1).flatten(0, 1)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One problem that the figures of a run show."""
-
-    problem: str
-    evidence: str
-    advice: str
-
-
-class Samples(NamedTuple):
-    """Features with their labels and the ids of the images that they come from."""
-
-    features: Tensor
-    """(B, F)."""
-    labels: Tensor
-    """(B,) int64; −1 does not count."""
-    ids: Tensor
-    """(B,) int64."""
-    max_local_batch: int | None = None
-    """Largest B of all processes; None where they are equal."""
-
-
-class Encoded(NamedTuple):
-    """The samples of a batch, as the student encodes them."""
-
-    features: Tensor
-    """(V · B, F) of all views, one view after the other."""
-    batch: Batch
-    """Labels, ids and views of the samples."""
-    terms: dict[str, Tensor]
-    """Loss terms of the encoder alone, weighted."""
-
-
-class SampleAdapter:
-    """What a sample is. Here: one image with one label. A task whose labels are maps or boxes gives another one."""
-
-    one_per_image: ClassVar[bool] = True
-    classes_only: ClassVar[bool] = True
-    """Whether every sample has one of the C classes, so that −log p(y|z) is an estimate of H(Y|Z)."""
-
-    def encode(self, encoder: Encoder, views: Sequence[Tensor], batch: Batch) -> Encoded:
-        """Return the features of all views, and what they are of.
-
-        A pass per view: the statistics of BatchNorm are then those of one view, and a CPU's caches hold more of the
-        activations, which saves a seventh of the time.
-        """
-        features = [encoder(view) for view in views]
-        return Encoded(features[0] if len(features) == 1 else torch.cat(features), batch, {})
-
-    def build_classifier(self, num_features: int, num_classes: int, config: Config) -> TrainedClassifier:
-        """Return the classifier of (N, F) features, as it is before the training."""
-        return CosineClassifier(num_features, num_classes, config.classifier.scale)
-
-    def classifier_loss(self, scores: Tensor, labels: Tensor, log_prior: Tensor | None) -> Tensor:
-        """Return −log p(y|x) of scores and a log prior, its mean over the samples.
-
-        Args:
-            scores: of the classifier, free of the prior.
-            labels: of the samples; probabilities where images are mixed.
-            log_prior: (C,) that the training adds; None adds nothing.
-        """
-        return posterior_cross_entropy(scores, labels, log_prior)
-
-    def upsample_scores(self, scores: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
-        """Return scores at the resolution of the labels."""
-        return scores
-
-    def downsample_labels(self, labels: Tensor) -> Tensor:
-        """Return labels at the resolution of the features."""
-        return labels
-
-    def queries(self, features: Tensor, batch: Batch) -> Samples:
-        """Return the samples that are compared with keys, of the features of one view or several."""
-        views = len(features) // len(batch)
-        return Samples(features, batch.labels.repeat(views), batch.ids.repeat(views))
-
-    def encode_keys(self, teacher: FrozenEncoder | EncoderEnsemble, view: Tensor, batch: Batch) -> Tensor:  # noqa: ARG002
-        """Return the features of the key view, of which :meth:`keys` makes samples; the batch is one of images."""
-        return cast(Tensor, teacher(view))
-
-    def keys(self, features: Tensor, batch: Batch) -> Samples:
-        """Return the samples that become keys, of the features of :meth:`encode_keys`."""
-        return Samples(features, batch.labels, batch.ids, batch.max_local_batch)
-
-    def sample_counts(self, class_counts: list[int]) -> list[int]:
-        """Return (C,) class frequencies of queries and keys, as counts."""
-        return class_counts
+def _prepared_output(batch: Batch) -> TeacherOutput | None:
+    """Return the teacher's outputs that came with a batch; None if there are none."""
+    features, scores = batch.key_features, batch.teacher_scores
+    if features is None and scores is None:
+        return None
+    return TeacherOutput(features, None if scores is None else view_after_view(scores))
 
 
 class Method(nn.Module, ABC):
@@ -213,6 +145,10 @@ class Method(nn.Module, ABC):
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:  # noqa: ARG003
         """Raise LongtailError where the settings do not fit the data; called before anything is built."""
+        if config.teacher.source == "ema" and cls.needs_teacher(config):
+            raise LongtailError(
+                f"teacher.source ema: method {config.method} needs a trained teacher; use train, a folder or timm:NAME"
+            )
         weight = config.classifier.agreement_weight
         if weight and cls.view_plan(config).num_classified < 2:
             raise LongtailError(
@@ -318,7 +254,7 @@ class Method(nn.Module, ABC):
         """Return the loss terms by name, weighted: their sum is minimised."""
         # the teacher first: its memory is free again before the student's activations are kept for backward, which
         # saves memory and, on a CPU, a sixth of the step
-        teacher_output = self.teacher_outputs(batch)
+        teacher_output = _prepared_output(batch) or self.teacher_outputs(batch)
         student_views = batch.views[: self.plan.num_student]
         features, batch, encoder_terms = self.adapter.encode(self.encoder, student_views, batch)
         size, views, labels = len(batch), self.plan.num_classified, batch.labels
@@ -376,14 +312,15 @@ class Method(nn.Module, ABC):
 
     @torch.no_grad()
     def teacher_outputs(self, batch: Batch) -> TeacherOutput:
-        """Return what the teacher computes for the batch, as far as the method needs it."""
+        """Return what the teacher computes for the batch, as far as the method needs it.
+
+        Not called where its outputs came with the batch, cached or computed ahead of the step.
+        """
         teacher, classifier = self.teacher, self.teacher_classifier
         if self.distillation_weight(self.config) == 0:
             return TeacherOutput(None, None)
         if self.config.teacher.source == "ema":
             return TeacherOutput(None, self._mean_teacher_scores(batch))
-        if batch.teacher_scores is not None:
-            return TeacherOutput(None, view_after_view(batch.teacher_scores))
         assert teacher is not None
         assert classifier is not None
         return TeacherOutput(None, torch.cat([classifier(teacher(view)) for view in self.distilled_views(batch)]))

@@ -20,18 +20,11 @@ from longtail.errors import LongtailError
 from longtail.losses import GMLLoss
 from longtail.losses.checks import MIN_TEMPERATURE
 from longtail.memory import ClassQueues, queue_sizes
-from longtail.methods.base import (
-    Finding,
-    Head,
-    LabelKind,
-    Method,
-    TeacherOutput,
-    TrainedClassifier,
-    view_after_view,
-)
+from longtail.methods.base import Finding, Head, LabelKind, Method, TeacherOutput
 from longtail.methods.ema import EMAEncoder
 from longtail.methods.experts import give_experts, operations_of_experts
 from longtail.methods.feature_transfer import FeatureTransfer
+from longtail.methods.samples import TrainedClassifier
 from longtail.methods.views import CLASSIFICATION, CONTRAST, ViewPlan
 from longtail.nn import CosineClassifier, Encoder, MixtureEnsembleHead, ProjectionMLP
 
@@ -155,8 +148,13 @@ class GML(Method):
     @classmethod
     def check(cls, config: Config, class_counts: list[int]) -> None:
         """Raise LongtailError where the slots cannot be shared out, or settings contradict one another."""
-        super().check(config, class_counts)
         settings = config.section(GMLSettings)
+        if settings.keys != "momentum" and config.teacher.source == "ema":
+            raise LongtailError(
+                f"gml.keys {settings.keys}: needs a frozen teacher, which teacher.source ema is not; set gml.keys to "
+                "momentum, or teacher.source to train"
+            )
+        super().check(config, class_counts)
         size = queue_size(settings, class_counts)
         if settings.queues == "class":
             try:
@@ -173,11 +171,6 @@ class GML(Method):
             raise LongtailError(
                 f"gml.keys {settings.keys}: the moving average of the student needs its own key view at every step; "
                 "set teacher.cache to 0 and gml.share_key to false"
-            )
-        if settings.keys != "momentum" and config.teacher.source == "ema":
-            raise LongtailError(
-                f"gml.keys {settings.keys}: needs a frozen teacher, which teacher.source ema is not; set gml.keys to "
-                "momentum, or teacher.source to train"
             )
         if settings.ensemble_weight and config.second_stage != "none":
             raise LongtailError(
@@ -329,9 +322,6 @@ class GML(Method):
         """Return the features of the key view and, to distil from, the scores of the classification view."""
         if self.settings.keys != "teacher":
             self.ema.update([self.encoder])
-        if batch.key_features is not None:
-            scores = batch.teacher_scores
-            return TeacherOutput(batch.key_features, None if scores is None else view_after_view(scores))
         teacher, classifier = self.teacher, self.teacher_classifier
         distilled, key = self.distilled_views(batch), batch.views[0 if self.settings.share_key else -1]
         distils = self.distillation_weight(self.config) > 0 and classifier is not None

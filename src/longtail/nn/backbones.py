@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtail.errors import LongtailError
 from longtail.nn.network_name import format_network, is_decoder_network, parse_network, resolve_network, timm_settings
-from longtail.nn.pretrained import check_timm_network, pretrained_cfg_overlay, wrap_timm_errors
+from longtail.nn.pretrained import build_empty, check_timm_network, pretrained_cfg_overlay, wrap_timm_errors
 from longtail.nn.tuning import add_adapters, lora_share
 
 
@@ -233,8 +232,8 @@ def with_input_size(network: str, size: int) -> str:
         arguments["img_size"] = size
     architecture, options = parse_network(resolve_network(format_network(name, arguments)))
     options.pop("adapter", None)
-    with wrap_timm_errors(network, "none"), torch.device("meta"):
-        model = timm.create_model(architecture, num_classes=0, **options)
+    with wrap_timm_errors(network, "none"):
+        model = build_empty(lambda: timm.create_model(architecture, num_classes=0, **options))
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     side = patch if isinstance(patch, int) else patch[-1]
     if size % side:
@@ -257,8 +256,7 @@ def is_suited_to_lora(network: str) -> bool:
     Raises:
         LongtailError: there is no such network.
     """
-    with torch.device("meta"):
-        return lora_share(build_backbone(network)) > 0.5
+    return lora_share(build_empty(lambda: build_backbone(network))) > 0.5
 
 
 def with_adapters(network: str, width: int) -> str:

@@ -7,9 +7,9 @@ import functools
 import importlib.util
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from longtail.nn.network_name import (
     timm_settings,
 )
 from longtail.nn.network_name import timm_name as timm_name
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 PRETRAINED_NETWORK = "tf_efficientnet_lite0"
 """Network that is fine-tuned where none is given: 3.4 M parameters, and quick on a CPU."""
@@ -164,6 +166,19 @@ def wrap_timm_errors(network: str, pretrained: str) -> Iterator[None]:
         ) from None
 
 
+def build_empty(build: Callable[[], _Network]) -> _Network:
+    """Return a network of which only names and shapes are needed, if possible without memory for its weights.
+
+    Args:
+        build: returns it.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, LongtailError):
+        return build()  # it computes with values while it is built, as RegNet does with torch 2.6
+
+
 def load_weights(path: Path, network: str) -> dict[str, Tensor]:
     """Return the weights in a file, under the names that the timm model has for them.
 
@@ -237,11 +252,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _empty_model(architecture: str, num_classes: int | None, arguments: dict[str, Any]) -> Any:
-    """Return a timm model without memory for its weights, which takes no time to build."""
+    """Return a timm model of which only names and shapes are needed."""
     import timm
 
-    with wrap_timm_errors(architecture, "none"), torch.device("meta"):
-        return timm.create_model(architecture, num_classes=num_classes, **arguments)
+    with wrap_timm_errors(architecture, "none"):
+        return build_empty(lambda: timm.create_model(architecture, num_classes=num_classes, **arguments))
 
 
 def _as_timm_loads(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -59,7 +59,9 @@ def run_report(folder: Path) -> Path:
         "run.html.j2",
         title=f"{_data_name(config)} · {config.method} · seed {config.seed}",
         model=model_config,
-        figures=[(title, Markup(plots.svg(figure))) for title, figure in [*shown.figures, *_curves(config, epochs)]],
+        figures=[
+            (title, Markup(plots.svg(figure, title))) for title, figure in [*shown.figures, *_curves(config, epochs)]
+        ],
         shown=shown,
         test=test,
         first_stage=None if first is None else first[METHODS[config.method].predicts_under(config)],
@@ -110,7 +112,7 @@ def comparison_report(records: Sequence[Record], out: Path, budget: str) -> Path
     figure = comparison_plots.comparison(records)
     plots.save_png(figure, out / "comparison.png")
     links = [quote(f"{folder}/report.html") for folder in folders]
-    _comparison(records, runs, links, out / "report.html", f"Comparison · {out.name}", _BUDGETS[budget])
+    _comparison(records, runs, links, out / "report.html", f"Comparison · {out.name}", _BUDGETS[budget], "--seeds 3")
     return out / "report.html"
 
 
@@ -138,7 +140,7 @@ def runs_report(folders: Sequence[Path], page: Path) -> list[Record]:
     ]
     names = ", ".join(run.folder.name for run in labelled.runs)
     title = f"{len(labelled.runs)} runs" if len(names) > 60 else names
-    _comparison(records, labelled.runs, links, page, title, "", labelled.settings)
+    _comparison(records, labelled.runs, links, page, title, "", "train further seeds", labelled.settings)
     return records
 
 
@@ -149,13 +151,14 @@ def _comparison(
     page: Path,
     title: str,
     note: str,
+    more_seeds: str,
     settings: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     header, rows = table(records)
     shown = columns(records)
     task = TASKS[records[0].task]
     classes = _class_by_class(records, runs) if imbalances_of(records) == [None] else None
-    along = None
+    along, along_heading = None, f"{task.unit[0].upper()}{task.unit[1:]} along the tail"
     if classes is not None:
         along = comparison_plots.along_the_tail(classes.means, classes.names, classes.window, f"{task.unit}, %")
     text = _render(
@@ -164,7 +167,7 @@ def _comparison(
         header=header,
         rows=rows,
         differences=differences(records),
-        advice=recommendation(records),
+        advice=recommendation(records, more_seeds),
         seeds=len({record.seed for record in records}),
         training_prior=list(dict.fromkeys(entry.method for entry in records if entry.predicts_under == "train")),
         note=note,
@@ -173,8 +176,9 @@ def _comparison(
         main_metric=shown[0][1] if len(task.compared_metrics) == 1 else "",
         settings=settings or {},
         classes=classes,
-        figure=Markup(plots.svg(comparison_plots.comparison(records))),
-        along=None if along is None else Markup(plots.svg(along)),
+        figure=Markup(plots.svg(comparison_plots.comparison(records), "Every run")),
+        along=None if along is None else Markup(plots.svg(along, along_heading)),
+        along_heading=along_heading,
         runs=[
             (entry, link, [*(entry.metrics[name] for name, _ in shown), entry.seconds])
             for entry, link in zip(records, links, strict=True)

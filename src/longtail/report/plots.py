@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from longtail.experiments.records import Record, columns, imbalances_of, methods_of, summarize
-from longtail.plots import INK, LINE_COLORS, label_classes, new_axes, plain_style, plain_text
+from longtail.plots import INK, LINE_COLORS, draw_line, label_classes, new_axes, plain_style, plain_text
 
 
 def comparison(records: Sequence[Record]) -> Figure:
@@ -66,8 +66,7 @@ def along_the_tail(
             near = values[max(0, place - window // 2) : place + window // 2 + 1]
             present = [value for value in near if value is not None]
             points.append(sum(present) / len(present) if present else float("nan"))
-        color, dot = LINE_COLORS[index % len(LINE_COLORS)], "o" if window == 1 else ""
-        axes.plot(points, color=color, linewidth=1.4, marker=dot, markersize=3, label=plain_text(name))
+        draw_line(axes, range(len(points)), points, index, plain_text(name))
     axes.set_ylim(0, min(101, 1.05 * axes.get_ylim()[1]))
     axes.set_ylabel(label)
     label_classes(axes, names)

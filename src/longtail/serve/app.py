@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,28 +31,43 @@ from longtail.data.dataset import ImageSet
 from longtail.data.image_io import image_errors, open_header, open_image, to_rgb
 from longtail.data.paths import printable
 from longtail.errors import LongtailError
+from longtail.evaluation.calibration import conformal_minimum
 from longtail.inference.features import encode_split
 from longtail.inference.model import TrainedModel
 from longtail.inference.options import TTA
 from longtail.inference.recognizer import Recognizer
 from longtail.registry import TASKS
-from longtail.serve.connections import TrustedHosts, listen, reaping_protocol, trusted_hosts
+from longtail.serve.connections import (
+    TrustedHosts,
+    is_local,
+    listen,
+    own_addresses,
+    reaping_protocol,
+    trusted_hosts,
+    url,
+)
 from longtail.tasks.loading import load_model, load_run
+
+logger = logging.getLogger(__name__)
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 60_000_000
 BODY_SECONDS = 60.0
 """Time that an upload may take to arrive."""
+SHUTDOWN_SECONDS = 2
+"""Time that requests under way have to end when the server is stopped."""
 MOST_PENDING_BYTES = 2**30
 """Of all uploads that arrive or wait."""
 _IN_MEMORY_BYTES = 2**18  # of each of them; the rest lies in a temporary file
 _CONCURRENCY = 2  # images that are predicted at the same time; the others wait
 _MOST_CONNECTIONS = 400  # at once; with a temporary file each, below the usual limit of 1,024 open files
+_COVERAGE = 0.9
 _NEIGHBOURS = 5
 _MAX_REFERENCE_IMAGES = 20_000  # training images among which neighbours are searched
 
 
-class ReferenceImages(NamedTuple):
+@dataclass
+class ReferenceImages:
     """Training images and their features."""
 
     images: ImageSet
@@ -58,6 +75,21 @@ class ReferenceImages(NamedTuple):
     """(N,) where they are in the training set."""
     features: Tensor
     """(N, F), unit norm."""
+    unreadable_logged: bool = False
+    """Whether the log says that some of the images cannot be read any more."""
+
+    def open(self, position: int) -> Image.Image | None:
+        """Return the image at a position of the training set; None, which is logged once, where it cannot be read.
+
+        Another image of its class in its place would not have the features of this one.
+        """
+        try:
+            return self.images.images.open(position)
+        except LongtailError as error:
+            if not self.unreadable_logged:
+                self.unreadable_logged = True
+                logger.warning("training images that cannot be read are not shown as neighbours; the first: %s", error)
+            return None
 
 
 def reference_images(model: Recognizer, images: ImageSet, quiet: bool = True) -> ReferenceImages:
@@ -115,6 +147,9 @@ def answer(
 ) -> dict[str, Any]:
     """Return what the page shows of an image, as JSON holds it; no conformal set with test-time augmentation.
 
+    ``set`` has the names of the classes in the conformal set, ``too_few`` those of them that are in the set of every
+    image since they have too few validation images. Neighbours whose image cannot be read are left out.
+
     Of a model that does not classify whole images ``objects``, see :meth:`longtail.tasks.base.Task.find_objects`, and
     ``size``, width and height of the image as it is shown.
     """
@@ -124,11 +159,18 @@ def answer(
             objects = TASKS[model.config.task].find_objects(model, shown, prior)
         return {"objects": objects, "size": list(shown.size)}
     with torch.no_grad():
-        coverage = 0.9 if model.calibration_stats is not None and tta == "none" else None
-        predictions = model.predict(image, prior, coverage=coverage, tta=tta)
+        stats = model.calibration_stats if tta == "none" else None
+        predictions = model.predict(image, prior, coverage=None if stats is None else _COVERAGE, tta=tta)
+        too_few = None
+        if stats is not None:
+            names = model.config.class_names
+            counts = torch.bincount(stats.labels, minlength=len(names)).tolist()
+            minimum = conformal_minimum(_COVERAGE)
+            too_few = [name for name, count in zip(names, counts, strict=True) if count < minimum]
         response: dict[str, Any] = {
             "top": [{"class": name, "probability": value} for name, value in predictions.top(top)[0]],
             "set": None if predictions.sets is None else predictions.sets[0],
+            "too_few": too_few,
             "calibrated": model.config.temperature != 1 or bool(model.config.temperature_fits),
             "nearest": [],
         }
@@ -137,11 +179,11 @@ def answer(
             similarity = reference.features @ features
             values, nearest = similarity.topk(min(_NEIGHBOURS, len(similarity)))
             for value, position in zip(values.tolist(), reference.positions[nearest].tolist(), strict=True):
-                label = int(reference.images.labels[position])
-                neighbour = reference.images.images.open_with_fallback(position)
-                response["nearest"].append(
-                    {"class": model.config.class_names[label], "cosine": value, "image": image_data_uri(neighbour, 128)}
-                )
+                neighbour = reference.open(position)
+                if neighbour is None:
+                    continue
+                name = model.config.class_names[int(reference.images.labels[position])]
+                response["nearest"].append({"class": name, "cosine": value, "image": image_data_uri(neighbour, 128)})
     return response
 
 
@@ -219,6 +261,8 @@ def build_app(
         model=model.config,
         neighbours=reference is not None,
         most_bytes=MOST_BYTES,
+        coverage=_COVERAGE,
+        min_images=conformal_minimum(_COVERAGE),
         tta=tta,
         objects=not isinstance(model, Recognizer),
     )
@@ -227,6 +271,12 @@ def build_app(
         return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"})
 
     async def predict(request: Request) -> Response:
+        try:
+            return await respond(request)
+        except asyncio.CancelledError:  # the server ends; uvicorn would print a traceback
+            return JSONResponse({"error": "the server: is being stopped"}, 503, headers={"Connection": "close"})
+
+    async def respond(request: Request) -> Response:
         prior = request.query_params.get("prior", "uniform")
         if prior not in {"uniform", "train"}:
             return JSONResponse({"error": f"prior '{prior[:50]}': expected uniform or train"}, 400)
@@ -314,19 +364,27 @@ def serve(
         except LongtailError as error:
             if not quiet:
                 print(f"without neighbours: {error}")
-    named = f"[{host}]" if ":" in host else host
-    address = f"http://{named}:{listening.getsockname()[1]}"
+    port = listening.getsockname()[1]
 
     @asynccontextmanager
     async def announce(_: Any) -> AsyncIterator[None]:
         if not quiet:
-            print(f"{address}  (Ctrl-C ends it)", flush=True)
+            print(f"{url(host, port)}  (Ctrl-C ends it)", flush=True)
+            if not is_local(listening):
+                addresses = ", ".join(url(address, port) for address in own_addresses(listening))
+                print(f"at {addresses or 'the addresses of this machine'}", flush=True)
+                print("anyone who reaches this machine can use it; there is no authentication", flush=True)
         yield
 
     hosts = [*trusted_hosts(host), *allowed_hosts]
     app = build_app(model, reference, run.resolve().name, tta, hosts, BODY_SECONDS)
     app.router.lifespan_context = announce
     config = uvicorn.Config(
-        app, http=reaping_protocol(), log_level="warning", timeout_keep_alive=5, limit_concurrency=_MOST_CONNECTIONS
+        app,
+        http=reaping_protocol(),
+        log_level="warning",
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        limit_concurrency=_MOST_CONNECTIONS,
     )
     uvicorn.Server(config).run(sockets=[listening])

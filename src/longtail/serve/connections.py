@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 import socket
@@ -15,6 +16,7 @@ HEADER_SECONDS = 15.0
 ANY_ADDRESS = "any address"
 """Among trusted hosts: whatever is an IP address and no name."""
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_UNSPECIFIED = ("0.0.0.0", "::")  # what a socket is bound to that listens at all addresses
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]@/]+)(?::\d*)?")  # with or without port
 
@@ -30,7 +32,7 @@ def trusted_hosts(host: str) -> list[str]:
     At all addresses (``0.0.0.0``) these are the names of this machine and any IP address: no page from elsewhere can
     give itself an address of this machine for a name.
     """
-    if host in {"0.0.0.0", "::", ""}:
+    if host in _UNSPECIFIED:
         return [*_LOOPBACK, socket.gethostname().lower(), socket.getfqdn().lower(), ANY_ADDRESS]
     name = f"[{host}]" if ":" in host else host
     if name in _LOOPBACK or host.startswith("127."):
@@ -133,8 +135,12 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
     Raises:
-        LongtailError: the address is not this machine's or no name at all, or the port is taken.
+        LongtailError: the address is empty, not this machine's or no name at all, or the port is taken.
     """
+    if not host:  # which the system takes for all addresses
+        raise LongtailError(
+            "--host: is empty, expected an address or a name of this machine, or 0.0.0.0 for all of them"
+        )
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -144,3 +150,38 @@ def listen(host: str, port: int) -> socket.socket:
         listening.close()
         raise LongtailError(f"--host {host} --port {port}: cannot be listened at: {error}") from None
     return listening
+
+
+def is_local(listening: socket.socket) -> bool:
+    """Return whether a socket listens at a loopback address, which other machines do not reach."""
+    return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def own_addresses(listening: socket.socket) -> list[str]:
+    """Return the addresses at which a socket listens; of all addresses those that this machine's name and its route to
+    other networks show, without loopback.
+    """
+    bound: str = listening.getsockname()[0]
+    if bound not in _UNSPECIFIED:
+        return [bound]
+    families = [listening.family]
+    if listening.family == socket.AF_INET6 and not listening.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        families.append(socket.AF_INET)
+    addresses: list[str] = []
+    for family in families:
+        with contextlib.suppress(OSError):  # the machine's name need not resolve
+            entries = socket.getaddrinfo(socket.gethostname(), None, family, socket.SOCK_STREAM)
+            addresses += [str(address[0]) for *_, address in entries]
+        # a datagram socket that is connected sends nothing, and has the address that packets to there would come from;
+        # these two are reserved for documentation
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as route:
+            route.connect(("2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1", 9))
+            addresses.append(route.getsockname()[0])
+    # a browser does not take a link-local IPv6 address
+    parsed = [(each, ipaddress.ip_address(each.partition("%")[0])) for each in dict.fromkeys(addresses)]
+    return [each for each, address in parsed if not (address.is_loopback or address.is_link_local)]
+
+
+def url(address: str, port: int) -> str:
+    """Return the URL of an address or name."""
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"

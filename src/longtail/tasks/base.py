@@ -25,7 +25,8 @@ from longtail.inference.model import Prior, TrainedModel
 from longtail.inference.model_config import ModelConfig
 from longtail.inference.options import TTA, InferenceOptions
 from longtail.inference.output import PredictionOutput
-from longtail.methods.base import Finding, LabelKind, SampleAdapter
+from longtail.methods.base import Finding, LabelKind
+from longtail.methods.samples import SampleAdapter
 from longtail.nn import Encoder, TeacherEncoder
 from longtail.registry import METHODS
 
@@ -71,6 +72,9 @@ class EvaluationRequest:
     """Imbalance factor of a forward or backward test prior."""
     coverage: float | None = None
     """Coverage of conformal sets, in (0, 1)."""
+    predictions: bool = False
+    """Of models that classify whole images: also return ``predictions``, for every test image its ``path``, ``label``,
+    predicted ``class``, the ``probability`` of that and the ``label_probability``, the most confident errors first."""
 
 
 @dataclass(frozen=True, kw_only=True)

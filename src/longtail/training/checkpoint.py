@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint: tensors and plain values only, so that a foreign file cannot run code.
 
     Raises:
-        LongtailError: the file is truncated, foreign, or of another version.
+        LongtailError: the file is truncated, damaged, foreign, or of another version.
     """
     try:
         path.open("rb").close()
     except OSError as error:
         raise LongtailError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # which torch does not look for: a flipped bit would be a wrong weight
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings about a foreign file; the error below says what it is
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError):
+            state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # what unpickling raises is not limited
         raise LongtailError(
             f"{path}: is truncated or not a checkpoint of longtail; start again with --overwrite"
         ) from None
+    if damaged:
+        raise LongtailError(f"{path}: is damaged; start again with --overwrite")
     if not isinstance(state, dict) or "format" not in state:
         raise LongtailError(f"{path}: is not a checkpoint of longtail; start again with --overwrite")
     if state["format"] != FORMAT:

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from longtail.config import Config
-from longtail.devices import select_device
+from longtail.devices import device_name, select_device
 from longtail.errors import LongtailError
 
 if TYPE_CHECKING:
@@ -31,11 +31,12 @@ def build_fabric(config: Config) -> Fabric:
     """
     # imported here, since it adds seconds to the start-up of every command
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    options: dict[str, Any] = {"accelerator": config.device, "precision": config.precision}
+    options: dict[str, Any] = {"accelerator": device_name(config.device), "precision": config.precision}
     if world > 1:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
         if config.batch_size < 2 * world:
@@ -46,7 +47,8 @@ def build_fabric(config: Config) -> Fabric:
         strategy = DDPStrategy(timeout=_WAIT)
         options |= {"devices": local, "num_nodes": world // local, "strategy": strategy}
     else:
-        options["devices"] = 1
+        # a single process, however many tasks a cluster's job has, of which Fabric would count the processes
+        options |= {"devices": 1, "plugins": [LightningEnvironment()]}
     try:
         fabric = Fabric(**options)
     except (RuntimeError, ValueError) as error:

@@ -9,7 +9,7 @@ from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.errors import LongtailError
 from longtail.inference.features import encode_split
-from longtail.methods.base import TrainedClassifier
+from longtail.methods.samples import TrainedClassifier
 from longtail.nn import Encoder
 from longtail.nn.text_tower import text_weights
 

@@ -19,7 +19,7 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.sources import check_source
 from longtail.errors import LongtailError
 from longtail.inference.model_config import ModelConfig, model_folder, read_model_config
-from longtail.methods.base import TrainedClassifier
+from longtail.methods.samples import TrainedClassifier
 from longtail.nn import Encoder
 from longtail.nn.backbones import input_size
 from longtail.nn.encoder import Normalize

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from longtail.distributed import all_reduce_max, rank, world_size
 from longtail.errors import StoppedError
 
-_SYNC_EVERY = 10  # steps between two synchronisations of several processes
+_SYNC_EVERY = 10  # steps between two synchronisations of several processes, at most
+_SYNC_SECONDS = 5.0  # between two, unless one step takes longer: torchrun kills its processes 30 s after a signal
 
 
 class PreemptionHandler:
@@ -38,8 +40,12 @@ class PreemptionHandler:
         self._previous: dict[int, Any] = {}
         self._outer: PreemptionHandler | None = None
         self._main: PreemptionHandler | None = None  # of the main thread, where this one is in another
+        self._synced_at: int | None = None  # step of the last synchronisation
+        self._next_sync = 0
+        self._clock = 0.0  # at the last synchronisation
 
     def __enter__(self) -> PreemptionHandler:
+        self._clock = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 previous = signal.signal(number, self._record)
@@ -81,20 +87,28 @@ class PreemptionHandler:
     def _received(self) -> str:
         return self.name or (self._main.name if self._main is not None else "")
 
-    def sync(self, step: int, save: bool, device: torch.device) -> tuple[str, bool]:
+    def sync(self, step: int, save: bool, device: torch.device, now: bool = False) -> tuple[str, bool]:
         """Return the name of the signal that any process received, and whether any process wants to save.
 
-        Several processes communicate at every tenth step only; at the steps between, the answer is ``("", False)``.
+        Several processes communicate at every tenth step, or more often where steps are slow, so that about five
+        seconds pass in between; at the other steps the answer is ``("", False)``.
 
         Args:
             step: the number of steps done, equal on all processes.
             save: whether this process wants to save a checkpoint.
             device: device that the process group communicates through.
+            now: communicate at this step in any case; equal on all processes.
         """
         if world_size() == 1:
             return self._received(), save
-        if step % _SYNC_EVERY:
+        if step < self._next_sync and not now:
             return "", False
-        local = torch.tensor([int(signal.Signals[self.name]) if self.name else 0, int(save)], device=device)
-        number, save_any = all_reduce_max(local).tolist()
-        return signal.Signals(number).name if number else "", bool(save_any)
+        steps = 1 if self._synced_at is None else max(1, step - self._synced_at)
+        received, seconds = self._received(), (time.monotonic() - self._clock) / steps
+        local = [int(signal.Signals[received]) if received else 0, int(save), seconds]
+        number, save_any, slowest = all_reduce_max(torch.tensor(local, device=device)).tolist()
+        # the slowest process decides for all of them
+        every = max(1, min(_SYNC_EVERY, int(_SYNC_SECONDS / max(slowest, 1e-9))))
+        self._next_sync = step - step % every + every
+        self._synced_at, self._clock = step, time.monotonic()
+        return signal.Signals(int(number)).name if number else "", bool(save_any)

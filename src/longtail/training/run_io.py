@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,8 +20,9 @@ from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
 from longtail.distributed import rank
 from longtail.errors import LongtailError
-from longtail.files import write_text
+from longtail.files import write_json, write_text
 from longtail.inference.model_config import ModelConfig, read_model_config
+from longtail.registry import METHODS, SAMPLERS, SOURCES, TRANSFORMS, plugins_of
 from longtail.run_folder import RESULTS, is_partial, is_run
 from longtail.training.metric_log import read_metrics
 
@@ -160,6 +163,8 @@ def _create(folder: Path, config: Config, *, overwrite: bool) -> None:
     except OSError as error:
         raise LongtailError(f"{folder}: cannot be written: {error.strerror or error}") from None
     if not (folder / "config.yaml").is_file():
+        if plugins := plugin_digests(config):
+            write_json(folder / "plugins.json", plugins)
         write_text(folder / "config.yaml", config.to_yaml())
 
 
@@ -220,6 +225,33 @@ def _check_same_run(there: Config, here: Config, folder: Path) -> None:
                 f"{folder}: was started with {name} {old.get(name)}, not {new.get(name)}; "
                 f"resume with the same settings and images, {longer}or use --overwrite or another --out"
             )
+    _check_same_plugins(folder, here)
+
+
+def plugin_digests(config: Config) -> list[list[str]]:
+    """Return name and digest of each plugin that a run depends on: what they do is not in its settings."""
+    data = config.data
+    # with arguments, a decoder or a tag a network's name is several words
+    networks = re.findall(r"\w+", f"{config.network} {config.teacher.network}")
+    parts = {
+        (METHODS.kind, config.method),
+        (SOURCES.kind, data.source),
+        (SAMPLERS.kind, data.sampler),
+        *((TRANSFORMS.kind, name) for name in (data.augment, data.contrast_augment)),
+        *(("network", name) for name in networks),
+    }
+    return sorted([name, digest] for name, digest in plugins_of(parts))
+
+
+def _check_same_plugins(folder: Path, config: Config) -> None:
+    """Raise LongtailError if a run was made with other plugins than it would be now; none are kept where none were."""
+    path = folder / "plugins.json"
+    if not path.is_file():
+        return
+    there, here = json.loads(path.read_text(encoding="utf-8")), plugin_digests(config)
+    for name, digest in (*here, *there):
+        if [name, digest] not in there or [name, digest] not in here:
+            raise LongtailError(f"{folder}: plugin {name} has changed since this run; use --overwrite or another --out")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -239,7 +271,7 @@ def find_finished(folder: Path, config: Config, data: LongTailedData | None = No
         data: what they stand for now.
 
     Raises:
-        LongtailError: the run was trained or tested on other images than ``data``.
+        LongtailError: the run was trained or tested on other images than ``data``, or with another plugin than now.
     """
     lines = read_metrics(folder / "metrics.jsonl")
     if not lines or lines[-1]["kind"] != "test" or read_config(folder / "config.yaml") != config:
@@ -247,6 +279,7 @@ def find_finished(folder: Path, config: Config, data: LongTailedData | None = No
     model_config = read_model_config(folder)
     info = model_config.training_info
     if data is not None:
+        _check_same_plugins(folder, config)
         check_same_images(folder, info, data)
     return Run(
         folder,

@@ -91,14 +91,15 @@ def train_second_stage(model: TrainedModel, data: LongTailedData, config: Config
     logger.info("second stage %s: a new classifier on the features of %d views", config.second_stage, views)
     with PreemptionHandler(quiet) as stop:
 
-        def check() -> None:
-            signal_name, _ = stop.sync(next(calls), False, model.device)
+        def check(now: bool = False) -> None:
+            signal_name, _ = stop.sync(next(calls), False, model.device, now)
             if signal_name:
                 raise StoppedError(signal_name, "at the end of the first stage")
 
         trained, _ = retrain_classifier(
             model, data, config, HeadSettings(config.second_stage), views=views, first_view=first, check=check
         )
+        check(now=True)
     seconds, info = time.monotonic() - started, model.config.training_info
     info = {
         **info,

@@ -63,6 +63,7 @@ class Student:
     """Steps of the training."""
     turn: Turn
     sharpness: SharpnessAware | None = None
+    terms_are_checked: bool = False
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate at a step."""
@@ -108,6 +109,9 @@ class Student:
             later = not sync or number + 1 < len(parts)
             with fabric.no_backward_sync(self.wrapped, enabled=world_size() > 1 and later):
                 terms = self.wrapped(part.to(fabric.device))
+                if not self.terms_are_checked:  # a method returns the same ones in every step
+                    _check_terms(terms, self.config.method)
+                    self.terms_are_checked = True
                 if len(parts) > 1:
                     terms = {name: value * (sizes[number] / sum(sizes)) for name, value in terms.items()}
                 fabric.backward(functools.reduce(operator.add, terms.values()))
@@ -136,6 +140,17 @@ class Student:
         """Update the counts after a step over ``images`` images of all processes."""
         views, cost = self.method.plan.num_student, self.method.pass_cost(self.config)
         self.tracker.count(images, round(images * views * passes_per_step(self.config) * cost))
+
+
+def _check_terms(terms: Mapping[str, object], method: str) -> None:
+    """Raise LongtailError if loss terms are no scalars that depend on weights; it waits for no device."""
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.ndim > 0:
+            shown = "nothing" if value is None else tuple(value.shape) if isinstance(value, Tensor) else repr(value)
+            raise LongtailError(f"method {method}: loss term '{name}': expected a scalar tensor, got {shown}")
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in terms.values()):
+        found = ", ".join(terms) or "no terms"
+        raise LongtailError(f"method {method}: expected loss terms with a gradient for what is trained, got {found}")
 
 
 class LoaderSteps:

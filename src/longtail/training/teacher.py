@@ -29,7 +29,7 @@ from longtail.nn.encoder import pretrained_encoder
 from longtail.randomness import Stream, mix
 from longtail.registry import METHODS, TASKS
 from longtail.tasks.loading import load_model
-from longtail.training.run_io import INCIDENTAL, flatten
+from longtail.training.run_io import INCIDENTAL, flatten, plugin_digests
 from longtail.training.seen_images import seen_test_images
 
 logger = logging.getLogger(__name__)
@@ -143,11 +143,15 @@ def _inherited_tune(config: Config, network: str, pretrained: str) -> str:
 
 
 def teacher_folder(config: Config, data: LongTailedData, runs: Path, member: int = 0) -> Path:
-    """Return the folder of such a run's teacher: its name depends on all settings that matter, and on the images."""
+    """Return the folder of such a run's teacher.
+
+    Its name depends on all settings that matter, on the images, and on the plugins that the teacher's parts are of.
+    """
     settings = teacher_config(config, data, member)
     ignored = INCIDENTAL | NEVER_OF_TEACHER
     values = {name: value for name, value in flatten(settings.to_dict()).items() if name not in ignored}
-    content = json.dumps([values, data.fingerprint], sort_keys=True)
+    plugins = plugin_digests(settings)
+    content = json.dumps([values, data.fingerprint, *([plugins] if plugins else [])], sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
     network = re.sub(r"[^\w.-]+", "-", settings.network)  # some file systems do not allow a colon
     return runs / f"{settings.data.source}-{network}-{digest}"

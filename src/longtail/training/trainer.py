@@ -50,7 +50,7 @@ from longtail.training.sharpness import SharpnessAware, check_sharpness, passes_
 from longtail.training.steps import DeviceSteps, LoaderSteps, Student, batches_on_device, build_steps
 from longtail.training.teacher import Teacher, load_teacher, train_teacher
 from longtail.training.teacher_cache import TeacherCache, teacher_cache
-from longtail.training.trained_model import build_model, modules_to_save, student_modules
+from longtail.training.trained_model import build_model, check_head, modules_to_save, student_modules
 from longtail.training.turns import Turn
 from longtail.training.weight_average import WeightAverage
 
@@ -198,6 +198,7 @@ class _Trainer:
         torch.set_rng_state(self.state)
         adapter = self.task.sample_adapter(config, data)
         method = self.method_class(config, self.encoder, data.class_counts, *parts, adapter=adapter)
+        check_head(method, config, data)
         if world_size() > 1 and self.fabric.device.type != "cpu":
             synchronize_batch_norm(method)
         method.to(memory_format=torch.channels_last)
@@ -332,7 +333,8 @@ class _Trainer:
                     if config.compile and tracker.step == 1:
                         logger.info("the first step, with the compilation of the network: %.0f s", tracker.seconds)
                     progress.step(epoch, self.epochs, learning_rate, tracker, steps.check)
-                    if tracker.step % per_epoch == 0:
+                    ended = tracker.step % per_epoch == 0
+                    if ended:
                         self._end_epoch(student, log, epoch, learning_rate)
                         self.turn.give()
                         # on a CPU the duration of whole-image runs has been said, see remarks_on_duration
@@ -342,7 +344,8 @@ class _Trainer:
                                 logger.info("%s", line)
                         before = time.monotonic()
                     due = time.monotonic() - saved >= config.checkpoint_seconds
-                    signal_name, due = stop.sync(tracker.step, due, self.fabric.device)
+                    # at the end of an epoch in any case: a validation may have been long, or no step follows
+                    signal_name, due = stop.sync(tracker.step, due, self.fabric.device, now=ended)
                     if due or signal_name or tracker.step == total:
                         steps.check()
                         self._save(student)
@@ -351,6 +354,9 @@ class _Trainer:
                         raise StoppedError(signal_name, f"at step {tracker.step} of {total}")
                     # what follows a step is not counted as training time
                     tick = time.monotonic()
+            signal_name, _ = stop.sync(tracker.step, False, self.fabric.device, now=True)  # during the last checkpoint
+            if signal_name:
+                raise StoppedError(signal_name, f"at step {tracker.step} of {total}")
 
     def _end_epoch(self, student: Student, log: MetricLogger, epoch: int, learning_rate: float) -> None:
         method, ema, tracker = student.method, student.ema, student.tracker

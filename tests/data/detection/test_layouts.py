@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longtail.config import Data
-from longtail.data.detection import AnnotationProblems, DetectionData, read_coco, read_voc, read_yolo
+from longtail.data.detection import AnnotationProblems, DetectionData, read_coco, read_voc, read_yolo, write_coco
 from longtail.data.detection.layouts import read_annotated_images
+from longtail.data.detection.split import write_split
 from longtail.data.source_spec import source_of
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
@@ -62,6 +64,42 @@ def test_a_split_leaves_no_file_of_an_earlier_one(tmp_path: Path, command: Comma
     assert command("split", root, "--out", out, "--val", "0", "--test", "0.2", "--overwrite")[0] == 0
     assert sorted(path.name for path in out.iterdir()) == ["test.json", "train.json"]
     assert sum(len(read_coco(path)) for path in out.iterdir()) == 40
+
+
+def test_an_interrupted_split_leaves_no_training_set_beside_the_others_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_voc_layout(tmp_path / "set", {"train": drawn_images(40)}, lists=False)
+    config, out, steps = Data(source="boxes", root=str(root)), tmp_path / "split", 0
+
+    def images() -> dict[str, set[str]]:
+        return {path.stem: set(read_coco(path).files) for path in out.glob("*.json")}
+
+    def interrupted(do: Callable[..., Any], after: int) -> Callable[..., Any]:
+        def step(*args: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps > after:
+                raise KeyboardInterrupt
+            return do(*args, **options)
+
+        return step
+
+    for after in range(9):  # of three files: written, removed, renamed
+        write_split(config, out, 0.2, 0.2, seed=0)
+        before, steps = images(), 0
+        with monkeypatch.context() as patched:
+            patched.setattr("longtail.data.detection.split.write_coco", interrupted(write_coco, after))
+            patched.setattr(Path, "rename", interrupted(Path.rename, after))
+            patched.setattr(Path, "unlink", interrupted(Path.unlink, after))
+            with pytest.raises(KeyboardInterrupt):
+                write_split(config, out, 0.2, 0.2, seed=1)
+        left = images()
+        assert "train" not in left or left == before
+    write_split(config, out, 0.2, 0.2, seed=1)
+    assert images() != before
+    assert sum(map(len, images().values())) == len(set().union(*images().values())) == 40
+    assert sorted(path.name for path in out.iterdir()) == ["test.json", "train.json", "val.json"]
 
 
 def roboflow(root: Path, split: str, names: dict[int, str], class_id: int) -> Path:

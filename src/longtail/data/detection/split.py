@@ -10,6 +10,7 @@ Legend: N images, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from longtail.data.grouped_split import grouped_split
 from longtail.data.listing import SPLITS
 from longtail.data.paths import printable
 from longtail.errors import LongtailError
+from longtail.files import make_folder
 from longtail.randomness import Stream, generator, mix
 
 _EMPTY = mix(Stream.EMPTY_IMAGES)
@@ -96,12 +98,24 @@ def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> 
     chosen = {name: torch.nonzero(split.parts == number).flatten() for number, name in enumerate(SPLITS)}
     if not len(chosen["train"]):
         raise LongtailError(f"{annotated.root}: none of its {len(whole)} images would be left to train on; add images")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     files = {name: out / f"{name}.json" for name, images in chosen.items() if len(images)}
-    for name, path in files.items():
-        write_coco(whole.select(chosen[name]), path)
-    for name in chosen.keys() - files:
-        _remove(out / f"{name}.json")
+    partial = {name: out / f".{name}.json.partial" for name in files}
+    try:
+        for name, path in partial.items():
+            write_coco(whole.select(chosen[name]), path)
+        # an interruption may leave the files of one split, or no training set, but never one beside the others of
+        # another split, whose images could be in it
+        for name in SPLITS:
+            (out / f"{name}.json").unlink(missing_ok=True)
+        for name in reversed(files):
+            partial[name].rename(files[name])
+    except OSError as error:
+        raise LongtailError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
+    finally:
+        for path in partial.values():
+            with contextlib.suppress(OSError):
+                path.unlink()
     remarks = [annotated.layout, *annotated.problems.remarks()]
     bare = [index for index, mask in enumerate(whole.masks or ()) if not mask]
     if bare:
@@ -120,10 +134,3 @@ def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> 
         "remarks": remarks,
         "data": f"--data.source boxes --data.root {shlex.quote(str(annotated.root))} {named}",
     }
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise LongtailError(f"{path}: cannot be removed: {error.strerror}") from None

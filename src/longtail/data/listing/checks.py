@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,14 @@ import torch
 from longtail.data.listing.types import Entries, Listing
 from longtail.data.paths import Folders, find_path, printable
 
+_WINDOWS = re.compile(r"[a-z]:[\\/]|\\\\", re.IGNORECASE)  # C:\, C:/, \\server
+_NO_CLASSES = re.compile(
+    r"(unsorted|unlabell?ed|unclassified|unknown|misc|miscellaneous|others?|various|te?mp|backup|new folder|untitled"
+    r"|untitled folder)( ?\(?\d+\)?)?",
+    re.IGNORECASE,
+)
+"""Names of folders for what is not in a class yet, also with a number: ``New folder (2)``."""
+
 
 def check(listing: Listing) -> None:
     """Add what is wrong to a listing's errors and remarks, and keep one entry of a file that a split lists twice.
@@ -19,6 +28,7 @@ def check(listing: Listing) -> None:
     Paths that differ from a file's name in their Unicode form only become that name.
     """
     _check_names(listing.class_names, listing.errors)
+    _remark_on_names(listing.class_names, listing.remarks)
     classes = len(listing.class_names)
     counts = torch.bincount(listing.training.labels, minlength=classes)
     for split, entries in listing.splits.items():
@@ -51,6 +61,14 @@ def _check_names(names: Sequence[str], errors: list[str]) -> None:
         seen.setdefault(plain, name)
 
 
+def _remark_on_names(names: Sequence[str], remarks: list[str]) -> None:
+    doubtful = [name for name in names if _NO_CLASSES.fullmatch(name.rpartition("/")[2].strip())]
+    if doubtful:
+        shown = printable(", ".join(f"'{name}'" for name in doubtful[:3])) + "…" * (len(doubtful) > 3)
+        is_class, it = (f"is {shown} a class", "it") if len(doubtful) == 1 else (f"are {shown} classes", "them")
+        remarks.append(f"{is_class}? Leave {it} out of the set if not")
+
+
 def _check_files(listing: Listing) -> None:
     """Look for every file, a folder at a time: a system call for each of a million files would take minutes."""
     folders = Folders(listing.root)
@@ -66,17 +84,31 @@ def _check_files(listing: Listing) -> None:
     for reason, by_split in missing.items():
         count = sum(map(len, by_split.values()))
         total = sum(len(listing.splits[split]) for split in by_split)
-        examples = [name for names in by_split.values() for name in names][:3]
-        shown = printable(", ".join(examples)) + ("…" if count > 3 else "")
+        lost = [name for absent in by_split.values() for name in absent]
+        shown = printable(", ".join(lost[:3])) + ("…" if count > 3 else "")
         # close names say more than that the root may be another
         is_root = count == total and "perhaps you meant" not in reason
         hint = "; the folder that the names begin in is --data.root FOLDER" if is_root else ""
-        if "\\" in examples[0] and folders.find(examples[0].replace("\\", "/")) is not None:
-            hint = "; separate folders by / in place of \\"
+        if of_windows := [name for name in lost if _WINDOWS.match(name)]:
+            reason, hint = _explain_windows(of_windows, folders), ""
         listing.errors.append(
             f"{', '.join(by_split)}: {count:,} of {total:,} files are missing below {printable(listing.root)} "
             f"({shown}): {reason}{hint}"
         )
+
+
+def _explain_windows(names: Sequence[str], folders: Folders) -> str:
+    """Return why absolute paths of Windows name no files, and what to do about it."""
+    advice = "they are absolute paths of Windows: remove {} from them"
+    common = os.path.commonprefix(names)  # noqa: RUF071 (cut at a separator, of either kind)
+    ends = [separator.end() for separator in re.finditer(r"[\\/]+", common)]
+    # the shortest, after which the first name and the last are found
+    found = (end for end in ends if all(folders.find(name[end:].replace("\\", "/")) for name in (names[0], names[-1])))
+    end = next(found, None)
+    if end is not None:
+        return advice.format(f"'{printable(common[:end])}'")
+    prefix = f"'{printable(common[: ends[-1]])}'" if ends else "the drive and the folders of all"
+    return f"{advice.format(prefix)}, and name the folder that it stands for with --data.root FOLDER"
 
 
 def _first_failure(root: Path, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from longtail.errors import LongtailError, did_you_mean
 from longtail.run_folder import is_written
 
 _SHOWN = 3  # names in a message
+_SUGGESTIONS = 10  # classes of a split for which similar training classes are looked for
 _OF_SYSTEMS = frozenset({"Thumbs.db", "desktop.ini", "__MACOSX"})  # the last is in archives that macOS made
 
 
@@ -26,7 +28,9 @@ def read_folder(root: Path, *, class_depth: int | None = None, skip_empty: bool 
     """Read a folder of class folders, below folders of splits (:data:`SPLIT_ALIASES`, in any case) or directly.
 
     Every folder that contains images is a class, whatever its depth; its name is its path, ``animals/cat``. The runs of
-    a training that was started in the folder, whose pictures of errors are images too, are left out.
+    a training that was started in the folder, whose pictures of errors are images too, are left out. So are folders
+    beside those of splits, such as one of unlabelled images; but where these are more folders with more images, the
+    folder called train is probably a class among others, and there is an error.
 
     Args:
         root: the folder.
@@ -40,20 +44,21 @@ def read_folder(root: Path, *, class_depth: int | None = None, skip_empty: bool 
     splits = find_split_folders(root, reader.errors)
     if not splits:
         files = reader.class_files(root)
-        return reader.listing(root, {"all": ("", files)}, [])
+        return reader.listing(root, {"all": ("", files)})
     for entry in _scan(root):
         if split_of(entry.name) is None and not _is(entry, "dir") and not _is(entry, "file"):
             reader.errors.append(_not_a_folder(root, entry, "images"))
     reader.remark_on_parquet(root)
     contents = {split: (f"{folder}/", reader.class_files(root / folder)) for split, folder in splits.items()}
-    beside = [
-        entry.name for entry in _scan(root) if _is(entry, "dir") and split_of(entry.name) is None
-    ]  # other than a split
+    used = sum(len(images) for _, files in contents.values() for images in files.values())
+    beside = reader.report_beside(root, splits, used)
     if "test" not in contents and "val" in contents:
         # the only other split is what the model is evaluated on, so it cannot choose the epoch too
         contents["test"] = contents.pop("val")
         reader.remarks.append(validation_is_test(f"{printable(root / splits['val'])}"))
-    return reader.listing(root, contents, beside)
+    listing = reader.listing(root, contents)
+    listing.beside = beside
+    return listing
 
 
 def validation_is_test(where: str) -> str:
@@ -119,6 +124,8 @@ class _Reader:
     class_depth: int | None
     skip_empty: bool
     errors: list[str] = field(default_factory=list)
+    not_images: list[str] = field(default_factory=list)
+    """Errors on files in class folders that are no images by their names."""
     remarks: list[str] = field(default_factory=list)
     empty: dict[str, str] = field(default_factory=dict)
     """Class folders without images: by name, what they contain instead."""
@@ -153,7 +160,7 @@ class _Reader:
             )
         self.remark_on_parquet(root)
         for entry in folders:
-            self._walk(root, entry.name, files, empty, {_identity(root)})
+            self.walk(root, entry.name, files, empty, {_identity(root)})
         # a class may have several folders (two spellings, or class_depth), of which one has images
         self.empty |= {name: place for name, place in empty.items() if name not in files}
         return files
@@ -167,7 +174,7 @@ class _Reader:
                 "files is read with --data.source hub"
             )
 
-    def _walk(self, root: Path, path: str, files: _Files, empty: dict[str, str], above: set[tuple[int, int]]) -> None:
+    def walk(self, root: Path, path: str, files: _Files, empty: dict[str, str], above: set[tuple[int, int]]) -> None:
         """Add the images of a class folder and of those below it; ``path`` leads to it from ``root``."""
         identity = _identity(root / path)
         if identity in above:
@@ -189,7 +196,7 @@ class _Reader:
         name = "/".join(nfc(path).split("/")[: self.class_depth])
         if images:
             files.setdefault(name, []).extend(f"{path}/{image}" for image in images)
-            self.errors += [
+            self.not_images += [
                 f"{printable(root / path / file)}: is not an image by its name; convert or remove it, or leave "
                 f"such files out: longtail inspect SOURCE --fix FILE.csv (class '{printable(name)}')"
                 for file in other
@@ -197,25 +204,55 @@ class _Reader:
         elif not folders:
             empty[name] = f"{printable(root / path)}" + (f", only {_shown(other)}" if other else "")
         for folder in folders:
-            self._walk(root, f"{path}/{folder}", files, empty, above | {identity})
+            self.walk(root, f"{path}/{folder}", files, empty, above | {identity})
 
-    def listing(self, root: Path, contents: Mapping[str, tuple[str, _Files]], beside: Sequence[str]) -> Listing:
+    def report_beside(self, root: Path, splits: Mapping[str, str], used: int) -> str | None:
+        """Add a remark, or an error, on folders with images that are beside those of the splits.
+
+        Args:
+            root: the folder of all of them.
+            splits: names of the folders of the splits.
+            used: number of images in them.
+
+        Returns:
+            The remark without the folder's name, if there is one.
+        """
+        names = sorted(entry.name for entry in _scan(root) if _is(entry, "dir") and split_of(entry.name) is None)
+        counts = {name: count for name in names if (count := _count_images(root, name))}
+        if not counts:
+            return None
+        shown, images = _shown(list(counts)), sum(counts.values())
+        if len(counts) > len(splits) and images > used:
+            folders = [printable(f"{folder}/") for folder in splits.values()]
+            are, them = ("is a split", "it") if len(folders) == 1 else ("are splits", "them")
+            self.errors.insert(
+                0,
+                f"{printable(root)}: {', '.join(folders)} {are}, and {len(counts):,} folders beside {them} ({shown}) "
+                f"contain {images:,} images that would not be used: move them into {folders[0]} or out of "
+                f"{printable(root)}, or rename {', '.join(folders)}",
+            )
+            return None
+        left_out = (
+            _number(len(counts), "folder beside the splits is", "folders beside the splits are")
+            + f" not used ({shown}), with {_number(images, 'image', 'images')}"
+        )
+        self.remarks.append(f"{printable(root)}: {left_out}")
+        return left_out
+
+    def listing(self, root: Path, contents: Mapping[str, tuple[str, _Files]]) -> Listing:
         """Return what was read, by split: the prefix of the paths, and the images by class."""
         names = sorted(contents["train" if "train" in contents else "all"][1])
         splits = {}
         for split, (prefix, files) in contents.items():
             unseen = sorted(set(files) - set(names))
-            for name in unseen:
-                place = printable(root / prefix / name)
-                if name not in self.empty:
-                    self.errors.append(
-                        f"{place}: the class '{printable(name)}' is not among the training classes"
-                        f"{did_you_mean(name, names)}"
-                    )
-                elif self.skip_empty:
-                    self.remarks.append(
-                        f"{place}: {len(files[name])} images of a class without training images are left out"
-                    )
+            self._report_unknown(root / prefix, [name for name in unseen if name not in self.empty], len(files), names)
+            if self.skip_empty:
+                self.remarks += [
+                    f"{printable(root / prefix / name)}: {len(files[name])} images of a class without training images "
+                    "are left out"
+                    for name in unseen
+                    if name in self.empty
+                ]
             splits[split] = _entries(files, names, prefix)
         self._report_empty()
         if self.written:
@@ -226,13 +263,8 @@ class _Reader:
                 )
                 + f" left out ({_shown(sorted(self.written))})"
             )
-        if beside:
-            self.remarks.append(
-                f"{printable(root)}: "
-                + _number(len(beside), "folder beside the splits is", "folders beside the splits are")
-                + f" not used ({_shown(sorted(beside))})"
-            )
-        inner = [name for name in names if any(other.startswith(f"{name}/") for other in names)]
+        above = {name[:end] for name in names for end, letter in enumerate(name) if letter == "/"}
+        inner = [name for name in names if name in above]
         if inner:
             self.remarks.append(
                 _number(len(inner), "class has others below it", "classes have others below them")
@@ -240,7 +272,29 @@ class _Reader:
             )
         if not names and not self.errors:
             raise LongtailError(f"{root}: expected a sub-folder with images for each class, found no images")
-        return Listing(root, splits, names, self.errors, self.remarks)
+        return Listing(root, splits, names, [*self.errors, *self.not_images], self.remarks, not_images=self.not_images)
+
+    def _report_unknown(self, folder: Path, unknown: Sequence[str], classes: int, names: Sequence[str]) -> None:
+        """Add errors on classes of a split that are none of the training set.
+
+        Args:
+            folder: of the split.
+            unknown: classes of the split without a class folder in the training set.
+            classes: number of all classes of the split.
+            names: training classes.
+        """
+        if len(unknown) == classes > 1:
+            self.errors.append(
+                f"{printable(folder)}: none of its {classes:,} classes is among the training classes; the first is "
+                f"'{printable(unknown[0])}'{did_you_mean(unknown[0], names)}"
+            )
+            return
+        for rank, name in enumerate(unknown):
+            # the comparison with every training class takes a tenth of a second where there are thousands
+            advice = did_you_mean(name, names) if rank < _SUGGESTIONS else ""
+            self.errors.append(
+                f"{printable(folder / name)}: the class '{printable(name)}' is not among the training classes{advice}"
+            )
 
     def _report_empty(self) -> None:
         if self.skip_empty:
@@ -286,6 +340,19 @@ def _entries(files: Mapping[str, Sequence[str]], names: Sequence[str], prefix: s
     paths = [f"{prefix}{file}" for name in names for file in files.get(name, [])]
     labels = [index for index, name in enumerate(names) for _ in files.get(name, [])]
     return Entries(paths, torch.tensor(labels, dtype=torch.int64))
+
+
+def _count_images(root: Path, name: str) -> int:
+    """Return the number of images below a folder, without those of runs; below one that cannot be read, what was found.
+
+    Args:
+        root: folder that contains the folder.
+        name: of the folder.
+    """
+    files: _Files = {}
+    with contextlib.suppress(LongtailError):  # it is not used, so that it need not be readable
+        _Reader(None, skip_empty=True).walk(root, name, files, {}, {_identity(root)})
+    return sum(map(len, files.values()))
 
 
 def _shown(names: Sequence[str]) -> str:

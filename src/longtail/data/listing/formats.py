@@ -21,7 +21,7 @@ from longtail.data.listing.tables import (
     read_table,
 )
 from longtail.data.listing.types import SPLITS, Entries, Listing
-from longtail.data.paths import nfc, printable, shortest_paths
+from longtail.data.paths import Folders, nfc, printable, shortest_paths
 from longtail.data.text import from_latin1, is_undecoded, read_text
 from longtail.errors import LongtailError, did_you_mean
 
@@ -154,7 +154,8 @@ def read_splits(
 ) -> Listing:
     """Read a list, a table or annotations for every split; the suffix of a file tells its format.
 
-    Integer labels that are not 0 to C − 1 name the classes, as ids from a database do.
+    Integer labels that are not 0 to C − 1 name the classes, as ids from a database do. Folders in a path may be
+    separated as on Windows.
 
     Args:
         sources: files by split; one table with a column of splits may stand for all.
@@ -180,10 +181,10 @@ def read_splits(
             files, labels, category_names, order = read_annotations(path, category_ids, remarks)
             if category_ids is None:
                 names, category_ids = category_names, order
-            raw[split] = (_decode(path, root, files, remarks), labels)
+            raw[split] = (_decode_paths(path, root, files, remarks), labels)
         else:
             files, labels = read_list(path)
-            raw[split] = (_decode(path, root, files, remarks), labels)
+            raw[split] = (_decode_paths(path, root, files, remarks), labels)
     parsed = parse_labels([table.label_texts for table in tables.values()])
     for (split, table), labels_of in zip(tables.items(), parsed, strict=True):
         remarks += table.remarks
@@ -248,7 +249,11 @@ def _decode_table(table: Table, root: Path, remarks: list[str]) -> Table:
     texts = _decode(table.path, root, [*table.files, *table.labels], remarks, paths=len(table.files))
     count = len(table.files)
     labels = [nfc(label) for label in texts[count:]]
-    return dataclasses.replace(table, files=texts[:count], labels=labels)
+    return dataclasses.replace(table, files=_with_slashes(table.path, root, texts[:count], remarks), labels=labels)
+
+
+def _decode_paths(path: Path, root: Path, names: list[str], remarks: list[str]) -> list[str]:
+    return _with_slashes(path, root, _decode(path, root, names, remarks), remarks)
 
 
 def _decode(path: Path, root: Path, texts: list[str], remarks: list[str], paths: int | None = None) -> list[str]:
@@ -268,6 +273,29 @@ def _decode(path: Path, root: Path, texts: list[str], remarks: list[str], paths:
         return texts
     remarks.append(f"{printable(path)}: is not UTF-8; it is read as Latin-1 (a guess)")
     return [from_latin1(text) if is_undecoded(text) else text for text in texts]
+
+
+def _with_slashes(path: Path, root: Path, names: list[str], remarks: list[str]) -> list[str]:
+    r"""Return paths in which folders are separated by ``\``, as on Windows, with ``/`` if files exist by these alone.
+
+    Args:
+        path: the file that they are from.
+        root: folder of the images.
+        names: the paths.
+        remarks: where to say so.
+    """
+    if not any("\\" in name for name in names):
+        return names
+    folders = Folders(root)
+    changed = [name if folders.find(name) is not None else name.replace("\\", "/") for name in names]
+    of_windows = [(old, new) for old, new in zip(names, changed, strict=True) if old != new]
+    if not any(folders.find(new) is not None for _, new in of_windows):
+        return names
+    remarks.append(
+        f"{printable(path)}: {len(of_windows):,} path{'s have' if len(of_windows) > 1 else ' has'} \\ between folders, "
+        f"read as / ({printable(of_windows[0][0])})"
+    )
+    return changed
 
 
 def _by_split(table: Table, labels: Sequence[Any]) -> dict[str, tuple[list[str], list[Any]]]:

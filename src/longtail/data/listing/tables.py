@@ -24,7 +24,7 @@ IMAGE_COLUMNS = (
 )
 LABEL_COLUMNS = (
     *("class_name", "label", "class", "target", "category", "labels", "classname", "category_name", "label_name"),
-    *("class_label", "class_id", "label_id", "category_id"),
+    *("class_label", "class_id", "label_id", "category_id", "species", "scientific_name", "scientificname"),
 )
 """Usual names of columns, as :func:`pick_column` compares them; the first that a table has is used."""
 _SPLIT_COLUMNS = ("split", "set", "subset", "partition", "phase", "data_split", "dataset_split", "usage")

@@ -58,11 +58,20 @@ class Listing:
     """What prevents training on it; each names the file, class or field."""
     remarks: list[str] = field(default_factory=list)
     """What a user should know."""
+    not_images: list[str] = field(default_factory=list)
+    """Those of the errors that a file in a class folder is no image by its name."""
+    beside: str | None = None
+    """Which folders with images are beside the splits and not used, where there are some."""
     mean: tuple[float, ...] | None = None
     """Of each channel of its photographs in [0, 1]; ImageNet's if None."""
     std: tuple[float, ...] | None = None
     check_headers: bool = False
     """Whether the header of every training image is read when the set is loaded; a list may name too many for that."""
+
+    @property
+    def can_be_split(self) -> bool:
+        """Whether its images can be divided and counted, since all errors are about other files."""
+        return set(self.errors) <= set(self.not_images)
 
     @property
     def training(self) -> Entries:

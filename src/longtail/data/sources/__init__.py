@@ -34,6 +34,9 @@ class Source:
     validation, fraction for testing, seed) to what :func:`longtail.data.splits.write_split` returns."""
     balanced: bool = False
     """Whether it is balanced as published, so that it is made long-tailed unless another profile is asked for."""
+    makes_tail: bool = False
+    """Whether ``load`` makes the tail that ``data.profile`` and ``data.imbalance`` ask for; one that is ``balanced``
+    does."""
 
     def __post_init__(self) -> None:
         if (self.load is None) == (self.listing is None):
@@ -60,6 +63,10 @@ def load_data(config: Data, seed: int) -> LongTailedData:
     seed = seed if config.seed is None else config.seed
     if source.load is not None:
         data = source.load(config, seed)
+        if config.profile not in {"auto", "natural"} and not (source.makes_tail or source.balanced):
+            raise LongtailError(
+                f"data.profile {config.profile}: source {config.source} makes no tail of its images; leave it out"
+            )
         counts = data.class_counts
         if source.balanced and config.profile != "natural" and config.imbalance >= 2 and min(counts) == max(counts):
             raise LongtailError(

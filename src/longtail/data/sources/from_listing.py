@@ -116,7 +116,7 @@ def split_listing(listing: Listing, config: Data, seed: int, remarks: list[str])
     """Return the images of each split, the training images with the tail; no image file is opened.
 
     Args:
-        listing: without errors.
+        listing: without errors on its images, see :attr:`Listing.can_be_split`.
         config: fractions of the splits, and the tail.
         seed: of the split and the tail.
         remarks: where to say what a user should know about the splits.
@@ -126,7 +126,8 @@ def split_listing(listing: Listing, config: Data, seed: int, remarks: list[str])
     """
     names = listing.class_names
     if len(names) < 2:
-        raise LongtailError(f"{listing.root}: expected at least two classes, found '{names[0]}' alone")
+        beside = f"; {listing.beside}" if listing.beside else ""
+        raise LongtailError(f"{listing.root}: expected at least two classes, found '{names[0]}' alone{beside}")
     splits = dict(listing.splits)
     test, val = held_out_fractions(splits, config, remarks)
     if "all" in splits or test or val:
@@ -161,8 +162,8 @@ def _hold_out(
             root = f" --data.root {shlex.quote(str(listing.root))}"
             data = shlex.quote(str(listing.root)) if config.train is None else shlex.quote(config.train) + root
             way = (
-                f"or train on it without a test image: longtail split {data} --val 0 --out split.csv, then longtail "
-                f"train split.csv{root}"
+                f"or train on it without a test image: longtail split {data}{_flags_of_reading(config)} --val 0 --out "
+                f"split.csv, then longtail train split.csv{root}"
             )
         raise LongtailError(
             f"class '{listing.class_names[single]}' has {counts[single]} image{'s' * (counts[single] != 1)} "
@@ -171,6 +172,14 @@ def _hold_out(
         )
     parts = hold_out(whole.labels, listing.class_names, test, val, seed, remarks)
     return {**splits, **{name: whole.at(positions) for name, positions in parts.items()}}
+
+
+def _flags_of_reading(config: Data) -> str:
+    """Return the flags without which another command would read the files of a set in another way."""
+    names = ("image_column", "label_column", "split_column", "class_depth")
+    values = {name: value for name in names if (value := getattr(config, name)) is not None}
+    flags = [f" --data.{name} {shlex.quote(str(value))}" for name, value in values.items()]
+    return "".join(flags) + " --data.skip_empty" * config.skip_empty
 
 
 def _make_long_tailed(entries: Entries, names: Sequence[str], config: Data, seed: int, remarks: list[str]) -> Entries:
@@ -212,7 +221,7 @@ def _copied(
         splits: the images.
         policy: side of the squares.
         folder: where the copies are.
-        remarks: where to say how many images were decoded, and where the copies are or why there are none.
+        remarks: where to say how many images were decoded, if any, and where the copies are or why there are none.
         unreadable: gathers the files that cannot be read; they are left out, and have no copy.
 
     Raises:
@@ -268,12 +277,10 @@ def _copied(
     except RowStoreError as error:
         remarks.append(f"no resized copies of the images are kept: {error}")
         return None
-    where = f"in {folder} ({_mib(len(store) * store.row_bytes)})"
     if decoded:
-        remarks.append(f"{decoded:,} of {images:,} images were decoded, and their resized copies are kept {where}")
-    else:
         remarks.append(
-            f"no image was decoded: there are resized copies of all {images - len(unreadable.found):,} {where}"
+            f"{decoded:,} of {images:,} images were decoded, and their resized copies are kept in {folder} "
+            f"({_mib(len(store) * store.row_bytes)})"
         )
     return copied
 

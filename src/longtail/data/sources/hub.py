@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +143,7 @@ def _read_parts(config: Data, where: str, remarks: list[str]) -> tuple[dict[str,
 def _short_sides(train: _Part, where: str) -> list[int]:
     """Return the shorter sides in pixels of the first training images."""
     positions = train.positions[:SAMPLE]
-    images = EncodedImages(_reader(train), len(positions), where, 8, numbers=positions)
+    images = EncodedImages(functools.partial(_encoded_image, train), len(positions), where, 8, numbers=positions)
     sides: list[int] = []
     failure: LongtailError | None = None
     for index in range(len(positions)):
@@ -156,15 +156,16 @@ def _short_sides(train: _Part, where: str) -> list[int]:
     return sides
 
 
-def _reader(part: _Part) -> Callable[[int], bytes]:
-    return lambda index: part.rows.encoded_images([int(part.positions[index])])[0]
+def _encoded_image(part: _Part, index: int) -> bytes:
+    return part.rows.encoded_images([int(part.positions[index])])[0]
 
 
 def _open(part: _Part, policy: SizePolicy, where: str, unreadable: Unreadable) -> ImageSet:
     """Decode the images of a split where they fit into memory, otherwise when they are needed."""
     positions, labels = part.positions, part.labels
     fraction = 0.0 if unreadable.refuses else unreadable.config.max_unreadable_fraction
-    encoded = EncodedImages(_reader(part), len(positions), where, policy.stored, 3, labels, fraction, positions)
+    read = functools.partial(_encoded_image, part)  # no closure: workers that are spawned get it pickled
+    encoded = EncodedImages(read, len(positions), where, policy.stored, 3, labels, fraction, positions)
     if not policy.in_memory:
         return ImageSet(encoded, labels, positions)
     squares, reasons = decode_readable(encoded, torch.arange(len(positions)))
@@ -173,4 +174,4 @@ def _open(part: _Part, policy: SizePolicy, where: str, unreadable: Unreadable) -
     return ImageSet(images, without(labels, reasons), without(positions, reasons))
 
 
-HUB = Source(load=load_hub)
+HUB = Source(load=load_hub, makes_tail=True)

@@ -55,6 +55,7 @@ CAMVID_CLASSES = (
 _PNG_SIGNATURE, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # and where the bits of a value are, in the header
 
 Labels = np.ndarray[Any, np.dtype[np.int32]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class SegmentationSample(NamedTuple):
@@ -201,24 +202,20 @@ def load_segmentation(
     unreadable = Unreadable(config, sum(map(len, pairs.values())))
     pairs, counted = _count_readable(root, pairs, names, config.ignore_value, test, unreadable)
     if names is None:
-        names = _numbered_names(root, max(masks.counts.shape[1] for masks in counted.values()) - 1)
+        names = _numbered_names(root, max(masks.largest_value() for masks in counted.values()))
     remarks = [remark for split in pairs for remark in _unlabelled_remarks(root, pairs[split], counted[split])]
     if config.val_fraction > 0:
         remarks.append("data.val_fraction is not used: masks have the splits of their folders")
     unreadable.check(remarks)
     pairs["train"], counted["train"] = _without_unlabelled(pairs["train"], counted["train"])
-    if test != "val" and "val" in counted and not counted["val"].counts[:, 1:].any():
+    if test != "val" and "val" in counted and not counted["val"].largest_value():
         remarks.append("the validation masks have no labelled pixel, and are left out; the last epoch is kept")
         del pairs["val"], counted["val"]
-    if not counted[test].counts[:, 1:].any():
+    if not counted[test].largest_value():
         raise LongtailError(f"{test}: the masks have no labelled pixel; expected some to evaluate on")
-    train = counted["train"].counts[:, 1:]
-    train = torch.nn.functional.pad(train, (0, len(names) - train.shape[1]))
-    totals = train.sum(dim=0)
+    totals, shares = counted["train"].class_sums(len(names))
     _check_every_class(totals, names, root / "annotations" / folders["annotations"]["train"])
-    present = train > 0
-    shares = present.double() / present.sum(dim=1, keepdim=True).clamp(min=1)
-    rarest = torch.where(present, totals, torch.iinfo(torch.int64).max).argmin(dim=1)
+    rarest = torch.tensor([int(labels[totals[labels].argmin()]) for labels in counted["train"].labels])
     accepted = 0.0 if unreadable.refuses else config.max_unreadable_fraction
     sets = {}
     for split, files in pairs.items():
@@ -239,7 +236,7 @@ def load_segmentation(
         remarks=tuple(remarks),
         unreadable=tuple(unreadable.found),
         pixel_counts=tuple(totals.tolist()),
-        draw_counts=tuple(int(value) for value in (1000 * shares.sum(dim=0)).round().clamp(min=1).tolist()),
+        draw_counts=tuple(int(value) for value in (1000 * shares).round().clip(min=1).tolist()),
         size=size,
     )
 
@@ -269,7 +266,7 @@ def _numbered_names(root: Path, count: int) -> tuple[str, ...]:
     return tuple(f"class {number}" for number in range(1, count + 1))
 
 
-def _check_every_class(totals: Tensor, names: tuple[str, ...], folder: Path) -> None:
+def _check_every_class(totals: Integers, names: tuple[str, ...], folder: Path) -> None:
     """Raise LongtailError if a class has no pixel in the training masks, of which ``totals`` (C,) are counted."""
     unseen = next((index for index, count in enumerate(totals.tolist()) if count == 0), None)
     if unseen is not None:
@@ -356,14 +353,30 @@ def _files_by_stem(folder: Path) -> dict[str, str]:
 
 
 class _MaskCounts(NamedTuple):
-    counts: Tensor
-    """(N, 1 + C) pixels of every value in every mask."""
+    """What is in N masks: of thousands of classes each mask has a few, so that only these are kept."""
+
+    labels: list[Integers]
+    """N (K,) classes in a mask, ascending; none where no pixel is labelled."""
+    pixels: list[Integers]
+    """N (K,) their pixels."""
     sizes: list[tuple[int, int]]
     """N (H, W)."""
 
     def unlabelled(self) -> list[int]:
         """Return the positions of the masks without a labelled pixel."""
-        return torch.nonzero(self.counts[:, 1:].sum(dim=1) == 0).flatten().tolist()
+        return [row for row, labels in enumerate(self.labels) if len(labels) == 0]
+
+    def largest_value(self) -> int:
+        """Return the largest value of any pixel, which is the number of its class; 0 if none is labelled."""
+        return max((int(labels[-1]) + 1 for labels in self.labels if len(labels)), default=0)
+
+    def class_sums(self, classes: int) -> tuple[Integers, np.ndarray[Any, np.dtype[np.float64]]]:
+        """Return (C,) the pixels of each class, and the sum over its masks of 1 / number of classes in the mask."""
+        totals, shares = np.zeros(classes, dtype=np.int64), np.zeros(classes)
+        for labels, pixels in zip(self.labels, self.pixels, strict=True):
+            totals[labels] += pixels
+            shares[labels] += 1 / max(1, len(labels))
+        return totals, shares
 
 
 def _count_readable(
@@ -420,7 +433,7 @@ def _count_pixels(
         The counts of what can be read, in order, and the reasons for the others by position.
     """
 
-    def count(pair: tuple[str, str]) -> tuple[np.ndarray[Any, Any], tuple[int, int]] | str:
+    def count(pair: tuple[str, str]) -> tuple[Integers, Integers, tuple[int, int]] | str:
         image, mask = root / pair[0], root / pair[1]
         try:
             opened, size = open_image(mask), read_size(image)
@@ -438,16 +451,18 @@ def _count_pixels(
             )
         if smallest < 0 or largest > 65_535:
             raise LongtailError(f"{mask}: holds values from {smallest} to {largest}, expected 0 to 65,535")
-        return np.bincount(values.ravel(), minlength=1 + len(names or ())), values.shape
+        pixels = np.bincount(values.ravel())[1:]
+        labels = np.flatnonzero(pixels)
+        return labels, pixels[labels], values.shape
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(pool.map(count, pairs))
     reasons = {row: result for row, result in enumerate(results) if isinstance(result, str)}
     found = [result for result in results if not isinstance(result, str)]
-    counts = torch.zeros(len(found), max((len(values) for values, _ in found), default=1), dtype=torch.int64)
-    for row, (values, _) in enumerate(found):
-        counts[row, : len(values)] = torch.from_numpy(values)
-    return _MaskCounts(counts, [(height, width) for _, (height, width) in found]), reasons
+    counts = _MaskCounts(
+        [labels for labels, _, _ in found], [pixels for _, pixels, _ in found], [size for _, _, size in found]
+    )
+    return counts, reasons
 
 
 def _unlabelled_remarks(root: Path, pairs: list[tuple[str, str]], masks: _MaskCounts) -> list[str]:
@@ -459,9 +474,11 @@ def _unlabelled_remarks(root: Path, pairs: list[tuple[str, str]], masks: _MaskCo
 
 
 def _without_unlabelled(pairs: list[tuple[str, str]], masks: _MaskCounts) -> tuple[list[tuple[str, str]], _MaskCounts]:
-    unlabelled = set(masks.unlabelled())
-    rows = [row for row in range(len(pairs)) if row not in unlabelled]
-    return [pairs[row] for row in rows], _MaskCounts(masks.counts[rows], [masks.sizes[row] for row in rows])
+    rows = [row for row, labels in enumerate(masks.labels) if len(labels)]
+    kept = _MaskCounts(
+        [masks.labels[row] for row in rows], [masks.pixels[row] for row in rows], [masks.sizes[row] for row in rows]
+    )
+    return [pairs[row] for row in rows], kept
 
 
 def _size_error(image: Path, size: tuple[int, int], mask: Path, shape: tuple[int, ...]) -> LongtailError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longtail.evaluation.label_shift import MAX_BBSE_CLASSES, MAX_EXACT_CLASSES
 from longtail.evaluation.temperature_fit import TemperatureFit, describe_temperatures
 
 # images per class below which the intervals of an estimate were too narrow on simulated data (85 % instead of 95 %)
@@ -15,19 +16,24 @@ def trust_lines(metrics: Mapping[str, Any]) -> list[str]:
     """Return lines on calibration, estimated class frequencies and conformal sets, as far as they were computed."""
     fits = {name: TemperatureFit(**entry) for name, entry in metrics.get("temperature_fits", {}).items()}
     lines = [describe_temperatures(fits)] if fits else []
+    weighted = "target_calibration" in metrics
+    on = " on the test set weighted to the target" if weighted else ""
     if "calibration" in metrics:
-        calibration = metrics["calibration"]
+        calibration = metrics["target_calibration" if weighted else "calibration"]
         groups = ", ".join(f"{name} {values['ece']:.1f}" for name, values in calibration["groups"].items())
         lines.append(
-            f"calibration under the {metrics['prior']} prior: expected calibration error {calibration['ece']:.1f} % "
-            f"({groups}), class-wise {calibration['class_ece']:.2f} %, NLL {calibration['nll']:.3f}, "
-            f"Brier {calibration['brier']:.3f}"
+            f"calibration under the {metrics['prior']} prior{on}: expected calibration error "
+            f"{calibration['ece']:.1f} % ({groups}), class-wise {calibration['class_ece']:.2f} %, "
+            f"NLL {calibration['nll']:.3f}, Brier {calibration['brier']:.3f}"
         )
-    lines += estimate_lines(metrics.get("estimates", {}), metrics.get("class_names", ()))
+    names = metrics.get("class_names", ())
+    lines += estimate_lines(metrics.get("estimates", {}), names)
+    if "estimates" in metrics and len(names) > MAX_BBSE_CLASSES:
+        lines.append(f"no estimate by bbse: with more than {MAX_BBSE_CLASSES:,} classes it would take too long")
     if "conformal" in metrics:
         sets = metrics["conformal"]
         lines += [
-            f"conformal sets at coverage {100 * sets['coverage']:g} %, {name}: contain the true class in "
+            f"conformal sets at coverage {100 * sets['coverage']:g} %{on}, {name}: contain the true class in "
             f"{sets[name]['covered']:.1f} %, {sets[name]['size']:.1f} classes on average"
             for name in ("all", "many", "medium", "few")
             if name in sets
@@ -55,6 +61,11 @@ def conformal_line(sets: Mapping[str, Any]) -> str:
 def estimate_lines(estimates: Mapping[str, Mapping[str, Any]], class_names: Sequence[str]) -> list[str]:
     """Return lines on estimated class frequencies, by method."""
     lines = []
+    if estimates and len(class_names) > MAX_EXACT_CLASSES:
+        lines.append(
+            f"with more than {MAX_EXACT_CLASSES:,} classes the intervals of class frequencies are too narrow for "
+            "classes that are confused"
+        )
     for method, entry in estimates.items():
         rows = list(zip(entry["frequencies"], entry["low"], entry["high"], class_names, strict=True))
         shown = ", ".join(f"{name} {q:.3f} ({low:.3f} to {high:.3f})" for q, low, high, name in sorted(rows)[:-4:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,8 +112,13 @@ class ClassificationEvaluator(Evaluator):
             labels, predicted = self.images.labels, predicted.long()
             values["calibration"] = {**calibration_metrics(sums), "rejection": rejection_curve(confidence, correct)}
             values["confusions"] = confused_pairs(labels, predicted, self.class_counts)
-            values["errors"] = most_confident_errors(labels, predicted, confidence, self.class_counts)
+            errors = most_confident_errors(labels, predicted, confidence, self.class_counts)
+            values["errors"] = {kind: [self._with_path(entry) for entry in entries] for kind, entries in errors.items()}
         return metrics
+
+    def _with_path(self, error: dict[str, Any]) -> dict[str, Any]:
+        path = self.images.images.name(error["image"])
+        return error if path is None else {**error, "path": path}
 
     def _gathered(self, values: Tensor) -> Tensor:
         return all_reduce_sum(values.to(self.device)).cpu() if world_size() > 1 else values

@@ -12,6 +12,7 @@ from longtail import plots
 from longtail.config import Config
 from longtail.data.class_order import head_first
 from longtail.data.data_uri import file_data_uri
+from longtail.data.paths import printable
 from longtail.inference.model_config import ModelConfig
 from longtail.tasks.base import Metrics, ReportSections
 from longtail.tasks.classification.diagnosis import diagnose
@@ -71,8 +72,10 @@ def report_sections(
         findings=diagnose(model_config, config, epochs, test) if epochs else (),
         confusions=[
             [
-                f"{names[entry['class']]} ({counts[entry['class']]:,})",
-                f"{names[entry['predicted']]} ({counts[entry['predicted']]:,})",
+                *(
+                    Markup("<bdi>{}</bdi> ({:,})").format(names[entry[key]], counts[entry[key]])
+                    for key in ("class", "predicted")
+                ),
                 f"{entry['share']:.0f} % ({entry['images']})",
             ]
             for entry in main.get("confusions", ())
@@ -93,8 +96,14 @@ def _errors(
             if file is not None:
                 label, predicted = names[entry["class"]], names[entry["predicted"]]
                 confidence = f"{entry['confidence']:.0f}\N{NO-BREAK SPACE}%"
-                caption = Markup("{}<br><span class=soft>predicted</span> {}, {}").format(label, predicted, confidence)
-                images.append((file_data_uri(file), caption, f"{label}, predicted {predicted}, {confidence}"))
+                caption = Markup("<bdi>{}</bdi><br><span class=soft>predicted</span> <bdi>{}</bdi>, {}").format(
+                    label, predicted, confidence
+                )
+                text = f"{label}, predicted {predicted}, {confidence}"
+                if path := printable(entry.get("path", "")):  # an image in memory, or of an earlier version, has none
+                    caption += Markup("<br><bdi class=soft>{}</bdi>").format(path)
+                    text += f": {path}"
+                images.append((file_data_uri(file), caption, text))
         if images:
             sections.append((_ERROR_KINDS[kind], images))
     return sections

@@ -22,7 +22,7 @@ from longtail.data.detection import DEFAULT_POST_PROCESSING
 from longtail.data.image_io import open_image
 from longtail.data.letterbox import FILL
 from longtail.errors import LongtailError
-from longtail.inference.export import Exported, serialize, silent_export, write_bytes
+from longtail.inference.export import Exported, serialize, silent_export, to_onnx, write_bytes
 from longtail.inference.model import Prior
 from longtail.inference.options import TTA
 from longtail.tasks.detection.detector import MOST_CANDIDATES, Detector
@@ -136,7 +136,7 @@ def export_onnx(model: Detector, path: Path, prior: Prior, images: Sequence[Path
 
     Raises:
         LongtailError: the extra is missing, test-time augmentation is asked for, or what the file finds differs from
-            what PyTorch finds.
+            what PyTorch finds; or the installed torch cannot convert the model.
     """
     try:
         import onnx  # noqa: F401
@@ -151,16 +151,8 @@ def export_onnx(model: Detector, path: Path, prior: Prior, images: Sequence[Path
     inputs = _example_inputs(model, images)
     with torch.no_grad(), silent_export(), _fixed_shapes(module):
         module(inputs[:1])  # so that what the model computes once and keeps is no part of the graph
-        program = torch.onnx.export(
-            module,
-            (inputs[:1],),
-            input_names=["images"],
-            output_names=["boxes", "labels", "scores"],
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    proto, side = program.model_proto, config.image_size
+        proto = to_onnx(module, inputs[:1], ["boxes", "labels", "scores"])
+    side = config.image_size
     named = isinstance(prior, str) and prior in {"uniform", "train"}
     frequencies = prior if named or log_prior is None else log_prior.exp().tolist()
     metadata = {

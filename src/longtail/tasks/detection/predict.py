@@ -29,7 +29,7 @@ from longtail.inference.output import (
     object_rows,
     readable_files,
 )
-from longtail.inference.pictures import OBJECTS, free_paths, write_picture
+from longtail.inference.pictures import OBJECTS, PictureNames, write_picture
 from longtail.tasks.base import PredictionRequest
 from longtail.tasks.detection.detector import Detector
 from longtail.tasks.detection.drawing import draw_detections
@@ -52,6 +52,7 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
     threshold = OBJECT_THRESHOLD if request.threshold is None else request.threshold
     names, most = model.config.class_names, request.top or DEFAULT_POST_PROCESSING.max_detections
     classes = dict(zip(model.config.class_ids or range(1, len(names) + 1), names, strict=True))
+    drawings = None if request.out is None else PictureNames(request.out, (OBJECTS,))
     earlier = [] if request.out is None else _earlier_results(request.out / RESULTS, files, classes)
     unreadable: dict[Path, str] = {}
     opened: list[tuple[Path, Image.Image | None]] = []  # the image if it is to be drawn on, of those not yet written
@@ -73,8 +74,8 @@ def predict_files(model: Detector, files: Sequence[Path], request: PredictionReq
             detections = _above(each, threshold, most)
             record: dict[str, Any] = {"path": str(file), "objects": _objects(detections, names)}
             found.append((file, detections, record))
-            if request.out is not None and image is not None:
-                (drawing,) = free_paths(request.out, file, (OBJECTS,))
+            if drawings is not None and image is not None:
+                (drawing,) = drawings.paths(file)
                 write_picture(drawing, draw_detections(image, detections, names), file)
                 record["drawing"] = str(drawing)
     finally:  # also what was found before Ctrl-C, or before an image that fails

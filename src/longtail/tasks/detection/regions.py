@@ -22,7 +22,7 @@ from longtail.config import Config
 from longtail.data.batch import Batch
 from longtail.losses import posterior_cross_entropy
 from longtail.losses.regions import federated_classes, relative_log_odds, relative_log_prior, sigmoid_focal_loss
-from longtail.methods.base import Encoded, SampleAdapter, Samples
+from longtail.methods.samples import Encoded, SampleAdapter, Samples
 from longtail.nn import Encoder, EncoderEnsemble, FrozenEncoder, RegionClassifier
 from longtail.nn.detection import DETECTORS, DetectionNetwork, FasterRCNN
 from longtail.nn.heads import FOREGROUND_PROBABILITY

@@ -117,7 +117,7 @@ def _errors(
                 continue
             other = names[entry["other"]] if "other" in entry else ""
             what, score = _KINDS[entry["kind"]].format(other=other), f"{entry['score']:.0f}\N{NO-BREAK SPACE}%"
-            caption = Markup("{}, {}<br><span class=soft>{}</span>").format(name, score, what)
+            caption = Markup("<bdi>{}</bdi>, {}<br><span class=soft>{}</span>").format(name, score, what)
             pictures.append((file_data_uri(file), caption, f"{name}, {score}: {what}"))
         if pictures:
             sections.append((heading, pictures))
@@ -173,9 +173,8 @@ def _curves(curves: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure
     """Draw precision against recall, a line a class."""
     figure, axes = plots.new_axes(height=3.2)
     for index, curve in enumerate(curves):
-        color, style = plots.LINE_COLORS[index % len(plots.LINE_COLORS)], ("-", "--", ":", "-.")[index % 4]
         name = plots.plain_text(names[curve["class"]])
-        axes.plot(curve["recall"], curve["precision"], style, color=color, linewidth=1.6, label=name)
+        plots.draw_line(axes, curve["recall"], curve["precision"], index, name)
     axes.set_xlim(0, 101)
     axes.set_ylim(0, 101)
     axes.set_xlabel("recall, %")

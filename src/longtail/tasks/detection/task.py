@@ -14,14 +14,14 @@ from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.detection import DetectionData, DetectionTransform
 from longtail.data.transforms import AnyTransform
 from longtail.errors import LongtailError
-from longtail.evaluation.detection_matches import coco_masks
+from longtail.evaluation.detection_matches import coco_library
 from longtail.inference.export import Exported
 from longtail.inference.model import Prior
 from longtail.inference.model_config import ModelConfig
 from longtail.inference.options import TTA, InferenceOptions
 from longtail.inference.output import PredictionOutput
-from longtail.methods.base import SampleAdapter
 from longtail.methods.gml import GMLSettings
+from longtail.methods.samples import SampleAdapter
 from longtail.nn import Encoder, TeacherEncoder
 from longtail.nn.detection import DETECTORS, DetectionNetwork, FasterRCNN, is_detection_network
 from longtail.tasks.base import EvaluationRequest, Evaluator, Metrics, PredictionRequest, ReportSections, Task
@@ -86,7 +86,7 @@ class Detection(Task[Detector]):
         """Raise LongtailError where method, network or settings do not fit, or what evaluates a run is missing."""
         super().check(config)
         _check_network(config)
-        coco_masks()  # so that a missing extra is not found after a training
+        coco_library()  # so that a missing extra is not found after a training
         unsupported = {
             f"tune {config.tune}": config.tune != "full",
             f"init {config.init}": config.init is not None,

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from longtail.data.data_uri import image_data_uri
+from longtail.data.paths import printable
 from longtail.data.sources.segmentation import SegmentationImages, SegmentationSample
 from longtail.errors import LongtailError
 from longtail.inference.label_images import overlay
@@ -38,7 +39,7 @@ def worst_examples(run: Path, examples: Sequence[Mapping[str, int]]) -> list[tup
         name = data.class_names[example["class"]]
         file = Path(images.names[example["image"]]).name
         picture = comparison_strip(sample, predicted, example["class"], len(data.class_names))
-        pictures.append((f"{name} in {file}", image_data_uri(picture, 1920, "JPEG")))
+        pictures.append((f"{printable(name)} in {printable(file)}", image_data_uri(picture, 1920, "JPEG")))
     return pictures
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longtail.data.batch import Batch
 from longtail.losses.reduction import to_full_precision
-from longtail.methods.base import SampleAdapter, Samples
+from longtail.methods.samples import SampleAdapter, Samples
 from longtail.nn.segmentation import STRIDE, downsample_labels, upsample_scores
 
 _CANDIDATES = 2**14  # pixels of an image that a draw looks at; of a larger one every second, third, … either way

@@ -18,8 +18,8 @@ from longtail.errors import LongtailError
 from longtail.inference.model_config import ModelConfig
 from longtail.inference.options import InferenceOptions
 from longtail.inference.output import PredictionOutput
-from longtail.methods.base import SampleAdapter
 from longtail.methods.gml import GMLSettings
+from longtail.methods.samples import SampleAdapter
 from longtail.nn.segmentation import DECODERS, is_segmentation_network
 from longtail.tasks.base import (
     EvaluationRequest,
