@@ -419,6 +419,7 @@ def test_a_sampler(plugin: Any, tmp_path: Path) -> None:
     assert "data.sampler 'last-clas' is not known; perhaps you meant last-class" in err
 
 
+@pytest.mark.slow
 def test_a_task(plugin: Any, tmp_path: Path) -> None:
     with_plugin, run = ("--plugin", plugin(TASK)), tmp_path / "run"
     shown = ran(

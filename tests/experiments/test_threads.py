@@ -46,6 +46,7 @@ def test_runs_beside_one_another_give_what_they_give_alone(small: Config, tmp_pa
     assert (tmp_path / "beside" / "ce-seed0" / "last.ckpt").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_generations_of_teachers_and_second_stages_are_what_they_are_alone(small: Config, tmp_path: Path) -> None:
     config = small.replace(
         classifier={"distillation_weight": 0.5},

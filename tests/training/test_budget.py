@@ -236,7 +236,7 @@ def test_the_classifier_alone_is_trained_only_where_other_settings_allow_it(
 def test_a_comparison_has_no_budget(command: Command, photos: Path, tmp_path: Path) -> None:
     code, _, error = command("compare", photos, "--minutes", "5", "--out", tmp_path / "out")
     assert code == 2
-    assert "minutes: is for longtail train" in error
+    assert "--minutes: is for longtail train" in error
     assert not (tmp_path / "out").exists()
 
 

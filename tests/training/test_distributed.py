@@ -136,6 +136,7 @@ def test_shared_batch_norm_keeps_activations_and_frozen_layers(network: str) -> 
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_processes_share_the_second_stage(tmp_path: Path) -> None:
     arguments = ("train", "digits-lt", "--method", "la", *TINY, "--classifier.distillation_weight", "1")
     arguments += ("--teacher.source", "ema", "--second_stage", "crt")

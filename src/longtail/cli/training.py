@@ -12,6 +12,12 @@ from longtail.cli.parsing import parse, parse_with_config, recipe_with_data
 from longtail.errors import LongtailError
 from longtail.files import write_json_output
 
+_NOT_COMPARED = {
+    "method": "a comparison takes --methods, such as --methods la,gml",
+    "minutes": "the runs of a comparison have equal epochs or passes",
+}
+"""Settings that a comparison does not take, with what to do instead."""
+
 
 def train(arguments: list[str]) -> None:
     """Train, evaluate and save a model."""
@@ -56,14 +62,15 @@ def compare(arguments: list[str]) -> None:
     from longtail.config import choose_method
 
     recipe, rest = recipe_with_data(arguments, "digits-lt")
-    if any(argument == "--method" or argument.startswith("--method=") for argument in rest):
-        raise LongtailError("--method: is for longtail train; a comparison takes --methods, such as --methods la,gml")
-    options, config = parse_with_config(Compare, "compare", rest, recipe.config, hidden=("method", "minutes"))
+    for flag, advice in _NOT_COMPARED.items():
+        if any(argument.partition("=")[0] == f"--{flag}" for argument in rest):
+            raise LongtailError(f"--{flag}: is for longtail train; {advice}")
+    options, config = parse_with_config(Compare, "compare", rest, recipe.config, hidden=tuple(_NOT_COMPARED))
     for flag, number in (("seeds", options.seeds), ("jobs", options.jobs)):
         if number is not None and number < 1:
             raise LongtailError(f"--{flag} {number}: expected at least 1")
     if config.minutes is not None:
-        raise LongtailError("minutes: is for longtail train; the runs of a comparison have equal epochs or passes")
+        raise LongtailError(f"minutes: is for longtail train; {_NOT_COMPARED['minutes']}")
     methods = ["ce", "la", choose_method(config)[0].method]  # of the recipe
     methods = list(dict.fromkeys(methods)) if options.methods is None else options.methods.split(",")
     out = options.out or Path("runs") / f"compare-{recipe.name}"

@@ -29,12 +29,7 @@ from longtail.losses import ClassPrior, agreement, distillation
 from longtail.methods.ema import EMAEncoder
 from longtail.methods.samples import SampleAdapter, TrainedClassifier
 from longtail.methods.views import CLASSIFICATION, ViewPlan
-from longtail.nn import (
-    Encoder,
-    MixtureEnsembleHead,
-    TeacherEncoder,
-    freeze,
-)
+from longtail.nn import Encoder, MixtureEnsembleHead, TeacherEncoder, freeze
 from longtail.nn.encoder import EncoderEnsemble, FrozenEncoder
 
 LabelKind = Literal["image", "pixels", "boxes"]
