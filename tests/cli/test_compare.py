@@ -63,6 +63,7 @@ def test_the_help_of_a_comparison_has_no_flag_that_it_refuses(command: Command) 
     assert "so that the passes are equal" in " ".join(shown.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_a_folder_in_place_of_a_recipe_is_compared(command: Command, photos: Path, tmp_path: Path) -> None:
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
     # the method and the epochs of the recipe are auto

@@ -406,6 +406,7 @@ def test_rebalance_of_the_folder_one_is_in(command: Command, tmp_path: Path, mon
     assert (code, f"{tmp_path / 'run-tau'}: is not empty" in err) == (2, True), err
 
 
+@pytest.mark.slow
 def test_runs_in_the_folder_of_the_images_are_no_classes(
     command: Command, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_the_table_has_a_row_for_each_image(run: Path, command: Command, tmp_pat
     assert (code, "expected a name that ends in .csv" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_table_of_an_exported_file_is_the_same(run: Path, command: Command, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     image = save_image(tmp_path / "new" / "0.png")

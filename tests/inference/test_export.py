@@ -54,6 +54,7 @@ def test_a_recogniser(tiny: Config, tmp_path: Path, method: str, prior: str) -> 
     assert (values["prior"], values["task"], values["shape"]) == (prior, "classification", [8, 8])
 
 
+@pytest.mark.slow
 def test_other_frequencies_than_those_of_a_file_without_some_class(tmp_path: Path) -> None:
     recognizer = build_recognizer()
     recognizer.config = dataclasses.replace(recognizer.config, class_counts=(5, 3, 0))
@@ -88,6 +89,7 @@ def test_images_of_every_kind_and_options_of_the_session(tmp_path: Path) -> None
         ONNXModel(tmp_path / "m.onnx", ["Cpu"])
 
 
+@pytest.mark.slow
 def test_names_of_classes_that_are_not_utf8(tmp_path: Path) -> None:
     recognizer, names = build_recognizer(), (os.fsdecode(b"caf\xe9"), "h\u00f4tel", "bar")
     recognizer.config = dataclasses.replace(recognizer.config, class_names=names)

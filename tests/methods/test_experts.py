@@ -158,6 +158,7 @@ def test_a_class_without_images_gets_no_gradient_that_is_not_finite(experts: Con
     assert bool(method.classifier.contained_log_prior.isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_run_is_used_as_any_other(experts: Config, tmp_path: Path, command: Command) -> None:
     run = fit(experts.replace(data={"val_fraction": 0.2}), tmp_path / "run", quiet=True)
     model = Recognizer.load(tmp_path / "run")

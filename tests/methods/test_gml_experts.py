@@ -75,6 +75,7 @@ def test_the_scores_are_those_of_loops(experts: Config, tmp_path: Path) -> None:
     assert torch.equal(Recognizer.load(tmp_path / "again").scores(images), model.scores(images))
 
 
+@pytest.mark.slow
 def test_a_run_is_used_as_any_other(experts: Config, tmp_path: Path, command: Command) -> None:
     run = fit(experts.replace(data={"val_fraction": 0.2}), tmp_path / "run", quiet=True)
     cost = relative_operations("conv8-tiny", 2, 2)

@@ -269,6 +269,7 @@ def test_inference_options(segmenting: Config, scenes: Path, tmp_path: Path) -> 
             InferenceOptions(**options)
 
 
+@pytest.mark.slow
 def test_the_sliding_window_of_a_run_is_that_of_its_evaluation_and_predictions(
     segmenting: Config, scenes: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -345,6 +345,7 @@ def test_a_cache_has_the_precision_of_the_training(tiny: Config, tmp_path: Path)
     assert not torch.equal(exact, exact.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_several_teachers_of_two_generations_are_trained_and_cached(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
