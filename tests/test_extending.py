@@ -481,6 +481,8 @@ def test_two_files_of_one_name(plugin: Any, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     one, two = plugin(METHOD), plugin(AUGMENTATION, "other/plugin")
     ran("recipes", "--plugin", one, "--plugin", two, "--plugin", one)
+    both = ("--plugin", one, "--plugin", two, "--method", "tempered", "--data.augment", "brighter")
+    ran("train", "digits-lt", *both, *TINY, "--out", tmp_path / "run")  # the parts of both are there
 
 
 SETTINGS = """

@@ -64,8 +64,8 @@ def rebalance(
     # the random state of the caller stays as it is
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         model, config, data = load_run(run, data_root)
-        if TASKS[data.task].label_kind != "image":
-            kind = TASKS[data.task].label_kind
+        kind = TASKS[data.task].label_kind
+        if kind != "image":
             raise LongtailError(f"{run}: labels {kind}; a new classifier is supported for whole images only")
         with alone_in(out):
             _check_out(out)  # another process may have finished it meanwhile
