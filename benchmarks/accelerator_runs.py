@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerator_context import Context, Remarks, about_graph, one_line
 from accelerator_plan import Job, Schedule, Variant, make_jobs
 from accelerator_results import Results
@@ -26,14 +25,11 @@ from accelerator_variants import PAPER
 from safetensors.torch import load_file, save_file
 
 from longtail.config import Config
-from longtail.data.dataset import LongTailedData
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.records import run_record
 from longtail.experiments.threads import run_in_threads
 from longtail.registry import METHODS
-from longtail.tasks.classification.evaluator import collect_logits
-from longtail.tasks.loading import load_model
 from longtail.training.metric_log import read_metrics
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run
@@ -68,7 +64,7 @@ class Outcome:
 
     run: Run | None = None
     predictions: np.ndarray[Any, Any] | None = None
-    """(N,) uint8, classes of the test images under the uniform prior."""
+    """(N,) uint8, classes of the test images under the prior that the method predicts under."""
     labels: np.ndarray[Any, Any] | None = None
     error: str = ""
     remarks: Sequence[str] = ()
@@ -194,8 +190,8 @@ class Trainings:
             run = fit(config, self._folder(job), resume=True, quiet=True, data=data, turn=turn)
             outcome.run, state = run, "ended"
             self.context.models[job.key] = run.folder
-            with turn.taken():
-                outcome.predictions, outcome.labels = _predictions(run, data, self.context.device)
+            if (kept := run.image_results()) is not None:
+                outcome.predictions, outcome.labels = (kept[name].astype(np.uint8) for name in ("predicted", "labels"))
         except StoppedError:
             state = "stopped"
         except Exception as error:
@@ -254,15 +250,6 @@ class Trainings:
             "error": outcome.error,
             "test_images": info.get("test_images"),
         }
-
-
-def _predictions(
-    run: Run, data: LongTailedData, device: torch.device
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the classes of the test images that a run predicts under the uniform prior, and their labels."""
-    with torch.no_grad():
-        scores, labels = collect_logits(load_model(run.folder).to(device), data.test)  # type: ignore[arg-type]
-    return (each.cpu().numpy().astype(np.uint8) for each in (scores.argmax(dim=1), labels))  # type: ignore[return-value]
 
 
 def add_to_zip(path: Path, key: str, run: Path) -> bool:

@@ -63,6 +63,7 @@ def test_train_evaluate_predict(command: Command, tmp_path: Path) -> None:
         "errors",
         "recognizer",
         "report.html",
+        "test_predictions.npz",
     }
     trained = json.loads(table.read_text())
     (run / "report.html").unlink()
@@ -327,6 +328,22 @@ def test_help_fills_its_lines(command: Command, monkeypatch: pytest.MonkeyPatch)
     # no line of the help of a field ends where that of the source does
     ragged = [line for line in shown.splitlines() if line.strip("│ ") == "bccd; or a kind"]
     assert not ragged
+
+
+def test_help_shows_no_default_where_there_is_none(command: Command) -> None:
+    for name in ("train", "compare", "evaluate", "predict", "inspect", "rebalance", "calibrate-detector"):
+        code, shown, _ = command(name, "--help")
+        assert code == 0
+        text = " ".join(shown.replace("│", " ").split())
+        assert "None" not in text, name
+        assert "--json PATH " in text
+        assert "(default: )" not in text
+    for stays in ("--optimizer.nesterov, --optimizer.no_nesterov", "(default: False)", "--epochs INT|{auto}"):
+        assert stays in " ".join(command("train", "--help")[1].replace("│", " ").split())
+    # and None can still be given
+    code, _, err = command("train", "digits-lt", "--minutes", "None", "--epochs", "0")
+    assert code == 2
+    assert "epochs 0: " in err
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from longtail.config import Shots
 from longtail.evaluation.metrics import classification_metrics
+from longtail.evaluation.paired import paired_half_width
 from longtail.experiments.records import Record, columns, differences, recommendation, summarize, table
 
 
@@ -117,6 +119,76 @@ def test_the_interval_over_other_test_images_holds_for_independent_errors() -> N
         assert difference.sampling is not None
         covered.append(abs(difference.mean - 10) < difference.sampling)
     assert 0.92 < np.mean(covered) < 0.99
+
+
+def on_images(method: str, right: NDArray[np.bool_], labels: NDArray[np.int64]) -> list[Record]:
+    """Return a record of each seed, of (S, N) whether an image is predicted correctly."""
+    predicted = np.where(right, labels, -1)
+    accuracies = [100 * float(np.mean([row[labels == c].mean() for c in np.unique(labels)])) for row in right]
+    return [
+        replace(each, test_images="a", num_test_images=len(labels), image_results={"labels": labels, "predicted": own})
+        for each, own in zip(runs(method, accuracies, 1), predicted, strict=True)
+    ]
+
+
+def test_predictions_of_the_same_test_images_are_paired() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(4), 50)
+    hard = rng.random(200)
+    theirs, ours = ((hard + 0.1 * rng.random((3, 200))) < share for share in (0.6, 0.7))
+    (difference,) = differences([*on_images("ce", theirs, labels), *on_images("la", ours, labels)])
+    assert difference.sampling is not None
+    assert difference.sampling == pytest.approx(paired_half_width(labels, list(ours), list(theirs)))
+    assert difference.low is not None
+    assert difference.overall is not None
+    # both half widths are the legs of a right triangle
+    seeds, both = difference.mean - difference.low, difference.mean - difference.overall[0]
+    assert both**2 == pytest.approx(seeds**2 + difference.sampling**2)
+    assert difference.mean == pytest.approx((difference.overall[0] + difference.overall[1]) / 2)
+    low, high = (f"{value:+.1f}" for value in difference.overall)
+    where = f" over 3 seeds on the same 200 test images, over other test images too {low} to {high}: a difference"
+    assert str(difference).endswith(where)
+    # other labels of images of the same name: a bound is all that is known
+    moved = [
+        replace(each, image_results={"labels": labels[::-1], "predicted": labels}, half_widths={"balanced_accuracy": 3})
+        for each in on_images("la", ours, labels)
+    ]
+    theirs_bound = [replace(each, half_widths={"balanced_accuracy": 4}) for each in on_images("ce", theirs, labels)]
+    (bound,) = differences([*theirs_bound, *moved])
+    assert bound.sampling_is_bound
+    assert bound.overall is None
+    assert "(other images: up to ±5.0 more)" in str(bound)
+
+
+def test_a_difference_on_these_images_alone() -> None:
+    labels = np.zeros(40, dtype=np.int64)
+    theirs = np.tile(np.arange(40) < 24, (3, 1))
+    ours = np.tile((np.arange(40) > 2) & (np.arange(40) < 30), (3, 1))
+    ours[0, 30] = True
+    ce, la = on_images("ce", theirs, labels), on_images("la", ours, labels)
+    (difference,) = differences([*ce, *la])
+    assert difference.low is not None
+    assert difference.low > 0
+    assert not difference.shown
+    assert str(difference).endswith(": a difference on these images, not shown for others")
+    # what costs less is then not shown to be worse
+    cheaper = [replace(each, seconds=0.5) for each in ce]
+    assert recommendation([*cheaper, *la]) == (
+        "take ce: balanced accuracy 60.0, not shown to be worse than la (68.3), and cheaper"
+    )
+
+
+def test_one_seed_has_an_interval_over_test_images() -> None:
+    labels = np.zeros(100, dtype=np.int64)
+    theirs, ours = (np.arange(100)[None] < share for share in (60, 75))
+    (difference,) = differences([*on_images("ce", theirs, labels), *on_images("la", ours, labels)])
+    half = 196 * (0.15 * 0.85 / 99 + 1 / 100**2) ** 0.5
+    assert difference.sampling == pytest.approx(half)
+    assert str(difference) == (
+        "la − ce: +15.0 points (one seed says nothing about its spread; over test images alone 95 % interval "
+        f"+{15 - half:.1f} to +{15 + half:.1f})"
+    )
+    assert not difference.shown
 
 
 def runs(

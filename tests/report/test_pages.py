@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from jinja2 import Environment, PackageLoader
 
@@ -182,8 +183,24 @@ def test_the_same_test_images_with_every_seed(tiny: Config, photos: Path, tmp_pa
     assert {record.num_test_images for record in records} == {21}
     assert 0 < records[0].half_widths["balanced_accuracy"] < 60
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "over 2 seeds on the same 21 test images (other images: up to ±" in text
+    assert "over 2 seeds on the same 21 test images, over other test images too " in text
     assert "an interval is of other seeds on these images" in text
+    for record, folder in zip(records, folders, strict=True):
+        assert record.image_results is not None
+        labels, predicted = (record.image_results[name] for name in ("labels", "predicted"))
+        right = [float((predicted == labels)[labels == c].mean()) for c in range(int(labels.max()) + 1)]
+        assert 100 * sum(right) / len(right) == pytest.approx(record.metrics["balanced_accuracy"])
+        with np.load(folder / "test_predictions.npz") as kept:
+            assert sorted(kept.files) == ["labels", "train", "uniform"]
+    # runs of earlier versions kept none
+    for folder in folders:
+        (folder / "test_predictions.npz").unlink()
+    runs_report(folders, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "over 2 seeds on the same 21 test images (other images: up to ±" in text
+    (folders[0] / "test_predictions.npz").write_bytes(b"PK")
+    with pytest.raises(LongtailError, match=r"test_predictions\.npz: cannot be read; remove it, which costs"):
+        runs_report(folders, tmp_path / "page.html")
 
 
 def test_a_run_without_metrics(tiny: Config, tmp_path: Path) -> None:

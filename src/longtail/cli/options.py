@@ -71,7 +71,7 @@ class Evaluate(InferenceFlags):
     """Of a file of results: the annotations of the training images, by which classes are rare, common or frequent."""
     prior: str = "uniform"
     """Class frequencies for the top level of --json: uniform, train, estimate (from the test images without their
-    labels) or a file (JSON, .csv); the table always shows uniform and train."""
+    labels) or a file (.csv or JSON); the table always shows uniform and train."""
     test_prior: str | None = None
     """Class frequencies that the test set is weighted to have: forward or backward (a long tail in the order of the
     training set, or reversed), uniform, train or a file; its own if not given."""
@@ -129,8 +129,8 @@ class Predict(InferenceFlags):
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES…")]
     """Image files, or folders of them."""
     prior: str | None = None
-    """Class frequencies where the images come from: uniform, train, estimate (from these images) or a file (JSON,
-    .csv); if not given, uniform, or those inside an ONNX file."""
+    """Class frequencies where the images come from: uniform, train, estimate (from these images) or a file (.csv or
+    JSON); if not given, uniform, or those inside an ONNX file."""
     coverage: float | None = None
     """Show conformal sets, which contain the true class for this fraction of each class's images, for example 0.9; the
     run needs validation images."""

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from longtail.cli.parse_errors import one_line
 from longtail.errors import LongtailError
@@ -24,8 +25,10 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str], default: 
     import tyro
 
     keywords: dict[str, Any] = {"prog": f"longtail {command}", "args": list(arguments), "use_underscores": True}
+    keywords["registry"] = _without_none()
+    kind = _with_hints(kind)
     if default is not None:
-        keywords["default"] = default
+        keywords["default"] = _converted(default, kind)
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), _joined_lines():
@@ -37,9 +40,65 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str], default: 
     return options
 
 
+def _without_none() -> Any:
+    """Return tyro's rules, but without ``{None}`` in the help of what need not be given."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry, inside = ConstructorRegistry(), [False]
+
+    @registry.primitive_rule
+    def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if inside[0] or type(None) not in get_args(info.type):
+            return None
+        inside[0] = True  # which leaves it to tyro's own rules
+        try:
+            spec = ConstructorRegistry.get_primitive_spec(info)
+        finally:
+            inside[0] = False
+        if not isinstance(spec, PrimitiveConstructorSpec):
+            return None
+        return dataclasses.replace(spec, metavar=spec.metavar.removeprefix("{None}|").replace("{None,", "{"))
+
+    return registry
+
+
+def _with_hints(kind: type[Options]) -> type[Options]:
+    """Return a type of options whose help shows no default where it would say «None», or «False» of a plain flag."""
+    import tyro
+
+    types, fields = get_type_hints(kind, include_extras=True), []
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        annotated = types[field.name]
+        inner, *extras = get_args(annotated) if get_origin(annotated) is Annotated else (annotated,)
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            inner = _with_hints(inner)
+        else:
+            is_flag = tyro.conf.FlagCreatePairsOff in extras
+            extras.append(tyro.conf.arg(help_behavior_hint="" if is_flag else _hint))
+        default = dataclasses.field(default=field.default, default_factory=field.default_factory)
+        fields.append((field.name, Annotated[(inner, *extras)] if extras else inner, default))
+    made = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
+    made.__doc__ = kind.__doc__
+    return made
+
+
+def _converted(options: Any, kind: type[Options]) -> Options:
+    """Return options as those of the type that :func:`_with_hints` has made of theirs."""
+    types, values = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        inner, value = types[field.name], getattr(options, field.name)
+        is_section = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        values[field.name] = _converted(value, inner) if is_section else value
+    return kind(**values)
+
+
+def _hint(default: str) -> str:
+    return "" if default in {"None", ""} else f"(default: {default})"
+
+
 @contextlib.contextmanager
 def _joined_lines() -> Iterator[None]:
-    """Let help be wrapped to the terminal: tyro joins lines of a docstring only where they are not indented."""
+    """Let help be wrapped to the terminal: tyro joins only some of the lines of a docstring."""
     import docstring_parser  # of tyro
 
     parse_from_object, auto = docstring_parser.parse_from_object, docstring_parser.DocstringStyle.AUTO
@@ -47,7 +106,8 @@ def _joined_lines() -> Iterator[None]:
     def without_indentation(obj: Any, style: docstring_parser.DocstringStyle = auto) -> docstring_parser.Docstring:
         parsed = parse_from_object(obj, style)
         for field in parsed.params:
-            field.description = None if field.description is None else inspect.cleandoc(field.description)
+            # of lines that begin with a number or a sign it would leave the breaks
+            field.description = field.description and re.sub(r"\n+", " ", inspect.cleandoc(field.description))
         return parsed
 
     docstring_parser.parse_from_object = without_indentation
@@ -72,8 +132,6 @@ def parse_with_config(
     Returns:
         The options, whose ``config`` is not to be used, and the checked configuration.
     """
-    from typing import Annotated, get_type_hints
-
     import tyro
 
     from longtail.config import FLAGS, Config, parse_config, settings_types

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from longtail.registry import TASKS
+from longtail.tasks.base import ImageResults
 from longtail.training.run_io import Run
 
 _RESAMPLES = 10_000
@@ -47,16 +48,20 @@ class Record:
     """Half widths of the 95 % intervals over test images of the compared metrics that have one, in points."""
     side_by_side: bool = False
     """Whether others were trained on the same device meanwhile, on which the seconds then depend."""
+    image_results: ImageResults | None = field(default=None, compare=False, repr=False)
+    """Of every test image, see :meth:`longtail.training.run_io.Run.image_results`; None where the run kept none, and
+    after JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, the metrics beside the rest."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "metrics"}
+        """Return plain values, the metrics beside the rest, without those of single images."""
+        left_out = {"metrics", "image_results"}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
         return {"method": values.pop("method"), "seed": values.pop("seed"), **self.metrics, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
         """Return the record of plain values, see :meth:`to_dict`."""
-        own = {f.name for f in dataclasses.fields(cls)} - {"metrics"}
+        own = {f.name for f in dataclasses.fields(cls)} - {"metrics", "image_results"}
         metrics = {name: value for name, value in values.items() if name not in own}
         return cls(metrics=metrics, **{name: value for name, value in values.items() if name in own})
 
@@ -85,6 +90,7 @@ def run_record(run: Run) -> Record:
             if ends is not None
         },
         side_by_side=run.model_config.training_info.get("side_by_side", False),
+        image_results=run.image_results(),
     )
 
 
@@ -106,13 +112,14 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference of a metric, in points, with two 95 % intervals over seeds.
+    """A paired difference of a metric, in points, with its 95 % intervals.
 
-    The t-interval decides whether a difference is shown. The percentiles of the bootstrap (resampled pairs) are given
-    beside it: with three to five seeds they are too narrow, since values that were not drawn cannot be resampled. There
-    is no interval for one seed, nor where the difference is the same with every seed, which says as little.
+    The t-interval is over seeds. The percentiles of the bootstrap (resampled pairs) are given beside it: with three to
+    five seeds they are too narrow, since values that were not drawn cannot be resampled. There is no interval over
+    seeds for one of them, nor where the difference is the same with every seed, which says as little.
 
-    Where every seed has the same test images, both intervals are over seeds on these images alone.
+    Where every seed has the same test images, intervals over seeds are on these images alone. ``sampling`` is then how
+    far other test images would change the difference, and :attr:`overall` covers both.
     """
 
     method: str
@@ -129,8 +136,28 @@ class Difference:
     num_test_images: int | None = None
     """Test images, where those of all seeds are known to be the same."""
     sampling: float | None = None
-    """At most the half width of the difference's 95 % interval over these test images, in points, where it is known:
-    that of methods whose errors are independent. The more of their errors are common, the smaller it is."""
+    """Half width of the difference's 95 % interval over these test images, in points, where it is known."""
+    sampling_is_bound: bool = False
+    """Whether it was computed as if the errors of both methods were independent, since what was predicted of each
+    image is not known. The more of their errors are common, the smaller it is."""
+
+    @property
+    def overall(self) -> tuple[float, float] | None:
+        """The 95 % interval over seeds and test images; None where either is not known, or other images with each seed.
+
+        Both half widths are added as those of independent errors are (Zou and Donner, 2008,
+        https://doi.org/10.1002/sim.3095).
+        """
+        if self.low is None or self.sampling is None or self.sampling_is_bound:
+            return None
+        half = math.hypot(self.mean - self.low, self.sampling)
+        return self.mean - half, self.mean + half
+
+    @property
+    def shown(self) -> bool:
+        """Whether every interval of more than the bootstrap excludes 0; False where there is none over seeds."""
+        intervals = [(self.low, self.high), self.overall or (self.low, self.high)]
+        return all(low is not None and high is not None and not low <= 0 <= high for low, high in intervals)
 
     def __str__(self) -> str:
         of = "" if self.imbalance is None else f"imbalance {self.imbalance:g}, "
@@ -138,18 +165,31 @@ class Difference:
         text = f"{of}{self.method} − {self.baseline}: {_signed(self.mean)} points"
         if self.low is None or self.high is None:
             same = f"the same with all {self.seeds} seeds, so its spread is not known: more seeds"
-            return f"{text} ({'one seed says nothing about its spread' if self.seeds == 1 else same})"
+            doubt = "one seed says nothing about its spread" if self.seeds == 1 else same
+            if self.sampling is not None and not self.sampling_is_bound:
+                of_images = _interval(self.mean - self.sampling, self.mean + self.sampling)
+                doubt += f"; over test images alone 95 % interval {of_images}"
+            return f"{text} ({doubt})"
         assert self.bootstrap_low is not None
         assert self.bootstrap_high is not None
-        verdict = "no difference shown" if self.low <= 0 <= self.high else "a difference"
         where = f"over {self.seeds} seeds"
         if self.num_test_images is not None:
             where += f" on the same {self.num_test_images:,} test images"
-            where += "" if self.sampling is None else f" (other images: up to ±{self.sampling:.1f} more)"
+        if self.overall is not None:
+            where += f", over other test images too {_interval(*self.overall)}"
+        elif self.sampling is not None:
+            where += f" (other images: up to ±{self.sampling:.1f} more)"
+        verdict = "a difference" if self.shown else "no difference shown"
+        if not self.shown and not self.low <= 0 <= self.high:
+            verdict = "a difference on these images, not shown for others"
         return (
-            f"{text}, 95 % interval {_signed(self.low)} to {_signed(self.high)} "
-            f"(bootstrap {_signed(self.bootstrap_low)} to {_signed(self.bootstrap_high)}) {where}: {verdict}"
+            f"{text}, 95 % interval {_interval(self.low, self.high)} "
+            f"(bootstrap {_interval(self.bootstrap_low, self.bootstrap_high)}) {where}: {verdict}"
         )
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_signed(low)} to {_signed(high)}"
 
 
 def _signed(value: float) -> str:
@@ -210,7 +250,15 @@ def _difference(
     task = TASKS[records[0].task]
     title = dict(task.columns)[measure] if len(task.compared_metrics) > 1 else ""
     mean = statistics.fmean(gaps)
-    difference = Difference(method, baseline, mean, None, None, len(gaps), imbalance=imbalance, measure=title)
+    images, sampling, is_bound = _same_test_images(same, measure)
+    difference = Difference(
+        *(method, baseline, mean, None, None, len(gaps)),
+        imbalance=imbalance,
+        measure=title,
+        num_test_images=images,
+        sampling=sampling,
+        sampling_is_bound=is_bound,
+    )
     if len(gaps) == 1 or (abs(mean) > _ROUNDING and max(gaps) - min(gaps) < _ROUNDING):
         return difference
     import numpy as np
@@ -219,27 +267,26 @@ def _difference(
     half = float(t.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / math.sqrt(len(gaps))
     drawn = np.random.default_rng(0).choice(gaps, (_RESAMPLES, len(gaps))).mean(axis=1)
     low, high = (float(value) for value in np.percentile(drawn, [2.5, 97.5]))
-    images, sampling = _same_test_images(same, measure)
-    return replace(
-        difference,
-        low=mean - half,
-        high=mean + half,
-        bootstrap_low=low,
-        bootstrap_high=high,
-        num_test_images=images,
-        sampling=sampling,
-    )
+    return replace(difference, low=mean - half, high=mean + half, bootstrap_low=low, bootstrap_high=high)
 
 
-def _same_test_images(pairs: Sequence[tuple[Record, Record]], measure: str) -> tuple[int | None, float | None]:
-    """Return ``num_test_images`` and ``sampling`` of the :class:`Difference` of some pairs."""
+def _same_test_images(pairs: Sequence[tuple[Record, Record]], measure: str) -> tuple[int | None, float | None, bool]:
+    """Return the last three fields of the :class:`Difference` of some pairs."""
     records = [record for pair in pairs for record in pair]
     if records[0].test_images is None or len({record.test_images for record in records}) > 1:
-        return None, None
+        return None, None, False
+    images = records[0].num_test_images
+    of_images = [(ours.image_results, theirs.image_results) for ours, theirs in pairs]
+    kept = [(ours, theirs) for ours, theirs in of_images if ours is not None and theirs is not None]
+    if len(kept) == len(pairs):
+        ours, theirs = zip(*kept, strict=True)
+        sampling = TASKS[records[0].task].sampling_half_width(measure, ours, theirs)
+        if sampling is not None:
+            return images, sampling, False
     # a mean over seeds varies with the images no more than the values of single seeds do on average
     squares = [record.half_widths.get(measure, math.nan) ** 2 for record in records]
-    sampling = math.sqrt(2 * statistics.fmean(squares))
-    return records[0].num_test_images, None if math.isnan(sampling) else sampling
+    bound = math.sqrt(2 * statistics.fmean(squares))
+    return images, None if math.isnan(bound) else bound, True
 
 
 def recommendation(records: Sequence[Record], more_seeds: str = "--seeds 3") -> str:
@@ -278,7 +325,10 @@ def recommendation(records: Sequence[Record], more_seeds: str = "--seeds 3") -> 
         return statistics.fmean(costs(method))
 
     gaps = {method: _difference(records, best, method, None, measure) for method in scores if method != best}
-    lows = {method: None if gap is None else gap.low for method, gap in gaps.items()}
+    lows = {
+        method: None if gap is None else gap.low if gap.overall is None else gap.overall[0]
+        for method, gap in gaps.items()
+    }
     unpaired = [method for method, gap in gaps.items() if gap is None or gap.seeds < 2]
     unknown = [method for method, low in lows.items() if low is None]
     as_good = [method for method, low in lows.items() if low is not None and low <= 0]

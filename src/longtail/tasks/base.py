@@ -32,12 +32,15 @@ from longtail.registry import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from longtail.inference.export import Exported
 
 Model = TypeVar("Model", bound=TrainedModel)
 Metrics = dict[str, Any]
 """Metrics of a split under one prior, in percent."""
+ImageResults = Mapping[str, "NDArray[Any]"]
+"""Arrays of N integers, of every image of a split, in its order."""
 
 
 class Evaluator(ABC):
@@ -57,6 +60,10 @@ class Evaluator(ABC):
     @abstractmethod
     def compute(self) -> dict[str, Metrics]:
         """Return the metrics over all processes, by prior."""
+
+    def image_results(self) -> ImageResults:
+        """Return what a run keeps of every image of its test set, over all processes; by default nothing."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +260,22 @@ class Task(ABC, Generic[Model]):
     def summary_lines(self, metrics: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
         """Return lines that ``longtail evaluate`` prints below its table, from what its ``--json`` holds."""
         return []
+
+    def sampling_half_width(
+        self,
+        metric: str,  # noqa: ARG002
+        ours: Sequence[ImageResults],  # noqa: ARG002
+        theirs: Sequence[ImageResults],  # noqa: ARG002
+    ) -> float | None:
+        """Return the half width of a difference's 95 % interval over test images; None where it is not known.
+
+        Args:
+            metric: one of :attr:`compared_metrics`, whose mean over some runs is compared with that over others.
+            ours: of the runs, what their :meth:`Evaluator.image_results` were. ``predicted`` is the one of ``uniform``
+                and ``train`` that the run's method predicts under.
+            theirs: of the other runs, the same test images.
+        """
+        return None
 
     def save_examples(self, run: Path, images: ImageSet, metrics: Metrics) -> None:
         """Write images of the test set that a report will show to the run's folder."""

@@ -14,7 +14,7 @@ from longtail.inference.model import TrainedModel
 from longtail.inference.model_config import ModelConfig
 from longtail.inference.options import InferenceOptions
 from longtail.registry import TASKS
-from longtail.tasks.base import Metrics, log_priors
+from longtail.tasks.base import Evaluator, Metrics, log_priors
 
 
 def evaluate_split(
@@ -38,13 +38,25 @@ def evaluate_split(
         outputs: positions, scores and labels of the split, if the model has been applied to it already.
         accuracy_only: leave out what a look at the validation images does not need.
     """
+    evaluator = TASKS[model.config.task].evaluator(model, images, config, log_priors(model, priors), accuracy_only)
+    update_evaluator(evaluator, model, images, config, options, outputs)
+    return evaluator.compute()
+
+
+def update_evaluator(
+    evaluator: Evaluator,
+    model: TrainedModel,
+    images: ImageSet,
+    config: Config,
+    options: InferenceOptions | None = None,
+    outputs: Iterable[tuple[Tensor, Any, Tensor]] | None = None,
+) -> None:
+    """Add a split to an evaluator, see :func:`evaluate_split`."""
     task = TASKS[model.config.task]
-    evaluator = task.evaluator(model, images, config, log_priors(model, priors), accuracy_only)
     if outputs is None:
         outputs = task.predict_split(model, images, task.default_options(config) if options is None else options)
     for positions, scores, labels in outputs:
         evaluator.update(positions, scores, labels)
-    return evaluator.compute()
 
 
 def evaluate_run_under(

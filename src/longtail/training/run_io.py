@@ -9,24 +9,29 @@ import json
 import re
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
 from longtail.distributed import rank
 from longtail.errors import LongtailError
-from longtail.files import write_json, write_text
+from longtail.files import atomic_write, write_json, write_text
 from longtail.inference.model_config import ModelConfig, read_model_config
 from longtail.registry import METHODS, SAMPLERS, SOURCES, TRANSFORMS, plugins_of
 from longtail.run_folder import RESULTS, is_partial, is_run
+from longtail.tasks.base import ImageResults
 from longtail.training.metric_log import read_metrics
 
 _LOCK = ".training.lock"
+_IMAGE_RESULTS = "test_predictions.npz"
 
 INCIDENTAL = frozenset(
     {
@@ -58,6 +63,25 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """Metrics under the prior that the method predicts under."""
         return self.test_metrics[self.model_config.predicts_under]
+
+    def image_results(self) -> ImageResults | None:
+        """Return what was kept of every test image, ``predicted`` under the prior that the method predicts under.
+
+        None where nothing was kept: by a task that keeps none, or by an earlier version.
+
+        Raises:
+            LongtailError: the file cannot be read.
+        """
+        path = self.folder / _IMAGE_RESULTS
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path) as stored:
+                return {"labels": stored["labels"], "predicted": stored[self.model_config.predicts_under]}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            raise LongtailError(
+                f"{path}: cannot be read; remove it, which costs the comparison its intervals over test images"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -184,6 +208,16 @@ def check_reads_nothing_in(folder: Path, config: Config) -> None:
             raise LongtailError(
                 f"{name} {value}: is in --out ({folder}), which is not overwritten for that; choose another --out"
             )
+
+
+def write_image_results(folder: Path, results: ImageResults) -> None:
+    """Write ``test_predictions.npz``, see :meth:`longtail.tasks.base.Evaluator.image_results`."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # of a path numpy would change the name
+            np.savez_compressed(file, allow_pickle=False, **results)
+
+    atomic_write(folder / _IMAGE_RESULTS, write)
 
 
 def write_unreadable(folder: Path, data: LongTailedData) -> None:

@@ -12,8 +12,9 @@ from longtail.distributed import rank
 from longtail.files import write_text
 from longtail.inference.model import TrainedModel
 from longtail.registry import TASKS
-from longtail.tasks.evaluate import evaluate_split
-from longtail.training.run_io import write_unreadable
+from longtail.tasks.base import log_priors
+from longtail.tasks.evaluate import update_evaluator
+from longtail.training.run_io import write_image_results, write_unreadable
 from longtail.training.seen_images import write_train_images
 
 
@@ -36,10 +37,16 @@ def save_model(folder: Path, model: TrainedModel, data: LongTailedData, config: 
     Returns:
         Metrics on the test set, under the prior ``uniform`` and under ``train``.
     """
-    metrics = evaluate_split(model, data.test, config)
+    task = TASKS[data.task]
+    evaluator = task.evaluator(model, data.test, config, log_priors(model), accuracy_only=False)
+    update_evaluator(evaluator, model, data.test, config)
+    metrics = evaluator.compute()
+    of_images = {} if config.recipe == "teacher" else evaluator.image_results()
     model.config = dataclasses.replace(model.config, metrics=metrics["uniform"])
     if rank() == 0:
         model.save(folder / "recognizer")
+        if of_images:
+            write_image_results(folder, of_images)
         if config.recipe != "teacher":
-            TASKS[data.task].save_examples(folder, data.test, metrics[model.config.predicts_under])
+            task.save_examples(folder, data.test, metrics[model.config.predicts_under])
     return metrics

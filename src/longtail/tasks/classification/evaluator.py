@@ -24,7 +24,7 @@ from longtail.evaluation.metrics import classification_metrics, confused_pairs, 
 from longtail.inference.options import TTA
 from longtail.inference.recognizer import Recognizer
 from longtail.losses import posterior
-from longtail.tasks.base import Evaluator, Metrics
+from longtail.tasks.base import Evaluator, ImageResults, Metrics
 
 
 def predict_split(model: Recognizer, images: ImageSet, tta: TTA = "none") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -115,6 +115,11 @@ class ClassificationEvaluator(Evaluator):
             errors = most_confident_errors(labels, predicted, confidence, self.class_counts)
             values["errors"] = {kind: [self._with_path(entry) for entry in entries] for kind, entries in errors.items()}
         return metrics
+
+    def image_results(self) -> ImageResults:
+        """Return ``labels``, and the predicted class numbers under every prior, by its name."""
+        predicted = {name: self._gathered(values)[2] for name, values in self.predictions.items()}
+        return {name: values.int().numpy() for name, values in {"labels": self.images.labels, **predicted}.items()}
 
     def _with_path(self, error: dict[str, Any]) -> dict[str, Any]:
         path = self.images.images.name(error["image"])

@@ -12,6 +12,7 @@ from longtail.config import Config
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.transforms import AnyTransform, build_transform
 from longtail.errors import LongtailError
+from longtail.evaluation.paired import paired_half_width
 from longtail.inference.model_config import ModelConfig
 from longtail.inference.options import InferenceOptions
 from longtail.inference.output import PredictionOutput
@@ -20,6 +21,7 @@ from longtail.registry import TRANSFORMS
 from longtail.tasks.base import (
     EvaluationRequest,
     Evaluator,
+    ImageResults,
     Metrics,
     PredictionRequest,
     ReportSections,
@@ -112,6 +114,16 @@ class Classification(Task[Recognizer]):
     def summary_lines(self, metrics: Mapping[str, Any]) -> list[str]:
         """Return lines on test-time augmentation, calibration, estimated class frequencies and conformal sets."""
         return [*tta_lines(metrics), *trust_lines(metrics)]
+
+    def sampling_half_width(
+        self, metric: str, ours: Sequence[ImageResults], theirs: Sequence[ImageResults]
+    ) -> float | None:
+        """Return the half width of a difference's 95 % interval over test images."""
+        labels = ours[0]["labels"]
+        if metric != "balanced_accuracy" or any((run["labels"] != labels).any() for run in (*ours, *theirs)):
+            return None
+        right = [[run["predicted"] == labels for run in runs] for runs in (ours, theirs)]
+        return paired_half_width(labels, *right)
 
     def save_examples(self, run: Path, images: ImageSet, metrics: Metrics) -> None:
         """Write the images of the most confident errors to the run's folder."""
