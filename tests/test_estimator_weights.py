@@ -265,16 +265,47 @@ def test_other_statistics_do_not_change_the_hidden_features() -> None:
     before = features()
     for other in (X[20:], 3 * X[20:] - 2):
         other[:, 4] = 7
-        learner.keep_features(*(torch.from_numpy(part).float() for part in statistics.add(other, np.ones(20))))
+        ratio, shift, begins_to_vary = map(torch.from_numpy, statistics.add(other, np.ones(20)))
+        learner.keep_features(ratio.float(), shift.float(), begins_to_vary)
         assert torch.allclose(features(), before, atol=1e-5)
-    # nothing has been learned about a feature that begins to vary: its weights keep their usual size
+    # nothing has been learned about a feature that begins to vary: it has no weight until it is
     linear = learner.layers[0]
     assert isinstance(linear, torch.nn.Linear)
     weights = linear.weight.detach().clone()
     change = statistics.add(X[20:] + 1e-6 * np.arange(20)[:, None], np.ones(20))
-    learner.keep_features(*(torch.from_numpy(part).float() for part in change))
-    assert torch.equal(linear.weight[:, 4], weights[:, 4])
+    ratio, shift, begins_to_vary = map(torch.from_numpy, change)
+    learner.keep_features(ratio.float(), shift.float(), begins_to_vary)
+    assert begins_to_vary.tolist() == [False, False, False, False, True]
+    assert not linear.weight[:, 4].any()
     assert not torch.equal(linear.weight[:, 3], weights[:, 3])
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_kept_samples_follow_the_statistics(hidden: int) -> None:
+    rng = np.random.default_rng(0)
+    parts = [(rng.normal(0, 1, (20, 3)), np.arange(20) % 2), (rng.normal(5, 4, (30, 3)), np.zeros(30, np.int64))]
+    model = LongTailClassifier("gml", **(SMALL | {"hidden": hidden, "queue_size": 128}))
+    for X, y in parts:  # noqa: N806
+        model.partial_fit(X, y, classes=[0, 1])
+    assert model._learner is not None
+    assert model._learner.queues is not None
+    kept = model._learner.queues.features.numpy()
+    expected = model._standardization(np.concatenate([X for X, _ in parts]))
+    assert np.sort(kept, axis=0) == pytest.approx(np.sort(expected, axis=0), abs=1e-5)
+
+
+def test_a_sample_has_one_id_in_all_passes() -> None:
+    X, y = np.random.default_rng(0).normal(size=(12, 4)), np.arange(12) % 3  # noqa: N806
+    model = LongTailClassifier("gml", **SMALL)
+    for rows in (slice(None), slice(None), slice(3, 9)):
+        model.partial_fit(np.asfortranarray(X[rows]), y[rows], classes=range(3))
+    assert model._learner is not None
+    queues = model._learner.queues
+    assert queues is not None
+    assert len(queues) == 30
+    pairs = torch.cat([queues.ids[:, None].double(), queues.features.double().round(decimals=4)], dim=1)
+    assert len(queues.ids.unique()) == len(pairs.unique(dim=0)) == 12
+    assert queues.ids.min() >= 0
 
 
 def test_parts_of_any_size() -> None:

@@ -120,6 +120,25 @@ def test_unfilled_slots_are_marked() -> None:
     assert queues.features.shape == (1, 2)
 
 
+def test_a_later_push_does_not_change_the_slots() -> None:
+    queues = ClassQueues([4, 4], size=8, minimum=2, dim=2)
+    queues.push(torch.ones(2, 2), torch.tensor([0, 1]), torch.tensor([1, 2]))
+    slots = queues.slots()
+    before = [tensor.clone() for tensor in slots]
+    queues.push(5 * torch.ones(3, 2), torch.tensor([0, 1, 1]), torch.tensor([7, 8, 9]))
+    assert all(torch.equal(now, then) for now, then in zip(slots, before, strict=True))
+
+
+def test_features_of_filled_slots_are_mapped() -> None:
+    queues = ClassQueues([4, 4], size=8, minimum=2, dim=2)
+    queues.push(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 0]), torch.tensor([1, 2]))
+    expected = queues.state_dict()
+    expected["features"][expected["labels"] >= 0] += 10
+    queues.map_features(lambda features: features + 10)
+    assert queues.features.tolist() == [[13, 14], [11, 12]]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in queues.state_dict().items())
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_unfilled_slots_repeat_filled_ones_equally_often(filled: list[bool]) -> None:
     mask, features = torch.tensor(filled), torch.arange(1.0, len(filled) + 1)[:, None]

@@ -20,6 +20,7 @@ from sklearn.ensemble import (
     StackingClassifier,
     VotingClassifier,
 )
+from sklearn.exceptions import NotFittedError
 from sklearn.feature_selection import SelectFromModel
 from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score, log_loss, make_scorer
@@ -31,6 +32,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.validation import check_is_fitted
 
 from longtail import LongTailClassifier
 from longtail.prior_correction import PriorCorrectedClassifier, TunedThresholdsClassifierCV
@@ -525,3 +527,43 @@ def test_a_scorer_in_place_of_a_metric_raises() -> None:
     model = TunedThresholdsClassifierCV(LogisticRegression(), scoring=make_scorer(f1_score))
     with pytest.raises(ValueError, match=r"scoring: expected .*give the metric itself, without make_scorer"):
         model.fit([[0.0], [1.0]] * 5, [0, 1] * 5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [PriorCorrectedClassifier(LogisticRegression(), target="train"), TunedThresholdsClassifierCV(LogisticRegression())],
+)
+def test_a_fit_that_fails_changes_nothing(model: Any) -> None:
+    X, y = draw([70, 20, 10])  # noqa: N806
+    unusable = np.where(np.arange(100)[:, None] == 3, np.nan, X)
+    model = clone(model)
+    with pytest.raises(ValueError, match="NaN"):
+        model.fit(unusable, y)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(model)
+    expected = model.fit(X, y).predict(X)
+    with pytest.raises(ValueError, match="NaN"):
+        model.fit(unusable, np.array(["z", "y", "x"])[y][::-1])
+    assert model.predict(X).tolist() == expected.tolist()
+    assert model.class_counts_.tolist() == [70, 20, 10]
+
+
+def test_names_of_features_are_those_of_the_last_fit() -> None:
+    pandas = pytest.importorskip("pandas")
+    X, y = draw([70, 20, 10])  # noqa: N806
+    model = PriorCorrectedClassifier(LogisticRegression()).fit(pandas.DataFrame(X, columns=["width"]), y)
+    assert model.feature_names_in_.tolist() == ["width"]
+    assert not hasattr(model.fit(X, y), "feature_names_in_")
+
+
+def test_thresholds_of_a_frozen_model() -> None:
+    frozen = pytest.importorskip("sklearn.frozen")
+    X, y = draw([70, 20, 10])  # noqa: N806
+    fitted = LogisticRegression().fit(X, y)
+    X_valid, y_valid = draw([0, 20, 5], seed=1)  # noqa: N806
+    model = TunedThresholdsClassifierCV(frozen.FrozenEstimator(fitted)).fit(X_valid, y_valid)
+    expected = TunedThresholdsClassifierCV(fitted, cv="prefit").fit(X_valid, y_valid)
+    assert model.best_thresholds_.tolist() == expected.best_thresholds_.tolist()
+    assert model.classes_.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="expected the classes of the fitted estimator, such as 0, got 6, 7"):
+        TunedThresholdsClassifierCV(frozen.FrozenEstimator(fitted)).fit(X_valid, y_valid + 5)

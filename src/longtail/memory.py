@@ -202,13 +202,24 @@ class ClassQueues:
         self._labels.fill_(-1)
         self._ids.fill_(-1)
 
-    def slots(self) -> Slots:
-        """Return all slots, features as a copy; unfilled ones have label −1 and the features of filled ones.
+    @torch.no_grad()
+    def map_features(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the features of the filled slots, as where what they were computed with has changed.
 
-        So a network with BatchNorm has the statistics of the filled slots. Needs no synchronisation with an
-        accelerator.
+        Args:
+            function: maps (size, dim) features to new ones of that shape, row by row.
         """
-        return repeat_filled(Slots(self._features[: self.size], self._labels[: self.size], self._ids[: self.size]))
+        features = self._features[: self.size]
+        features.copy_(torch.where(self._filled[:, None], function(features), features))
+
+    def slots(self) -> Slots:
+        """Return all slots as copies; unfilled ones have label −1 and the features of filled ones.
+
+        So a network with BatchNorm has the statistics of the filled slots, and a later push changes nothing that a
+        backward pass still needs. Needs no synchronisation with an accelerator.
+        """
+        labels, ids = self._labels[: self.size].clone(), self._ids[: self.size].clone()
+        return repeat_filled(Slots(self._features[: self.size], labels, ids))
 
     @property
     def _filled(self) -> Tensor:

@@ -27,6 +27,7 @@ from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
 from longtail.evaluation.effective_frequencies import check_resampling, effective_frequencies
 from longtail.evaluation.label_shift import EstimatedPrior, estimate_em
+from longtail.rollback import all_or_nothing
 
 Array = np.ndarray[Any, Any]
 
@@ -45,6 +46,11 @@ def _check_probabilities(estimator: Any) -> None:
     raise LongtailError(
         f"estimator: expected a classifier with predict_proba, got {type(estimator).__name__}; {advice}"
     )
+
+
+def _is_frozen(estimator: Any) -> bool:
+    """Return whether an estimator is scikit-learn's ``FrozenEstimator``, which 1.6 is the first to have."""
+    return type(estimator).__name__ == "FrozenEstimator"
 
 
 def _is_known_after_fit(estimator: Any) -> bool:
@@ -99,6 +105,7 @@ class _ProbabilityClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator)
         _check_probabilities(fitted)
         self.estimator_ = fitted
         for name in ("n_features_in_", "feature_names_in_"):
+            self.__dict__.pop(name, None)  # of an earlier fit
             if hasattr(fitted, name):
                 setattr(self, name, getattr(fitted, name))
 
@@ -194,7 +201,12 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
             LongtailError: frequencies or weights are not as above, or the training frequencies cannot be read from the
                 estimator.
         """
-        frozen = type(self.estimator).__name__ == "FrozenEstimator"
+        with all_or_nothing(self):
+            self._fit(X, y, sample_weight)
+        return self
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:  # noqa: N803
+        frozen = _is_frozen(self.estimator)
         y = self._check_labels(X, y, fitted=frozen)
         if self.training_frequencies is not None:
             self._resolve(self.training_frequencies, "training_frequencies")
@@ -227,7 +239,6 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
             self.training_frequencies_ = self._of_all_classes(
                 effective_frequencies(self.estimator_, y[known], self._fitted_classes, weights)
             )
-        return self
 
     @property
     def _estimates(self) -> bool:
@@ -282,8 +293,7 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
 
     def predict(self, X: Any) -> Array:  # noqa: N803
         """Return the most probable class of each sample under ``target``, (N,)."""
-        indices = self.predict_proba(X).argmax(axis=1)
-        predicted: Array = self.classes_[indices]
+        predicted: Array = self.classes_[self.predict_proba(X).argmax(axis=1)]
         return predicted
 
 
@@ -309,7 +319,7 @@ class TunedThresholdsClassifierCV(_ProbabilityClassifier):
             values are better, such as :func:`sklearn.metrics.cohen_kappa_score`.
         cv: number of folds (5 if not given), in which the samples of each class are spread over as many folds as there
             are samples; a scikit-learn splitter whose test folds are a partition; or ``prefit``: the estimator is
-            fitted, and the samples given to :meth:`fit` are validation samples.
+            fitted, as every ``FrozenEstimator`` is, and the samples given to :meth:`fit` are validation samples.
         n_jobs: processes of the cross-validation.
 
     Attributes:
@@ -351,13 +361,18 @@ class TunedThresholdsClassifierCV(_ProbabilityClassifier):
         Raises:
             LongtailError: ``scoring`` is unknown, or the estimator has no probabilities.
         """
+        with all_or_nothing(self):
+            self._fit(X, y)
+        return self
+
+    def _fit(self, X: Any, y: Any) -> None:  # noqa: N803
         scorer = hasattr(self.scoring, "_score_func")  # of make_scorer, which takes an estimator
         if scorer or (not callable(self.scoring) and self.scoring not in _METRICS):
             raise LongtailError(
                 f"scoring: expected {', '.join(_METRICS)} or a function of (y_true, y_pred), got {self.scoring!r}"
                 f"{'; give the metric itself, without make_scorer' if scorer else ''}"
             )
-        prefit = isinstance(self.cv, str) and self.cv == "prefit"
+        prefit = _is_frozen(self.estimator) or (isinstance(self.cv, str) and self.cv == "prefit")
         _check_probabilities(self.estimator)  # which cross_val_predict asks for before the fit
         y = self._check_labels(X, y, fitted=prefit)
         if prefit:
@@ -385,7 +400,6 @@ class TunedThresholdsClassifierCV(_ProbabilityClassifier):
         bias, self.best_score_ = _tune(logs, labels, bias, score)
         thresholds = np.exp(bias.min() - bias)
         self.best_thresholds_ = thresholds / thresholds.sum()
-        return self
 
     def _splits(self, X: Any, y: Array) -> Iterable[tuple[Array, Array]]:  # noqa: N803
         folds = 5 if self.cv is None else self.cv
@@ -479,12 +493,8 @@ def _macro_f1(labels: Array, predicted: Array, classes: int) -> float:
     return float((2 * hits[total > 0] / total[total > 0]).mean())
 
 
-def _accuracy(labels: Array, predicted: Array, _classes: int) -> float:
-    return float((labels == predicted).mean())
-
-
 _METRICS: dict[str, Callable[[Array, Array, int], float]] = {
     "balanced_accuracy": _balanced_accuracy,
     "f1_macro": _macro_f1,
-    "accuracy": _accuracy,
+    "accuracy": lambda labels, predicted, _: float((labels == predicted).mean()),
 }

@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -258,12 +259,17 @@ def plugins_of(parts: Collection[tuple[str, str]]) -> list[tuple[str, str]]:
     Args:
         parts: kind and name of each; kind network for a network.
     """
-    kinds = {kind for kind, _ in parts}
     return [
         (Path(plugin.path).name, plugin.digest)
         for plugin in _plugins
-        if not plugin.parts or any(part in parts or part[0] not in kinds for part in plugin.parts)
+        if not plugin.parts or any(part in parts or part[0] == TASKS.kind for part in plugin.parts)
     ]
+
+
+def network_parts(*names: str) -> set[tuple[str, str]]:
+    """Return the parts, for :func:`plugins_of`, of networks of these names."""
+    # with arguments, a decoder or a tag a network's name is several words
+    return {("network", word) for name in names for word in re.findall(r"\w+", name)}
 
 
 def load_plugin(path: str | Path) -> None:

@@ -11,7 +11,10 @@ _FIELDS = frozenset({"recipe", "method", "network", "epochs", "batch_size", "see
 RESULTS = frozenset({"metrics.jsonl", "last.ckpt", "recognizer"})
 """What a run leaves, by one of which its folder is recognised."""
 _BEFORE_RESULTS = frozenset(
-    {"config.yaml", "plugins.json", "unreadable.csv", "train_images.npy", "tables", "tensorboard", "wandb"}
+    {
+        *("config.yaml", "plugins.json", "unreadable.csv", "train_images.npy", "images_root.txt"),
+        *("tables", "tensorboard", "wandb"),
+    }
 )
 """All that is in the folder of a run that was stopped before its first result."""
 

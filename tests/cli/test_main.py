@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from longtail.cli.parsing import recipe_with_data
+from longtail.cli.parsing import parse, recipe_with_data
 from longtail.config import Config, read_config
 from longtail.data.source_spec import named_sets
 from longtail.training.run_io import flatten
@@ -344,6 +345,30 @@ def test_help_shows_no_default_where_there_is_none(command: Command) -> None:
     code, _, err = command("train", "digits-lt", "--minutes", "None", "--epochs", "0")
     assert code == 2
     assert "epochs 0: " in err
+
+
+@dataclasses.dataclass(frozen=True)
+class Undocumented:
+    strength: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class WithSection:
+    """Options."""
+
+    section: Undocumented = dataclasses.field(default_factory=Undocumented)
+    quiet: bool = False
+
+
+def test_options_keep_their_types_and_the_help_shows_no_signature(capsys: pytest.CaptureFixture[str]) -> None:
+    options = parse(WithSection, "train", ["--section.strength", "2"])
+    assert options == WithSection(Undocumented(2.0))
+    assert type(options.section) is Undocumented
+    with pytest.raises(SystemExit):
+        parse(WithSection, "train", ["--help"])
+    shown = capsys.readouterr().out
+    assert "--section.strength FLOAT" in shown
+    assert "Undocumented(" not in shown
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from longtail.config import Config, Data
+from longtail.config import Config, Data, Shots
 from longtail.data.dataset import LongTailedData, from_arrays
 from longtail.data.images import EncodedImages
+from longtail.data.inspection import inspect
 from longtail.data.source_spec import source_of
 from longtail.data.sources import load_data
 from longtail.errors import LongtailError
+from longtail.experiments.embed import embed, load_embeddings
 from longtail.training.trainer import fit
 
 
@@ -340,8 +342,43 @@ def test_arrays(shape: tuple[int, ...], tiny: Config, tmp_path: Path) -> None:
         ((np.zeros((4, 16, 16, 3), np.uint8), np.arange(4) / 2), "train labels: expected 4 integers"),
         ((np.zeros((4, 16, 16, 3), np.uint8), np.array([0, 2, 2, 0])), "class '1' has no training image"),
         ((np.zeros((4, 8, 8, 3), np.uint8), np.arange(4) % 3), "expected one shape in every split"),
+        (
+            (np.zeros((4, 16, 16, 3), np.uint8), np.array(list("abca"))),
+            r"train labels: expected an array of numbers, got <U1; numpy.unique\(names, return_inverse=True\)",
+        ),
+        ((np.array([["a"]]), np.zeros(1, np.int64)), "train images: expected an array of numbers, got <U1"),
     ],
 )
 def test_arrays_that_cannot_be_used(train: Any, message: str) -> None:
     with pytest.raises(LongtailError, match=message):
         from_arrays(train, arrays(12, 1))
+
+
+def test_arrays_that_torch_cannot_share() -> None:
+    images, labels = arrays(40, 0)
+    reversed_channels, frozen = images[..., ::-1], labels.copy()
+    frozen.flags.writeable = False
+    data = from_arrays((reversed_channels, frozen), (reversed_channels, frozen))
+    expected = from_arrays((reversed_channels.copy(), labels), (reversed_channels.copy(), labels))
+    assert data.mean == expected.mean
+    assert data.class_counts == expected.class_counts
+
+
+@pytest.mark.parametrize("memory", [4.0, 1e-9])
+def test_images_that_cannot_be_read_are_left_out_and_named_by_split_and_row(tmp_path: Path, memory: float) -> None:
+    for split, seed in (("train", 100), ("test", 200)):
+        images = [png(seed + index) for index in range(12)]
+        images[3] = images[3][:200]
+        write_set(tmp_path, {"image": [{"bytes": image, "path": None} for image in images], "label": [0, 1] * 6}, split)
+    data = Data(source="hub", root=str(tmp_path), memory_gib=memory, max_unreadable_fraction=0.2)
+    bad = ["train, row 3", "test, row 3"]
+    inspection = inspect(data, 0, Shots())
+    assert [entry["path"] for entry in inspection.unreadable] == bad
+    assert all("is damaged" in entry["reason"] for entry in inspection.unreadable)
+    assert not inspection.duplicates + inspection.conflicts + inspection.leaks + inspection.errors
+    summary = embed(data, "resnet8", tmp_path / "e.npz", pretrained="none", device="cpu")
+    assert (summary["train"], summary["test"], summary["unreadable"]) == (11, 11, bad)
+    arrays = load_embeddings(tmp_path / "e.npz")
+    for split in ("train", "test"):
+        assert arrays[f"{split}_labels"].tolist() == [0, 1, 0, *[0, 1] * 4]
+        assert len(np.unique(arrays[split], axis=0)) == 11

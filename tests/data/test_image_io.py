@@ -176,3 +176,12 @@ def test_files_that_are_no_images_by_their_names_are_told(tmp_path: Path) -> Non
     left_out: list[Path] = []
     assert find_images([tmp_path], left_out) == [tmp_path / "a.png"]
     assert [path.name for path in left_out] == ["b.heic", "c.CR2"]
+
+
+def test_an_image_in_lab_colours_is_read_as_grey(tmp_path: Path) -> None:
+    path = tmp_path / "x.tiff"
+    image = Image.frombytes("LAB", (30, 20), np.random.default_rng(0).integers(0, 256, 1800, dtype=np.uint8).tobytes())
+    image.save(path)
+    grey = to_rgb(open_image(path), channels=1)
+    assert grey.mode == "L"
+    assert np.array_equal(np.asarray(grey), np.asarray(image.convert("RGB").convert("L")))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shlex
 import struct
@@ -12,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from longtail.config import Data, Shots
 from longtail.data.dataset import from_arrays
+from longtail.data.image_io import StorageError
 from longtail.data.inspection import histogram, inspect
 from longtail.data.sources import load_data, read_listing
 from longtail.data.sources.from_listing import split_listing
@@ -383,3 +387,20 @@ def test_bad_input(
     assert len(err.splitlines()) == 1
     assert not out
     assert not list(tmp_path.iterdir())
+
+
+def test_values_that_training_refuses_are_reported(photos: Path) -> None:
+    Image.fromarray(np.array([[-1000.0, 2000.0]], dtype=np.float32)).save(photos / "cat" / "heights.tiff")
+    inspection = inspect(Data(source="folder", root=str(photos)), 0, Shots())
+    (found,) = inspection.unreadable
+    assert found["path"] == "cat/heights.tiff"
+    assert found["reason"].startswith("has values from -1000 to 2000, expected 0 to 1")
+
+
+def test_a_disk_that_fails_is_no_fault_of_an_image(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(StorageError, match=r"^cat/0\.png: cannot be read: Stale file handle$"):
+        inspect(Data(source="folder", root=str(photos)), 0, Shots())

@@ -149,6 +149,11 @@ def test_evaluation_sees_every_image_once() -> None:
     assert torch.equal(torch.cat(labels), numbered_images(10).labels)
 
 
+def test_a_process_may_have_no_image_to_evaluate() -> None:
+    shares = [list(evaluation_batches(numbered_images(2), 8, rank=rank, world=4)) for rank in range(4)]
+    assert [[len(labels) for _, labels in share] for share in shares] == [[1], [1], [], []]
+
+
 def test_a_batch_that_is_on_the_device_stays_as_it_is() -> None:
     there = torch.device("meta")
     batch = Batch((torch.zeros(2, 3, 4, 4, device=there),), torch.zeros(2, device=there), torch.zeros(2, device=there))

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from longtail import plots
-from longtail.data.image_io import find_images, open_image, open_square, read_shown_size, to_rgb
+from longtail.config import Data
+from longtail.data.image_io import StorageError, find_images, open_image, open_square, read_shown_size, to_rgb
 from longtail.data.paths import visible_files
+from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.files import atomic_write, read_lines, write_text
 from longtail.inference.label_images import label_pictures, write_label_image
 from longtail.inference.pictures import OBJECTS, PictureNames, source_of, write_picture, written_pictures
 from tests.conftest import Command
+from tests.data.detection.drawn import drawn_images, write_yolo_layout
 
 
 def images(folder: Path, classes: dict[str, int], side: int = 16) -> Path:
@@ -328,3 +335,56 @@ def test_a_full_disk_under_the_output_is_one_line(tmp_path: Path) -> None:
 def test_atomic_write_of_a_folder_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(LongtailError, match="cannot be written"):
         atomic_write(tmp_path / "none" / "x.txt", lambda partial: partial.write_text("x"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "told"),
+    [
+        (errno.EIO, StorageError, "cannot be read: Input/output error"),
+        (errno.EMFILE, StorageError, "cannot be read: Too many open files"),
+        (errno.EACCES, LongtailError, "cannot be read: Permission denied"),
+        (errno.ELOOP, LongtailError, "cannot be read: Too many levels of symbolic links"),
+        (errno.EINVAL, LongtailError, r"is damaged \(.*\); remove or replace it"),  # a decoder sought a wrong position
+    ],
+)
+def test_what_the_system_raises_is_told_from_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[LongtailError], told: str
+) -> None:
+    monkeypatch.setattr(Image, "open", failing(number))
+    with pytest.raises(LongtailError, match=rf"x\.png: {told}$") as raised:
+        open_image(tmp_path / "x.png")
+    assert raised.type is kind
+
+
+def failing(number: int) -> Callable[..., object]:
+    def fails(*_: object, **_options: object) -> object:
+        raise OSError(number, os.strerror(number))
+
+    return fails
+
+
+@pytest.mark.parametrize("memory", [4.0, 1e-9])
+def test_no_image_is_left_out_because_the_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: float
+) -> None:
+    root = images(tmp_path / "set", {"a": 6, "b": 6})
+    settings = Data(source="folder", root=str(root), image_size=16, memory_gib=memory, max_unreadable_fraction=0.9)
+    settings = dataclasses.replace(settings, cache="none")
+    data = load_data(settings, 0)
+    monkeypatch.setattr(Image, "open", failing(errno.EIO))
+    with pytest.raises(StorageError, match=r"cannot be read: Input/output error$"):
+        load_data(settings, 0)
+    if memory < 1:
+        with pytest.raises(StorageError, match=r"cannot be read: Input/output error$"):
+            data.train.images.take(torch.tensor([0]))
+        assert not data.train.images.unreadable
+
+
+def test_no_mask_and_no_image_with_boxes_is_left_out_because_the_disk_fails(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes = write_yolo_layout(tmp_path, {"train": drawn_images(4), "val": drawn_images(4)})
+    monkeypatch.setattr(Image, "open", failing(errno.EIO))
+    for source, root in (("masks", scenes), ("boxes", boxes)):
+        with pytest.raises(StorageError, match=r"cannot be read: Input/output error$"):
+            load_data(Data(source=source, root=str(root), max_unreadable_fraction=0.9), 0)

@@ -291,6 +291,38 @@ def test_the_folder_follows_setting_and_environment(tmp_path: Path, monkeypatch:
     assert cache_folder("auto") == Path.home() / ".cache" / "longtail"
 
 
+def test_without_a_home_folder_the_cache_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_user: object) -> object:
+        raise KeyError
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setenv("LONGTAIL_CACHE", str(tmp_path))
+    assert cache_folder("auto") == tmp_path
+    for given, setting in (("", "auto"), ("~nouser/x", "auto"), (str(tmp_path), "~nouser/x")):
+        monkeypatch.setenv("LONGTAIL_CACHE", given)
+        with pytest.raises(
+            LongtailError, match=r"there is no home folder; name one with LONGTAIL_CACHE, or use --data"
+        ):
+            cache_folder(setting)
+
+
+def test_rows_are_added_after_those_that_the_file_system_does_not_tell_of_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS tells of a file that is not opened what it was some seconds ago."""
+    keys = torch.arange(6)
+    make_store(tmp_path).fill(keys[:2], maker(keys[:2], []))
+    told = {path: path.stat() for path in tmp_path.iterdir()}
+    real = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **options: told.get(path) or real(path, **options))
+    for part in keys[2:].split(2):
+        make_store(tmp_path).fill(part, maker(part, []))
+    store = make_store(tmp_path)
+    assert torch.equal(read(store, store.find(keys)), expected(keys))
+
+
 def test_a_name_depends_on_every_part() -> None:
     weights = torch.arange(6.0).view(2, 3)
     names = [content_hash(weights, 1), content_hash(weights.T, 1), content_hash(weights, 2), content_hash(weights, "1")]

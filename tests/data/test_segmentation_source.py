@@ -21,12 +21,12 @@ from longtail.data.image_io import open_image
 from longtail.data.loader import TrainLoader
 from longtail.data.source_spec import source_of
 from longtail.data.sources import load_data
+from longtail.data.sources.mask_files import read_mask
 from longtail.data.sources.segmentation import (
     CAMVID_CLASSES,
     SegmentationData,
     SegmentationImages,
     SegmentationSample,
-    read_mask,
 )
 from longtail.data.sources.segmentation_transform import SegmentationTransform
 from longtail.errors import LongtailError
@@ -447,3 +447,19 @@ def test_a_value_of_pixels_that_are_not_labelled_is_ignored(scenes: Path, value:
     assert all(
         np.array_equal(data.train.images.open_sample(index).labels, expected) for index, expected in enumerate(labels)
     )
+
+
+def test_masks_and_names_are_part_of_what_a_set_is(scenes: Path) -> None:
+    before = load(scenes).fingerprints
+    assert load(scenes).fingerprints == before
+    for split, kind in (("training", "images"), ("validation", "val_images"), ("test", "test_images")):
+        path = scenes / "annotations" / split / "00.png"
+        flipped = np.array(Image.open(path))[::-1]  # each class has as many pixels as before
+        Image.fromarray(flipped).save(path)
+        after = load(scenes).fingerprints
+        assert {name for name in before if before[name] != after[name]} == {kind}
+        before = after
+    for part in ("images", "annotations"):
+        (scenes / part / "test" / "05.png").rename(scenes / part / "test" / "06.png")
+    after = load(scenes).fingerprints
+    assert {name for name in before if before[name] != after[name]} == {"test_images"}

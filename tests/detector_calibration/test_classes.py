@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from longtail.data.detection import Annotations
-from longtail.detector_calibration.calibrate import class_counts
+from longtail.detector_calibration.calibrate import class_counts, map_classes, map_further_classes
 from longtail.detector_calibration.classes import match_classes
 from longtail.detector_calibration.heads import ClassHead
 from longtail.errors import LongtailError
@@ -103,3 +104,20 @@ def test_a_category_without_objects_needs_no_output(detector: ClassHead, order: 
     assert match.categories.tolist() == [1, 2]
     with pytest.raises(LongtailError, match=r"classes: "):
         match_classes(detector, names, ids, order, used=[True, True, True])
+
+
+def test_classes_of_validation_annotations_are_matched_as_in_training() -> None:
+    """Of Roboflow's five categories the first has no objects; in validation one of the others has none either."""
+    names, ids, detector = ("all", "a", "b", "c", "d"), (0, 1, 2, 3, 4), head(4)
+    train = dataclasses.replace(to_annotations([1, 2, 3, 4]), class_names=names, class_ids=ids)
+    further = dataclasses.replace(to_annotations([1, 3, 4]), class_names=names, class_ids=ids)
+    trained = map_classes(detector, train)
+    assert trained.categories.tolist() == [1, 2, 3, 4]
+    assert map_further_classes(detector, trained, train, further).categories.tolist() == [1, 2, 3, 4]
+    of_group = dataclasses.replace(to_annotations([0, 1]), class_names=names, class_ids=ids)
+    with pytest.raises(LongtailError, match="the detector has no class 'all' of the annotations"):
+        map_further_classes(detector, trained, train, of_group)
+
+
+def test_names_that_differ_in_case_alone_are_two_classes() -> None:
+    assert match_classes(head(2, None, ("Cat", "cat")), ("cat", "Cat"), (1, 2)).categories.tolist() == [1, 0]

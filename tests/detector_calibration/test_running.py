@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import longtail
 from longtail.data.detection import Detections, read_coco
 from longtail.detector_calibration import DetectorRunner, choose_power, logit_statistics
-from longtail.detector_calibration.calibrate import evaluate_corrections
+from longtail.detector_calibration.calibrate import evaluate_corrections, find_images
 from longtail.errors import LongtailError
 from longtail.evaluation.detector_scores import LogitStatistics, logn_correction, norcal_correction
 from tests.detector_calibration.models import TORCHVISION, fasterrcnn, spread, transformers_model
@@ -248,6 +249,31 @@ def test_the_power_is_chosen_and_helps(tmp_path: Path) -> None:
     assert again == pytest.approx(search.metrics[search.best], abs=1e-6)
 
 
+@pytest.mark.parametrize(("ids", "order"), [((0, 1, 2), "auto"), ((0, 1, 2), "index"), ((1, 2, 3), "id")])
+def test_the_order_of_the_classes_is_that_of_the_training_annotations(
+    tmp_path: Path, ids: tuple[int, ...], order: Any
+) -> None:
+    """Also where a class has no object in the validation images, so that all ids there might be labels."""
+    train = read_coco(coco(tmp_path, "train", [[0] * 10] * 30 + [[1, 1]] * 15 + [[2]], ids))
+    validation = read_coco(coco(tmp_path, "val", [[1, 2]] * 6, ids))
+    found = evaluate_corrections(DetectorRunner(Colours()), [None], train, validation, tmp_path, order)[0]["ap"]
+    assert found > 30  # 0 with the classes shifted
+    moved = json.loads((tmp_path / "val.json").read_text())  # categories of other ids, without one
+    moved["categories"] = [entry | {"id": entry["id"] + 6} for entry in moved["categories"][1:]]
+    for entry in moved["annotations"]:
+        entry["category_id"] += 6
+    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    if order != "id":
+        other = read_coco(tmp_path / "moved.json")
+        assert evaluate_corrections(DetectorRunner(Colours()), [None], train, other, tmp_path, order)[0]["ap"] == found
+        moved["categories"][0]["name"] = "another"
+        (tmp_path / "moved.json").write_text(json.dumps(moved))
+        with pytest.raises(LongtailError, match="classes: the detector has no class 'another' of the annotations"):
+            evaluate_corrections(
+                DetectorRunner(Colours()), [None], train, read_coco(tmp_path / "moved.json"), tmp_path, order
+            )
+
+
 def test_statistics_of_training_images_and_logn(tmp_path: Path) -> None:
     train = read_coco(coco(tmp_path, "train", [[0] * 4] * 20 + [[1]] * 3 + [[2]]))
     runner = DetectorRunner(Colours())
@@ -342,6 +368,31 @@ def test_missing_images_and_processors_are_one_line(tmp_path: Path) -> None:
         choose_power(DetectorRunner(Colours()), train, train, tmp_path)
     with pytest.raises(LongtailError, match="needs its image processor"):
         DetectorRunner(transformers_model("Detr"))
+
+
+def test_images_are_found_by_their_paths_or_by_the_last_parts(tmp_path: Path) -> None:
+    train = read_coco(coco(tmp_path, "train", [[0], [1]]))
+    for site in ("a", "b"):
+        (tmp_path / site).mkdir()
+    (tmp_path / "train-0.png").rename(tmp_path / "a" / "1.png")
+    (tmp_path / "train-1.png").rename(tmp_path / "b" / "1.png")
+    both = dataclasses.replace(train, files=("a/1.png", "b/1.png"))
+    assert find_images(both, tmp_path).names == ("a/1.png", "b/1.png")
+    with pytest.raises(LongtailError, match=r"a/1\.png: may be a/1\.png or b/1\.png of the annotations"):
+        find_images(both, tmp_path / "a")
+    (tmp_path / "a" / "2.png").write_bytes((tmp_path / "b" / "1.png").read_bytes())
+    last = dataclasses.replace(train, files=("x/1.png", "y/2.png"))
+    assert find_images(last, tmp_path / "a").names == ("1.png", "2.png")
+    with pytest.raises(LongtailError, match=r"b/y/2\.png: there is no such image, nor .*b/2\.png"):
+        find_images(last, tmp_path / "b")
+
+
+def test_images_are_found_in_either_unicode_form(tmp_path: Path) -> None:
+    """macOS decomposes the names that it writes."""
+    train = read_coco(coco(tmp_path, "train", [[0]]))
+    (tmp_path / "train-0.png").rename(tmp_path / unicodedata.normalize("NFD", "caf\u00e9.png"))
+    found = find_images(dataclasses.replace(train, files=("caf\u00e9.png",)), tmp_path)
+    assert len(list(found.open_each(range(1)))) == 1
 
 
 def test_validation_images_without_objects(tmp_path: Path) -> None:

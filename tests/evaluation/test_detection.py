@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from longtail.data.detection import Annotations, Detections
+from longtail.data.detection import Annotations, Detections, concatenate
 from longtail.errors import LongtailError
 from longtail.evaluation.detection import detection_metrics
 from longtail.evaluation.detection_matches import coco_masks, detection_table, encode_mask, match_table
@@ -179,6 +179,53 @@ def test_federated_annotations() -> None:
     table, once = detection_table(detections, federated), np.ones((1, images), dtype=np.int64)
     ours = match_table(table, federated).average_precision(once)
     assert 100 * np.nanmean(ours) == pytest.approx(metrics["ap"], abs=1e-6)
+
+
+def test_incomplete_classes_of_annotations_that_are_not_federated_say_nothing() -> None:
+    """Average precision, its intervals and the operating points are all COCO's."""
+    detections, annotations = draw_detections(6)
+    every = (frozenset(range(4)),) * len(annotations)
+    incomplete = dataclasses.replace(annotations, incomplete=every)
+    assert detection_metrics(detections, incomplete, resamples=50) == detection_metrics(
+        detections, annotations, resamples=50
+    )
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_ignored_objects_are_crowds_only_where_they_are_marked(iou_type: Any) -> None:
+    """Of one that is none a single detection is ignored, and only by the usual IoU."""
+    boxes = torch.tensor([[0.0, 0, 60, 60], [70, 70, 90, 90]])
+    found = torch.tensor([[5.0, 5, 15, 15], [0, 0, 60, 60], [1, 0, 60, 60], [70, 70, 90, 90]])
+    annotations = Annotations(
+        files=("a.png",),
+        sizes=torch.tensor([[100, 100]]),
+        image_ids=(1,),
+        class_names=("x",),
+        image_index=torch.zeros(2, dtype=torch.int64),
+        boxes=boxes,
+        labels=torch.zeros(2, dtype=torch.int64),
+        ignored=torch.tensor([True, False]),
+        areas=torch.tensor([3600.0, 400]),
+        masks=tuple(encode_mask(rectangle(box), (100, 100)) for box in boxes.tolist()),
+    )
+    masks = tuple(encode_mask(rectangle(box), (100, 100)) for box in found.tolist())
+    detections = [Detections(found, torch.zeros(4, dtype=torch.int64), torch.tensor([0.9, 0.8, 0.7, 0.6]), masks)]
+    for crowd, expected in ((True, 100.0), (False, 100 / 3)):
+        marked = dataclasses.replace(annotations, crowd=torch.tensor([crowd, False]))
+        metrics = detection_metrics(detections, marked, iou_type=iou_type, resamples=0)
+        assert metrics["ap"] == pytest.approx(expected)
+        assert metrics["objects"] == [1]
+        matches = match_table(detection_table(detections, marked, iou_type), marked)
+        ours = matches.average_precision(np.ones((1, 1), dtype=np.int64))
+        assert 100 * ours.mean() == pytest.approx(expected)
+    for parts in (annotations.select([0]), concatenate([annotations, marked])):
+        assert parts.crowds.tolist()[:2] == [True, False]
+    assert marked.select([0]).crowds.tolist() == [False, False]
+
+
+def rectangle(box: list[float]) -> list[list[float]]:
+    left, top, right, bottom = box
+    return [[left, top, right, top, right, bottom, left, bottom]]
 
 
 def test_limits() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from longtail.errors import LongtailError
 from longtail.evaluation.label_shift import EstimatedPrior, estimate_bbse, estimate_em, estimate_map
@@ -285,3 +286,10 @@ def test_wrong_corrections_raise(change: dict[str, Any], message: str) -> None:
     scores, _ = sample(np.array([0.2, 0.3, 0.5]), 30, 0)
     with pytest.raises(LongtailError, match=f"^{message}"):
         estimate_map(scores, **({"class_counts": [5, 3, 2]} | change))
+
+
+def test_tensors_with_a_gradient() -> None:
+    scores, _ = sample(np.array([0.6, 0.3, 0.1]), 50, 0)
+    tensor = torch.tensor(scores, requires_grad=True)
+    assert estimate_em(tensor) == estimate_em(scores)
+    assert estimate_map(tensor, torch.tensor([6.0, 3.0, 1.0])) == estimate_map(scores, [6, 3, 1])

@@ -309,3 +309,18 @@ def test_arrays_are_refused_by_name(metric: Any) -> None:
 def test_names_in_place_of_numbers_are_refused() -> None:
     with pytest.raises(LongtailError, match=r"^predictions: expected numbers, got 'a'; "):
         balanced_accuracy(["a", "b"], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (BalancedAccuracy(6), "expected another ShotAccuracy, got BalancedAccuracy"),
+        (ShotAccuracy([5]), "of the same classes"),
+        (ShotAccuracy(COUNTS[::-1]), "of the same classes"),
+        (ShotAccuracy(COUNTS, few_below=5), "of the same classes"),
+    ],
+)
+def test_metrics_of_other_classes_are_not_added(other: Any, message: str) -> None:
+    metric = ShotAccuracy(COUNTS)
+    with pytest.raises(LongtailError, match=f"merge_state: .*{message}"):
+        metric.merge_state(other)

@@ -93,7 +93,7 @@ def test_the_same_test_images_with_every_seed_are_said() -> None:
         return str(difference).partition(") over ")[2]
 
     # of independent errors: √(3² + 4²)
-    same = "3 seeds on the same 1,000 test images (other images: up to ±5.0 more): a difference"
+    same = "3 seeds on the same 1,000 test images (other images: up to ±5.0 more): a difference on these images"
     assert on(["a", "a", "a"]) == same
     for images in (["a", "b", "c"], [None, None, None], ["a", "a", None]):
         assert on(images) == "3 seeds: a difference"
@@ -171,6 +171,12 @@ def test_a_difference_on_these_images_alone() -> None:
     assert difference.low > 0
     assert not difference.shown
     assert str(difference).endswith(": a difference on these images, not shown for others")
+    # what knows less claims no more: without the predictions of one run, and after JSON
+    (unknown,) = differences([*ce, replace(la[0], image_results=None), *la[1:]])
+    (read,) = differences([Record.from_dict(each.to_dict()) for each in (*ce, *la)])
+    for other in (unknown, read):
+        assert not other.shown
+        assert str(other).endswith(": a difference on these images")
     # what costs less is then not shown to be worse
     cheaper = [replace(each, seconds=0.5) for each in ce]
     assert recommendation([*cheaper, *la]) == (
@@ -189,6 +195,15 @@ def test_one_seed_has_an_interval_over_test_images() -> None:
         f"+{15 - half:.1f} to +{15 + half:.1f})"
     )
     assert not difference.shown
+
+
+def test_equal_gaps_of_several_seeds_have_no_interval_over_test_images() -> None:
+    labels = np.zeros(40, dtype=np.int64)
+    theirs = np.stack([np.arange(40) < 20, np.arange(40) >= 20])
+    ours = np.stack([np.arange(40) < 26, np.arange(40) >= 14])  # other images with each seed
+    (difference,) = differences([*on_images("ce", theirs, labels), *on_images("la", ours, labels)])
+    assert "the same with all 2 seeds" in str(difference)
+    assert "over test images" not in str(difference)
 
 
 def runs(

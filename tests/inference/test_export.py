@@ -17,6 +17,10 @@ from PIL import Image
 from longtail import Recognizer, Segmenter
 from longtail.config import Config
 from longtail.errors import LongtailError
+from longtail.experiments.compare import compare
+from longtail.experiments.embed import embed
+from longtail.experiments.evaluate import evaluate
+from longtail.experiments.rebalance import RebalanceSettings, rebalance
 from longtail.inference.export import export_onnx
 from longtail.inference.onnx_model import ONNXModel
 from longtail.tasks.loading import load_model
@@ -82,6 +86,9 @@ def test_images_of_every_kind_and_options_of_the_session(tmp_path: Path) -> None
     for image in (str(tmp_path / "a.png"), tmp_path / "a.png", pixels[0], Image.fromarray(pixels[0])):
         np.testing.assert_array_equal(model.predict(image), expected[:1])
     assert model.predict(pixels[0, :, :, 0]).shape == model.predict(pixels[0, :, :, :1]).shape == (1, 3)
+    for batch_size in (0, -1):
+        with pytest.raises(LongtailError, match=f"batch_size: expected at least 1, got {batch_size}"):
+            model.predict(pixels, batch_size)
     for wrong in (pixels[0].astype(float), pixels[0, 0, 0], [3], [None]):
         with pytest.raises(LongtailError, match=r"^image: expected a file, a Pillow image or an array of uint8"):
             model.predict(wrong)  # type: ignore[arg-type]
@@ -183,3 +190,13 @@ def test_a_torch_that_cannot_convert_the_model(
     assert err.startswith(f"longtail: error: export: torch {torch.__version__} with onnxscript ")
     assert "cannot convert this model: 'OpOverload' object has no attribute 'x'; use a later torch" in err
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_folders_and_files_given_as_text(tiny: Config, tmp_path: Path) -> None:
+    run, config = str(tmp_path / "run"), tiny.replace(method="la", epochs=1)
+    fit(config, run, quiet=True)
+    assert evaluate(run)["prior"] == "uniform"
+    assert embed(config.data, run, str(tmp_path / "e.npz"))["classes"] == 10
+    assert export_onnx(Recognizer.load(run), str(tmp_path / "m.onnx")).path == tmp_path / "m.onnx"
+    assert set(rebalance(run, str(tmp_path / "new"), RebalanceSettings(method="tau"))) == {"uniform", "train"}
+    assert len(compare(config, ["la"], [0], str(tmp_path / "compared"), quiet=True)) == 1

@@ -335,3 +335,26 @@ def test_a_cache_that_cannot_be_written_is_one_line(frozen: Config, tmp_path: Pa
     config = dataclasses.replace(frozen, data=dataclasses.replace(frozen.data, cache=str(tmp_path / "file")))
     with pytest.raises(LongtailError, match=r"cannot be written.*--data.cache"):
         fit(config, tmp_path / "run", quiet=True)
+
+
+def test_features_belong_to_the_plugins_that_views_and_network_are_of(
+    frozen: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = frozen.replace(feature_views=2, data={"augment": "digits"})
+    data, encoder = digits(config)
+
+    def missing(kind: str, name: str, digest: str) -> int:
+        monkeypatch.setattr(
+            "longtail.inference.kept_features.plugins_of",
+            lambda parts: [("p.py", digest)] if (kind, name) in parts else [],
+        )
+        return num_missing_features(data, encoder, config)
+
+    feature_data(data, encoder, config, device=torch.device("cpu"))
+    assert missing("method", "la", "1") == missing("augmentation", "cifar", "1") == 0
+    assert missing("augmentation", "digits", "1") == len(data.train)  # the second view
+    feature_data(data, encoder, config, device=torch.device("cpu"))
+    assert missing("augmentation", "digits", "1") == 0
+    assert missing("augmentation", "digits", "2") == len(data.train)
+    everything = 2 * len(data.train) + len(data.test) + (0 if data.val is None else len(data.val))
+    assert missing("network", encoder.architecture, "3") == everything

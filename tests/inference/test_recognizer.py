@@ -324,6 +324,11 @@ def test_what_is_pushed_to_the_hub(tiny: Config, tmp_path: Path, monkeypatch: py
     Recognizer.load(tmp_path / "run").push_to_hub("somebody/digits")
     assert sent["repo_id"] == "somebody/digits"
     assert sent["names"] == {"README.md", "config.json", "model.safetensors"}
+    for name, expected in ((None, "digits"), ("somebody/other", "somebody/other")):
+        address = Recognizer.load(tmp_path / "run").save_pretrained(
+            tmp_path / "digits", repo_id=name, push_to_hub=True, commit_message="again"
+        )
+        assert (address, sent["repo_id"], sent["commit_message"]) == ("done", expected, "again")
 
 
 def test_files_are_decoded_ahead_and_predicted_in_order(tmp_path: Path) -> None:
@@ -340,3 +345,43 @@ def test_files_are_decoded_ahead_and_predicted_in_order(tmp_path: Path) -> None:
     paths[9].unlink()
     with pytest.raises(LongtailError, match=r"7\.png: is not an image"):
         recognizer.predict(paths, batch_size=2)
+
+
+def test_floats_that_are_not_from_0_to_1_raise() -> None:
+    recognizer = build_recognizer()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for images in (
+        pixels.float(),
+        pixels[0].float(),
+        (pixels / 255 - 0.5) / 0.2,
+        torch.full((1, 3, 32, 32), torch.nan),
+    ):
+        with pytest.raises(LongtailError, match="images: expected floats from 0 to 1, got values from"):
+            recognizer.predict(images)
+    for tta in ("none", "crops"):
+        with pytest.raises(LongtailError, match="images: expected floats in"):
+            recognizer.scores(pixels, tta)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_has_an_image(batch_size: int) -> None:
+    recognizer, image = build_recognizer(), np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(LongtailError, match=f"batch_size: expected at least 1, got {batch_size}"):
+        recognizer.predict([image], batch_size=batch_size)
+    with pytest.raises(LongtailError, match="batch_size: expected at least 1"):
+        recognizer.predict(torch.zeros(2, 3, 32, 32), batch_size=batch_size)
+
+
+def test_a_model_that_is_there_stays_whole_where_it_cannot_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognizer = build_recognizer()
+    recognizer.save_pretrained(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("longtail.inference.model.save_file", full)
+    with pytest.raises(LongtailError, match="No space left"):
+        recognizer.save_pretrained(tmp_path)
+    assert Recognizer.load(tmp_path).config == recognizer.config

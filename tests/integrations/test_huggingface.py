@@ -7,14 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from longtail.data.samplers import ClassAwareSampler
+from longtail.errors import LongtailError
 from longtail.integrations.huggingface import TrainSamplerMixin, compute_loss_func, compute_metrics
-from longtail.losses import AsymmetricLoss, LogitAdjustedLoss
+from longtail.losses import AsymmetricLoss, LDAMLoss, LogitAdjustedLoss
 from tests.integrations.tail import COUNTS, encoder, long_tailed_digits
 
 transformers = pytest.importorskip("transformers")
@@ -169,3 +171,37 @@ def test_a_label_that_trainer_counts_and_the_loss_leaves_out_raises() -> None:
     assert compute(scores, torch.tensor([0, 1, -100]), 2).isfinite()
     with pytest.raises(ValueError, match=r"labels: expected -100 for a sample to leave out.*got -1"):
         compute(scores, torch.tensor([0, 1, -1]), 3)
+
+
+class LossConfig(transformers.PretrainedConfig):  # type: ignore[misc, name-defined]
+    model_type = "longtail-test"
+
+    def __init__(self, counts: Any = (90, 9, 1), **options: Any) -> None:
+        self.counts = list(counts)
+        super().__init__(**options)
+
+
+class WithLosses(transformers.PreTrainedModel):  # type: ignore[misc, name-defined]
+    config_class = LossConfig
+
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__(config)
+        self.layer = nn.Linear(2, 3)
+        self.losses = nn.ModuleList([LogitAdjustedLoss(config.counts), LDAMLoss(config.counts)])
+        self.post_init()
+
+
+def test_losses_in_a_model_are_read_with_it(tmp_path: Path) -> None:
+    model = WithLosses(LossConfig())
+    model.save_pretrained(tmp_path)
+    again = WithLosses.from_pretrained(tmp_path)
+    scores, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
+    for before, after in zip(model.losses, again.losses, strict=True):
+        assert torch.equal(before(scores, labels), after(scores, labels))
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (6, 2), (6,)])
+def test_metrics_of_other_classes_raise(shape: tuple[int, ...]) -> None:
+    prediction = SimpleNamespace(predictions=np.zeros(shape), label_ids=np.array([0, 1, 2, 0, 1, 2]))
+    with pytest.raises(LongtailError, match=r"predictions: expected scores of shape \(N, 3\)"):
+        compute_metrics([5, 50, 500])(prediction)

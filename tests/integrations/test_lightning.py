@@ -145,3 +145,20 @@ def test_the_teacher_has_the_precision_of_the_training(precision: str) -> None:
 def test_it_can_be_pickled_as_processes_that_are_spawned_need_it() -> None:
     again = pickle.loads(pickle.dumps(callback()))
     assert again.unpack((1, 2, 3, 4)) == (1, 2, 3)
+
+
+class OfDictionaries(Lit):
+    def training_step(self, batch: Any, index: int) -> Any:
+        return super().training_step((batch["pixel_values"], batch["labels"]), index)
+
+
+def test_batches_that_are_dictionaries(tmp_path: Path) -> None:
+    images, labels, *_ = long_tailed_digits()
+    rows = WithIds([{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)])
+    batches = DataLoader(rows, batch_size=64)
+    options = {"max_steps": 2, "default_root_dir": tmp_path, "enable_checkpointing": False, **QUIET}
+    with pytest.raises(LongtailError, match="keys pixel_values, labels, ids; give the callback unpack=lambda batch: "):
+        pl.Trainer(callbacks=[callback()], **options).fit(OfDictionaries(), batches)
+    gml = callback(unpack=lambda batch: (batch["pixel_values"], batch["labels"], batch["ids"]))
+    pl.Trainer(callbacks=[gml], **options).fit(OfDictionaries(), batches)
+    assert int((gml.terms.queues.slots().labels >= 0).sum()) > 0

@@ -47,6 +47,15 @@ def test_slots_that_were_never_filled_do_not_count_in_the_statistics_of_the_keys
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+def test_losses_of_several_batches_have_one_backward_pass() -> None:
+    torch.manual_seed(0)
+    terms = MixtureTerms([6, 3], 5, 7)
+    batches = [(torch.randn(4, 5), torch.randn(4, 7), torch.tensor([0, 0, 1, 1]), torch.arange(4)) for _ in range(2)]
+    losses = [each.mixture + each.temperature for each in (terms(*batch) for batch in batches)]
+    torch.stack(losses).sum().backward()
+    assert terms.criterion.temperature_logit.grad is not None
+
+
 def test_without_ids_the_temperature_is_constant() -> None:
     labels = torch.tensor([0, 1, 1])
     with pytest.raises(ValueError, match="ids: expected the id of each image"):

@@ -492,6 +492,8 @@ def valid() -> dict[str, Any]:
             "keys: expected device cpu, as queries have, got meta",
         ),
         ("temperature", 0.0, "temperature: expected at least 0.02, got 0"),
+        ("temperature", torch.full((1, 1), 0.1), r"temperature: expected a scalar, got shape \(1, 1\)"),
+        ("temperature", torch.full((2, 1), 0.1), r"temperature: expected a scalar, got shape \(2, 1\)"),
         ("temperature", torch.tensor(math.nan), "temperature: expected at least 0.02, got nan"),
     ],
 )

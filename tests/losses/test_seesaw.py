@@ -120,3 +120,8 @@ def test_counts_survive_half_precision() -> None:
     scores, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     expected = SeesawLoss([200_000, 10, 100_000])(scores, labels)
     assert torch.equal(SeesawLoss([200_000, 10, 100_000]).half()(scores, labels), expected)
+
+
+def test_frequencies_are_no_counts() -> None:
+    with pytest.raises(ValueError, match="class_counts: expected whole numbers"):
+        SeesawLoss([0.9, 0.1])

@@ -34,11 +34,22 @@ def test_features_have_a_quarter_of_the_resolution(height: int, width: int) -> N
         ("upernet:resnet18", "none.pth", "pretrained 'none.pth': expected none, auto, timm, or a file of weights"),
         ("upernet:mit_b0", "none.pth", "expected none or timm; 'mit_b0' is no timm model"),
         ("upernet:vit_tiny_patch16_224", "none", "choose another encoder"),
+        ("upernet:efficientformerv2_s0:8", "none", "takes images of one size only; choose another encoder, such as"),
     ],
 )
 def test_names_that_do_not_fit(name: str, pretrained: str, message: str) -> None:
     with pytest.raises(LongtailError, match=message):
         build_segmentation_backbone(name, 3, pretrained)
+
+
+def test_trying_a_network_leaves_it_as_it_was_built() -> None:
+    network = build_segmentation_backbone("upernet:resnet10t:8")
+    assert network.training
+    seen = [t for name, t in network.state_dict().items() if name.endswith(("running_mean", "num_batches_tracked"))]
+    assert seen
+    assert not any(tensor.any() for tensor in seen)
+    with torch.device("meta"):
+        assert next(build_segmentation_backbone("upernet:resnet10t:8").parameters()).is_meta
 
 
 def test_other_networks_are_unknown_to_the_default_builder() -> None:

@@ -49,6 +49,36 @@ def test_norm_of_a_vision_transformer_is_layer_norm_and_biases() -> None:
     assert "blocks.0.attn.qkv.weight" not in trained(vit)
 
 
+@pytest.mark.parametrize(
+    ("network", "norms"),
+    [
+        ("aimv2_large_patch14_224", ("patch_embed.norm.weight", "blocks.0.norm1.weight")),  # RmsNorm
+        ("resmlp_12_224", ("blocks.0.norm1.alpha", "blocks.0.norm1.beta")),  # Affine, (1, 1, C)
+        ("resnetv2_50d_evos", ("stem.norm1.weight", "stem.norm1.v")),  # EvoNorm, with an activation
+        ("convnextv2_atto", ("stages.0.blocks.0.mlp.grn.weight", "stages.0.blocks.0.norm.weight")),
+    ],
+)
+def test_norm_trains_the_normalisation_layers_of_the_network_itself(network: str, norms: tuple[str, ...]) -> None:
+    with torch.device("meta"):  # without memory
+        backbone = timm.create_model(network, num_classes=0)
+    set_trainable(backbone, "norm")
+    assert trained(backbone) >= set(norms)
+    shapes = [parameter.shape for parameter in backbone.parameters() if parameter.requires_grad]
+    assert all(shape.numel() == max(shape) for shape in shapes)
+
+
+def test_norm_needs_normalisation_layers() -> None:
+    class NormalBlock(nn.Module):  # called like a normalisation layer
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(1))
+            self.convolution = nn.Conv2d(3, 4, 1)
+
+    for network in (NormalBlock(), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False))):
+        with pytest.raises(LongtailError, match="tune norm: this network has no normalisation layers"):
+            set_trainable(network, "norm")
+
+
 def test_last_trains_the_blocks_at_the_output(backbone: nn.Module) -> None:
     set_trainable(backbone, "last:1")
     one = trained(backbone)
@@ -221,6 +251,13 @@ def check_adapter(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.
     added = 0.1 * (hidden @ weights[1].T + up.bias)  # type: ignore[operator]
     expected = module.layer(inputs[0]).double() + (added.movedim(-1, 1) if first else added)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_residual_blocks_have_normalisation_of_any_kind() -> None:
+    backbone = build_backbone("resnetv2_50d_evos(layers=(2, 1, 1, 1), adapter=4)", 3)  # EvoNorm
+    assert {name for name, module in backbone.named_modules() if isinstance(module, Adapted)} == {
+        "stages.0.blocks.1"  # the others change the width
+    }
 
 
 def test_adapters_need_blocks() -> None:

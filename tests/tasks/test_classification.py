@@ -24,6 +24,7 @@ from longtail.inference.export import export_onnx
 from longtail.report import run_report
 from longtail.tasks.classification.calibration import calibrate
 from longtail.tasks.classification.console import trust_lines
+from longtail.tasks.classification.evaluator import ClassificationEvaluator
 from longtail.tasks.evaluate import evaluate_split
 from longtail.tasks.loading import load_model
 from longtail.training.trainer import fit
@@ -52,6 +53,20 @@ def test_validation_images_are_held_out_before_the_tail_is_made(tiny: Config) ->
     assert len(set(counts.tolist())) == 1
     ids = [set(split.ids.tolist()) for split in (data.train, data.val, data.test)]
     assert sum(map(len, ids)) == len(ids[0] | ids[1] | ids[2])
+
+
+def test_an_image_whose_scores_are_nan_has_no_predicted_class(run: Path) -> None:
+    model, config = Recognizer.load(run), read_config(run / "config.yaml")
+    test = load_data(config.data, 0).test
+    evaluator = ClassificationEvaluator(model, test, config, {"uniform": None}, accuracy_only=False)
+    scores = torch.nn.functional.one_hot(test.labels, 10).float()
+    scores[:2] = torch.nan
+    evaluator.update(torch.arange(len(test)), scores, test.labels)
+    results = evaluator.image_results()
+    assert results["uniform"][:3].tolist() == [-1, -1, int(test.labels[2])]
+    right = 100 * (1 - 2 / len(test))
+    assert evaluator.compute()["uniform"]["top1"] == pytest.approx(right)
+    assert 100 * float((results["uniform"] == results["labels"]).mean()) == pytest.approx(right)
 
 
 def test_probabilities_are_calibrated_on_the_validation_images(run: Path) -> None:

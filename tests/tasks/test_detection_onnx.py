@@ -13,6 +13,7 @@ import torch
 from longtail.data.dataset import IMAGENET_MEAN, IMAGENET_STD
 from longtail.errors import LongtailError
 from longtail.inference.model_config import ModelConfig
+from longtail.inference.onnx_model import ONNXModel
 from longtail.nn import Encoder
 from longtail.nn.detection import DetectionNetwork, build_detection_network
 from longtail.tasks.detection.detector import Detector
@@ -131,3 +132,18 @@ def test_a_torch_that_cannot_convert_the_detector(tmp_path: Path, monkeypatch: p
     with pytest.raises(LongtailError, match=r"^export: torch .* cannot convert this model: Failed to convert; use a"):
         DETECTION.export(build_detector(64), tmp_path / "m.onnx", "uniform", [], "none")
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_detector_does_not_classify(tmp_path: Path) -> None:
+    write_model(tmp_path / "m.onnx", "uniform")
+    model = ONNXModel(tmp_path / "m.onnx")
+    for predict in (model.predict, lambda image: next(model.predict_batches([image]))):
+        with pytest.raises(LongtailError, match="predict: this model finds objects; use find"):
+            predict(np.zeros((40, 60, 3), np.uint8))
+
+
+def test_a_batch_has_an_image() -> None:
+    image = np.zeros((40, 60, 3), np.uint8)
+    for batch_size in (0, -1):
+        with pytest.raises(LongtailError, match=f"batch_size: expected at least 1, got {batch_size}"):
+            next(build_detector(64).find([image], batch_size=batch_size))

@@ -242,6 +242,15 @@ def test_it_learns_to_find_rectangles(detecting: Config, tmp_path: Path, network
     assert run.metrics["ap50"] > least
 
 
+@pytest.mark.parametrize(("sampler", "is_noted"), [("repeat_factor", True), ("instance", False)])
+def test_a_sampler_and_the_removed_prior_favour_rare_classes_twice(
+    tmp_path: Path, detecting: Config, sampler: str, is_noted: bool
+) -> None:
+    config = detecting.replace(method="ce", data={"sampler": sampler})
+    notes = [line for line in auto_config(config, draw_data(tmp_path))[1] if line.startswith("data.sampler")]
+    assert [note.endswith("favoured twice; the row «training» is without") for note in notes] == [True] * is_noted
+
+
 def saved_detector(tmp_path: Path, detecting: Config, method: str = "ce", network: str = "fasterrcnn") -> Detector:
     """Return an untrained detector of three classes that was written and read again."""
     config = detecting.replace(method=method, network=f"{network}:test_efficientnet:8")

@@ -20,7 +20,8 @@ from longtail.config import Config
 from longtail.data.palette import class_colors
 from longtail.data.samplers import epoch_order
 from longtail.data.sources import load_data
-from longtail.data.sources.segmentation import SegmentationData, read_mask
+from longtail.data.sources.mask_files import read_mask
+from longtail.data.sources.segmentation import SegmentationData
 from longtail.errors import LongtailError, StoppedError
 from longtail.evaluation.segmentation import boundary_band
 from longtail.experiments.evaluate import evaluate

@@ -26,6 +26,7 @@ from longtail.training.budget import (
     sides_up_to,
 )
 from longtail.training.duration import Sizes, Speed, expected_seconds, format_duration, measure_speed
+from longtail.training.run_io import check_run_folder
 from longtail.training.teacher import teacher_config
 from tests.conftest import Command
 
@@ -144,7 +145,7 @@ def test_low_rank_updates_cost_nothing_where_nothing_is_trained(monkeypatch: pyt
 
 
 def test_a_resumed_run_keeps_its_choice(folder: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = folder.replace(minutes=5.0)
+    config = folder.replace(minutes=5.0, tune="auto")
     there = config.replace(tune="head", epochs=7, feature_views=2, data={"image_size": 96})
     write_text(tmp_path / "config.yaml", there.to_yaml())
 
@@ -156,6 +157,28 @@ def test_a_resumed_run_keeps_its_choice(folder: Config, tmp_path: Path, monkeypa
     assert choose_settings(folder, tmp_path, 0.0, resume=False) == (folder, [], None)
     with pytest.raises(AssertionError, match="measured again"):
         choose_settings(config, tmp_path, 0.0, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 50}, "was started with epochs 12, not 50"),
+        ({"tune": "head"}, "was started with tune lora, not head"),
+        ({"network_size": 96}, "was started with network_size None, not 96"),
+        ({"data": {"image_size": 224}}, "was started with data.image_size 96, not 224"),
+        ({"feature_views": 4}, "was started with feature_views 1, not 4"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings_than_it_chose(
+    folder: Config, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    config = folder.replace(minutes=5.0, tune="auto")
+    there = config.replace(tune="lora", epochs=12, data={"image_size": 96})
+    write_text(tmp_path / "config.yaml", there.to_yaml())
+    assert choose_settings(there, tmp_path, 0.0, resume=True)[0] == there
+    asked, _, _ = choose_settings(config.replace(**given), tmp_path, 0.0, resume=True)
+    with pytest.raises(LongtailError, match=message):
+        check_run_folder(tmp_path, asked, resume=True, overwrite=False)
 
 
 @pytest.mark.slow
@@ -179,6 +202,10 @@ def test_settings_that_differ_from_the_recipes_are_kept(photos: Path, tmp_path: 
     assert "no settings are faster with the epochs that are given" in fit_to_minutes(slow, time.monotonic())[1][0]
     for tune in ("adapter:4", "last:1", "head"):
         assert fit_to_minutes(config.replace(tune=tune), time.monotonic())[0].tune == tune
+
+    other = config.replace(recipe="digits-lt", tune="auto", epochs="auto")  # which are open in no other recipe
+    chosen, _, _ = fit_to_minutes(other, time.monotonic())
+    assert (chosen.tune, chosen.epochs) == ("lora", 30)
 
     mine = config.replace(recipe="mine")  # from a file, which is not among the package's
     assert fit_to_minutes(mine, time.monotonic())[0].epochs == 30

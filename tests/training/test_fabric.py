@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longtail.config import Config
+from longtail.errors import LongtailError
 from longtail.training.fabric import build_fabric, wrap
 
 
@@ -22,6 +23,31 @@ def test_a_training_in_a_job_of_several_tasks_is_one_process(
         monkeypatch.setenv(name, value)
     fabric = build_fabric(tiny.replace(device="cpu"))
     assert (fabric.world_size, fabric.global_rank, fabric.local_rank) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("processes", "here", "gpus", "message"),
+    [
+        (4, 4, 2, "4 processes on this machine, 2 GPUs: start at most one process for each GPU"),
+        (3, 2, 0, "2 of 3 processes on this machine: start equally many processes on every machine"),
+        (3, 1, 0, "1 of 3 processes on this machine: start equally many processes on every machine"),
+    ],
+)
+def test_processes_that_cannot_train_together_are_refused(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, processes: int, here: int, gpus: int, message: str
+) -> None:
+    names = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": here, "GROUP_WORLD_SIZE": 1 if here == processes else 2}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(LongtailError) as error:
+        build_fabric(tiny.replace(device="cuda" if gpus else "cpu"))
+    assert str(error.value) == message
+
+
+def test_half_precision_of_gpus_is_refused_on_a_cpu(tiny: Config) -> None:
+    with pytest.raises(LongtailError, match=r"^precision 16-mixed: needs a GPU; use bf16-mixed or 32-true$"):
+        build_fabric(tiny.replace(device="cpu", precision="16-mixed"))
 
 
 def test_trainings_in_threads_do_not_end_the_backward_of_one_another(tiny: Config) -> None:

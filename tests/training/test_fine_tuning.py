@@ -19,9 +19,10 @@ from longtail.data.sources import load_data
 from longtail.errors import LongtailError
 from longtail.inference.model_config import read_model_config
 from longtail.inference.recognizer import Recognizer
-from longtail.nn import build_backbone, pretrained
+from longtail.nn import CosineClassifier, Encoder, build_backbone, pretrained
 from longtail.nn.text_tower import text_weights
 from longtail.training.auto_config import auto_config, choose_tune, find_weights
+from longtail.training.head_init import init_from_class_means
 from longtail.training.trainer import fit
 from tests.conftest import Command
 from tests.nn.clip_model import save_clip
@@ -113,6 +114,15 @@ def test_the_classifier_starts_from_class_means(tiny: Config, tmp_path: Path) ->
         features = F.normalize(recognizer.encoder(images))
     means = torch.stack([features[data.train.labels == c].mean(dim=0) for c in range(10)])
     torch.testing.assert_close(recognizer.classifier.weight.detach(), F.normalize(means), atol=1e-5, rtol=0)
+
+
+def test_a_class_without_an_image_starts_from_a_random_direction(tiny: Config) -> None:
+    data, encoder = load_data(tiny.data, tiny.seed), Encoder("conv8-tiny", [0.3], [0.4])
+    classifier = CosineClassifier(encoder.num_features, 11)  # of ten classes there are images
+    drawn = classifier.weight[10].detach().clone()
+    init_from_class_means(classifier, encoder, data, torch.device("cpu"), 256)
+    torch.testing.assert_close(classifier.weight[10].detach(), F.normalize(drawn, dim=0))
+    torch.testing.assert_close(classifier.weight.detach().norm(dim=1), torch.ones(11))
 
 
 def test_the_side_of_the_network_is_part_of_the_model(tiny: Config, tmp_path: Path) -> None:

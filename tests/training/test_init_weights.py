@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -27,7 +28,7 @@ from longtail.nn.encoder import Encoder
 from longtail.tasks.loading import load_model
 from longtail.training.auto_config import fine_tuning_epochs
 from longtail.training.metric_log import read_metrics
-from longtail.training.seen_images import seen_test_images
+from longtail.training.seen_images import seen_test_images, write_train_images
 from longtail.training.teacher import teacher_folder
 from longtail.training.trainer import fit
 from tests.conftest import TINY, Command, save_image
@@ -253,6 +254,11 @@ def foreign(run: Path) -> None:
     (run / "recognizer" / "config.json").write_text('{"model_type": "bert"}')
 
 
+def detecting(run: Path) -> None:
+    path = run / "recognizer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "head": "regions", "task": "detection"}))
+
+
 def whole(_run: Path) -> None:
     pass
 
@@ -265,6 +271,7 @@ def whole(_run: Path) -> None:
         (truncated, [], "model.safetensors: is truncated or holds no weights"),
         (empty, [], "model.safetensors: is truncated or holds no weights"),
         (foreign, [], "config.json: "),
+        (detecting, [], "first: is a model for detection, for which init is not supported; leave it out"),
         (whole, ["--network", "resnet8"], "network 'resnet8': expected 'conv8-tiny', the network of init"),
         (whole, ["--network", "resnet8"], "; give --network 'conv8-tiny'"),
         (whole, ["--tune", "adapter"], "tune adapter: network 'conv8-tiny' has no adapters"),
@@ -428,3 +435,20 @@ def test_test_images_that_the_other_run_was_trained_on_are_counted(
     )
     fit(distilled.replace(teacher={"source": str(tmp_path / "first")}), tmp_path / "taught", quiet=True)
     assert re.search(f"teacher.source .*: {sentence}", caplog.text)
+
+
+def test_a_run_knows_where_its_images_were(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(root: Path | str, seed: int) -> Config:
+        return Config().replace(data={"source": "folder", "root": str(root), "cache": "none", "seed": seed})
+
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    monkeypatch.chdir(photos.parent)
+    config = settings(photos.name, 0)
+    (run / "config.yaml").write_text(config.to_yaml())
+    write_train_images(run, config, load_data(config.data, 0))
+    shutil.copytree(photos, elsewhere / photos.name)
+    monkeypatch.chdir(elsewhere)
+    for root, known in ((photos, True), (photos.name, False)):
+        again = settings(root, 1)
+        assert (seen_test_images(str(run), again, load_data(again.data, 1)) is not None) == known

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,19 @@ from longtail.training import preemption, trainer
 from longtail.training.checkpoint import save_checkpoint
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.trainer import fit
+
+
+@pytest.fixture
+def interrupted() -> Iterator[list[int]]:
+    """What was there before all handlers, and which of the two signals it has received."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    yield received
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Ranks:
@@ -78,3 +93,51 @@ def test_a_signal_during_the_last_checkpoint_stops_before_the_evaluation(
     with pytest.raises(StoppedError, match="stopped by SIGTERM at step 6 of 6, all of it saved"):
         fit(tiny.replace(method="la", epochs=1), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "recognizer").exists()
+
+
+def test_the_second_signal_is_counted_over_nested_handlers(interrupted: list[int]) -> None:
+    with PreemptionHandler(quiet=True) as outer:
+        with PreemptionHandler(quiet=True) as inner:
+            signal.raise_signal(signal.SIGINT)
+            assert (inner.name, interrupted) == ("SIGINT", [])
+            signal.raise_signal(signal.SIGINT)
+            assert interrupted == [signal.SIGINT]
+        assert outer.name == "SIGINT"
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupted == [signal.SIGINT, signal.SIGTERM]
+    with PreemptionHandler(quiet=True) as later:  # nothing is left of them
+        assert later.name == ""
+
+
+def test_a_handler_that_begins_after_a_signal_does_not_take_the_second(interrupted: list[int]) -> None:
+    with PreemptionHandler(quiet=True):
+        signal.raise_signal(signal.SIGTERM)
+        with PreemptionHandler(quiet=True) as inner:
+            assert inner.name == "SIGTERM"
+            signal.raise_signal(signal.SIGTERM)
+    assert interrupted == [signal.SIGTERM]
+
+
+def test_repeated_signals_are_ignored_by_the_worker_around_a_training(interrupted: list[int]) -> None:
+    with PreemptionHandler(quiet=True, ignore_repeat=True) as worker:
+        for _ in range(2):
+            with PreemptionHandler(quiet=True):
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+            assert worker.name == "SIGTERM"
+    assert interrupted == []
+
+
+def test_a_thread_hears_a_signal_that_came_before_its_handler(interrupted: list[int]) -> None:
+    names: list[str] = []
+
+    def train() -> None:
+        with PreemptionHandler(quiet=True) as stop:
+            names.append(stop.sync(1, False, torch.device("cpu"))[0])
+
+    with PreemptionHandler(quiet=True):
+        signal.raise_signal(signal.SIGTERM)
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+    assert (names, interrupted) == (["SIGTERM"], [])

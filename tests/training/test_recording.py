@@ -19,7 +19,7 @@ from longtail.config import Config
 from longtail.training import steps as training_steps
 from longtail.training.steps import DeviceSteps
 from longtail.training.trainer import fit
-from longtail.training.turns import Turn
+from longtail.training.turns import Turn, reset_generator
 
 
 class _Graph:
@@ -121,6 +121,43 @@ def test_a_step_that_cannot_be_recorded_ends_the_graphs_of_others(
     steps.close()
     del first
     assert not _Graph.alive
+
+
+class _Generator:
+    """A generator of random numbers, which knows of a recording or not."""
+
+    def __init__(self, records: bool) -> None:
+        self.records = records
+
+    def clone_state(self) -> _Generator:
+        return _Generator(records=False)
+
+    def graphsafe_set_state(self, other: _Generator) -> None:
+        self.records = other.records
+
+
+def test_random_numbers_are_drawn_again_after_a_failed_recording(
+    recorded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generators = _Generator(records=True), _Generator(records=True)
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    steps = _Steps()
+    steps.fails = 8
+    for _ in range(2):
+        steps.launch(8)
+    steps.loader.device = torch.device("cuda", 1)
+    steps.launch(8)
+    assert len(recorded) == 1
+    assert [generator.records for generator in generators] == [True, False]
+
+
+def test_a_device_that_has_failed_raises_nothing_more_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(_Generator):
+        def clone_state(self) -> _Generator:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "default_generators", (Failing(records=True),))
+    reset_generator(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(

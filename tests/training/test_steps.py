@@ -19,6 +19,7 @@ from longtail.methods.base import Method, TeacherOutput
 from longtail.methods.views import CLASSIFICATION, CONTRAST, ViewPlan
 from longtail.registry import METHODS
 from longtail.training import steps as training_steps
+from longtail.training import trainer
 from longtail.training.checkpoint import load_checkpoint
 from longtail.training.metric_log import read_metrics
 from longtail.training.trainer import fit
@@ -275,6 +276,25 @@ def test_what_cannot_be_on_the_device_is_said(tiny: Config, tmp_path: Path) -> N
     ):
         fit(config, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_batches_are_made_by_the_host_where_too_little_memory_is_free(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, optimizer: str
+) -> None:
+    """The images are within the limit, but other programs have taken more of the device than that leaves."""
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training_steps, "DeviceLoader", fails)
+    monkeypatch.setattr(trainer, "batches_on_device", lambda *_: (True, "kept on the device"))
+    config = tiny.replace(method="ce", epochs=1, optimizer={"name": optimizer})
+    with caplog.at_level(logging.INFO, logger="longtail"):
+        fit(config, tmp_path / "run", quiet=True)
+    assert "training images are not kept on cpu after all: not enough of its memory is free" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):  # asked for
+        fit(config.replace(accelerator=ON_DEVICE), tmp_path / "asked", quiet=True)
 
 
 def test_where_the_images_are_is_said(tiny: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -448,7 +448,7 @@ def test_the_prior_of_a_given_teacher_is_removed_from_its_scores(tiny: Config, t
 def test_settings_without_effect_are_named(tiny: Config, changes: dict[str, Any], note: str) -> None:
     data = load_data(tiny.data, 0)
     assert any(line.startswith(note) for line in auto_config(tiny.replace(**changes), data)[1])
-    plain = {"method": "ce", "data": {"sampler": "class"}, "classifier": {"views": 2}}
+    plain = {"method": "ce", "data": {"sampler": "class"}, "classifier": {"views": 2}, "gml": {"share_query": True}}
     assert not any("effect" in line or "sampler" in line for line in auto_config(tiny.replace(**plain), data)[1])
 
 

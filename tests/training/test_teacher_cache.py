@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -16,6 +17,8 @@ import torch
 
 from longtail.config import Config
 from longtail.data.batch import Batch
+from longtail.data.dataset import LongTailedData
+from longtail.data.images import ArrayImages
 from longtail.data.loader import TrainLoader
 from longtail.data.sources import load_data
 from longtail.data.transforms import build_transform
@@ -110,3 +113,38 @@ def test_a_signal_stops_the_filling_of_the_cache_and_the_run_is_resumed(
     fit(config, tmp_path / "cut", quiet=True, resume=True)
     fit(config, tmp_path / "whole", quiet=True, teachers=tmp_path / "teachers")
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_cache_is_of_the_very_images_and_plugins(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.replace(teacher={"cache": 1}, data={"augment": "digits"})
+    data, encoder = load_data(config.data, 0), Encoder("conv8-tiny", [0.3], [0.4]).eval()
+
+    def cached(data: LongTailedData, name: str | None = None) -> TeacherCache:
+        def loader(draws: Any) -> TrainLoader:
+            return TrainLoader(data.train, 64, [build_transform("digits", 8)], config.seed, cache=draws)
+
+        return teacher_cache(config, data, encoder, None, loader, tmp_path, torch.device("cpu"), name=name)
+
+    pixels = data.train.images.take(torch.arange(len(data.train)))
+    pixels[1] = 255 - pixels[1]
+    changed = dataclasses.replace(data, train=dataclasses.replace(data.train, images=ArrayImages(pixels)))
+    assert changed.fingerprint == data.fingerprint  # which looks at some of them
+    first, second = cached(data), cached(changed)
+    assert first.name != second.name
+    assert first.features is not None
+    assert second.features is not None
+    assert (first.features != second.features).any(axis=(0, 2)).nonzero()[0].tolist() == [1]
+    # a process to which the images look another way opens what the first one has made
+    assert cached(changed, first.name).name == first.name
+    names = {first.name}
+    parts = [("augmentation", "digits"), ("augmentation", "digits"), ("network", "conv8"), ("method", "la")]
+    for digest, part in enumerate(parts):
+        found = {part: [("p.py", str(digest))]}
+        monkeypatch.setattr(
+            "longtail.training.teacher_cache.plugins_of",
+            lambda used, found=found: [plugin for part in used for plugin in found.get(part, [])],
+        )
+        names.add(cached(data).name)
+    assert len(names) == 4  # the method changes nothing

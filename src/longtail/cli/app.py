@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 from longtail.allocator import reuse_freed_memory
 from longtail.cli.parsing import load_plugins
@@ -64,6 +65,16 @@ COMMANDS = {
 }
 """Where the commands are."""
 
+_FOR_TRAINING = (
+    "lower --batch_size, --network_size or --accelerator.memory, or raise --optimizer.grad_accumulation_steps"
+)
+_LESS_MEMORY = {
+    "train": _FOR_TRAINING,
+    "compare": f"lower --jobs; or {_FOR_TRAINING}",
+    "embed": "lower --batch_size",
+}
+"""What makes a command need less memory of its device; the others have no such option."""
+
 
 def load_command(name: str) -> Callable[[list[str]], None]:
     """Return the function of a command, which takes its arguments."""
@@ -95,6 +106,23 @@ def _quiet_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _out_of_memory(error: RuntimeError, command: str) -> str:
+    """Return what to say of an error if a device had too little memory; empty if it is another one."""
+    torch = sys.modules.get("torch")  # no such error without it
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return ""
+    advice = _LESS_MEMORY.get(command, "set CUDA_VISIBLE_DEVICES= to run on the CPU")
+    return f"the device is out of memory; end other programs that use it, or {advice}"
+
+
+def _exit_for(message: str) -> NoReturn:
+    """Print an error in one line, with the number of the process if there are several, and exit."""
+    process = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    prefix = "" if process is None else f"process {process}: "
+    print(f"longtail: error: {prefix}{printable(' '.join(message.split()))}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 when done, 2 for an unusable input, 128 + n when stopped by signal n."""
     args = list(sys.argv[1:] if arguments is None else arguments)
@@ -119,10 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command(args[1:])
         sys.stdout.flush()
     except LongtailError as error:
-        process = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-        prefix = "" if process is None else f"process {process}: "
-        print(f"longtail: error: {prefix}{printable(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2)
+        _exit_for(str(error))
+    except RuntimeError as error:
+        if message := _out_of_memory(error, args[0]):
+            _exit_for(message)
+        raise
     except StoppedError as stop:
         hint = (
             "use --resume to continue" if args[0] == "train" else "repeat the command without --overwrite to continue"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -26,18 +27,18 @@ def parse(kind: type[Options], command: str, arguments: Sequence[str], default: 
 
     keywords: dict[str, Any] = {"prog": f"longtail {command}", "args": list(arguments), "use_underscores": True}
     keywords["registry"] = _without_none()
-    kind = _with_hints(kind)
+    hinted = _with_hints(kind)
     if default is not None:
-        keywords["default"] = _converted(default, kind)
+        keywords["default"] = _converted(default, hinted)
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), _joined_lines():
-            options: Options = tyro.cli(kind, **keywords)
+            options = tyro.cli(hinted, **keywords)
     except SystemExit as stop:
         if stop.code in {0, None}:
             raise
         raise LongtailError(one_line(output.getvalue(), command)) from None
-    return options
+    return _converted(options, kind)
 
 
 def _without_none() -> Any:
@@ -70,26 +71,35 @@ def _with_hints(kind: type[Options]) -> type[Options]:
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         annotated = types[field.name]
         inner, *extras = get_args(annotated) if get_origin(annotated) is Annotated else (annotated,)
+        default, factory = field.default, field.default_factory
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             inner = _with_hints(inner)
+            if factory is not dataclasses.MISSING:
+                factory = functools.partial(_default_section, factory, inner)
         else:
             is_flag = tyro.conf.FlagCreatePairsOff in extras
             extras.append(tyro.conf.arg(help_behavior_hint="" if is_flag else _hint))
-        default = dataclasses.field(default=field.default, default_factory=field.default_factory)
+        default = dataclasses.field(default=default, default_factory=factory)
         fields.append((field.name, Annotated[(inner, *extras)] if extras else inner, default))
     made = dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
-    made.__doc__ = kind.__doc__
+    # tyro shows no docstring that a dataclass has by default, which it recognises by the name and the signature
+    automatic = kind.__name__ + str(inspect.signature(kind)).replace(" -> None", "")
+    made.__doc__ = "" if kind.__doc__ == automatic else kind.__doc__
     return made
 
 
 def _converted(options: Any, kind: type[Options]) -> Options:
-    """Return options as those of the type that :func:`_with_hints` has made of theirs."""
+    """Return options as those of another type with the same fields, see :func:`_with_hints`."""
     types, values = get_type_hints(kind), {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         inner, value = types[field.name], getattr(options, field.name)
         is_section = isinstance(inner, type) and dataclasses.is_dataclass(inner)
         values[field.name] = _converted(value, inner) if is_section else value
     return kind(**values)
+
+
+def _default_section(factory: Callable[[], Any], kind: type[Options]) -> Options:
+    return _converted(factory(), kind)
 
 
 def _hint(default: str) -> str:

@@ -119,11 +119,12 @@ def _refuse_csv(options: Predict) -> None:
 
 
 def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOutput:
+    from longtail.devices import select_device
     from longtail.registry import TASKS
     from longtail.tasks.base import PredictionRequest, check_inference_options
     from longtail.tasks.loading import load_model
 
-    model = load_model(options.run)
+    model = load_model(options.run).to(select_device())
     request = PredictionRequest(
         prior=options.prior or "uniform",
         options=inference,

@@ -72,8 +72,6 @@ class LongTailedData:
     """What :attr:`class_counts` counts."""
     group_names: ClassVar[tuple[str, ...]] = ("many", "medium", "few")
     """Names of the groups of classes that metrics are averaged over, from head to tail."""
-    files_checked: ClassVar[bool] = False
-    """Whether loading it has opened every file, so that there is no problem left for an inspection to find."""
 
     train: ImageSet
     val: ImageSet | None
@@ -128,6 +126,19 @@ class LongTailedData:
         for tensor in (images.ids, images.labels):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
+
+    def all_unreadable(self) -> dict[str, str]:
+        """Return the reason for every image that could not be read so far, by path, or by split and row of a table.
+
+        Beside :attr:`unreadable` these are images that were found when they were to be decoded, and were replaced.
+        """
+        found = dict(self.unreadable)
+        for split, images in (("train", self.train), ("val", self.val), ("test", self.test)):
+            for index, reason in ({} if images is None else images.images.unreadable).items():
+                assert images is not None
+                names = getattr(images.images, "names", None)
+                found[f"{split}, row {int(images.ids[index])}" if names is None else names[index]] = reason
+        return found
 
     @property
     def class_counts(self) -> list[int]:
@@ -205,7 +216,7 @@ def from_arrays(
 
 def _check_pixels(images: np.ndarray[Any, Any] | Tensor, split: str) -> Tensor:
     """Return images as (N, channels, S, S) uint8."""
-    tensor = torch.as_tensor(images)
+    tensor = given = _as_tensor(images, f"{split} images")
     expected = "(N, S, S), (N, S, S, channels) or (N, channels, S, S) of uint8, with 1 or 3 channels"
     if tensor.ndim == 3:
         tensor = tensor[:, None]
@@ -213,17 +224,28 @@ def _check_pixels(images: np.ndarray[Any, Any] | Tensor, split: str) -> Tensor:
         tensor = tensor.permute(0, 3, 1, 2)
     square = tensor.ndim == 4 and tensor.shape[2] == tensor.shape[3]
     if tensor.dtype != torch.uint8 or not square or tensor.shape[1] not in {1, 3} or len(tensor) == 0:
-        got = f"{tuple(torch.as_tensor(images).shape)} of {torch.as_tensor(images).dtype}"
-        raise LongtailError(f"{split} images: expected {expected}, got {got}")
+        raise LongtailError(f"{split} images: expected {expected}, got {tuple(given.shape)} of {given.dtype}")
     return tensor.contiguous()
 
 
 def _check_labels(labels: np.ndarray[Any, Any] | Tensor, images: int, split: str) -> Tensor:
     """Return labels as (images,) int64."""
-    tensor = torch.as_tensor(labels)
+    tensor = _as_tensor(labels, f"{split} labels", "; numpy.unique(names, return_inverse=True)[1] numbers names")
     integers = not tensor.is_floating_point() and tensor.dtype != torch.bool
     if tensor.shape != (images,) or not integers or (images and int(tensor.min()) < 0):
         raise LongtailError(
             f"{split} labels: expected {images} integers of at least 0, got {tuple(tensor.shape)} of {tensor.dtype}"
         )
     return tensor.long()
+
+
+def _as_tensor(values: np.ndarray[Any, Any] | Tensor, name: str, advice: str = "") -> Tensor:
+    """Return a tensor on the CPU, a copy of an array that torch cannot share: a reversed or a read-only one."""
+    if isinstance(values, Tensor):
+        return values.cpu()
+    try:
+        array = np.ascontiguousarray(values)
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError):
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise LongtailError(f"{name}: expected an array of numbers, got {kind}{advice}") from None

@@ -32,7 +32,8 @@ def evaluation_batches(
         rank: of this process.
         world: number of processes; process r has the images r, r + world, ….
     """
-    splits = torch.arange(rank, len(images), world).split(batch_size)
+    own = torch.arange(len(images))[rank::world]  # of a process beyond the last image none, which split makes a batch
+    splits = own.split(batch_size) if len(own) else ()
     for indices, views in zip(splits, plain_batches(images, splits, size), strict=True):
         yield views, images.labels[indices]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -115,6 +116,26 @@ def read_or_record(read: Callable[[Path], Read], path: Path, unreadable: dict[Pa
         return None
 
 
+class StorageError(LongtailError):
+    """The computer or the storage fails while an image is read: it says nothing of the image, and is no reason to leave
+    it out.
+    """
+
+
+_STORAGE_FAILURES = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    }
+)
+
+
+def read_error(error: OSError) -> LongtailError:
+    """Return the error to raise for one of the operating system over an image's file; its message names no file."""
+    message = f"cannot be read: {error.strerror or error}"
+    return StorageError(message) if error.errno in _STORAGE_FAILURES else LongtailError(message)
+
+
 class UnsupportedFormatError(UnidentifiedImageError):
     """A file has a known format that Pillow does not decode here; the message says which, and what to do."""
 
@@ -166,7 +187,7 @@ def open_image(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """
     with image_errors(_name(file, name)), open_header(file) as image:
         image.load()
-        _scale_to_8_bits(image)
+        scale_to_8_bits(image)
     return image
 
 
@@ -189,7 +210,7 @@ def open_square(file: Path | BinaryIO, size: int, channels: int = 3, name: str |
         whole = image.size
         draft = image.draft(None, (_CLEAN * size, _CLEAN * size))
         image.load()
-        _scale_to_8_bits(image)
+        scale_to_8_bits(image)
     if draft is None or image.size == whole:
         return resize_center_crop(image, size, channels)
     # the last row and column may be decoded from fewer pixels than the others: the sides are fractions
@@ -214,12 +235,25 @@ def read_size(path: Path) -> tuple[int, int]:
 def read_shown_size(path: Path) -> tuple[int, int]:
     """Return width and height as :func:`read_size` does, of the image as its Exif tag rotates it."""
     with image_errors(path), open_header(path) as image:
-        width, height = image.size
-        # of a PNG file without Exif in its header, asking for it would decode the whole image; of a TIFF file Pillow
-        # gives the size of the rotated image
-        has_exif = "exif" in image.info or image.format != "PNG"
-        rotated = image.format != "TIFF" and has_exif and _orientation(image) in _ROTATED
-    return (height, width) if rotated else (width, height)
+        return shown_size(image.size, _header_orientation(image))
+
+
+def read_orientation(path: Path) -> tuple[tuple[int, int], int]:
+    """Return width and height of an image as it is stored, and its :func:`orientation`, from its header."""
+    with image_errors(path), open_header(path) as image:
+        return image.size, _header_orientation(image)
+
+
+def _header_orientation(image: Image.Image) -> int:
+    # of a PNG file without Exif in its header, asking for it would decode the whole image; of a TIFF file Pillow gives
+    # the size of the rotated image
+    has_exif = "exif" in image.info or image.format != "PNG"
+    return orientation(image) if image.format != "TIFF" and has_exif else 1
+
+
+def shown_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return width and height of an image of some :func:`orientation`, as it is shown, from those that are stored."""
+    return size[::-1] if orientation in _ROTATED else size
 
 
 def transposed(image: Image.Image) -> Image.Image:
@@ -235,17 +269,17 @@ def transposed(image: Image.Image) -> Image.Image:
 def oriented_as(image: Image.Image, other: Image.Image) -> Image.Image:
     """Return another image turned as the Exif tag of the first turns that one, see :func:`transposed`."""
     copy = other.copy()
-    copy.getexif()[_ORIENTATION] = _orientation(image)
+    copy.getexif()[_ORIENTATION] = orientation(image)
     return transposed(copy)
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the orientation in the Exif data; 1, not rotated, where they have none or are damaged."""
+def orientation(image: Image.Image) -> int:
+    """Return the orientation in the Exif data, 2 to 8; 1, as it is stored, where they have none or are damaged."""
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        value = image.getexif().get(_ORIENTATION)
     except Exception:  # see above
         return 1
-    return orientation if isinstance(orientation, int) else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 @contextlib.contextmanager
@@ -254,12 +288,14 @@ def image_errors(path: Path | str) -> Iterator[None]:
 
     Args:
         path: the file, or a description of the image; the message begins with it.
+
+    Raises:
+        LongtailError: the image cannot be read.
+        StorageError: that is not the image's fault.
     """
     name = printable(path)
     try:
         yield
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise LongtailError(f"{name}: cannot be read: {error.strerror}") from None
     except _RangeError as error:
         raise LongtailError(f"{name}: {error}") from None
     except UnsupportedFormatError as error:
@@ -273,6 +309,10 @@ def image_errors(path: Path | str) -> Iterator[None]:
     except Exception as error:  # of a damaged file, Pillow's decoders raise errors of many kinds
         if isinstance(error, LongtailError | MemoryError):
             raise
+        # decoders' own errors have no number, and a position of a damaged file that there is not is an invalid argument
+        if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:
+            told = read_error(error)
+            raise type(told)(f"{name}: {told}") from None
         raise LongtailError(f"{name}: is damaged ({' '.join(str(error).split())}); remove or replace it") from None
 
 
@@ -302,7 +342,7 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
     image = transposed(image)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow's own conversion clips 16-bit values to white
-        values, scale = np.asarray(image), _scale_to_8_bits(image)
+        values, scale = np.asarray(image), scale_to_8_bits(image)
         scaled = np.empty(values.shape, dtype=np.uint8)
         for rows in range(0, len(values), _ROWS):  # as float64 all of a large image would take eight bytes a pixel
             scaled[rows : rows + _ROWS] = (values[rows : rows + _ROWS] * np.float64(scale)).clip(0, 255).round()
@@ -310,6 +350,8 @@ def to_rgb(image: Image.Image, channels: int = 3) -> Image.Image:
     elif image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow has no conversion to grey
     mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)
 
@@ -318,7 +360,7 @@ class _RangeError(LongtailError):
     """An image has values whose range is no usual one; the message does not name it."""
 
 
-def _scale_to_8_bits(image: Image.Image) -> float:
+def scale_to_8_bits(image: Image.Image) -> float:
     """Return the factor that brings the values of a grey image of more than 8 bits to 0 … 255; 1 for any other.
 
     Raises:

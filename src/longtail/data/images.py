@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from longtail.data.image_io import image_errors, open_image, open_square, resize_center_crop
+from longtail.data.image_io import StorageError, image_errors, open_image, open_square, resize_center_crop
 from longtail.data.row_store import RowStore
 from longtail.data.transforms.batched import center, to_float
 from longtail.errors import LongtailError
@@ -206,6 +206,8 @@ class LazyImages(ABC):
     def _with_fallback(self, index: int, open_one: Callable[[int], Image.Image]) -> Image.Image:
         try:
             return open_one(index)
+        except StorageError:
+            raise
         except LongtailError as error:
             self.record_unreadable({index: str(error)})
         assert self.labels is not None
@@ -215,6 +217,8 @@ class LazyImages(ABC):
             if other not in self.unreadable:
                 try:
                     return open_one(other)
+                except StorageError:
+                    raise
                 except LongtailError as error:
                     self.record_unreadable({other: str(error)})
         raise LongtailError(f"{self.unreadable[index]}; and no other image of its class can be read")
@@ -414,6 +418,8 @@ class EncodedImages(LazyImages):
         try:
             with image_errors(self.name(index)):
                 content = self.read_row(index)
+        except StorageError:
+            raise
         except LongtailError:  # what is done about it is decided when the image is opened
             return b""
         return hashlib.blake2b(content, digest_size=16).digest()

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from longtail.config import Data, Shots
 from longtail.data.dataset import DataDetails, LongTailedData
-from longtail.data.image_io import UnsupportedFormatError, open_header
+from longtail.data.image_io import StorageError, UnsupportedFormatError, open_header, read_error, scale_to_8_bits
 from longtail.data.images import FileImages, Images
 from longtail.data.imbalance import gini, imbalance_factor
 from longtail.data.listing import SPLITS, Entries, Listing
@@ -146,8 +146,6 @@ def inspect(
     sets = {"train": data.train, "val": data.val, "test": data.test}
     inspection.splits = {split: len(images) for split, images in sets.items() if images is not None}
     inspection.details = data.details(config)
-    if data.files_checked:
-        return inspection
     files = [(split, images.images) for split, images in sets.items() if images is not None]
     if all(isinstance(images, FileImages) for _, images in files):
         _read_files(inspection, _files_of(files), tick)
@@ -411,14 +409,22 @@ def _examine(file: _File) -> tuple[bytes | None, tuple[int, int] | None, str | N
         content = file[1]()
     except FileNotFoundError:  # which checking the listing has found
         return None, None, _MISSING
-    except (OSError, ValueError) as error:  # the latter for a name with a null character
-        return None, None, f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    except OSError as error:
+        reason = read_error(error)
+        if isinstance(reason, StorageError):
+            raise StorageError(f"{file[0].shown}: {reason}") from None
+        return None, None, str(reason)
+    except ValueError as error:  # a name with a null character
+        return None, None, f"cannot be read: {error}"
     if not content:
         return None, None, "is empty"
     try:
         with open_header(io.BytesIO(content)) as image:
             sides = image.size
             image.load()
+            scale_to_8_bits(image)
+    except LongtailError as error:  # a range of values that training refuses
+        return None, None, str(error)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return None, None, f"is larger than Pillow decodes safely ({error})"
     except UnsupportedFormatError as error:
@@ -442,6 +448,8 @@ def _compare_pixels(inspection: Inspection, data: LongTailedData, tick: Callable
             widths[pixels.shape[3]] += len(pixels)
             heights[pixels.shape[2]] += len(pixels)
             for index, image in zip(indices.tolist(), pixels, strict=True):
+                if index in images.images.unreadable:  # in whose place is another image
+                    continue
                 digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
                 class_name = data.class_names[int(images.labels[index])]
                 place = _Place(f"{split}: image {int(images.ids[index])} ({class_name})", split, class_name)
@@ -450,6 +458,7 @@ def _compare_pixels(inspection: Inspection, data: LongTailedData, tick: Callable
     repeated = [group for group in digests.values() if len(group) > 1]
     _add_repeated(inspection, repeated, lambda place: place.shown)
     _add_sides(inspection, widths, heights)
+    inspection.unreadable = [{"path": path, "reason": reason} for path, reason in data.all_unreadable().items()]
 
 
 def histogram(counts: Sequence[int], counted: str = "training images", width: int = 64, height: int = 6) -> list[str]:

@@ -24,10 +24,24 @@ _KEY = np.dtype("<i8")
 
 
 def user_cache() -> Path:
-    """Return the folder for downloads and kept results: LONGTAIL_CACHE, or ``longtail`` in the user's caches."""
-    given = os.environ.get("LONGTAIL_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given).expanduser() if given else Path(base).expanduser() / "longtail"
+    """Return the folder for downloads and kept results: LONGTAIL_CACHE, or ``longtail`` in the user's caches.
+
+    Raises:
+        LongtailError: that is in a home folder, and there is none.
+    """
+    if given := os.environ.get("LONGTAIL_CACHE"):
+        return _expanded(given)
+    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "longtail"
+
+
+def _expanded(path: str) -> Path:
+    """Return a path with the home folder in place of ``~``; raise LongtailError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise LongtailError(
+            f"{path}: there is no home folder; name one with LONGTAIL_CACHE, or use --data.cache none"
+        ) from None
 
 
 def cache_folder(setting: str) -> Path | None:
@@ -35,10 +49,13 @@ def cache_folder(setting: str) -> Path | None:
 
     Args:
         setting: a folder; ``auto`` for that of the user; ``none``, for which it is None, to keep nothing.
+
+    Raises:
+        LongtailError: it is in a home folder, and there is none.
     """
     if setting == "none":
         return None
-    return user_cache() if setting == "auto" else Path(setting).expanduser()
+    return user_cache() if setting == "auto" else _expanded(setting)
 
 
 def content_hash(*parts: object) -> str:
@@ -50,6 +67,12 @@ def content_hash(*parts: object) -> str:
         if isinstance(part, Tensor):
             digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file in bytes, as it is now: of one that is not opened, NFS may know an earlier size."""
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size
 
 
 class RowStoreError(LongtailError):
@@ -111,9 +134,7 @@ class RowStore:
         """Return N, the number of complete rows."""
         with self._reading(self.keys_path):
             try:
-                return min(
-                    self.rows_path.stat().st_size // self.row_bytes, self.keys_path.stat().st_size // _KEY.itemsize
-                )
+                return min(_size(self.rows_path) // self.row_bytes, _size(self.keys_path) // _KEY.itemsize)
             except (FileNotFoundError, NotADirectoryError):
                 return 0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from longtail.data.paths import find_path, visible_files
+from longtail.data.paths import find_path, nfc, visible_files
 from longtail.errors import LongtailError, did_you_mean
 from longtail.registry import SOURCES
 
@@ -15,6 +17,8 @@ _KINDS = frozenset({"folder", "list", "hub", "masks", "boxes"})
 """Sources that are no data set of their own: which files they read follows from a path."""
 TABLES = frozenset({".txt", ".lst", ".csv", ".tsv", ".parquet", ".json"})
 """Endings of lists, tables and annotations."""
+_IMAGE_FOLDER, _MASK_FOLDER = re.compile(r"(jpeg)?images"), re.compile(r"masks?|labels|\w+class")  # the last as in VOC
+_COMPARED = 20  # masks whose images are looked for
 
 
 def named_sets() -> list[str]:
@@ -31,13 +35,15 @@ def source_of(text: str) -> dict[str, Any]:
             .parquet) or annotations (.json).
 
     Raises:
-        LongtailError: it is none of these.
+        LongtailError: it is none of these, or a folder of images and masks in another layout than images/ and
+            annotations/.
     """
     path = find_path(Path(text))  # under the name that the disk has
     if text in SOURCES and not (text in _KINDS and path.exists()):
         return {"source": text}
     if text.startswith("hub:"):
         return {"source": "hub", "name": text.removeprefix("hub:")}
+    _refuse_other_masks(path)
     if _has_boxes(path):
         return {"source": "boxes", "root": str(path)}
     if (path / "images").is_dir() and (path / "annotations").is_dir():
@@ -51,6 +57,37 @@ def source_of(text: str) -> dict[str, Any]:
         f"data '{text}': there is no such folder or set{did_you_mean(text, named_sets())}; expected a named set, a "
         "folder, a list (.txt), a table (.csv, .tsv, .parquet), annotations (.json) or hub:NAME"
     )
+
+
+def _refuse_other_masks(path: Path) -> None:
+    """Raise LongtailError for images and masks whose folders have other names: they would be taken for two classes."""
+    for folder in (path, path / "train", path / "training"):
+        names = _folders(folder)
+        if any(name.lower() == "annotations" for name in names):  # of this layout, or of one of boxes
+            continue
+        first, second = (
+            [name for name in names if kind.fullmatch(name.lower())] for kind in (_IMAGE_FOLDER, _MASK_FOLDER)
+        )
+        for images, masks in itertools.product(first, second):
+            if _same_names(folder / images, folder / masks):
+                raise LongtailError(
+                    f"{folder}: has images ({images}/) and masks ({masks}/) of the same names; for "
+                    f"labels of pixels expected {path / 'images'} and {path / 'annotations'}, each with folders "
+                    "training/ and validation/ or test/: rename the folders"
+                )
+
+
+def _same_names(images: Path, masks: Path) -> bool:
+    """Return whether there are images in a folder of masks, the first of which have an image of the same name."""
+    from longtail.data.image_io import is_image_name
+
+    files = (file.relative_to(masks) for file in visible_files(masks) if is_image_name(file.name))
+    first = list(itertools.islice(files, _COMPARED))
+    stems: dict[Path, set[str]] = {}
+    for parent in {file.parent for file in first}:
+        folder = images / parent
+        stems[parent] = {nfc(file.stem) for file in folder.iterdir()} if folder.is_dir() else set()
+    return bool(first) and all(nfc(file.stem) in stems[file.parent] for file in first)
 
 
 def _has_boxes(path: Path) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longtail.data.detection import Annotations, DetectionImages, Detections
+from longtail.data.paths import Folders, printable
 from longtail.detector_calibration.classes import ClassMap, ClassOrder, CountOf, aligned_counts, match_classes
 from longtail.detector_calibration.heads import ClassHead, check_uncorrected, corrected_copy, find_class_head
 from longtail.detector_calibration.running import DetectorRunner
@@ -128,6 +129,27 @@ def map_classes(head: ClassHead, annotations: Annotations, class_order: ClassOrd
     """Return which category of some annotations each class of a detector stands for."""
     used = (annotations.object_counts > 0).tolist()
     return match_classes(head, annotations.class_names, annotations.category_ids, class_order, used)
+
+
+def map_further_classes(head: ClassHead, trained: ClassMap, train: Annotations, further: Annotations) -> ClassMap:
+    """Return which category of further annotations each class of a detector stands for, matched as in training.
+
+    Nothing is guessed again: which categories have objects there says nothing about the detector.
+
+    Args:
+        head: of the detector.
+        trained: the match of the training annotations.
+        train: the training annotations.
+        further: those of other images.
+
+    Raises:
+        LongtailError: a category with objects has no output; the message names it.
+    """
+    order = trained.order
+    if order == "index":  # every class has a category of the training annotations, which is known by its name
+        names = tuple(train.class_names[category] for category in trained.categories.tolist())
+        head, order = dataclasses.replace(head, label_names=names), "name"
+    return map_classes(head, further, order)
 
 
 def logit_statistics(
@@ -244,8 +266,8 @@ def evaluate_corrections(
     image, as their evaluation counts, unless ``runner`` has another number.
     """
     coco_library()  # so that a missing extra is not found after hours
-    class_map = map_classes(runner.head, validation, class_order)
     train_map = map_classes(runner.head, train, class_order)
+    class_map = map_further_classes(runner.head, train_map, train, validation)
     found: list[list[Detections]] = [[] for _ in corrections]
     runner = runner.down_to(SCORE_THRESHOLD)
     if validation.negatives is not None:  # whose evaluation counts more of an image than detectors return by themselves
@@ -273,19 +295,30 @@ def box_metrics(detections: Sequence[Detections], annotations: Annotations, imag
 
 
 def find_images(annotations: Annotations, folder: Path) -> DetectionImages:
-    """Return the images of some annotations, which are FOLDER/NAME, or FOLDER/ and the last part of NAME.
+    """Return the images of some annotations: all are FOLDER/NAME, or all are FOLDER/ and the last part of NAME.
+
+    Names that differ from a file's in their Unicode form only are that file's.
 
     Raises:
-        LongtailError: an image is missing.
+        LongtailError: an image is missing, or two would be the same file.
     """
-    files = []
-    for name in annotations.files:
-        found = next((short for short in (name, Path(name).name) if (folder / short).is_file()), None)
-        if found is None:
+    folders = Folders(folder)
+    last_parts = [name.rpartition("/")[2] for name in annotations.files]
+    found = [[folders.find(name) for name in names] for names in (annotations.files, last_parts)]
+    fewest_missing = min(found, key=lambda each: each.count(None))
+    files: dict[str, str] = {}
+    for name, last, file in zip(annotations.files, last_parts, fewest_missing, strict=True):
+        if file is None:
+            nor = "" if last == name or folders.find(last) else f", nor {printable(folder / last)}"
             raise LongtailError(
-                f"{folder / name}: there is no such image, nor {folder / Path(name).name}; expected the images of the "
-                f"annotations in the folder {folder}"
+                f"{printable(folder / name)}: there is no such image{nor}; expected the images of the annotations in "
+                f"the folder {printable(folder)}"
             )
-        files.append(found)
+        other = files.setdefault(file, name)
+        if other != name:
+            raise LongtailError(
+                f"{printable(folder / file)}: may be {printable(other)} or {printable(name)} of the annotations; "
+                "expected the folder in which both paths begin"
+            )
     size = int(annotations.sizes.max())
     return DetectionImages(folder, dataclasses.replace(annotations, files=tuple(files)), size)

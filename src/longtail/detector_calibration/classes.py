@@ -120,13 +120,14 @@ def _by_name(head: ClassHead, class_names: Sequence[str], needed: Sequence[bool]
     known: dict[str, int] = {}
     for position, name in enumerate(head.label_names):
         known.setdefault(key(name), position)
+    exact = {nfc(name): position for position, name in reversed([*enumerate(head.label_names)])}
     positions = []
     for name, need in zip(class_names, needed, strict=True):
         if key(name) not in known and need:
             raise LongtailError(
                 f"classes: the detector has no class '{name}' of the annotations{did_you_mean(key(name), known)}"
             )
-        positions.append(known.get(key(name), -1))
+        positions.append(exact.get(nfc(name), known.get(key(name), -1)))
     return positions
 
 

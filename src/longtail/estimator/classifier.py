@@ -24,9 +24,10 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from torch import nn
 
 from longtail.devices import select_device
-from longtail.estimator.learner import Array, Learner, Standardization
+from longtail.estimator.learner import Array, Learner, Standardization, content_ids
 from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
 from longtail.losses import compute_log_prior
+from longtail.rollback import all_or_nothing
 
 METHODS = ("ce", "la", "gml")
 _TYPES = [np.float64, np.float32]  # of embeddings; others are converted to the first
@@ -154,7 +155,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             ConvergenceWarning: fewer of the training samples are recognised than by the nearest class mean.
         """
         self._check_parameters()
-        with self._all_or_nothing(), _gradients():
+        with all_or_nothing(self), _gradients():
             self._fit(X, y, sample_weight)
         return self
 
@@ -204,7 +205,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 label, or a parameter has changed that is part of the network.
         """
         self._check_parameters()
-        with self._all_or_nothing(), _gradients():
+        with all_or_nothing(self), _gradients():
             self._partial_fit(X, y, classes, sample_weight)
         return self
 
@@ -229,16 +230,6 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             size = self.queue_size or max(1024, self.queue_minimum * len(known))
             self._learner = self._new_learner(self._check_random_state(), np.ones(len(known), np.int64), size)
         self._train(X, labels, weights, 1, lambda _: 1.0, from_means=learner is None)
-
-    @contextlib.contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Return a context that keeps the last fit, or none, where a new one fails."""
-        before = dict(self.__dict__)
-        try:
-            yield
-        except BaseException:
-            self.__dict__ = before
-            raise
 
     def _check_classes(self, classes: Any, known: Array | None) -> Array:
         """Return the labels of the classes, sorted; ``known`` are those of the training, if it has begun."""
@@ -295,7 +286,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         change = self._standardization.add(X, weights)
         if self._learner is not None:
-            self._learner.keep_features(*(torch.from_numpy(part).float() for part in change))
+            ratio, shift, begins_to_vary = map(torch.from_numpy, change)
+            self._learner.keep_features(ratio.float(), shift.float(), begins_to_vary)
         return labels
 
     def _new_learner(self, random_state: np.random.RandomState, queue_counts: Array, queue_size: int) -> Learner:
@@ -340,7 +332,8 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         log_prior = compute_log_prior(self.class_counts_).to(device)
         if self.method == "ce":
             log_prior = torch.where(log_prior > -math.inf, 0.0, log_prior)
-        first_id, usual_size = statistics.samples - len(X), min(self.batch_size, statistics.samples)
+        ids = torch.arange(len(X)) if learner.queues is None else torch.from_numpy(content_ids(X))
+        ids, usual_size = ids.to(device), min(self.batch_size, statistics.samples)
         steps = self._steps_per_epoch(len(X))
         learner.move(device)
         for group in learner.optimizer.param_groups:
@@ -354,7 +347,7 @@ class LongTailClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             order = torch.randperm(len(X), generator=random_numbers)
             for step, indices in enumerate(order.to(device).tensor_split(steps)):
                 rate = self.learning_rate * schedule((epoch * steps + step) / (epochs * steps))
-                batch = samples[indices], targets[indices], relative_weights[indices], first_id + indices
+                batch = samples[indices], targets[indices], relative_weights[indices], ids[indices]
                 learner.step(*batch, log_prior, rate, len(indices) / usual_size)
         learner.random_numbers = random_numbers.get_state()
         learner.move(torch.device("cpu"))

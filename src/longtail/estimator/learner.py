@@ -5,6 +5,7 @@ Legend: N samples, B of a batch, D features, C classes.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,16 @@ FIXED_PARAMETERS = ("method", "hidden", "scale", "embedding_dim", "queue_size", 
 Array = np.ndarray[Any, Any]
 
 
+def content_ids(X: Array) -> Array:  # noqa: N803
+    """Return an id of each of (N, D) samples, (N,) int64 of at least 0: a hash of its bytes.
+
+    A sample has the same id in every call, and so have samples that are equal.
+    """
+    digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in np.ascontiguousarray(X))
+    ids: Array = (np.frombuffer(digests, dtype="<u8") >> 1).astype(np.int64)  # −1 is that of an unfilled slot
+    return ids
+
+
 class Standardization:
     """The weighted mean and standard deviation of each feature, over all samples that were added."""
 
@@ -33,14 +44,14 @@ class Standardization:
         self.mean, self._squares = np.zeros(width), np.zeros(width)
         self._low, self._high = np.full(width, math.inf), np.full(width, -math.inf)
 
-    def add(self, X: Array, weights: Array) -> tuple[Array, Array]:  # noqa: N803
+    def add(self, X: Array, weights: Array) -> tuple[Array, Array, Array]:  # noqa: N803
         """Add (N, D) samples with (N,) weights above 0.
 
         Source: Chan, Golub & LeVeque, *Algorithms for Computing the Sample Variance*, 1983, equation 1.5.
 
         Returns:
-            Ratio and shift, (D,): what was standardised as z before is (z − shift) / ratio now. They are 1 and 0 for a
-            feature that was constant.
+            Ratio and shift, (D,): what was standardised as z before is (z − shift) / ratio now; and (D,) bool, which
+            features were constant and vary now.
         """
         old_mean, (old_std, varied) = self.mean, self._std()
         weight = float(weights.sum())
@@ -50,13 +61,21 @@ class Standardization:
         self.mean = self.mean + (mean - self.mean) * share
         self.samples, self.weight = self.samples + len(X), self.weight + weight
         self._low, self._high = np.minimum(self._low, X.min(axis=0)), np.maximum(self._high, X.max(axis=0))
-        ratio = np.where(varied, self._std()[0] / old_std, 1.0)
-        return ratio, np.where(varied, (self.mean - old_mean) / old_std, 0.0)
+        std, varies = self._std()
+        # a feature that was constant had z = 0
+        shift = np.where(varied, (self.mean - old_mean) / old_std, (self.mean - old_mean) / std)
+        ratio = np.where(varied, std / old_std, 1.0)
+        return ratio, np.where(varies, shift, 0.0), varies & ~varied
 
     def __call__(self, X: Array) -> Array:  # noqa: N803
-        """Return the samples with mean 0 and standard deviation 1; a constant feature is only centred."""
+        """Return the samples with mean 0 and standard deviation 1.
+
+        A feature that was constant is 0, whatever it is here: nothing has been learned of what it means.
+        """
+        std, varies = self._std()
         standardized: Array = X - self.mean
-        standardized /= self._std()[0]
+        standardized /= std
+        standardized[:, ~varies] = 0
         return standardized
 
     def _std(self) -> tuple[Array, Array]:
@@ -146,19 +165,24 @@ class Learner(nn.Module):
                 state[name] = state[name].to(device)
 
     @torch.no_grad()
-    def keep_features(self, ratio: Tensor, shift: Tensor) -> None:
-        """Change the hidden layer so that its features stay the same where the standardisation has changed.
+    def keep_features(self, ratio: Tensor, shift: Tensor, begins_to_vary: Tensor) -> None:
+        """Change the hidden layer so that its features stay the same where the standardisation has changed, and the
+        samples in the queues to the new one.
 
         Args:
             ratio: (D,), see :meth:`Standardization.add`.
             shift: (D,), likewise.
+            begins_to_vary: (D,) bool, likewise; their weights, which no sample has trained, become 0.
         """
+        if self.queues is not None:
+            self.queues.map_features(lambda samples: (samples - shift) / ratio)
         if not len(self.layers):
             return
         linear, norm = self.layers[0], self.layers[1]
         assert isinstance(linear, nn.Linear)
         assert isinstance(norm, nn.BatchNorm1d)
         assert norm.running_mean is not None
+        linear.weight[:, begins_to_vary] = 0
         norm.running_mean -= linear.weight @ shift
         linear.weight *= ratio
         state = self.optimizer.state[linear.weight]
@@ -206,7 +230,7 @@ class Learner(nn.Module):
             samples: (B, D), standardised.
             labels: (B,) class indices.
             weights: (B,) factors of their losses.
-            ids: (B,) int64, which no other sample has.
+            ids: (B,) int64, the same for a sample in every step; see :func:`content_ids`. Only for gml.
             log_prior: (C,) what is added to the scores; −inf for a class that has no part.
             learning_rate: of this step.
             share: B relative to a usual batch, in (0, 1]: how far the running statistics follow this one.

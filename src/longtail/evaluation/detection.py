@@ -37,6 +37,7 @@ RESAMPLES = 1000
 MIN_INTERVAL_IMAGES = 5
 """Images of a class from which on it has an interval: to draw fewer again and again says too little."""
 _AREAS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+_BEYOND_AREAS = 1e12  # pixels: an object of no range is ignored, and by the usual IoU, as only crowds can be marked so
 _MAX_PAIRS = 2_000_000  # of images and classes that the library looks at in one pass; it holds an entry for each
 
 
@@ -252,11 +253,12 @@ def _object_entries(annotations: Annotations, iou_type: IoUType) -> list[list[di
         _sides(annotations.boxes.numpy()),
         annotations.areas.tolist(),
         annotations.ignored.tolist(),
+        annotations.crowds.tolist(),
         strict=True,
     )
-    for index, (image, label, box, area, ignored) in enumerate(columns):
-        entry = {"id": index + 1, "image_id": image + 1, "category_id": label + 1, "bbox": box, "area": area}
-        entry["iscrowd"] = int(ignored)
+    for index, (image, label, box, area, ignored, crowd) in enumerate(columns):
+        entry = {"id": index + 1, "image_id": image + 1, "category_id": label + 1, "bbox": box, "iscrowd": int(crowd)}
+        entry["area"] = _BEYOND_AREAS if ignored and not crowd else area
         if iou_type == "segm":
             assert annotations.masks is not None
             mask = annotations.masks[index]

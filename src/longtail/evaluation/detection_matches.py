@@ -1,7 +1,8 @@
 """Which detection is matched with which object: what average precision and its intervals are computed from.
 
 The rule is COCO's: in an image and class, detections in order of score take the object of highest IoU that is not
-taken yet; ignored objects are taken only where there is no other, and what took them counts neither way.
+taken yet; ignored objects are taken only where there is no other, crowds any number of times, and what took them counts
+neither way.
 
 Legend: N images, C classes, G objects, D detections of all images, T IoU thresholds, B resampled sets of images.
 """
@@ -159,7 +160,7 @@ def detection_table(
     kept = kept[np.lexsort((-scores[kept], labels[kept], image[kept]))]
     if federated:
         kept = kept[np.isin(image[kept] * classes + labels[kept], _known_pairs(annotations))]
-    pairs = _pairs(annotations.incomplete, classes)
+    pairs = _pairs(annotations.incomplete if federated else None, classes)
     masks, sizes = None, annotations.sizes.tolist()
     if iou_type == "segm":
         masks = tuple(
@@ -308,8 +309,8 @@ def match_table(table: DetectionTable, annotations: Annotations, area: tuple[flo
         area: smallest and largest area in pixels of the objects that are to be found; others are ignored.
     """
     classes = len(annotations.class_names)
-    areas, crowd = annotations.areas.numpy().astype(np.float64), annotations.ignored.numpy()
-    outside = crowd | (areas < area[0]) | (areas > area[1])
+    areas, crowd = annotations.areas.numpy().astype(np.float64), annotations.crowds.numpy()
+    outside = annotations.ignored.numpy() | (areas < area[0]) | (areas > area[1])
     object_keys = annotations.image_index.numpy() * classes + annotations.labels.numpy()
     by_key = np.argsort(object_keys, kind="stable")
     keys = table.images * classes + table.labels
@@ -363,12 +364,12 @@ def match_table(table: DetectionTable, annotations: Annotations, area: tuple[flo
 
 
 def _box_overlap(table: DetectionTable, annotations: Annotations, detection: Array, target: Array) -> Array:
-    """Return the IoU of pairs of boxes; with an ignored object the intersection over the detection's own area."""
+    """Return the IoU of pairs of boxes; with a crowd the intersection over the detection's own area."""
     boxes, others = table.boxes[detection], annotations.boxes.numpy().astype(np.float64)[target]
     sides = np.minimum(boxes[:, 2:], others[:, 2:]) - np.maximum(boxes[:, :2], others[:, :2])
     shared = np.maximum(sides, 0).prod(axis=1)
     own, other = ((each[:, 2:] - each[:, :2]).prod(axis=1) for each in (boxes, others))
-    union = np.where(annotations.ignored.numpy()[target], own, own + other - shared)
+    union = np.where(annotations.crowds.numpy()[target], own, own + other - shared)
     overlap: Array = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
     return overlap
 
@@ -387,6 +388,6 @@ def _mask_overlap(table: DetectionTable, annotations: Annotations, first: Array,
         if objects:
             size = sizes[int(table.images[begin])]
             encoded = [encode_mask(annotations.masks[index], size) for index in objects]
-            crowd = annotations.ignored[objects].long().tolist()
+            crowd = annotations.crowds[objects].long().tolist()
             parts.append(np.asarray(masks.iou(list(table.masks[begin:end]), encoded, crowd)).ravel())
     return np.concatenate(parts)

@@ -207,6 +207,8 @@ def _power_of_frequencies(log_counts: Array, power: float) -> Array:
 
 
 def _numbers(values: Any, name: str, dtype: type[np.floating[Any]] = np.float64) -> Array:
+    if hasattr(values, "detach"):  # a tensor, which may be on an accelerator or have a gradient
+        values = values.detach().cpu()
     try:
         array: Array = np.asarray(values, dtype=dtype)
     except (TypeError, ValueError):

@@ -2,8 +2,8 @@
 
 The classes have the interface of torchmetrics (``update``, ``compute``, ``reset``; a call returns the value of the
 batch) without needing it; ``compute`` sums over the processes of a ``torch.distributed`` group. As in torchmetrics and
-scikit-learn, values are fractions in [0, 1], where :mod:`longtail.evaluation.metrics` and the reports use percent; the
-formulas are the same.
+scikit-learn, accuracies and calibration errors are fractions in [0, 1], where :mod:`longtail.evaluation.metrics` and
+the reports use percent; the formulas are the same.
 
 Legend: N samples, C classes.
 """
@@ -41,11 +41,12 @@ class SummedMetric(nn.Module, ABC):
 
     Args:
         sums: over no samples, zeros.
+        settings: what the sums depend on; only those of metrics with the same settings can be added.
     """
 
-    def __init__(self, *sums: Tensor) -> None:
+    def __init__(self, *sums: Tensor, settings: tuple[Any, ...]) -> None:
         super().__init__()
-        self.sums = sums
+        self.sums, self.settings = sums, settings
 
     @abstractmethod
     def batch_sums(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -80,7 +81,18 @@ class SummedMetric(nn.Module, ABC):
         return self.values([part.cpu() for part in sums])
 
     def merge_state(self: Self, other: Self) -> None:
-        """Add the samples of another metric of the same kind."""
+        """Add the samples of another metric of the same kind, for the same classes.
+
+        Raises:
+            LongtailError: it is of another kind, or has other class counts or shot groups.
+        """
+        if type(other) is not type(self):
+            raise LongtailError(f"merge_state: expected another {type(self).__name__}, got {type(other).__name__}")
+        if other.settings != self.settings:
+            raise LongtailError(
+                f"merge_state: expected a {type(self).__name__} of the same classes, got one of other class counts or "
+                "shot groups"
+            )
         self._add([total.to(own.device) for total, own in zip(other.sums, self.sums, strict=True)])
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -115,7 +127,7 @@ class BalancedAccuracy(SummedMetric):
     def __init__(self, num_classes: int) -> None:
         if num_classes < 1:
             raise LongtailError(f"num_classes: expected at least 1, got {num_classes}")
-        super().__init__(torch.zeros(3, num_classes, dtype=torch.int64))
+        super().__init__(torch.zeros(3, num_classes, dtype=torch.int64), settings=(num_classes,))
         self.num_classes = num_classes
 
     def batch_sums(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -154,7 +166,7 @@ class ShotAccuracy(SummedMetric):
 
     def __init__(self, class_counts: Counts, *, many_above: int = 100, few_below: int = 20) -> None:
         counts, shots = _shot_groups(class_counts, many_above, few_below)
-        super().__init__(torch.zeros(3, len(counts), dtype=torch.int64))
+        super().__init__(torch.zeros(3, len(counts), dtype=torch.int64), settings=(counts, shots))
         self.class_counts, self.shots = counts, shots
 
     def batch_sums(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -205,7 +217,8 @@ class ShotCalibrationError(SummedMetric):
     ) -> None:
         counts, shots = _shot_groups(class_counts, many_above, few_below)
         group_of = group_numbers(shots.groups(counts))
-        super().__init__(*reliability(torch.zeros(0, len(counts)), torch.zeros(0, dtype=torch.int64), group_of))
+        empty = reliability(torch.zeros(0, len(counts)), torch.zeros(0, dtype=torch.int64), group_of)
+        super().__init__(*empty, settings=(counts, shots))
         self.class_counts, self.group_of, self.probabilities = counts, group_of, probabilities
 
     def batch_sums(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ from longtail.data.sources import is_balanced, load_data, split_sizes
 from longtail.devices import select_device
 from longtail.errors import LongtailError, StoppedError
 from longtail.experiments.records import Record, columns, run_name, run_record
-from longtail.experiments.threads import MAX_AT_ONCE, reason_against_threads, train_in_threads
+from longtail.experiments.threads import MAX_AT_ONCE, fitting_jobs, reason_against_threads, train_in_threads
 from longtail.files import make_folder, write_json, write_text
 from longtail.registry import METHODS, TASKS, load_plugin, plugins
 from longtail.run_folder import is_comparison
@@ -59,6 +59,8 @@ class Planned:
     config: Config
     imbalance: float | None
     """The factor, where the comparison has several to choose from."""
+    methods: tuple[str, ...]
+    """Those of the comparison, which have the settings in common."""
 
     @property
     def name(self) -> str:
@@ -118,6 +120,7 @@ def plan(
                 data={} if factor is None else {"imbalance": factor},
             ),
             factor,
+            tuple(methods),
         )
         for factor in imbalances
         for seed in seeds
@@ -181,7 +184,7 @@ def compare(
     config: Config,
     methods: Sequence[str],
     seeds: Sequence[int],
-    out: Path,
+    out: Path | str,
     *,
     budget: Budget = "passes",
     imbalances: Sequence[float | None] = (None,),
@@ -208,6 +211,7 @@ def compare(
         LongtailError: an input cannot be used, or ``out`` holds runs with other settings.
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
+    out = Path(out)
     _check_methods(methods)
     config = config.replace(method=methods[0])  # a recipe's own method does not count, but it has to be one
     # what a training does first: open settings are chosen for the weights that it starts from
@@ -298,19 +302,7 @@ def _compare(
             *(out, len(earlier), ", ".join(earlier[:3]) + ("…" if len(earlier) > 3 else ""), out),
         )
     records: dict[Planned, Record] = {}
-    in_threads = jobs != 1 and _on_accelerator(config)
-    if in_threads:
-        reasons = [reason_against_threads(auto_config(run.config, data)[0], data) for run in _of_first(runs)]
-        if reason := next(filter(None, reasons), ""):
-            logger.info("the runs cannot share one process: %s", reason)
-            in_threads = False
-    if in_threads:
-        ended = _in_threads(runs, out, jobs or MAX_AT_ONCE, remarks)
-    elif jobs in {None, 1}:
-        ended = _in_turn(runs, out, remarks, quiet)
-    else:
-        ended = _side_by_side(runs, out, jobs or 1, remarks)
-    for planned, entry in ended:
+    for planned, entry in _train_all(config, runs, out, data, jobs, remarks, quiet):
         if not records:
             write_json(out / "comparison.json", comparison)
         records[planned] = entry
@@ -323,6 +315,34 @@ def _compare(
         shown = "n/a" if value is None else f"{value:.1f} %"
         logger.info("%d/%d %s: %s %s, %.0f s", len(records), len(runs), what, title, shown, entry.seconds)
     return [records[run] for run in runs]
+
+
+def _train_all(
+    config: Config,
+    runs: Sequence[Planned],
+    out: Path,
+    data: LongTailedData,
+    jobs: int | None,
+    remarks: _Remarks,
+    quiet: bool,
+) -> Iterator[tuple[Planned, Record]]:
+    """Train the runs in threads of this process, in processes or in turn; see :func:`compare`."""
+    on_accelerator = _on_accelerator(config)
+    at_once = min(jobs or (MAX_AT_ONCE if on_accelerator else 1), len(runs))
+    if at_once > 1 and on_accelerator:
+        configs = [auto_config(run.config, data)[0] for run in _of_first(runs)]
+        if reason := next(filter(None, (reason_against_threads(each, data) for each in configs)), ""):
+            logger.info("the runs cannot share one process: %s", reason)
+            at_once = 1 if jobs is None else at_once
+        else:
+            fitting = min(fitting_jobs(each, data, at_once) for each in configs)
+            if fitting < at_once:
+                what = f"{fitting} at a time" if fitting > 1 else "one after another"
+                logger.info("the runs are trained %s: accelerator.memory holds the images of no more", what)
+            if fitting > 1:
+                return _in_threads(runs, out, fitting, remarks)
+            at_once = 1
+    return _in_turn(runs, out, remarks, quiet) if at_once == 1 else _side_by_side(runs, out, at_once, remarks)
 
 
 def _earlier(out: Path) -> set[str]:
@@ -358,7 +378,7 @@ def _train(planned: Planned, out: Path, say: Callable[[Sequence[str]], None], qu
     say(remarks)
     run, folder = auto_config(config, data)[0], out / planned.name
     done = find_finished(folder, run, data) or fit(
-        run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data
+        run, folder, resume=True, quiet=quiet, teachers=out / "teachers", data=data, methods=planned.methods
     )
     return dataclasses.replace(run_record(done), imbalance=planned.imbalance)
 

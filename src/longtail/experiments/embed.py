@@ -12,7 +12,7 @@ import torch
 from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.sources import load_data
-from longtail.data.sources.unreadable import log_unreadable
+from longtail.data.sources.unreadable import log_unreadable, without
 from longtail.devices import select_device
 from longtail.errors import LongtailError
 from longtail.files import atomic_write, make_folder
@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 def embed(
     config: Data,
     model: str,
-    out: Path,
+    out: Path | str,
     *,
     seed: int = 0,
     pretrained: str = "auto",
@@ -60,6 +60,7 @@ def embed(
     Raises:
         LongtailError: the data or the model cannot be loaded or used, or the file cannot be written.
     """
+    out = Path(out)
     if out.suffix.lower() != ".npz":
         raise LongtailError(f"{out}: expected a name that ends in .npz")
     if out.is_dir():
@@ -70,7 +71,6 @@ def embed(
     kind = TASKS[data.task].label_kind
     if kind != "image":
         raise LongtailError(f"{config.source}: has labels of {kind}; embeddings are of whole images")
-    log_unreadable(data)
     with torch.random.fork_rng(devices=[]):  # networks are built on the CPU; the caller's random state stays
         torch.default_generator.manual_seed(seed)
         encoder, resize = _encoder(model, pretrained, data)
@@ -83,11 +83,13 @@ def embed(
         if images is None:
             continue
         logger.info("%s: %s images", split, f"{len(images):,}")
-        arrays[split] = _embeddings(encoder, images, data.image_size, resize, batch_size, where)
-        arrays[f"{split}_labels"] = images.labels.numpy()
-        summary[split] = len(images)
-    if data.unreadable:
-        summary["unreadable"] = [path for path, _ in data.unreadable]
+        embeddings = _embeddings(encoder, images, data.image_size, resize, batch_size, where)
+        readable = without(torch.arange(len(images)), images.images.unreadable)  # the others have that of another image
+        arrays[split], arrays[f"{split}_labels"] = embeddings[readable].numpy(), images.labels[readable].numpy()
+        summary[split] = len(readable)
+    log_unreadable(data)
+    if unreadable := data.all_unreadable():
+        summary["unreadable"] = list(unreadable)
     summary["width"] = arrays["train"].shape[1]
 
     def write(partial: Path) -> None:
@@ -122,10 +124,9 @@ def _encoder(model: str, pretrained: str, data: LongTailedData) -> tuple[Encoder
 
 def _embeddings(
     encoder: Encoder, images: ImageSet, image_size: int, resize: int | None, batch_size: int, device: torch.device
-) -> Array:
+) -> torch.Tensor:
     batches = encode_split(encoder, images, image_size, device=device, batch_size=batch_size, resize=resize)
-    embeddings: Array = torch.cat([features.cpu() for features, _ in batches]).numpy()
-    return embeddings
+    return torch.cat([features.cpu() for features, _ in batches])
 
 
 def load_embeddings(path: Path | str) -> dict[str, Array]:

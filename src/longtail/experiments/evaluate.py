@@ -13,7 +13,7 @@ from longtail.tasks.loading import load_run
 
 
 def evaluate(
-    run: Path,
+    run: Path | str,
     prior: str = "uniform",
     data_root: str | None = None,
     options: InferenceOptions | None = None,
@@ -41,7 +41,7 @@ def evaluate(
     Returns:
         The metrics under ``prior``, with ``prior``, ``class_names`` and, under ``priors``, those under each prior.
     """
-    model, config, data = load_run(run, data_root)
+    model, config, data = load_run(Path(run), data_root)
     request = EvaluationRequest(
         prior=prior,
         options=options or InferenceOptions(),

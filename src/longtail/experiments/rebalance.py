@@ -36,7 +36,7 @@ class RebalanceSettings(HeadSettings):
 
 
 def rebalance(
-    run: Path, out: Path, settings: RebalanceSettings, data_root: str | None = None
+    run: Path | str, out: Path | str, settings: RebalanceSettings, data_root: str | None = None
 ) -> dict[str, dict[str, Any]]:
     """Train a new classifier on a run's encoder, evaluate it, and save it as a run of its own.
 
@@ -53,6 +53,7 @@ def rebalance(
         LongtailError: the run has not finished, ``out`` is not empty, another process writes it, or a setting is out of
             its range. What an interrupted call left in ``out`` is replaced.
     """
+    run, out = Path(run), Path(out)
     for name, low in (("epochs", 1), ("views", 1)):
         if getattr(settings, name) < low:
             raise LongtailError(f"--{name} {getattr(settings, name)}: expected at least {low}")

@@ -136,7 +136,8 @@ class Difference:
     num_test_images: int | None = None
     """Test images, where those of all seeds are known to be the same."""
     sampling: float | None = None
-    """Half width of the difference's 95 % interval over these test images, in points, where it is known."""
+    """Half width of the difference's 95 % interval over these test images, in points, where it is known; with several
+    seeds without the part that changes from seed to seed."""
     sampling_is_bound: bool = False
     """Whether it was computed as if the errors of both methods were independent, since what was predicted of each
     image is not known. The more of their errors are common, the smaller it is."""
@@ -155,9 +156,13 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether every interval of more than the bootstrap excludes 0; False where there is none over seeds."""
-        intervals = [(self.low, self.high), self.overall or (self.low, self.high)]
-        return all(low is not None and high is not None and not low <= 0 <= high for low, high in intervals)
+        """Whether the interval that covers both seeds and test images excludes 0.
+
+        Where every seed has other test images that is the one over seeds; False where the images' share is not known.
+        """
+        covers_images = None if self.low is None or self.high is None else (self.low, self.high)
+        interval = covers_images if self.num_test_images is None else self.overall
+        return interval is not None and not interval[0] <= 0 <= interval[1]
 
     def __str__(self) -> str:
         of = "" if self.imbalance is None else f"imbalance {self.imbalance:g}, "
@@ -166,7 +171,7 @@ class Difference:
         if self.low is None or self.high is None:
             same = f"the same with all {self.seeds} seeds, so its spread is not known: more seeds"
             doubt = "one seed says nothing about its spread" if self.seeds == 1 else same
-            if self.sampling is not None and not self.sampling_is_bound:
+            if self.seeds == 1 and self.sampling is not None and not self.sampling_is_bound:
                 of_images = _interval(self.mean - self.sampling, self.mean + self.sampling)
                 doubt += f"; over test images alone 95 % interval {of_images}"
             return f"{text} ({doubt})"
@@ -179,9 +184,9 @@ class Difference:
             where += f", over other test images too {_interval(*self.overall)}"
         elif self.sampling is not None:
             where += f" (other images: up to ±{self.sampling:.1f} more)"
-        verdict = "a difference" if self.shown else "no difference shown"
-        if not self.shown and not self.low <= 0 <= self.high:
-            verdict = "a difference on these images, not shown for others"
+        verdict = "no difference shown" if self.low <= 0 <= self.high else "a difference"
+        if self.num_test_images is not None and verdict == "a difference" and not self.shown:
+            verdict += " on these images" + ("" if self.overall is None else ", not shown for others")
         return (
             f"{text}, 95 % interval {_interval(self.low, self.high)} "
             f"(bootstrap {_interval(self.bootstrap_low, self.bootstrap_high)}) {where}: {verdict}"

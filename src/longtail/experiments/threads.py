@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,10 +32,12 @@ from longtail.registry import METHODS, TASKS
 from longtail.training.auto_config import auto_config
 from longtail.training.preemption import PreemptionHandler
 from longtail.training.run_io import Run, find_finished
-from longtail.training.steps import batches_on_device
+from longtail.training.steps import batches_on_device, reason_against_batches
 from longtail.training.teacher import teacher_runs, train_once
 from longtail.training.trainer import fit
 from longtail.training.turns import Turn
+
+logger = logging.getLogger(__name__)
 
 MAX_AT_ONCE = 8
 """Trainings at a time, if not given: more gain nothing, since the accelerator is busy by then."""
@@ -59,10 +62,35 @@ def reason_against_threads(config: Config, data: LongTailedData) -> str:
         return "the networks of timm may draw random numbers, whose state belongs to the whole process"
     if issubclass(method, GML) and config.section(GMLSettings).feature_transfer > 0:
         return "gml.feature_transfer draws random numbers, whose state belongs to the whole process"
-    transforms = task.build_transforms(config, data, method.view_plan(config).uses)
-    loader = TrainLoader(data.train, config.batch_size, transforms, config.seed)
-    on_device, reason = batches_on_device(config, loader, select_device(config.device))
+    device = select_device(config.device)
+    # torch's version compares with a text as versions do
+    if device.type == "cuda" and config.accelerator.graph and torch.__version__ < "2.7":
+        return f"in torch {torch.__version__} no step can run while another is recorded (2.7 or later is needed)"
+    on_device, reason = batches_on_device(config, _loader(config, data), device)
     return "" if on_device else reason or "training batches are not made on the device"
+
+
+def fitting_jobs(config: Config, data: LongTailedData, most: int) -> int:
+    """Return how many runs at a time, up to ``most``, each have room for their images in their share of the memory.
+
+    Args:
+        config: settings of a run that can be trained in a thread, see :func:`reason_against_threads`.
+        data: what it trains on.
+        most: runs at a time that are wanted, at least 1.
+    """
+    loader, device = _loader(config, data), select_device(config.device)
+    wanted = range(most, 1, -1)
+    return next((jobs for jobs in wanted if not reason_against_batches(_share(config, jobs), loader, device)), 1)
+
+
+def _loader(config: Config, data: LongTailedData) -> TrainLoader:
+    transforms = TASKS[data.task].build_transforms(config, data, METHODS[config.method].view_plan(config).uses)
+    return TrainLoader(data.train, config.batch_size, transforms, config.seed)
+
+
+def _share(config: Config, jobs: int) -> Config:
+    """Return the settings of one of ``jobs`` runs at a time."""
+    return config.replace(accelerator={"memory": config.accelerator.memory / jobs})
 
 
 def train_in_threads(
@@ -91,11 +119,7 @@ def train_in_threads(
             say(images.remarks)
             loaded[key] = dataclasses.replace(images, remarks=())
         data[folder] = loaded[key]
-    memory = {folder: {"memory": config.accelerator.memory / jobs} for folder, config in configs.items()}
-    configs = {
-        folder: auto_config(config.replace(accelerator=memory[folder]), data[folder])[0]
-        for folder, config in configs.items()
-    }
+    configs = {folder: auto_config(_share(config, jobs), data[folder])[0] for folder, config in configs.items()}
 
     def train_a_teacher(settings: Config, folder: Path, turn: Turn, *, images: LongTailedData) -> None:
         def train() -> object:
@@ -104,9 +128,12 @@ def train_in_threads(
         with turn.taken():
             train_once(folder, train, f"teacher: training {settings.network} first, kept in {folder}")
 
+    methods = tuple(dict.fromkeys(config.method for config in configs.values()))
+
     def train(folder: Path, turn: Turn) -> Run:
-        return find_finished(folder, configs[folder], data[folder]) or fit(
-            configs[folder], folder, resume=True, quiet=True, teachers=teachers, data=data[folder], turn=turn
+        config, images = configs[folder], data[folder]
+        return find_finished(folder, config, images) or fit(
+            config, folder, resume=True, quiet=True, teachers=teachers, data=images, turn=turn, methods=methods
         )
 
     # generation by generation: no training then waits, with its turn, for one that needs the turn to end
@@ -191,7 +218,10 @@ def _run(task: Callable[[Turn], Result], turn: Turn, device: torch.device) -> Re
             # in the turn, since it must not be freed while a graph is recorded
             with turn.taken():
                 gc.collect()
-                torch.cuda.empty_cache()
+                try:
+                    torch.cuda.empty_cache()
+                except RuntimeError as error:  # after a recording that failed; what was trained is whole
+                    logger.debug("%s", error)
         turn.give()
         turn.given.set()
 

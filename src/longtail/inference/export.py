@@ -76,7 +76,11 @@ class _ExportModule(nn.Module):
 
 
 def export_onnx(
-    model: TrainedModel, path: Path, prior: Prior = "uniform", images: Sequence[Path] = (), tta: TTA = "none"
+    model: TrainedModel,
+    path: Path | str,
+    prior: Prior = "uniform",
+    images: Sequence[Path | str] = (),
+    tta: TTA = "none",
 ) -> Exported:
     """Write a model as an ONNX file, and compare it with PyTorch.
 
@@ -102,6 +106,7 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError:
         raise LongtailError("export: needs the extra onnx: pip install 'longtail[onnx]'") from None
+    path = Path(path)
     check_tta(tta, "--tta")
     if tta != "none" and not isinstance(model, Recognizer):
         raise LongtailError(f"export: --tta {tta} is for models that classify whole images")
@@ -147,13 +152,13 @@ def export_onnx(
     return Exported(path, (height, width, config.channels), difference, len(inputs), note=note)
 
 
-def _example_inputs(model: TrainedModel, size: tuple[int, int], files: Sequence[Path]) -> Tensor:
+def _example_inputs(model: TrainedModel, size: tuple[int, int], files: Sequence[Path | str]) -> Tensor:
     """Return (N, H, W, channels) uint8 images to compare on."""
     if not files:
         drawn = torch.rand(_EXAMPLES, *size, model.config.channels, generator=torch.Generator().manual_seed(0))
         return (drawn * 255).to(torch.uint8)
     repeated = (list(files) * 2)[: max(2, min(len(files), _EXAMPLES))]
-    return torch.stack([model.export_input(open_image(file), size) for file in repeated])
+    return torch.stack([model.export_input(open_image(Path(file)), size) for file in repeated])
 
 
 def to_onnx(

@@ -30,7 +30,7 @@ from longtail.errors import LongtailError
 from longtail.nn import Encoder, FrozenEncoder, TeacherEncoder
 from longtail.nn.encoder import channels_last
 from longtail.randomness import Stream, mix, uniform
-from longtail.registry import TASKS
+from longtail.registry import TASKS, TRANSFORMS, network_parts, plugins_of
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,9 @@ def _log_unreadable(splits: Sequence[Images]) -> None:
 
 def _store(folder: Path, network: str, encoder: Encoder, size: int, augment: str, view: int) -> RowStore:
     """Return the file of one view's features; the first view is the image without augmentation."""
-    name = content_hash(network, size, [augment, view] if view > 0 else "plain")
+    parts = network_parts(encoder.architecture) | ({(TRANSFORMS.kind, augment)} if view > 0 else set())
+    plugins = sorted(plugins_of(parts))  # what they do is not in the names of their parts
+    name = content_hash(network, size, [augment, view] if view > 0 else "plain", *([plugins] if plugins else []))
     return RowStore(folder / "features", name, (encoder.num_features,), "float32")
 
 

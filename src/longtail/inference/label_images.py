@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from longtail.data.image_io import open_image, read_or_record, to_rgb
 from longtail.data.palette import class_colors
+from longtail.data.paths import printable
 from longtail.inference.output import PredictionOutput, readable_files
 from longtail.inference.pictures import OVERLAY, PictureNames, write_picture
 
 Labels = np.ndarray[Any, Any]
+_ROWS = 256  # of an overlay that are mixed at once
 
 
 def predict_label_images(
@@ -45,16 +47,25 @@ def predict_label_images(
     records: list[dict[str, Any]] = []
     unreadable: dict[Path, str] = {}
     pictures = label_pictures(out)
-    for file in tqdm(files, unit="image", disable=not progress, leave=False):
+
+    def label(file: Path) -> None:
         image = read_or_record(open_image, file, unreadable)
         if image is None:
-            continue
+            return
         labels = predict(image)
         counts = np.bincount(labels.ravel(), minlength=len(names))
         present = [index for index in np.argsort(-counts, kind="stable").tolist() if counts[index]]
         label_file, overlay_file = write_label_image(pictures, file, labels, len(names))
         shares = {names[index]: float(counts[index]) / labels.size for index in present}
         records.append({"path": str(file), "labels": str(label_file), "overlay": str(overlay_file), "shares": shares})
+
+    for file in tqdm(files, unit="image", disable=not progress, leave=False):
+        try:
+            label(file)
+        except Exception as error:
+            if not _lacks_memory(error):
+                raise
+            unreadable[file] = f"{printable(file)}: labelling its pixels needs more memory than there is; shrink it"
     readable_files(files, unreadable)  # an error if there is none
     rows = [
         [
@@ -66,6 +77,13 @@ def predict_label_images(
     ]
     notes = [f"labels (value 1 is {names[0]}) and overlays: {out}"]
     return PredictionOutput(records, ["path", "labels", "largest shares"], rows, notes, unreadable)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether an error of Python, torch or ONNX Runtime says that memory cannot be allocated."""
+    # torch, which need not be here, has a class for accelerators; its error on a CPU is a usual one, as ONNX Runtime's
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "allocate memory" in str(error)
 
 
 def label_image(labels: Labels, classes: int) -> Image.Image:
@@ -97,7 +115,11 @@ def write_label_image(pictures: PictureNames, file: Path, labels: Labels, classe
 
 def overlay(image: Image.Image, labels: Labels, classes: int, opacity: float = 0.6) -> Image.Image:
     """Return an image with the colours of its labels over it; unlabelled pixels stay as they are."""
-    colors = np.array(class_colors(classes), dtype=np.float32)[labels.clip(min=0)]
-    pixels = np.array(to_rgb(image), dtype=np.float32)
-    mixed = np.where((labels >= 0)[..., None], opacity * colors + (1 - opacity) * pixels, pixels)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    colors = np.array(class_colors(classes), dtype=np.float32)
+    mixed = np.array(to_rgb(image))
+    for top in range(0, len(mixed), _ROWS):  # colours and mixtures of all of a large image would take gigabytes
+        band = labels[top : top + _ROWS]
+        pixels = mixed[top : top + _ROWS].astype(np.float32)
+        tinted = opacity * colors[band.clip(min=0)] + (1 - opacity) * pixels
+        mixed[top : top + _ROWS] = np.where((band >= 0)[..., None], tinted, pixels).round()
+    return Image.fromarray(mixed)

@@ -93,11 +93,22 @@ class TrainedModel(ModelHubMixin, ABC, library_name="longtail", tags=["longtail"
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:
-        """Return (N, C) log-likelihood scores, free of any prior, of (N, channels, S, S) images in [0, 1]."""
+        """Return (N, C) log-likelihood scores, free of any prior, of (N, channels, S, S) images in [0, 1].
+
+        Raises:
+            LongtailError: the images are not floats.
+        """
         return self.remove_prior(self.raw_scores(images))
 
     def raw_scores(self, images: Tensor) -> Tensor:
-        """Return the scores of the classifier, which contain the training prior after plain cross-entropy."""
+        """Return the scores of the classifier, which contain the training prior after plain cross-entropy.
+
+        Raises:
+            LongtailError: the images are not floats. Their values are not checked: an accelerator's would have to be
+                waited for.
+        """
+        if not images.is_floating_point():
+            raise LongtailError(f"images: expected floats in [0, 1], got {images.dtype}; for uint8 take images / 255")
         scores: Tensor = self.classifier(self.encoder(channels_last(images))).float()
         return scores
 
@@ -195,9 +206,28 @@ class TrainedModel(ModelHubMixin, ABC, library_name="longtail", tags=["longtail"
         write_text(folder / "README.md", model_card(self.config, self.card_text))
         write_json(folder / "config.json", dataclasses.asdict(self.config))
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Write what :meth:`save` writes; ``save_pretrained`` and ``push_to_hub`` of huggingface_hub call this."""
+    def save_pretrained(
+        self, save_directory: Path | str, *, repo_id: str | None = None, push_to_hub: bool = False, **options: Any
+    ) -> str | None:
+        """Write what :meth:`save` writes, and return the address of the commit if it is also pushed to the Hub.
+
+        That of huggingface_hub removes ``config.json`` first, so that where writing fails a model that is there would
+        be lost.
+
+        Args:
+            save_directory: the folder.
+            repo_id: name on the Hub; that of the folder if not given.
+            push_to_hub: whether to push it.
+            options: of huggingface_hub's ``push_to_hub``: private, token, branch, ….
+
+        Raises:
+            LongtailError: the files cannot be written.
+        """
         self.save(save_directory)
+        if not push_to_hub:
+            return None
+        address: str = self.push_to_hub(repo_id or Path(save_directory).name, **options)
+        return address
 
     @classmethod
     def _from_pretrained(

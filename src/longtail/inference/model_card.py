@@ -31,6 +31,8 @@ class ModelCardText:
     """Metrics with their titles."""
     usage: str
     """A line of Python that predicts with ``model``."""
+    calibrates: bool = True
+    """Whether training calibrates its probabilities on validation images."""
 
 
 def model_card(config: ModelConfig, text: ModelCardText) -> str:
@@ -42,7 +44,7 @@ def model_card(config: ModelConfig, text: ModelCardText) -> str:
     }
     title = f"# A long-tailed {text.kind.lower()}"
     lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", title, ""]
-    lines += [*_data(config, text), *_training(config), *_metrics(config, text), *_limits(config)]
+    lines += [*_data(config, text), *_training(config, text), *_metrics(config, text), *_limits(config)]
     lines += ["", "## Use", "", "```python", f"from longtail import {text.kind}", ""]
     lines += [f'model = {text.kind}.from_pretrained("this folder, or its name on the Hub")', text.usage]
     return "\n".join([*lines, "```", ""])
@@ -71,7 +73,7 @@ def _experts(config: ModelConfig) -> str:
     return f" with {config.experts} experts, {own} their own ({cost})"
 
 
-def _training(config: ModelConfig) -> list[str]:
+def _training(config: ModelConfig, text: ModelCardText) -> list[str]:
     info = config.training_info
     lines = [
         "## Training",
@@ -93,7 +95,7 @@ def _training(config: ModelConfig) -> list[str]:
     elif config.temperature != 1:
         lines.append(f"Probabilities were calibrated on validation images: temperature {config.temperature:.2f}.")
     else:
-        lines.append("Probabilities were not calibrated: there were no validation images.")
+        lines.append(f"Probabilities were not calibrated{': there were no validation images' * text.calibrates}.")
     return [*lines, ""]
 
 

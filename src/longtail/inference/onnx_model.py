@@ -18,6 +18,7 @@ from longtail.data.image_io import open_image, open_square, read_or_record, resi
 from longtail.data.letterbox import boxes_in_image, letterbox
 from longtail.errors import LongtailError
 from longtail.evaluation.class_frequencies import ClassFrequencies, resolve_class_frequencies
+from longtail.inference.options import check_batch_size
 
 Array = np.ndarray[Any, Any]
 ImageInput = Path | str | Image.Image | Array
@@ -113,7 +114,8 @@ class ONNXModel:
                 it then. If not given, such a file is an error.
 
         Raises:
-            LongtailError: a file cannot be read, or an array is no image.
+            LongtailError: the model finds objects, a file cannot be read, an array is no image, or there are no images
+                in a batch.
         """
         parts = list(self.predict_batches(images, batch_size, unreadable))
         return np.concatenate(parts) if parts else np.empty((0, len(self.class_names)), dtype=np.float32)
@@ -132,8 +134,11 @@ class ONNXModel:
             unreadable: see :meth:`predict`; an image of a batch that is to come is not in it yet.
 
         Raises:
-            LongtailError: a file cannot be read, or an array is no image.
+            LongtailError: as :meth:`predict`.
         """
+        if self.finds_objects:
+            raise LongtailError("predict: this model finds objects; use find")
+        check_batch_size(batch_size)
         batch: list[Array] = []
         for image in _several(images):
             opened = _opened(image, self._open, unreadable)

@@ -63,3 +63,9 @@ def check_tta(value: str, where: str = "tta", *others: str) -> None:
     """Raise LongtailError if a value is neither a test-time augmentation nor one of ``others``."""
     if value not in TTA_VIEWS:
         raise LongtailError(f"{where} {value}: expected one of {', '.join([*TTA_VIEWS, *others])}")
+
+
+def check_batch_size(value: int) -> None:
+    """Raise LongtailError if a batch has no image."""
+    if value < 1:
+        raise LongtailError(f"batch_size: expected at least 1, got {value}")

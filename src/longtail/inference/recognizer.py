@@ -24,10 +24,11 @@ from longtail.evaluation.calibration import conformal_thresholds
 from longtail.evaluation.label_shift import EstimatedPrior, estimate_map
 from longtail.inference.model import Prior, TrainedModel
 from longtail.inference.model_card import ModelCardText
-from longtail.inference.options import TTA, check_tta
+from longtail.inference.options import TTA, check_batch_size, check_tta
 from longtail.losses import posterior
 from longtail.nn import build_backbone
 
+_TOLERANCE = 1e-3  # of floats in [0, 1], which may be results of half precision
 _ENLARGEMENT = 256 / 224  # of images without room for crops, as photographs are kept
 
 ImageLike = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
@@ -116,6 +117,9 @@ class Recognizer(TrainedModel):
                 and four corners, each also mirrored (Krizhevsky et al., NeurIPS 2012). Means of scores over crops at
                 test time are those of Shi et al., *Long-Tail Learning with Foundation Model*, ICML 2024, arXiv
                 2309.10019.
+
+        Raises:
+            LongtailError: the images are not floats.
         """
         return self.remove_prior(self.mean_raw_scores(images, tta))
 
@@ -189,8 +193,9 @@ class Recognizer(TrainedModel):
                 it then. If not given, such a file is an error.
 
         Raises:
-            LongtailError: a file cannot be read, the prior does not fit, or there were no validation images, which
-                conformal sets need; or these are asked for with test-time augmentation.
+            LongtailError: a file cannot be read, a tensor's values are out of range, the prior does not fit, there are
+                no images in a batch, or there were no validation images, which conformal sets need; or these are asked
+                for with test-time augmentation.
         """
         parts = list(self.predict_batches(images, prior, batch_size, coverage, tta, unreadable))
         if not parts:
@@ -227,6 +232,7 @@ class Recognizer(TrainedModel):
             LongtailError: as :meth:`predict`.
         """
         check_tta(tta)
+        check_batch_size(batch_size)
         estimate = isinstance(prior, str) and prior == "estimate"
         log_prior = None if estimate else self.log_prior(prior)
         thresholds = None if coverage is None else self.conformal_thresholds(coverage, tta)
@@ -375,7 +381,7 @@ class Recognizer(TrainedModel):
 
 
 def _as_pixels(images: Tensor) -> Tensor:
-    """Return uint8 as it is, other floats as float32."""
+    """Return uint8 as it is, floats as float32."""
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
@@ -383,7 +389,15 @@ def _as_pixels(images: Tensor) -> Tensor:
             f"images: expected a tensor of uint8 from 0 to 255 or of floats from 0 to 1, got {images.dtype}; take "
             "images.byte() where they are from 0 to 255"
         )
-    return images.float()
+    images = images.float()
+    if images.numel():
+        low, high = (float(bound) for bound in torch.aminmax(images))
+        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # NaN is neither
+            raise LongtailError(
+                f"images: expected floats from 0 to 1, got values from {low:.4g} to {high:.4g}; take images / 255 "
+                "where they are from 0 to 255; the model normalises them itself"
+            )
+    return images
 
 
 def to_pillow(image: ImageLike) -> Image.Image:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +78,9 @@ def compute_metrics(class_counts: Sequence[int], shots: Shots | None = None) -> 
     Args:
         class_counts: (C,) training images of each class, which determine the shot groups.
         shots: thresholds of the shot groups; more than 100 and fewer than 20 images, if not given.
+
+    Raises:
+        LongtailError: (by the function) the predictions are not (N, C) scores.
     """
     counts = [int(count) for count in in_class_order(class_counts)]
 
@@ -84,6 +88,11 @@ def compute_metrics(class_counts: Sequence[int], shots: Shots | None = None) -> 
         scores, labels = prediction.predictions, torch.as_tensor(prediction.label_ids).long()
         if isinstance(scores, tuple):
             scores = scores[0]
+        if np.shape(scores)[1:] != (len(counts),):
+            raise LongtailError(
+                f"predictions: expected scores of shape (N, {len(counts)}), one for each of class_counts, got "
+                f"{np.shape(scores)}"
+            )
         correct = count_correct(torch.as_tensor(scores).float(), labels.masked_fill(labels == IGNORED, -1))
         metrics = classification_metrics(correct, counts, shots or Shots())
         names = ("balanced_accuracy", "top1", "many", "medium", "few", "worst_class", "harmonic_mean")

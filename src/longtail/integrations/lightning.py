@@ -32,11 +32,13 @@ class GMLCallbackMixin:
         feature_dim: F.
         teacher_dim: T.
         mixture_weight: weight of both terms [the paper's β].
-        unpack: from a batch to images, labels and ids; the first three entries, if not given.
+        unpack: from a batch to images, labels and ids; the first three entries, if not given, which a dictionary does
+            not have.
         **options: of :class:`~longtail.integrations.mixture.MixtureTerms`.
 
     Raises:
-        LongtailError: (by a fit) the module optimizes manually, or its ``training_step`` returns no features.
+        LongtailError: (by a fit) the module optimizes manually, its ``training_step`` returns no features, or a batch
+            is a dictionary and there is no ``unpack``.
     """
 
     def __init__(
@@ -112,5 +114,10 @@ class GMLCallbackMixin:
 
 def _first_three(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return images, labels and ids; a function of the module, which can be pickled, as ``ddp_spawn`` needs it."""
+    if isinstance(batch, Mapping):
+        raise LongtailError(
+            f"batch: expected images, labels and ids in this order, got a dictionary with the keys {', '.join(batch)}; "
+            'give the callback unpack=lambda batch: (batch["pixel_values"], batch["labels"], batch["ids"])'
+        )
     images, labels, ids = tuple(batch)[:3]
     return images, labels, ids

@@ -151,7 +151,7 @@ class AsymmetricLoss(ScoreLoss):
             raise ValueError(f"clip: expected a probability in [0, 1), got {clip}")
         self.gamma_negative, self.gamma_positive, self.clip = gamma_negative, gamma_positive, clip
         weights = optional_class_weights(class_weights, class_counts, beta)
-        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("weights", weights)
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""

@@ -21,6 +21,8 @@ Counts = Tensor | Sequence[float] | Any
 def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "count") -> Tensor:
     """Return (C,) class counts as a float64 tensor, on the device of a tensor; on the CPU if that is MPS.
 
+    Other counts are on the default device; on the CPU if that is ``meta``, where a network is built without memory.
+
     Args:
         class_counts: (C,) training images of each class; 0 for a class without any.
         name: of the argument, for the message.
@@ -32,7 +34,8 @@ def as_counts(class_counts: Counts, name: str = "class_counts", noun: str = "cou
     if not isinstance(class_counts, Tensor):
         values = in_class_order(class_counts, name, noun)
         try:
-            class_counts = torch.tensor(values, dtype=torch.float64)
+            device = "cpu" if torch.get_default_device().type == "meta" else None
+            class_counts = torch.tensor(values, dtype=torch.float64, device=device)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"{name}: expected one {noun} for each class, numbers, got {values!r:.80}") from None
     # MPS has no float64
@@ -184,6 +187,8 @@ def check_mixture(
     if bool(log_prior.isnan().any()) or bool((log_prior == math.inf).any()):
         raise ValueError("log_prior: expected logarithms of frequencies, got NaN or inf")
     if temperature is not None:
+        if isinstance(temperature, Tensor) and temperature.shape not in {(), (1,)}:
+            raise ValueError(f"temperature: expected a scalar, got shape {tuple(temperature.shape)}")
         value = temperature.item() if isinstance(temperature, Tensor) else temperature
         if not value >= MIN_TEMPERATURE:
             raise ValueError(f"temperature: expected at least {MIN_TEMPERATURE}, got {value:.3g}")

@@ -166,8 +166,8 @@ class LDAMLoss(ScoreLoss):
         if isinstance(class_weights, str):
             weights = scale_to_images(weights, counts)
         margins = beside_counts(ldam_margins(counts, max_margin), class_counts)
-        self.register_buffer("margins", margins, persistent=False)
-        self.register_buffer("weights", beside_counts(weights, class_counts), persistent=False)
+        self.register_buffer("margins", margins)
+        self.register_buffer("weights", beside_counts(weights, class_counts))
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""

@@ -197,7 +197,7 @@ class LogitAdjustedLoss(ScoreLoss):
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength: expected a factor of at least 0, got {strength}")
         self.strength = strength
-        self.register_buffer("finite_log_prior", _to_finite(compute_log_prior(class_counts)), persistent=False)
+        self.register_buffer("finite_log_prior", _to_finite(compute_log_prior(class_counts)))
 
     @property
     def log_prior(self) -> Tensor:

@@ -45,7 +45,7 @@ def effective_number_weights(class_counts: Counts, beta: float = 0.9999) -> Tens
     if not 0 <= beta < 1:
         raise ValueError(f"beta: expected a value in [0, 1), got {beta}")
     counts = as_counts(class_counts)
-    effective_numbers = 1 - torch.tensor(beta, dtype=torch.float64) ** counts
+    effective_numbers = 1 - beta**counts
     weights = torch.where(counts > 0, (1 - beta) / effective_numbers.clamp(min=1e-300), 0.0)
     return beside_counts((weights * len(counts) / weights.sum()).float(), class_counts)
 
@@ -260,7 +260,7 @@ class FocalLoss(ScoreLoss):
             raise ValueError(f"gamma: expected an exponent of at least 0, got {gamma}")
         self.gamma = gamma
         weights = optional_class_weights(class_weights, class_counts, beta)
-        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer("weights", weights)
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""
@@ -304,7 +304,7 @@ class ClassBalancedLoss(ScoreLoss):
         validate: bool = False,
     ) -> None:
         super().__init__(ignore_index=ignore_index, reduction=reduction, validate=validate)
-        self.register_buffer("weights", compute_class_weights(class_weights, class_counts, beta), persistent=False)
+        self.register_buffer("weights", compute_class_weights(class_weights, class_counts, beta))
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""

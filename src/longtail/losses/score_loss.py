@@ -77,6 +77,9 @@ class ScoreLoss(nn.Module, ABC):
       its share times the number of processes, whose average over the processes is the mean over the whole batch. It
       is divided by the number of samples, not by the sum of their weights as in ``torch.nn.CrossEntropyLoss``. It is 0
       where all is left out. Without gradients it is that of this process, and no process waits for another.
+    - *Saved*: what is computed from the class counts is a buffer in the ``state_dict``, as the weights of
+      ``torch.nn.CrossEntropyLoss`` are, so that a network that contains the loss has it again where it is built without
+      memory and then loaded, as ``from_pretrained`` of transformers does. Loading a state without it keeps the own one.
     - *Errors*: a ValueError names the argument. Shapes and types are always checked; values on a CPU, and on an
       accelerator, which has to be waited for, with ``validate``. Without, a class index out of range is ignored there,
       and probabilities are taken as they are.
@@ -112,6 +115,11 @@ class ScoreLoss(nn.Module, ABC):
         return self.loss(
             scores, labels, ignore_index=self.ignore_index, reduction=self.reduction, validate=self.validate
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name, own in self.named_buffers(recurse=False):  # which earlier versions did not save
+            state_dict.setdefault(f"{prefix}{name}", own)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @abstractmethod
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:

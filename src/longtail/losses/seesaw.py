@@ -96,7 +96,7 @@ class SeesawLoss(ScoreLoss):
         validate: check labels on an accelerator too.
 
     Raises:
-        ValueError: counts that are negative, not finite, not one-dimensional, or all zero; a negative exponent; another
+        ValueError: counts that are negative, not whole, not one-dimensional, or all zero; a negative exponent; another
             reduction.
 
     Example:
@@ -124,9 +124,11 @@ class SeesawLoss(ScoreLoss):
             if not 0 <= exponent < math.inf:
                 raise ValueError(f"{name}: expected an exponent of at least 0, got {exponent}")
         self.mitigation, self.compensation = mitigation, compensation
+        counts = as_counts(class_counts)
+        if not bool((counts == counts.round()).all()):
+            raise ValueError("class_counts: expected whole numbers, got fractions; frequencies do not say how many")
         # whole numbers keep their type where the module is converted to half precision, which ends at 65,504
-        counts = beside_counts(as_counts(class_counts).ceil().long(), class_counts)
-        self.register_buffer("class_counts", counts, persistent=False)
+        self.register_buffer("class_counts", beside_counts(counts.long(), class_counts))
 
     def loss(self, scores: Tensor, labels: Tensor, **options: Any) -> Tensor:
         """Return the loss."""

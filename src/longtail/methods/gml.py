@@ -351,7 +351,7 @@ class GML(Method):
         keys = self.key_mlp.eval()(slots.features)
         self.key_mlp.train(training)
         temperature = self.mixture.temperature.detach().clone()
-        return MixtureEnsembleHead(classifier, self.query_mlp, keys, slots.labels.clone(), temperature, weight)
+        return MixtureEnsembleHead(classifier, self.query_mlp, keys, slots.labels, temperature, weight)
 
     @classmethod
     def conditional_entropy(cls, config: Config, means: Mapping[str, float], one_per_image: bool) -> float | None:

@@ -21,6 +21,7 @@ STRIDE = 4
 """Height and width in pixels of the square that shares a feature."""
 _MULTIPLE = 32  # encoders halve the resolution five times
 _DEFAULT_WIDTH = 256
+_TRIED_SIZES = ((64, 64), (96, 128))  # in pixels; small, as every network that is built is tried
 
 
 def is_segmentation_network(name: str) -> bool:
@@ -39,7 +40,8 @@ def build_segmentation_backbone(name: str, channels: int = 3, pretrained: str = 
             timm model.
 
     Raises:
-        LongtailError: the extra ``seg`` is not installed, there is no such network, or its weights cannot be loaded.
+        LongtailError: the extra ``seg`` is not installed, there is no such network, it takes images of one size only,
+            or its weights cannot be loaded.
     """
     try:
         import segmentation_models_pytorch as smp
@@ -87,7 +89,28 @@ def build_segmentation_backbone(name: str, channels: int = 3, pretrained: str = 
             raise LongtailError(
                 f"network '{name}': {' '.join(str(error).split()).rstrip('.')}; choose another encoder"
             ) from None
-    return SegmentationNetwork(model.encoder, model.decoder, num_features)
+    network = SegmentationNetwork(model.encoder, model.decoder, num_features)
+    on_meta = any(parameter.is_meta for parameter in network.parameters())  # whose names and shapes are wanted only
+    if not on_meta and not _takes_any_size(network, channels):
+        raise LongtailError(
+            f"network '{name}': takes images of one size only; choose another encoder, such as resnet50 or "
+            "convnext_tiny"
+        )
+    return network
+
+
+def _takes_any_size(network: SegmentationNetwork, channels: int) -> bool:
+    network.eval()
+    try:
+        with torch.no_grad():
+            return all(
+                network(torch.zeros(1, channels, height, width)).shape[2:] == (height // STRIDE, width // STRIDE)
+                for height, width in _TRIED_SIZES
+            )
+    except Exception:  # networks raise errors of all kinds
+        return False
+    finally:
+        network.train()
 
 
 class SegmentationNetwork(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from longtail.errors import LongtailError
 
-_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _LORA_RANK = 8
 ADAPTER_WIDTH = 64
 """Width of the adapters where none is given, as in AdaptFormer."""
@@ -34,7 +34,8 @@ def set_trainable(backbone: nn.Module, tune: str) -> None:
             ``adapter`` or ``adapter:W`` (the adapters that the network was built with, see :func:`add_adapters`).
 
     Raises:
-        LongtailError: the network has no blocks, or fewer than N; no adapters; or no layer for LoRA.
+        LongtailError: the network has no normalisation layers; no blocks, or fewer than N; no adapters; or no layer for
+            LoRA.
     """
     if tune == "full":
         return
@@ -43,9 +44,13 @@ def set_trainable(backbone: nn.Module, tune: str) -> None:
         return
     backbone.requires_grad_(False)
     if tune == "norm":
-        for module in backbone.modules():
-            if isinstance(module, _NORMS):
-                module.requires_grad_(True)
+        norms = [module for module in backbone.modules() if _is_norm(module)]
+        if not norms:
+            raise LongtailError(
+                "tune norm: this network has no normalisation layers with weights; use full, last:N, lora or head"
+            )
+        for module in norms:
+            module.requires_grad_(True)
         for name, parameter in backbone.named_parameters():
             if name.endswith("bias"):
                 parameter.requires_grad_(True)
@@ -71,6 +76,20 @@ def set_trainable(backbone: nn.Module, tune: str) -> None:
         raise LongtailError(f"tune {tune}: the network has {len(blocks)} blocks, expected at most that many")
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(depths[name] in blocks[-last:])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a normalisation layer with weights, torch's or a network's own.
+
+    The latter, as timm's RmsNorm and EvoNorm and the Affine of ResMLP, have no common class: they are called so, and
+    all their weights are their own, one for each channel.
+    """
+    own = list(module.parameters(recurse=False))
+    if not own or isinstance(module, _NORMS):
+        return bool(own)
+    name = type(module).__name__
+    named = "norm" in name.lower() or name == "Affine"
+    return named and len(own) == len(list(module.parameters())) and all(p.numel() == max(p.shape) for p in own)
 
 
 def freeze_batch_norm(backbone: nn.Module) -> None:
@@ -209,9 +228,9 @@ class Adapted(nn.Module):
 def add_adapters(backbone: nn.Module, width: int) -> None:
     """Add a bottleneck beside the MLP of every block, or, in a network without MLPs, beside its residual blocks.
 
-    The output does not change before the adapters are trained. Residual blocks are those of convolutions and BatchNorm
-    that keep resolution and width. peft has no adapter with a non-linearity for images, and none could be merged into
-    the weights: the adapters are part of the network, ``NAME(adapter=W)``.
+    The output does not change before the adapters are trained. Residual blocks are those of convolutions and
+    normalisation layers that keep resolution and width. peft has no adapter with a non-linearity for images, and none
+    could be merged into the weights: the adapters are part of the network, ``NAME(adapter=W)``.
 
     Args:
         backbone: the network with its pretrained weights, which is changed.
@@ -252,7 +271,7 @@ def _residual_blocks(backbone: nn.Module) -> list[tuple[str, int, bool]]:
         if not name or inside or isinstance(module, nn.Sequential | nn.ModuleList):
             continue
         convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-        normalized = any(isinstance(layer, _NORMS) for layer in module.modules())
+        normalized = any(_is_norm(layer) for layer in module.modules())
         same = len(convolutions) > 1 and convolutions[0].in_channels == convolutions[-1].out_channels
         if normalized and same and all(layer.stride == (1, 1) for layer in convolutions):
             places.append((name, convolutions[0].in_channels, True))

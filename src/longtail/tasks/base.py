@@ -62,7 +62,10 @@ class Evaluator(ABC):
         """Return the metrics over all processes, by prior."""
 
     def image_results(self) -> ImageResults:
-        """Return what a run keeps of every image of its test set, over all processes; by default nothing."""
+        """Return what a run keeps of every image of its test set, over all processes; by default nothing.
+
+        Comparisons give it to :meth:`Task.sampling_half_width`. What depends on a prior has its name.
+        """
         return {}
 
 
@@ -271,8 +274,8 @@ class Task(ABC, Generic[Model]):
 
         Args:
             metric: one of :attr:`compared_metrics`, whose mean over some runs is compared with that over others.
-            ours: of the runs, what their :meth:`Evaluator.image_results` were. ``predicted`` is the one of ``uniform``
-                and ``train`` that the run's method predicts under.
+            ours: of the runs, what their :meth:`Evaluator.image_results` were; ``predicted`` is what they have under
+                the prior that the run's method predicts under.
             theirs: of the other runs, the same test images.
         """
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from longtail.config import Config, Teacher
@@ -16,6 +17,7 @@ from longtail.nn.pretrained import PRETRAINED_NETWORK, check_pretrained, find_pr
 from longtail.nn.text_tower import find_text_tower
 from longtail.nn.tuning import ADAPTER_WIDTH
 from longtail.registry import METHODS, TASKS, TRANSFORMS
+from longtail.training.unused_settings import remarks_on_unused
 
 _AUTO_STEPS = 20_000
 _AUTO_FINE_TUNING_STEPS = 1_000
@@ -81,8 +83,14 @@ def choose_tune(config: Config) -> tuple[Config, list[str]]:
     return config.replace(tune="lora"), [reason]
 
 
-def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]]:
+def auto_config(config: Config, data: LongTailedData, methods: Sequence[str] = ()) -> tuple[Config, list[str]]:
     """Return ``config`` with every setting chosen that was left open, and the reason of every choice.
+
+    Args:
+        config: settings of the run.
+        data: what it trains on.
+        methods: those that have the settings in common, in a comparison; see
+            :func:`~longtail.training.unused_settings.remarks_on_unused`.
 
     Raises:
         LongtailError: method, network or settings do not fit the task.
@@ -124,7 +132,7 @@ def auto_config(config: Config, data: LongTailedData) -> tuple[Config, list[str]
         contrast = TRANSFORMS[augment].contrast or augment
     config = config.replace(data={"augment": augment, "contrast_augment": contrast})
     _check_views(config)
-    return config, [*reasons, *method_reasons, *_without_effect(config)]
+    return config, [*reasons, *method_reasons, *_without_effect(config), *remarks_on_unused(config, methods)]
 
 
 def _check_views(config: Config) -> None:
@@ -182,7 +190,7 @@ def _without_effect(config: Config) -> list[str]:
             f"data.sampler {sampler}: it shows rare classes more often, and method {name} corrects for the class "
             "frequencies of the training set too, so that rare classes are favoured twice; usual with it is method ce"
         )
-    elif sampler != "instance" and method.predicts_under(config) == "train" and not is_decoder_network(config.network):
+    elif sampler != "instance" and method.predicts_under(config) == "train":
         notes.append(
             f"data.sampler {sampler}: it shows rare classes more often, and predictions under other class frequencies "
             "assume those of the training set, so that rare classes are favoured twice; the row «training» is without"

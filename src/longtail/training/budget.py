@@ -143,6 +143,8 @@ def choose_settings(
 ) -> tuple[Config, list[str], LongTailedData | None]:
     """Return what :func:`fit_to_minutes` does where ``minutes`` is given; a resumed run keeps its choice.
 
+    What is given and was not chosen stays, so that another value than the run's is refused as any other setting is.
+
     Args:
         config: settings of the run; ``pretrained`` is resolved.
         out: folder of the run.
@@ -162,10 +164,28 @@ def choose_settings(
     if resume and (out / "config.yaml").is_file():
         there = read_config(out / "config.yaml")
         if there.minutes == config.minutes:
-            sizes = {"image_size": there.data.image_size}
-            kept = {name: getattr(there, name) for name in ("tune", "epochs", "feature_views", "network_size")}
-            return config.replace(data=sizes, **kept), [], None
+            return _with_choice_of(there, config), [], None
     return fit_to_minutes(config, started)
+
+
+def _with_choice_of(there: Config, config: Config) -> Config:
+    """Return ``config`` with what ``minutes`` chose for another run, where it is left open here too."""
+    default = _open_settings(config)
+    kept: dict[str, object] = {
+        name: getattr(there, name)
+        for name in ("tune", "epochs", "network_size")
+        if getattr(config, name) in {"auto", getattr(default, name)}
+    }
+    if config.data.image_size == default.data.image_size:
+        kept["data"] = {"image_size": there.data.image_size}
+    if there.tune == "head":
+        kept["feature_views"] = there.feature_views
+    return config.replace(**kept)
+
+
+def _open_settings(config: Config) -> Config:
+    """Return the recipe that a run started from: what has its values has not been given."""
+    return load_recipe(config.recipe if config.recipe in recipe_names() else "folder").config
 
 
 def remarks_on_duration(config: Config, data: LongTailedData, encoder: Encoder) -> list[str]:
@@ -235,7 +255,7 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     side = None if data is None else data.image_size
     sizes = Sizes(counts["train"], counts.get("val", 0), counts["test"])
     device = select_device(config.device)
-    default = load_recipe(config.recipe if config.recipe in recipe_names() else "folder").config
+    default = _open_settings(config)
     tune_is_open = config.tune == default.tune
     config, _ = choose_tune(config)
     encoder = Encoder(adapted_network(config), *normalization(config.network, 3), pretrained=config.pretrained)
@@ -249,8 +269,7 @@ def fit_to_minutes(config: Config, started: float) -> tuple[Config, list[str], L
     if own is None and not side_is_open:
         assert given is not None
         sides = [given]
-    epochs = None if config.epochs == default.epochs else config.epochs
-    assert epochs != "auto"
+    epochs = None if config.epochs in {"auto", default.epochs} else config.epochs
     reference = min(_REFERENCE, sides[-1]) if own is None else own
     measured = measure_speed(encoder, reference, device)
     left = minutes * 60 - (time.monotonic() - started) - _REPORT

@@ -48,6 +48,9 @@ def init_from_class_means(
 ) -> None:
     """Set (C, F) weights to the normalised mean of the normalised features of every class.
 
+    A class without a training image, or whose features are 0, keeps a random direction: behind the cosine, weights of 0
+    would have a gradient of about 1e12.
+
     Args:
         classifier: its weights are changed.
         encoder: it is put into eval mode.
@@ -60,4 +63,5 @@ def init_from_class_means(
     for features, labels in encode_split(encoder, data.train, data.image_size, device=device, batch_size=batch_size):
         own = features[:, : sums.shape[1]]  # those behind them are another expert's
         sums.index_add_(0, labels, F.normalize(own))
-    classifier.weight.copy_(F.normalize(sums))
+    known = sums.norm(dim=1, keepdim=True) > 0
+    classifier.weight.copy_(F.normalize(torch.where(known, sums, classifier.weight)))

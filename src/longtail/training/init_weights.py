@@ -42,13 +42,17 @@ def with_init(config: Config, out: Path) -> Config:
         out: folder of the run.
 
     Raises:
-        LongtailError: the other run does not exist, has not finished or is damaged, or its network is another one; or
-            the settings cannot be had together with its weights.
+        LongtailError: the other run does not exist, has not finished or is damaged, finds regions, or has another
+            network; or the settings cannot be had together with its weights.
     """
     if config.init is None:
         return config
     try:
         model = _read_model(config.init)
+        if model.head == "regions":
+            raise LongtailError(
+                f"init {config.init}: is a model for {model.task}, for which init is not supported; leave it out"
+            )
         _class_weights(config.init, model)
         network = model.network if config.network == "auto" else config.network
         config = config.replace(network=network, pretrained="none")

@@ -17,6 +17,8 @@ from longtail.errors import StoppedError
 _SYNC_EVERY = 10  # steps between two synchronisations of several processes, at most
 _SYNC_SECONDS = 5.0  # between two, unless one step takes longer: torchrun kills its processes 30 s after a signal
 
+_active: PreemptionHandler | None = None  # the innermost handler of the main thread
+
 
 class PreemptionHandler:
     """Context manager that records SIGTERM and SIGINT; the second signal ends the process at once.
@@ -24,8 +26,8 @@ class PreemptionHandler:
     Several processes agree on the step to stop at, since each waits for the others within a step. A signal itself
     raises nothing: raised inside a library's code, an exception could be mistaken for an error of the library, or be
     swallowed. When handlers are nested, the inner one starts with a signal that the outer one has recorded, and passes
-    its own on to the outer one at exit. In another thread than the main one, which alone receives signals, a handler
-    follows the one of the main thread.
+    its own on to the outer one at exit; the second signal is counted over all of them. In another thread than the main
+    one, which alone receives signals, a handler follows the one of the main thread.
 
     Args:
         quiet: print nothing when a signal arrives.
@@ -45,21 +47,24 @@ class PreemptionHandler:
         self._clock = 0.0  # at the last synchronisation
 
     def __enter__(self) -> PreemptionHandler:
+        global _active
         self._clock = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            self._main = _active
+            return self
+        if _active is not None:
+            self._outer, self.name = _active, self.name or _active.name
+        _active = self
+        if self.ignore_repeat or not self.name:  # after the first signal the next one ends the process
             for number in (signal.SIGTERM, signal.SIGINT):
-                previous = signal.signal(number, self._record)
-                self._previous[number] = previous
-                outer = getattr(previous, "__self__", None)
-                if isinstance(outer, PreemptionHandler):
-                    self._outer, self.name = outer, self.name or outer.name
-        else:
-            main = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-            self._main = main if isinstance(main, PreemptionHandler) else None
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
+        global _active
         self._restore()
+        if _active is self:
+            _active = self._outer
         if self._outer is not None:  # a signal after the last step still has to stop the outer loop
             self._outer.name = self._outer.name or self.name
 
@@ -70,8 +75,10 @@ class PreemptionHandler:
 
     def _record(self, number: int, _frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        if not self.ignore_repeat:
-            self._restore()
+        handler: PreemptionHandler | None = self
+        while handler is not None and not handler.ignore_repeat:
+            handler._restore()  # from the inside out: what was there before all of them is left
+            handler = handler._outer
         if not self.quiet and rank() == 0:
             print(f"\nlongtail: {self.name}: finishing this step, then saving", file=sys.stderr, flush=True)
 

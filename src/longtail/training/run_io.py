@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import re
 import shutil
 import tempfile
 import zipfile
@@ -21,11 +20,11 @@ from filelock import FileLock, Timeout
 
 from longtail.config import Config, read_config
 from longtail.data.dataset import LongTailedData
-from longtail.distributed import rank
+from longtail.distributed import gather_objects, rank
 from longtail.errors import LongtailError
 from longtail.files import atomic_write, write_json, write_text
 from longtail.inference.model_config import ModelConfig, read_model_config
-from longtail.registry import METHODS, SAMPLERS, SOURCES, TRANSFORMS, plugins_of
+from longtail.registry import METHODS, SAMPLERS, SOURCES, TRANSFORMS, network_parts, plugins_of
 from longtail.run_folder import RESULTS, is_partial, is_run
 from longtail.tasks.base import ImageResults
 from longtail.training.metric_log import read_metrics
@@ -65,9 +64,10 @@ class Run:
         return self.test_metrics[self.model_config.predicts_under]
 
     def image_results(self) -> ImageResults | None:
-        """Return what was kept of every test image, ``predicted`` under the prior that the method predicts under.
+        """Return what was kept of every test image, see :meth:`longtail.tasks.base.Evaluator.image_results`.
 
-        None where nothing was kept: by a task that keeps none, or by an earlier version.
+        What is kept under a prior is ``predicted`` too under the one that the method predicts under. None where nothing
+        was kept: by a task that keeps none, or by an earlier version.
 
         Raises:
             LongtailError: the file cannot be read.
@@ -77,11 +77,13 @@ class Run:
             return None
         try:
             with np.load(path) as stored:
-                return {"labels": stored["labels"], "predicted": stored[self.model_config.predicts_under]}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+                results = {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error):
             raise LongtailError(
                 f"{path}: cannot be read; remove it, which costs the comparison its intervals over test images"
             ) from None
+        under = self.model_config.predicts_under
+        return {**results, "predicted": results[under]} if under in results else results
 
 
 @contextlib.contextmanager
@@ -215,7 +217,7 @@ def write_image_results(folder: Path, results: ImageResults) -> None:
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:  # of a path numpy would change the name
-            np.savez_compressed(file, allow_pickle=False, **results)
+            np.savez_compressed(file, **results)  # type: ignore[arg-type]
 
     atomic_write(folder / _IMAGE_RESULTS, write)
 
@@ -223,17 +225,14 @@ def write_image_results(folder: Path, results: ImageResults) -> None:
 def write_unreadable(folder: Path, data: LongTailedData) -> None:
     """Write ``unreadable.csv``, the path and reason of every image that could not be read; nothing if there is none.
 
+    Every process calls it, since each decodes images of its own; process 0 writes.
+
     Args:
         folder: of the run.
         data: what it trains and is evaluated on. Of images that are decoded when they are needed, those that have
             failed so far are listed.
     """
-    found = dict(data.unreadable)
-    for split, images in (("train", data.train), ("val", data.val), ("test", data.test)):
-        for index, reason in ({} if images is None else images.images.unreadable).items():
-            assert images is not None
-            names = getattr(images.images, "names", None)
-            found[f"{split}, row {int(images.ids[index])}" if names is None else names[index]] = reason
+    found = {path: reason for each in gather_objects(data.all_unreadable()) for path, reason in each.items()}
     if not found or rank() != 0:
         return
     text = io.StringIO()
@@ -251,28 +250,31 @@ def count_unreadable(folder: Path) -> int:
 
 
 def _check_same_run(there: Config, here: Config, folder: Path) -> None:
-    old, new = flatten(there.to_dict()), flatten(here.to_dict())
-    for name in dict.fromkeys((*new, *old)):
-        if name not in INCIDENTAL and old.get(name) != new.get(name):
-            longer = f"use --init {folder} with another --out to go on for longer, " if name == "epochs" else ""
-            raise LongtailError(
-                f"{folder}: was started with {name} {old.get(name)}, not {new.get(name)}; "
-                f"resume with the same settings and images, {longer}or use --overwrite or another --out"
-            )
+    for name, (old, new) in _differences(there, here).items():
+        longer = f"use --init {folder} with another --out to go on for longer, " if name == "epochs" else ""
+        raise LongtailError(
+            f"{folder}: was started with {name} {old}, not {new}; "
+            f"resume with the same settings and images, {longer}or use --overwrite or another --out"
+        )
     _check_same_plugins(folder, here)
+
+
+def _differences(there: Config, here: Config) -> dict[str, tuple[Any, Any]]:
+    """Return both values of every setting that makes two runs different ones, by its dotted name."""
+    old, new = flatten(there.to_dict()), flatten(here.to_dict())
+    both = {name: (old.get(name), new.get(name)) for name in dict.fromkeys((*new, *old)) if name not in INCIDENTAL}
+    return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
 def plugin_digests(config: Config) -> list[list[str]]:
     """Return name and digest of each plugin that a run depends on: what they do is not in its settings."""
     data = config.data
-    # with arguments, a decoder or a tag a network's name is several words
-    networks = re.findall(r"\w+", f"{config.network} {config.teacher.network}")
     parts = {
         (METHODS.kind, config.method),
         (SOURCES.kind, data.source),
         (SAMPLERS.kind, data.sampler),
         *((TRANSFORMS.kind, name) for name in (data.augment, data.contrast_augment)),
-        *(("network", name) for name in networks),
+        *network_parts(config.network, config.teacher.network),
     }
     return sorted([name, digest] for name, digest in plugins_of(parts))
 
@@ -301,14 +303,14 @@ def find_finished(folder: Path, config: Config, data: LongTailedData | None = No
 
     Args:
         folder: of the run.
-        config: the settings.
+        config: the settings; incidental ones may be others than the run's, see :data:`INCIDENTAL`.
         data: what they stand for now.
 
     Raises:
         LongtailError: the run was trained or tested on other images than ``data``, or with another plugin than now.
     """
     lines = read_metrics(folder / "metrics.jsonl")
-    if not lines or lines[-1]["kind"] != "test" or read_config(folder / "config.yaml") != config:
+    if not lines or lines[-1]["kind"] != "test" or _differences(read_config(folder / "config.yaml"), config):
         return None
     model_config = read_model_config(folder)
     info = model_config.training_info

@@ -16,11 +16,13 @@ from longtail.data.dataset import LongTailedData
 from longtail.data.paths import find_path
 from longtail.data.run_tables import write_tables
 from longtail.errors import LongtailError
-from longtail.files import atomic_write
+from longtail.files import atomic_write, write_text
 from longtail.registry import SOURCES
 
 FILE = "train_images.npy"
 """In the folder of a run: (N,) int64 ids of its training images."""
+ROOT_FILE = "images_root.txt"
+"""In the folder of a run: the absolute path of the folder that the names of its images begin in."""
 
 
 def write_train_images(folder: Path, config: Config, data: LongTailedData) -> None:
@@ -31,6 +33,8 @@ def write_train_images(folder: Path, config: Config, data: LongTailedData) -> No
     write_tables(folder, config.data)
     if SOURCES[config.data.source].listing is not None:
         atomic_write(folder / FILE, lambda partial: _save(partial, data.train.ids.numpy()))
+        if (root := _root(config.data)) is not None:
+            write_text(folder / ROOT_FILE, str(root), errors="surrogateescape")
 
 
 def seen_test_images(run: str, config: Config, data: LongTailedData) -> str | None:
@@ -44,10 +48,11 @@ def seen_test_images(run: str, config: Config, data: LongTailedData) -> str | No
     folder = Path(run)
     try:
         there = read_config(folder / "config.yaml").data
+        root = _read_root(folder) or _root(there)
         seen = torch.from_numpy(np.load(folder / FILE))
     except (OSError, ValueError, LongtailError):  # a model without its run, or of an earlier version
         return None
-    if _place(there) != _place(config.data):
+    if (_kind(there), root) != (_kind(config.data), _root(config.data)):
         return None
     count = int(torch.isin(data.test.ids, seen).sum())
     if count == 0:
@@ -63,11 +68,18 @@ def _save(path: Path, ids: np.ndarray) -> None:
         np.save(file, ids)
 
 
-def _place(data: Data) -> tuple[str, Path | None]:
-    """Return the source, and the folder in which the names of its images begin.
+def _kind(data: Data) -> str:
+    """Return the source; of image files the ids are those of their paths, whether a folder is read or a list of it."""
+    return "files" if data.source in {"folder", "list"} else data.source
 
-    The ids of image files are those of their paths, whether a folder is read or a list of the files in it.
-    """
+
+def _root(data: Data) -> Path | None:
+    """Return the folder in which the names of the images begin."""
     given = data.root or (None if data.train is None else str(Path(data.train).parent))
-    source = "files" if data.source in {"folder", "list"} else data.source
-    return source, None if given is None else find_path(Path(given)).resolve()
+    return None if given is None else find_path(Path(given)).resolve()
+
+
+def _read_root(run: Path) -> Path | None:
+    """Return the folder that a run wrote; None of an earlier version."""
+    path = run / ROOT_FILE
+    return Path(path.read_text(encoding="utf-8", errors="surrogateescape")) if path.is_file() else None

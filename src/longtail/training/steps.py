@@ -35,7 +35,14 @@ from longtail.training.metric_log import MetricTracker, NonFiniteLossGuard
 from longtail.training.optim import limit_row_norms, set_learning_rate
 from longtail.training.schedule import rate
 from longtail.training.sharpness import SharpnessAware, named_tensors, passes_per_step
-from longtail.training.turns import Streams, Turn, return_streams, take_streams
+from longtail.training.turns import (
+    Streams,
+    Turn,
+    reset_generator,
+    return_streams,
+    take_streams,
+    without_collections,
+)
 from longtail.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -304,7 +311,7 @@ class DeviceSteps:
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # what an automatic collection frees during the recording, another graph for one, would end it
         gc.collect()
-        with _without_collections():
+        with without_collections():
             try:
                 # other threads, which train beside this one, may go on meanwhile
                 with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -312,6 +319,7 @@ class DeviceSteps:
             except RuntimeError as error:
                 self._failed.append(graph)
                 reason = _describe(error)
+                reset_generator(self.loader.device)
             else:
                 reason = self._reason_against_graph(before)
                 if not reason:
@@ -365,18 +373,6 @@ class DeviceSteps:
         for (step, _, _), norm in zip(unread, log[:, -1], strict=True):
             if clips or step % _NORM_EVERY == 0:
                 tracker.add_norm(norm)
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Let Python collect no garbage of its own accord, in no thread."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _describe(error: RuntimeError) -> str:
@@ -440,18 +436,26 @@ def build_steps(
             return method.teacher_outputs(batch)
 
     streams = take_streams(fabric.device)
-    device_loader = DeviceLoader(
-        loader,
-        fabric.device,
-        _memory(config, fabric.device),
-        student.learning_rate,
-        teacher_pass if ahead else None,
-        # the key views are then the teacher's, where it computes keys at all
-        method.plan.num_student if ahead and method.needs_teacher_features(config) else None,
-        student.turn.views,
-        view_names,
-        None if streams is None else streams[1],
-    )
+    try:
+        device_loader = DeviceLoader(
+            loader,
+            fabric.device,
+            memory_for_images(config, fabric.device),
+            student.learning_rate,
+            teacher_pass if ahead else None,
+            # the key views are then the teacher's, where it computes keys at all
+            method.plan.num_student if ahead and method.needs_teacher_features(config) else None,
+            student.turn.views,
+            view_names,
+            None if streams is None else streams[1],
+        )
+    except torch.OutOfMemoryError:  # other programs, or trainings beside this one, have taken what the limit leaves
+        if config.accelerator.batches == "device":
+            raise
+        if streams is not None:
+            return_streams(fabric.device, streams)
+        logger.info("training images are not kept on %s after all: not enough of its memory is free", fabric.device)
+        return LoaderSteps(student, loader)
     return DeviceSteps(student, device_loader, config.accelerator.graph, streams)
 
 
@@ -464,9 +468,7 @@ def batches_on_device(config: Config, loader: TrainLoader, device: torch.device)
     wanted = config.accelerator.batches
     if wanted == "host" or (wanted == "auto" and device.type != "cuda"):
         return False, ""
-    reason = reason_against_device(loader, _memory(config, device))
-    if config.precision == "16-mixed":
-        reason = "the scale of the loss in precision 16-mixed is decided on the host"
+    reason = reason_against_batches(config, loader, device)
     if not reason:
         return True, f"{len(loader.images):,} training images are kept on {device} and augmented there"
     if wanted == "device":
@@ -474,7 +476,14 @@ def batches_on_device(config: Config, loader: TrainLoader, device: torch.device)
     return False, f"training images are not kept on {device}: {reason}"
 
 
-def _memory(config: Config, device: torch.device) -> float:
+def reason_against_batches(config: Config, loader: TrainLoader, device: torch.device) -> str:
+    """Return why the batches of a training cannot be made on the device; empty if they can."""
+    if config.precision == "16-mixed":
+        return "the scale of the loss in precision 16-mixed is decided on the host"
+    return reason_against_device(loader, memory_for_images(config, device))
+
+
+def memory_for_images(config: Config, device: torch.device) -> float:
     """Return the bytes that images and views may take."""
     if device.type != "cuda":
         return math.inf

@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from longtail.config import Config
 from longtail.data.dataset import LongTailedData
 from longtail.data.loader import TrainLoader
+from longtail.data.row_store import content_hash
 from longtail.errors import LongtailError
 from longtail.files import atomic_write, make_folder
 from longtail.nn import ClassifierEnsemble, Encoder, EncoderEnsemble, FrozenEncoder, TeacherEncoder, freeze
 from longtail.randomness import Stream, mix
+from longtail.registry import TRANSFORMS, network_parts, plugins_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class TeacherCache:
     share_key: bool
     distilled: int = 1
     """D."""
+    name: str = ""
+    """By which other processes open it: what it depends on may look another way to them, such as copies of files."""
 
     @property
     def views(self) -> int:
@@ -123,7 +127,7 @@ def teacher_cache(
     keeps_features: bool = True,
     share_key: bool = False,
     distilled: int = 1,
-    write: bool = True,
+    name: str | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> TeacherCache:
     """Return the cache of a teacher over a training set, made now or found again.
@@ -143,33 +147,18 @@ def teacher_cache(
         keeps_features: whether the method compares with the teacher's features.
         share_key: whether the key view is the classification view.
         distilled: D.
-        write: whether this process is the one that writes.
+        name: of the cache that another process has made; if None, it is made or found here.
         check: called at every batch; what it raises ends the making.
     """
-    views, wanted = config.teacher.cache, classifier is not None
-    weights = hashlib.blake2b(digest_size=8)
-    for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
-        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    content: list[Any] = [data.fingerprint, config.seed, views, wanted, config.precision]
-    content += [config.data.augment, data.image_size]
-    members = [teacher] if isinstance(teacher, Encoder) else teacher.members
-    content += [
-        [member.architecture, *map(float, member.mean), *map(float, member.std), member.resize]
-        for member in members
-        if isinstance(member, Encoder)
-    ]
-    if config.tune == "head":  # the views are drawn from so many features of the frozen encoder
-        content.append(config.feature_views)
-    if isinstance(classifier, ClassifierEnsemble):  # whose scores depend on it
-        content.append(classifier.temperature)
-    name = hashlib.blake2b(json.dumps(content).encode() + weights.digest(), digest_size=8).hexdigest()
+    views, wanted, made_here = config.teacher.cache, classifier is not None, name is None
+    name = name or _name(config, data, teacher, classifier)
     shapes: dict[str, tuple[int, int, int]] = {}
     if keeps_features:
         shapes["features"] = (views, len(data.train), teacher.num_features)
     if wanted:
         shapes["scores"] = (views, len(data.train), len(data.class_names))
     paths = {kind: folder / f"{name}-{kind}.npy" for kind in shapes}
-    if write and not _all_exist(paths):
+    if made_here and not _all_exist(paths):
 
         def fill(arrays: dict[str, np.memmap]) -> None:
             with autocast():
@@ -181,7 +170,31 @@ def teacher_cache(
     opened = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()} if _all_exist(paths) else {}
     if not opened:
         raise LongtailError(f"{folder}: the teacher's cache is not there; do all processes see the same folder?")
-    return TeacherCache(opened.get("features"), opened.get("scores"), config.seed, share_key, distilled)
+    return TeacherCache(opened.get("features"), opened.get("scores"), config.seed, share_key, distilled, name)
+
+
+def _name(config: Config, data: LongTailedData, teacher: TeacherEncoder, classifier: nn.Module | None) -> str:
+    """Return the name of a cache: a hash of all that its values depend on."""
+    weights = hashlib.blake2b(digest_size=8)
+    for tensor in [*teacher.state_dict().values(), *(classifier.state_dict().values() if classifier else ())]:
+        weights.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    images = [data.fingerprint, content_hash(data.train.keys())]  # the former looks at some 64 images only
+    content: list[Any] = [*images, config.seed, config.teacher.cache, classifier is not None, config.precision]
+    content += [config.data.augment, data.image_size]
+    members = [teacher] if isinstance(teacher, Encoder) else teacher.members
+    encoders = [member for member in members if isinstance(member, Encoder)]
+    content += [
+        [encoder.architecture, *map(float, encoder.mean), *map(float, encoder.std), encoder.resize]
+        for encoder in encoders
+    ]
+    parts = network_parts(*(encoder.architecture for encoder in encoders)) | {(TRANSFORMS.kind, config.data.augment)}
+    if plugins := sorted(plugins_of(parts)):  # what they do is not in the names of their parts
+        content.append(plugins)
+    if config.tune == "head":  # the views are drawn from so many features of the frozen encoder
+        content.append(config.feature_views)
+    if isinstance(classifier, ClassifierEnsemble):  # whose scores depend on it
+        content.append(classifier.temperature)
+    return hashlib.blake2b(json.dumps(content).encode() + weights.digest(), digest_size=8).hexdigest()
 
 
 @contextlib.contextmanager

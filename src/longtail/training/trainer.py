@@ -22,7 +22,7 @@ from longtail.data.dataset import ImageSet, LongTailedData
 from longtail.data.loader import TrainLoader
 from longtail.data.mixing import Mixer
 from longtail.data.sources import load_data
-from longtail.distributed import barrier, broadcast_buffers, rank, world_size, wrap_peer_failure
+from longtail.distributed import barrier, broadcast_buffers, gather_objects, rank, world_size, wrap_peer_failure
 from longtail.errors import LongtailError, StoppedError
 from longtail.inference.kept_features import check_same_encoder, draw_view, feature_data
 from longtail.methods.base import Method
@@ -61,15 +61,16 @@ _INITIAL = mix(Stream.INITIAL_WEIGHTS)
 
 def fit(
     config: Config,
-    out: Path,
+    out: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
-    teachers: Path | None = None,
+    teachers: Path | str | None = None,
     data: LongTailedData | None = None,
     started: float | None = None,
     turn: Turn | None = None,
+    methods: Sequence[str] = (),
 ) -> Run:
     """Train, evaluate and save a model.
 
@@ -86,20 +87,22 @@ def fit(
         data: the data set, if it is loaded already.
         started: when the command started, of ``time.monotonic``, from which ``config.minutes`` count; now if not given.
         turn: where several trainings run in threads of this process, this one's share in what they have in common.
+        methods: those of a comparison, which have the settings in common: no remark is made on one that has no effect
+            with this method, but with another of them.
 
     Raises:
         LongtailError: an input cannot be used; nothing was changed.
         StoppedError: SIGTERM or SIGINT came; everything is saved.
     """
-    started = time.monotonic() if started is None else started
+    out, started = Path(out), time.monotonic() if started is None else started
     # before images are decoded; none of several processes writes before all have come further
     check_run_folder(out, config, resume=resume, overwrite=overwrite, settings_are_open=True)
     config, method_reasons = choose_method(config)
     config, why, loaded = choose_settings(find_weights(with_init(config, out)), out, started, resume)
     data = data or loaded or load_data(config.data, config.seed)
     config, remarks = fit_init(config, data)
-    config, reasons = auto_config(config, data)
-    turn, teachers = turn or Turn(), out.parent / "teachers" if teachers is None else teachers
+    config, reasons = auto_config(config, data, methods)
+    turn, teachers = turn or Turn(), out.parent / "teachers" if teachers is None else Path(teachers)
     # the random state of the caller stays as it is
     keep = torch.random.fork_rng(range(torch.cuda.device_count())) if turn.alone else contextlib.nullcontext()
     with keep, turn.taken():
@@ -285,7 +288,7 @@ class _Trainer:
         device, distils = self.fabric.device, self.method_class.distillation_weight(self.config) > 0
         plan = self.method_class.view_plan(self.config)
 
-        def open_cache(write: bool) -> TeacherCache:
+        def open_cache(name: str | None) -> TeacherCache:
             return teacher_cache(
                 self.config,
                 self.data,
@@ -298,15 +301,15 @@ class _Trainer:
                 keeps_features=self.method_class.needs_teacher_features(self.config),
                 share_key=plan.share_key,
                 distilled=plan.num_distilled,
-                write=write,
+                name=name,
                 check=lambda: stop.check("while the teacher's cache was filled, which begins again; the rest is kept"),
             )
 
         with PreemptionHandler(self.quiet) as stop:
-            cache = open_cache(True) if rank() == 0 else None
+            cache = open_cache(None) if rank() == 0 else None
             stop.check("after the teacher's cache was filled")
-        barrier()
-        return cache or open_cache(False)
+        name = gather_objects(None if cache is None else cache.name)[0]  # for which the others wait here
+        return cache or open_cache(name)
 
     def _sharpness(self, method: Method, optimizer: Any) -> SharpnessAware | None:
         if passes_per_step(self.config) == 1:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
+import logging
 import threading
 from collections.abc import Iterator
 
 import torch
 
 from longtail.data.device_loader import SharedViews
+
+logger = logging.getLogger(__name__)
 
 Streams = tuple[torch.cuda.Stream, torch.cuda.Stream]
 """Of a training: for its steps, and for the preparation of its views beside them."""
@@ -33,6 +37,32 @@ def take_streams(device: torch.device) -> Streams | None:
 def return_streams(device: torch.device, streams: Streams) -> None:
     """Let a later training have streams on which all work has ended."""
     _idle[device].append(streams)
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Let Python collect no garbage of its own accord, in no thread."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def reset_generator(device: torch.device) -> None:
+    """Let a device's generator draw again after a failed recording, of whose end some versions of torch do not tell it.
+
+    The numbers that follow are those that would have followed. Nothing where the device is no CUDA device.
+    """
+    if device.type != "cuda":
+        return
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    try:
+        generator.graphsafe_set_state(generator.clone_state())  # a copy is outside any recording
+    except RuntimeError as error:  # of a device that has failed; the steps that follow raise it
+        logger.debug("%s", error)
 
 
 class Turn:

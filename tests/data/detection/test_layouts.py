@@ -172,3 +172,47 @@ def test_yolo_test_images_without_labels_are_left_out(nested: bool, tmp_path: Pa
     assert str(error.value).startswith(f"{folder('labels', 'train')}: there is no such folder; expected the labels of ")
     folder("labels", "train").mkdir()  # images without objects
     assert read_yolo(root)["train"].num_objects.sum() == 0
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_a_folder_without_test_images_is_tested_on_its_validation_images(layout: str, tmp_path: Path) -> None:
+    root = WRITERS[layout](tmp_path, {"train": drawn_images(20), "val": SPLITS["val"]})
+    for fraction, held_out in ((0.0, 0), (0.2, 4)):
+        data = load_data(Data(source="boxes", root=str(root), val_fraction=fraction), 0)
+        assert isinstance(data, DetectionData)
+        assert (len(data.test), len(data.val or ())) == (5, held_out)
+        assert len(data.train) == 20 - held_out
+        assert len({*data.train.ids.tolist(), *data.test.ids.tolist()}) == 25 - held_out
+        assert any(remark.startswith(f"validation images of {root}: there is no test split") for remark in data.remarks)
+
+
+def test_a_file_that_is_named_as_validation_images_stays_these(tmp_path: Path) -> None:
+    root = write_coco_layout(tmp_path, {"train": drawn_images(20), "val": SPLITS["val"]})
+    files: dict[str, Any] = {split: str(root / "annotations" / f"instances_{split}.json") for split in ("train", "val")}
+    data = load_data(Data(source="boxes", root=str(root), **files), 0)
+    assert (len(data.train), len(data.val or ()), len(data.test)) == (16, 5, 4)
+
+
+def test_a_split_does_not_replace_what_it_is_made_from(tmp_path: Path, command: Command) -> None:
+    root = write_coco_layout(tmp_path / "set", {"train": drawn_images(20)})
+    source = root / "annotations" / "val.json"  # a name that is removed where there are no validation images
+    (root / "annotations" / "instances_train.json").rename(source)
+    (tmp_path / "link").symlink_to(root / "annotations")
+    before = source.read_bytes()
+    named = ("split", "boxes", "--data.root", root / "train", "--data.train", source)
+    for out in (root / "annotations", tmp_path / "link"):
+        code, _, err = command(*named, "--out", out, "--val", "0", "--test", "0.2", "--overwrite")
+        assert (code, err.strip().count("\n")) == (2, 0)
+        assert f"{out / 'val.json'} is read by this command; choose another --out" in err
+        assert [path.name for path in out.iterdir()] == ["val.json"]
+        assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["lvis_v1_image_info_test_dev", "lvis_v1_image_info_test_challenge"])
+def test_lvis_files_of_images_alone_are_left_out(name: str, tmp_path: Path) -> None:
+    root = write_coco_layout(tmp_path, {split: SPLITS[split] for split in ("train", "val")})
+    for split in ("train", "val"):
+        (root / "annotations" / f"instances_{split}.json").rename(root / "annotations" / f"lvis_v1_{split}.json")
+    (root / "annotations" / f"{name}.json").write_text(json.dumps({"images": [], "categories": []}))
+    found = read_annotated_images(Data(source="boxes", root=str(root)))
+    assert {split: len(part) for split, part in found.splits.items()} == {"train": 12, "val": 5}

@@ -126,7 +126,11 @@ def test_voc_counts_from_one_and_difficult_objects_are_ignored(tmp_path: Path) -
     annotations = read_voc(root)["all"]
     assert annotations.boxes.tolist() == [[0, 0, 20, 10]]  # of a single pixel is without area: a click
     assert annotations.ignored.tolist() == [True]
+    assert annotations.crowds.tolist() == [False]
     assert annotations.object_counts.tolist() == [0]
+    write_coco(annotations, tmp_path / "voc.json")
+    assert read_coco(tmp_path / "voc.json").crowds.tolist() == [False]
+    assert read_coco(tmp_path / "voc.json").ignored.tolist() == [True]
 
 
 def test_yolo_polygons_give_their_box(tmp_path: Path) -> None:
@@ -219,7 +223,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     content = coco_content(SPLITS["train"], [f"{number}.png" for number in range(12)])
     for entry in content["annotations"]:
         entry["bbox"] = (np.array(entry["bbox"]) + rng.random(4) - [0, 0, 1, 1]).tolist()
-        entry["iscrowd"] = int(rng.integers(2))
+        entry["iscrowd"], entry["ignore"] = rng.integers(2, size=2).tolist()
     for image in content["images"]:
         image["neg_category_ids"] = [7]
     (tmp_path / "a.json").write_text(json.dumps(content))
@@ -227,8 +231,14 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     write_coco(first, tmp_path / "b.json")
     second = read_coco(tmp_path / "b.json")
     assert first.masks is not None
-    for name in ("sizes", "image_index", "boxes", "labels", "ignored", "areas"):
+    assert 0 < int(first.crowds.sum()) < int(first.ignored.sum()) < len(first.boxes)
+    for name in ("sizes", "image_index", "boxes", "labels", "ignored", "crowds", "areas"):
         assert torch.equal(getattr(first, name), getattr(second, name))
+    as_lvis, again = (read_coco(tmp_path / f"{name}.json", as_written=True) for name in "ab")
+    assert as_lvis.ignored.tolist() == [bool(entry["ignore"]) for entry in content["annotations"]]
+    # what is a crowd in COCO alone is ignored in LVIS too when it is written
+    assert torch.equal(again.ignored, first.ignored)
+    assert not again.crowds.any()
     for name in ("files", "image_ids", "class_names", "class_ids", "masks", "negatives"):
         assert getattr(first, name) == getattr(second, name)
     assert second.incomplete == (frozenset(),) * 12 or second.incomplete is None
@@ -557,7 +567,12 @@ YOLO_LABELS, VOC_XML = "labels/train/train001.txt", "Annotations/train001.xml"
             "is in train and in val (1 such images); test and validation images must not be trained on",
         ),
         ("COCO", remove("train/train004.png"), "train/train004.png: there is no such image; add it"),
-        ("COCO", remove("train/train000.png"), "instances_train.json: there is no image train000.png in "),
+        ("COCO", remove("train/train000.png"), "train/train000.png: there is no such image; add it"),
+        (
+            "COCO",
+            lambda root: (root / "train").rename(root / "elsewhere"),
+            "instances_train.json: there is no image train000.png in ",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_one_line(

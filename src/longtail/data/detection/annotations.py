@@ -68,12 +68,15 @@ class Annotations:
     labels: Tensor
     """(M,) int64 in [0, C)."""
     ignored: Tensor
-    """(M,) bool: neither found nor missed, and not trained on (COCO's iscrowd, VOC's difficult)."""
+    """(M,) bool: neither found nor missed, and not trained on (COCO's iscrowd and ignore, VOC's difficult)."""
     areas: Tensor
     """(M,) float32, of the mask where there is one, else of the box; metrics divide objects by it."""
     masks: tuple[Mask, ...] | None = None
     """M masks, where there are masks, as the annotations have them. An empty list stands for an object without a mask;
     it is there only where ``partial_masks`` were asked for, as such masks cannot be compared."""
+    crowd: Tensor | None = None
+    """(M,) bool: the ignored that are groups (COCO's iscrowd), of which every detection inside is one; of another that
+    is ignored one is, by the usual IoU. All that are ignored if None."""
     class_ids: tuple[int, ...] = ()
     """C ids of the classes in COCO or LVIS annotations; 1 to C if empty."""
     negatives: tuple[frozenset[int], ...] | None = None
@@ -89,6 +92,11 @@ class Annotations:
     def category_ids(self) -> tuple[int, ...]:
         """C ids of the classes: those of the annotations, or 1 to C."""
         return self.class_ids or tuple(range(1, len(self.class_names) + 1))
+
+    @property
+    def crowds(self) -> Tensor:
+        """(M,) bool: which objects are groups."""
+        return self.ignored if self.crowd is None else self.crowd
 
     @property
     def num_objects(self) -> Tensor:
@@ -131,6 +139,7 @@ class Annotations:
             boxes=self.boxes[objects],
             labels=self.labels[objects],
             ignored=self.ignored[objects],
+            crowd=None if self.crowd is None else self.crowd[objects],
             areas=self.areas[objects],
             masks=None if self.masks is None else tuple(self.masks[index] for index in objects.tolist()),
             class_ids=self.class_ids,
@@ -169,6 +178,7 @@ def concatenate(parts: Sequence[Annotations], *, partial_masks: bool = False) ->
         boxes=torch.cat([part.boxes for part in parts]),
         labels=torch.cat([part.labels for part in parts]),
         ignored=torch.cat([part.ignored for part in parts]),
+        crowd=torch.cat([part.crowds for part in parts]),
         areas=torch.cat([part.areas for part in parts]),
         masks=joined("masks", objects, []) if keeps_masks else None,
         class_ids=first.class_ids,

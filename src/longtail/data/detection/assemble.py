@@ -90,6 +90,8 @@ class Columns(NamedTuple):
     """(M,) int64 in [0, C)."""
     ignored: Array
     """(M,) bool."""
+    crowd: Array
+    """(M,) bool, of the ignored."""
     empty: Array | None = None
     """(M,) bool: boxes that are to be left out as without area, besides those that have none."""
     areas: Array | None = None
@@ -149,6 +151,7 @@ def assemble(
         boxes=torch.from_numpy(clipped[kept].astype(np.float32)),
         labels=torch.from_numpy(columns.labels[kept].astype(np.int64)),
         ignored=torch.from_numpy(columns.ignored[kept].astype(bool)),
+        crowd=torch.from_numpy(columns.crowd[kept].astype(bool)),
         areas=torch.from_numpy(areas[kept].astype(np.float32)),
         masks=_masks_of(columns, kept, describe, problems, partial_masks),
         class_ids=tuple(class_ids),

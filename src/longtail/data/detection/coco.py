@@ -37,7 +37,6 @@ _LARGEST = 2**31  # pixels of a side; beyond it is no size
 _FLAGS = {"": False, "0": False, "false": False, "1": True, "true": True}
 _FEWEST_NUMBERS = 6  # of a polygon: three points
 _MASK = "a segmentation of polygons, each x and y in turn, or run-length encoded (size and counts)"
-_BEYOND_AREAS = 1e12  # pixels: larger than the objects of any range of areas that is evaluated
 
 
 def read_coco(
@@ -50,13 +49,13 @@ def read_coco(
 ) -> Annotations:
     """Read a json file in COCO's or LVIS's format.
 
-    Classes are in order of their ids. COCO's ``iscrowd`` is what :attr:`Annotations.ignored` says. An object's area is
-    the file's, which is that of the mask, or that of the box where the file has none. A field that is null is read as
-    one that is missing. Whether the image files exist is not looked at.
+    Classes are in order of their ids. Objects with ``iscrowd`` or ``ignore`` are ignored, the former as crowds. An
+    object's area is the file's, which is that of the mask, or that of the box where the file has none. A field that is
+    null is read as one that is missing. Whether the image files exist is not looked at.
 
     With ``as_written`` the objects are those that COCO's and LVIS's own code evaluates: no box is clipped or left out;
-    of COCO ``ignore`` is not looked at, which pycocotools overwrites by ``iscrowd``; of LVIS ``iscrowd`` is not, and an
-    object with ``ignore`` has an area beyond all ranges, since lvis-api ignores it without taking it for a crowd.
+    of COCO ``ignore`` is not looked at, which pycocotools overwrites by ``iscrowd``; of LVIS ``iscrowd`` is not, as
+    lvis-api knows no crowds.
 
     Args:
         path: the file.
@@ -83,7 +82,7 @@ def read_coco(
     segmentations = _column(path, entries, "annotations", _mask_of, _MASK) if masks else None
     class_of = {class_id: position for position, class_id in enumerate(class_ids)}
     negatives = _class_sets(path, images, "neg_category_ids", class_of)
-    ignored, areas = _read_ignored(path, entries, as_written, is_federated=negatives is not None)
+    ignored, crowd = _read_ignored(path, entries, as_written, is_federated=negatives is not None)
 
     def describe(index: int) -> str:
         return f"{path}: {_name_of(entries, 'annotations', index)} of {printable(files[image_index[index]])}"
@@ -99,7 +98,8 @@ def read_coco(
             corners,
             labels,
             ignored,
-            areas=areas,
+            crowd,
+            areas=_areas(path, entries),
             masks=segmentations,
         ),
         describe,
@@ -145,19 +145,18 @@ def _read_images(path: Path, images: list[Entry]) -> tuple[list[Any], list[str],
 def _read_ignored(
     path: Path, entries: list[Entry], as_written: bool, is_federated: bool
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return (M,) bool, which objects are ignored, and (M,) float64 areas; see :func:`read_coco` of ``as_written``."""
-    crowd, ignore, areas = _flags(path, entries, "iscrowd"), _flags(path, entries, "ignore"), _areas(path, entries)
+    """Return (M,) bool, which objects are ignored, and which of these are crowds; see :func:`read_coco`."""
+    crowd, ignore = _flags(path, entries, "iscrowd"), _flags(path, entries, "ignore")
     if not as_written:
-        return crowd | ignore, areas
-    if not is_federated:
-        return crowd, areas
-    return np.zeros_like(crowd), np.where(ignore, _BEYOND_AREAS, areas)
+        return crowd | ignore, crowd
+    return (ignore, np.zeros_like(crowd)) if is_federated else (crowd, crowd)
 
 
 def to_coco(annotations: Annotations) -> dict[str, Any]:
     """Return annotations as COCO's json has them, for ``COCO`` of pycocotools or faster-coco-eval, or for a file.
 
-    Ids of the images that are no numbers become 1, 2, …, as other tools expect numbers.
+    Ids of the images that are no numbers become 1, 2, …, as other tools expect numbers. Objects that are ignored have
+    ``ignore``, which lvis-api looks at, and crowds ``iscrowd``, to which pycocotools alone looks.
     """
     known = annotations.category_ids
     numbers = all(isinstance(image_id, int) for image_id in annotations.image_ids)
@@ -183,15 +182,17 @@ def to_coco(annotations: Annotations) -> dict[str, Any]:
             "category_id": known[label],
             "bbox": box,
             "area": area,
-            "iscrowd": int(ignored),
+            "iscrowd": int(crowd),
         }
-        for number, (image, label, box, area, ignored) in enumerate(
+        | ({"ignore": 1} if ignored else {})
+        for number, (image, label, box, area, ignored, crowd) in enumerate(
             zip(
                 annotations.image_index.tolist(),
                 annotations.labels.tolist(),
                 boxes.tolist(),
                 annotations.areas.tolist(),
                 annotations.ignored.tolist(),
+                annotations.crowds.tolist(),
                 strict=True,
             ),
             1,

@@ -23,6 +23,8 @@ from longtail.errors import LongtailError, did_you_mean
 
 _OTHER = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")
 """Beginnings of names of COCO's own files that hold no boxes of all classes."""
+_OTHER_OF_LVIS = "_image_info"  # in the names of LVIS's, lvis_v1_image_info_test_dev.json for one
+_TRIED_NAMES = 20  # images by which the folder of a file's images is found: some may be missing
 _SPLIT_NAMES = {"train": "training", "val": "validation"}
 
 Masks = Literal["none", "evaluation", "all"]
@@ -38,6 +40,8 @@ class AnnotatedImages(NamedTuple):
     layout: str
     """What was found, in one line."""
     problems: AnnotationProblems
+    json_files: tuple[Path, ...] = ()
+    """What was read, of a layout of json files."""
     sizes_read: bool = False
     """The sizes are those that the images' headers have, so that all of these can be read."""
 
@@ -141,7 +145,7 @@ def _json_files(root: Path) -> list[Path]:
         return []
     folders = [root, root / "annotations", *(root / name for name in _split_folders(root))]
     files = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.json"))]
-    return [path for path in files if not path.name.startswith((*_OTHER, "."))]
+    return [path for path in files if not path.name.startswith((*_OTHER, ".")) and _OTHER_OF_LVIS not in path.name]
 
 
 def _split_folders(folder: Path) -> dict[str, str]:
@@ -191,7 +195,8 @@ def _read_json(root: Path, files: Mapping[str, Path], problems: AnnotationProble
         splits[split] = dataclasses.replace(annotations, files=tuple(names))
     kind = "LVIS" if any(part.negatives is not None for part in splits.values()) else "COCO"
     shown = ", ".join(path.name for path in files.values())
-    return AnnotatedImages(root, splits, f"{root}: {kind} ({shown}; {_sizes(splits)})", problems)
+    layout = f"{root}: {kind} ({shown}; {_sizes(splits)})"
+    return AnnotatedImages(root, splits, layout, problems, tuple(files.values()))
 
 
 def _with_classes(annotations: Annotations, first: Annotations, path: Path, first_path: Path) -> Annotations:
@@ -227,10 +232,14 @@ def _folder_of(root: Path, path: Path, split: str, names: Sequence[str]) -> str:
     folders = [root, root / "images", path.parent]
     for parent in (root, root / "images"):
         folders += [parent / name for name, of in _split_folders(parent).items() if split in {of, "all"}]
-    for folder in folders:
-        if find_path(folder / names[0]).is_file():
-            below = os.path.relpath(folder, root)
-            return "" if below == "." else f"{below}/"
+
+    def held(folder: Path) -> int:
+        return sum(find_path(folder / name).is_file() for name in names[:_TRIED_NAMES])
+
+    best = max(folders, key=held)
+    if held(best):
+        below = os.path.relpath(best, root)
+        return "" if below == "." else f"{below}/"
     looked = ", ".join(dict.fromkeys(str(folder) for folder in folders if folder.is_dir()))
     backslash = "\\" in names[0]
     advice = (

@@ -21,7 +21,8 @@ from longtail.data.detection.data import DetectionData, image_classes
 from longtail.data.detection.images import DetectionImages
 from longtail.data.detection.layouts import AnnotatedImages, read_annotated_images
 from longtail.data.detection.split import split_images, write_split
-from longtail.data.listing import SPLITS
+from longtail.data.image_io import StorageError
+from longtail.data.listing import SPLITS, validation_is_test
 from longtail.data.paths import printable
 from longtail.data.samplers import rarest_classes
 from longtail.data.sources import Source
@@ -125,12 +126,15 @@ def _split(
     annotated: AnnotatedImages, config: Data, seed: int, remarks: list[str]
 ) -> tuple[dict[str, Annotations], dict[str, Tensor]]:
     """Return the annotations of every split and the ids of its images, with test and validation images held out where
-    there are none.
+    there are none; a folder without test images is tested on its validation images.
     """
     splits, ids, start = dict(annotated.splits), dict[str, Tensor](), 0
     for split, part in splits.items():
         ids[split] = torch.arange(start, start + len(part))
         start += len(part)
+    if config.train is None and "test" not in splits and "val" in splits:  # of a folder, whose files nobody has named
+        splits["test"], ids["test"] = splits.pop("val"), ids.pop("val")
+        remarks.append(validation_is_test(f"validation images of {printable(annotated.root)}"))
     test, val = held_out_fractions(splits, config, remarks)
     if "all" not in splits and test == val == 0:
         return splits, ids
@@ -219,6 +223,7 @@ def _with_classes(annotations: Annotations, kept: Tensor, keep_ignored: bool) ->
         boxes=annotations.boxes[objects],
         labels=labels[objects],
         ignored=annotations.ignored[objects],
+        crowd=annotations.crowds[objects],
         areas=annotations.areas[objects],
         masks=None if masks is None else tuple(masks[index] for index in objects.tolist()),
         negatives=of_kept(annotations.negatives),
@@ -244,6 +249,8 @@ def _find_readable(
     def reason(index: int) -> str | None:
         try:
             read(index)
+        except StorageError:
+            raise
         except LongtailError as error:
             return str(error)
         return None

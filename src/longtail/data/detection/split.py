@@ -90,9 +90,13 @@ def write_split(config: Data, out: Path, val: float, test: float, seed: int) -> 
         classes without an image in one of the splits), ``remarks`` and ``data`` (flags to train on the split).
 
     Raises:
-        LongtailError: the set cannot be read, nothing would be left to train on, or a file cannot be written.
+        LongtailError: the set cannot be read, nothing would be left to train on, a file of the split is one that the
+            set is read from, or one cannot be written.
     """
     annotated = read_annotated_images(config, masks="all")
+    for path in (out / f"{name}.json" for name in SPLITS):
+        if path.exists() and any(path.samefile(read) for read in annotated.json_files):
+            raise LongtailError(f"--out {out}: {path} is read by this command; choose another --out")
     whole = concatenate(list(annotated.splits.values()), partial_masks=True)
     split = split_images(whole, val, test, seed)
     chosen = {name: torch.nonzero(split.parts == number).flatten() for number, name in enumerate(SPLITS)}

@@ -7,7 +7,8 @@
 
 A box is xmin, ymin, xmax, ymax: of the first and the last pixel in it, counted from 1 (VOC devkit, «Annotation
 guidelines»), so that 1 … W is the whole width. As the sides of a box in COCO's coordinates this is xmin − 1 … xmax,
-which is how Detectron2 reads it as well. Objects that are ``difficult`` are ignored, as VOC's evaluation does.
+which is how Detectron2 reads it as well. Objects that are ``difficult`` are ignored: as in VOC's evaluation they need
+not be found, and a detection of one, by the usual IoU, is no error; here a second one of it is.
 """
 
 from __future__ import annotations
@@ -211,7 +212,8 @@ def _assemble(
             np.array([index for index, _, _ in objects], dtype=np.int64),
             written - np.array([1.0, 1.0, 0.0, 0.0]),
             np.array([place[item.name] for _, _, item in objects], dtype=np.int64),
-            np.array([item.difficult for _, _, item in objects], dtype=bool),
+            ignored=np.array([item.difficult for _, _, item in objects], dtype=bool),
+            crowd=np.zeros(len(objects), dtype=bool),
             # a single row of pixels, if taken at its word; what is meant is a click instead of a box
             empty=np.any(written[:, 2:] <= written[:, :2], axis=1),
         ),

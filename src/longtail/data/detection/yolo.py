@@ -26,7 +26,7 @@ import yaml
 from longtail.data.detection.annotations import Annotations, concatenate
 from longtail.data.detection.assemble import AnnotationProblems, Columns, assemble, check_unique
 from longtail.data.detection.voc import read_class_names
-from longtail.data.image_io import is_image_name, read_shown_size
+from longtail.data.image_io import StorageError, is_image_name, read_shown_size
 from longtail.data.listing import SPLITS, split_of
 from longtail.data.paths import visible_files
 from longtail.errors import LongtailError
@@ -201,7 +201,8 @@ def _read_split(
             image_index,
             table[:, 1:] * sizes[image_index][:, [1, 0, 1, 0]],
             table[:, 0].astype(np.int64),
-            np.zeros(len(table), dtype=bool),
+            ignored=np.zeros(len(table), dtype=bool),
+            crowd=np.zeros(len(table), dtype=bool),
         ),
         describe,
         problems,
@@ -257,6 +258,8 @@ def _read_shown_size(path: Path) -> tuple[int, int] | str:
     """Return height and width of an image as it is shown, which its Exif tag may rotate; or why it cannot be read."""
     try:
         width, height = read_shown_size(path)
+    except StorageError:
+        raise
     except LongtailError as error:
         return str(error)
     return height, width

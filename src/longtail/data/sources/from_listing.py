@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longtail.config import Data
 from longtail.data.dataset import ImageSet, LongTailedData
-from longtail.data.image_io import read_size
+from longtail.data.image_io import StorageError, read_size
 from longtail.data.images import ArrayImages, CopiedImages, FileImages, Images
 from longtail.data.imbalance import long_tailed, permuted_by_class, remarks_on_tail, resolve_profile
 from longtail.data.listing import Entries, Listing
@@ -339,6 +339,8 @@ def _unreadable_headers(files: FileImages) -> dict[int, str]:
     def fails(name: str) -> str | None:
         try:
             read_size(files.root / name)
+        except StorageError:
+            raise
         except LongtailError as error:
             return str(error)
         return None

@@ -80,7 +80,7 @@ def load_hub(config: Data, seed: int) -> LongTailedData:
         short_sides=lambda: _short_sides(parts["train"], where),
     )
     unreadable = Unreadable(config, sum(len(part.positions) for part in parts.values()))
-    sets = {name: _open(part, policy, where, unreadable) for name, part in parts.items()}
+    sets = {name: _open(name, part, policy, where, unreadable) for name, part in parts.items()}
     unreadable.check(remarks)
     lost = torch.nonzero(torch.bincount(sets["train"].labels, minlength=len(names)) == 0).flatten().tolist()
     if lost:
@@ -160,7 +160,7 @@ def _encoded_image(part: _Part, index: int) -> bytes:
     return part.rows.encoded_images([int(part.positions[index])])[0]
 
 
-def _open(part: _Part, policy: SizePolicy, where: str, unreadable: Unreadable) -> ImageSet:
+def _open(split: str, part: _Part, policy: SizePolicy, where: str, unreadable: Unreadable) -> ImageSet:
     """Decode the images of a split where they fit into memory, otherwise when they are needed."""
     positions, labels = part.positions, part.labels
     fraction = 0.0 if unreadable.refuses else unreadable.config.max_unreadable_fraction
@@ -169,7 +169,7 @@ def _open(part: _Part, policy: SizePolicy, where: str, unreadable: Unreadable) -
     if not policy.in_memory:
         return ImageSet(encoded, labels, positions)
     squares, reasons = decode_readable(encoded, torch.arange(len(positions)))
-    unreadable.add({f"row {int(positions[index])}": reason for index, reason in reasons.items()})
+    unreadable.add({f"{split}, row {int(positions[index])}": reason for index, reason in reasons.items()})
     images = ArrayImages(squares.permute(0, 3, 1, 2))
     return ImageSet(images, without(labels, reasons), without(positions, reasons))
 

@@ -12,9 +12,10 @@ unlabelled.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,30 @@ from torch import Tensor
 from longtail.config import Data, Shots
 from longtail.data.class_order import frequency_thirds
 from longtail.data.dataset import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailedData
-from longtail.data.image_io import is_image_name, open_image, oriented_as, read_size, to_rgb, transposed
+from longtail.data.image_io import (
+    StorageError,
+    is_image_name,
+    open_image,
+    orientation,
+    oriented_as,
+    read_orientation,
+    shown_size,
+    to_rgb,
+)
 from longtail.data.images import FileImages
-from longtail.data.listing import SPLITS, find_split_folders
-from longtail.data.paths import find_path, visible_files
+from longtail.data.listing import find_split_folders
+from longtail.data.paths import find_path, nfc, visible_files
 from longtail.data.sources import Source
+from longtail.data.sources.mask_counts import (
+    Integers,
+    MaskCount,
+    class_sums,
+    count_mask,
+    drawn_as_stored,
+    largest_value,
+    zero_remarks,
+)
+from longtail.data.sources.mask_files import Labels, drawn_on, mask_of, without_value
 from longtail.data.sources.unreadable import Unreadable
 from longtail.errors import LongtailError
 from longtail.files import read_lines
@@ -51,11 +71,6 @@ CAMVID_CLASSES = (
     "bicyclist",
 )
 """The eleven classes of CamVid (Brostow et al., 2008; Badrinarayanan et al., 2017)."""
-
-_PNG_SIGNATURE, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # and where the bits of a value are, in the header
-
-Labels = np.ndarray[Any, np.dtype[np.int32]]
-Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class SegmentationSample(NamedTuple):
@@ -76,6 +91,9 @@ class SegmentationImages(FileImages):
         ignore_value: of pixels in a mask that are not labelled, besides 0.
         labels: (N,) a class of each image, from which the replacement of an unreadable one is chosen; any if not given.
         max_unreadable_fraction: see :class:`~longtail.data.images.LazyImages`.
+        mask_digests: N hashes of what the masks held when the set was loaded.
+        masks_as_stored: whether masks are drawn on images as they are stored, before their Exif tags turn them, where
+            sizes do not tell.
     """
 
     def __init__(
@@ -86,10 +104,13 @@ class SegmentationImages(FileImages):
         ignore_value: int | None = None,
         labels: Tensor | None = None,
         max_unreadable_fraction: float = 0.0,
+        mask_digests: Sequence[bytes] = (),
+        masks_as_stored: bool = False,
     ) -> None:
         labels = torch.zeros(len(names), dtype=torch.int64) if labels is None else labels
         super().__init__(root, names, 0, 3, labels, max_unreadable_fraction)
-        self.masks, self.ignore_value = masks, ignore_value
+        self.masks, self.ignore_value, self.mask_digests = masks, ignore_value, mask_digests
+        self.masks_as_stored = masks_as_stored
 
     def open_sample(self, index: int) -> SegmentationSample:
         """Return an image with its labels; the next of the same class where it or its mask cannot be read.
@@ -101,14 +122,15 @@ class SegmentationImages(FileImages):
 
     def _open_pair(self, index: int) -> SegmentationSample:
         stored = self.open(index)
-        image = to_rgb(stored)
-        labels = read_mask(self.root / self.masks[index], self.ignore_value) - 1
-        if labels.shape == stored.size[::-1] != image.size[::-1]:
-            # drawn on the image as it is stored, by a program that ignores its Exif tag
+        path = self.root / self.masks[index]
+        mask = mask_of(open_image(path), path)
+        drawn = drawn_on(mask, stored.size, orientation(stored))
+        if drawn is None:
+            raise _size_error(self.root / self.names[index], stored.size, path, mask.size)
+        labels = without_value(mask.values, self.ignore_value) - 1
+        if drawn == "stored" or (drawn == "either" and self.masks_as_stored):  # by a program that ignores Exif tags
             labels = np.asarray(oriented_as(stored, Image.fromarray(labels)))
-        if labels.shape != image.size[::-1]:
-            raise _size_error(self.root / self.names[index], image.size, self.root / self.masks[index], labels.shape)
-        return SegmentationSample(image, labels)
+        return SegmentationSample(to_rgb(stored), labels)
 
 
 @dataclass(frozen=True)
@@ -118,7 +140,6 @@ class SegmentationData(LongTailedData):
     task: ClassVar[str] = "segmentation"
     counted: ClassVar[str] = "training pixels"
     group_names: ClassVar[tuple[str, ...]] = ("head", "middle", "tail")
-    files_checked: ClassVar[bool] = True  # every mask is counted
 
     pixel_counts: tuple[int, ...] = ()
     """(C,) labelled training pixels of every class."""
@@ -137,39 +158,23 @@ class SegmentationData(LongTailedData):
         """Return the third of each class by training pixels: C of head, middle and tail."""
         return frequency_thirds(self.class_counts)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the training set: what every set has, the names of its images, and what is in their masks."""
+        return _with_masks(super().fingerprint, self.train)
 
-def read_mask(path: Path, ignore_value: int | None = None) -> Labels:
-    """Return the values of a mask, (H, W) int32; of a palette image its indices.
-
-    Args:
-        path: the file.
-        ignore_value: a value that is returned as 0, unlabelled.
-
-    Raises:
-        LongtailError: the file cannot be read, or has colours instead of one value for each pixel.
-    """
-    return _mask_values(open_image(path), path, ignore_value)
+    def hash_of(self, images: ImageSet) -> str:
+        """Return the hash of a split that is not trained on: what every set has, names, and what is in the masks."""
+        return _with_masks(super().hash_of(images), images)
 
 
-def _mask_values(image: Image.Image, path: Path, ignore_value: int | None) -> Labels:
-    if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B", "I;16L"}:
-        raise LongtailError(
-            f"{path}: has {len(image.getbands())} channels ({image.mode}), expected one: the number of its class"
-        )
-    values = np.array(image).astype(np.int32)
-    if image.mode == "L":
-        values //= _grey_step(path)
-    if ignore_value is not None:
-        values[values == ignore_value] = 0
-    return values
-
-
-def _grey_step(path: Path) -> int:
-    """Return what Pillow multiplies grey values of a PNG file of 2 or 4 bits by, so that they fill 8 bits; else 1."""
-    with path.open("rb") as file:
-        header = file.read(_PNG_DEPTH + 1)
-    depth = header[_PNG_DEPTH] if header.startswith(_PNG_SIGNATURE) and len(header) > _PNG_DEPTH else 8
-    return 255 // (2**depth - 1) if depth < 8 else 1
+def _with_masks(fingerprint: str, images: ImageSet) -> str:
+    assert isinstance(images.images, SegmentationImages)
+    digest = hashlib.blake2b(fingerprint.encode(), digest_size=8)
+    digest.update("\0".join(images.images.names).encode("utf-8", "surrogateescape"))
+    for mask in images.images.mask_digests:
+        digest.update(mask)
+    return digest.hexdigest()
 
 
 def load_segmentation(
@@ -188,7 +193,8 @@ def load_segmentation(
     """
     root = _checked_root(config)
     folders = {kind: _split_folders(root / kind) for kind in ("images", "annotations")}
-    pairs = {split: _pairs(root, split, folders) for split in SPLITS}
+    evaluated = [split for split in ("val", "test") if split in {"val", test}]
+    pairs = {split: _pairs(root, split, folders) for split in ("train", *evaluated)}
     if not pairs["train"]:
         raise LongtailError(
             f"{root / 'images'}: holds no folder train or training with images; expected images/ and annotations/ there"
@@ -196,34 +202,42 @@ def load_segmentation(
     if not pairs[test]:
         test = "val"
     if not pairs[test]:
-        raise LongtailError(f"{root / 'images'}: holds no images of val or test; expected some to evaluate on")
-    pairs = {split: pairs[split] for split in SPLITS if pairs[split] and split in {"train", "val", test}}
+        raise LongtailError(
+            f"{root / 'images'}: holds no images of {' or '.join(evaluated)}; expected some to evaluate on"
+        )
+    pairs = {split: files for split, files in pairs.items() if files}
     names = _class_names(root, default_names)
     unreadable = Unreadable(config, sum(map(len, pairs.values())))
     pairs, counted = _count_readable(root, pairs, names, config.ignore_value, test, unreadable)
+    has_names = names is not None
     if names is None:
-        names = _numbered_names(root, max(masks.largest_value() for masks in counted.values()))
+        names = _numbered_names(root, max(map(largest_value, counted.values())))
     remarks = [remark for split in pairs for remark in _unlabelled_remarks(root, pairs[split], counted[split])]
     if config.val_fraction > 0:
         remarks.append("data.val_fraction is not used: masks have the splits of their folders")
     unreadable.check(remarks)
+    if not has_names and config.ignore_value != 0:
+        remarks += zero_remarks(counted["train"])
+    as_stored = drawn_as_stored([mask for masks in counted.values() for mask in masks], remarks)
     pairs["train"], counted["train"] = _without_unlabelled(pairs["train"], counted["train"])
-    if test != "val" and "val" in counted and not counted["val"].largest_value():
+    if test != "val" and "val" in counted and not largest_value(counted["val"]):
         remarks.append("the validation masks have no labelled pixel, and are left out; the last epoch is kept")
         del pairs["val"], counted["val"]
-    if not counted[test].largest_value():
+    if not largest_value(counted[test]):
         raise LongtailError(f"{test}: the masks have no labelled pixel; expected some to evaluate on")
-    totals, shares = counted["train"].class_sums(len(names))
-    _check_every_class(totals, names, root / "annotations" / folders["annotations"]["train"])
-    rarest = torch.tensor([int(labels[totals[labels].argmin()]) for labels in counted["train"].labels])
+    totals, shares = class_sums(counted["train"], len(names))
+    zeros = 0 if config.ignore_value == 0 else sum(mask.zeros for mask in counted["train"])
+    _check_every_class(totals, zeros, names, root / "annotations" / folders["annotations"]["train"])
+    rarest = torch.tensor([int(mask.labels[totals[mask.labels].argmin()]) for mask in counted["train"]])
     accepted = 0.0 if unreadable.refuses else config.max_unreadable_fraction
     sets = {}
     for split, files in pairs.items():
         labels = rarest if split == "train" else torch.zeros(len(files), dtype=torch.int64)
         images, masks = [name for name, _ in files], [mask for _, mask in files]
-        samples = SegmentationImages(root, images, masks, config.ignore_value, labels, accepted)
+        digests = [mask.digest for mask in counted[split]]
+        samples = SegmentationImages(root, images, masks, config.ignore_value, labels, accepted, digests, as_stored)
         sets[split] = ImageSet(samples, labels, torch.arange(len(files)))
-    size = Counter(counted[test].sizes).most_common(1)[0][0]
+    size = Counter(mask.size for mask in counted[test]).most_common(1)[0][0]
     return SegmentationData(
         train=sets["train"],
         val=sets["val"] if test != "val" and "val" in sets else None,
@@ -266,14 +280,23 @@ def _numbered_names(root: Path, count: int) -> tuple[str, ...]:
     return tuple(f"class {number}" for number in range(1, count + 1))
 
 
-def _check_every_class(totals: Integers, names: tuple[str, ...], folder: Path) -> None:
-    """Raise LongtailError if a class has no pixel in the training masks, of which ``totals`` (C,) are counted."""
+def _check_every_class(totals: Integers, zeros: int, names: tuple[str, ...], folder: Path) -> None:
+    """Raise LongtailError if a class has no pixel in the training masks.
+
+    Args:
+        totals: (C,) their pixels of each class.
+        zeros: their pixels of the value 0.
+        names: of the classes.
+        folder: of the masks.
+    """
     unseen = next((index for index, count in enumerate(totals.tolist()) if count == 0), None)
     if unseen is not None:
+        from_zero = zeros > 0 and int(totals[-1]) == 0
         raise LongtailError(
             f"{folder}: class '{names[unseen]}' (value {unseen + 1}) has no pixel there; add images of it, or give its "
             "number to another class in classes.txt and the masks; --data.ignore_value leaves out a value, such as "
             "255, of pixels that are not labelled"
+            f"{'; 0 means unlabelled: are the classes numbered from 0?' * from_zero}"
         )
 
 
@@ -281,7 +304,12 @@ def _class_names(root: Path, default_names: Callable[[Path], tuple[str, ...] | N
     path = root / "classes.txt"
     if not path.is_file():
         return default_names(root)
-    names = [line.strip() for line in read_lines(path) if line.strip()]
+    names = [line.strip() for line in read_lines(path)]
+    while names and not names[-1]:
+        del names[-1]
+    if "" in names:
+        number = names.index("") + 1
+        raise LongtailError(f"{path}: line {number} is blank, expected the name of the class whose pixels are {number}")
     repeated = next((name for name, count in Counter(names).items() if count > 1), None)
     if repeated is not None or len(names) < 2:
         what = f"'{repeated}' is listed twice" if repeated is not None else f"found {len(names)}"
@@ -345,38 +373,11 @@ def _files_by_stem(folder: Path) -> dict[str, str]:
     for path in sorted(visible_files(folder)):
         if is_image_name(path.name):
             name = path.relative_to(folder)
-            stem = str(name.with_suffix(""))
+            stem = nfc(str(name.with_suffix("")))
             if stem in files:
                 raise LongtailError(f"{path}: has the same name as {files[stem]}; rename one")
             files[stem] = str(name)
     return files
-
-
-class _MaskCounts(NamedTuple):
-    """What is in N masks: of thousands of classes each mask has a few, so that only these are kept."""
-
-    labels: list[Integers]
-    """N (K,) classes in a mask, ascending; none where no pixel is labelled."""
-    pixels: list[Integers]
-    """N (K,) their pixels."""
-    sizes: list[tuple[int, int]]
-    """N (H, W)."""
-
-    def unlabelled(self) -> list[int]:
-        """Return the positions of the masks without a labelled pixel."""
-        return [row for row, labels in enumerate(self.labels) if len(labels) == 0]
-
-    def largest_value(self) -> int:
-        """Return the largest value of any pixel, which is the number of its class; 0 if none is labelled."""
-        return max((int(labels[-1]) + 1 for labels in self.labels if len(labels)), default=0)
-
-    def class_sums(self, classes: int) -> tuple[Integers, np.ndarray[Any, np.dtype[np.float64]]]:
-        """Return (C,) the pixels of each class, and the sum over its masks of 1 / number of classes in the mask."""
-        totals, shares = np.zeros(classes, dtype=np.int64), np.zeros(classes)
-        for labels, pixels in zip(self.labels, self.pixels, strict=True):
-            totals[labels] += pixels
-            shares[labels] += 1 / max(1, len(labels))
-        return totals, shares
 
 
 def _count_readable(
@@ -386,7 +387,7 @@ def _count_readable(
     ignore_value: int | None,
     test: str,
     unreadable: Unreadable,
-) -> tuple[dict[str, list[tuple[str, str]]], dict[str, _MaskCounts]]:
+) -> tuple[dict[str, list[tuple[str, str]]], dict[str, list[MaskCount]]]:
     """Return the images of every split that can be read, with the pixels in their masks; see :func:`_count_pixels`.
 
     Args:
@@ -401,7 +402,7 @@ def _count_readable(
         LongtailError: they are more than ``unreadable`` accepts, or all that a split has.
     """
     good: dict[str, list[tuple[str, str]]] = {}
-    counted: dict[str, _MaskCounts] = {}
+    counted: dict[str, list[MaskCount]] = {}
     reasons: dict[str, str] = {}
     for split, files in pairs.items():
         # what is evaluated is decoded once more now, so that no image has to be replaced then
@@ -419,7 +420,7 @@ def _count_readable(
 
 def _count_pixels(
     root: Path, pairs: list[tuple[str, str]], names: tuple[str, ...] | None, ignore_value: int | None, decode: bool
-) -> tuple[_MaskCounts, dict[int, str]]:
+) -> tuple[list[MaskCount], dict[int, str]]:
     """Read every mask: its size, and how many pixels have which value.
 
     Args:
@@ -433,16 +434,23 @@ def _count_pixels(
         The counts of what can be read, in order, and the reasons for the others by position.
     """
 
-    def count(pair: tuple[str, str]) -> tuple[Integers, Integers, tuple[int, int]] | str:
+    def count(pair: tuple[str, str]) -> MaskCount | str:
         image, mask = root / pair[0], root / pair[1]
         try:
-            opened, size = open_image(mask), read_size(image)
-            rotated = transposed(open_image(image)).size if decode or opened.size != size else size
+            opened, (size, turn) = open_image(mask), read_orientation(image)
+            if decode or shown_size(opened.size, orientation(opened)) not in {size, shown_size(size, turn)}:
+                whole = open_image(image)
+                size, turn = whole.size, orientation(whole)
+        except StorageError:
+            raise
         except LongtailError as error:
             return str(error)
-        if opened.size not in {size, rotated}:
-            raise _size_error(image, size, mask, opened.size[::-1])
-        values = _mask_values(opened, mask, ignore_value)
+        found = mask_of(opened, mask)
+        drawn = drawn_on(found, size, turn)
+        if drawn is None:
+            raise _size_error(image, size, mask, found.size)
+        zeros = int(np.count_nonzero(found.values == 0))
+        values = without_value(found.values, ignore_value)
         largest, smallest = int(values.max(initial=0)), int(values.min(initial=0))
         if names is not None and largest > len(names):
             raise LongtailError(
@@ -451,39 +459,33 @@ def _count_pixels(
             )
         if smallest < 0 or largest > 65_535:
             raise LongtailError(f"{mask}: holds values from {smallest} to {largest}, expected 0 to 65,535")
-        pixels = np.bincount(values.ravel())[1:]
-        labels = np.flatnonzero(pixels)
-        return labels, pixels[labels], values.shape
+        return count_mask(values)._replace(size=shown_size(size, turn)[::-1], zeros=zeros, drawn=drawn)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(pool.map(count, pairs))
     reasons = {row: result for row, result in enumerate(results) if isinstance(result, str)}
-    found = [result for result in results if not isinstance(result, str)]
-    counts = _MaskCounts(
-        [labels for labels, _, _ in found], [pixels for _, pixels, _ in found], [size for _, _, size in found]
-    )
-    return counts, reasons
+    return [result for result in results if not isinstance(result, str)], reasons
 
 
-def _unlabelled_remarks(root: Path, pairs: list[tuple[str, str]], masks: _MaskCounts) -> list[str]:
-    unlabelled = masks.unlabelled()
+def _unlabelled_remarks(root: Path, pairs: list[tuple[str, str]], masks: list[MaskCount]) -> list[str]:
+    unlabelled = [row for row, mask in enumerate(masks) if not len(mask.labels)]
     if not unlabelled:
         return []
     first = root / pairs[unlabelled[0]][1]
     return [f"{len(unlabelled)} of {len(pairs)} masks have no labelled pixel, and do not count: {first}"]
 
 
-def _without_unlabelled(pairs: list[tuple[str, str]], masks: _MaskCounts) -> tuple[list[tuple[str, str]], _MaskCounts]:
-    rows = [row for row, labels in enumerate(masks.labels) if len(labels)]
-    kept = _MaskCounts(
-        [masks.labels[row] for row in rows], [masks.pixels[row] for row in rows], [masks.sizes[row] for row in rows]
-    )
-    return [pairs[row] for row in rows], kept
+def _without_unlabelled(
+    pairs: list[tuple[str, str]], masks: list[MaskCount]
+) -> tuple[list[tuple[str, str]], list[MaskCount]]:
+    rows = [row for row, mask in enumerate(masks) if len(mask.labels)]
+    return [pairs[row] for row in rows], [masks[row] for row in rows]
 
 
-def _size_error(image: Path, size: tuple[int, int], mask: Path, shape: tuple[int, ...]) -> LongtailError:
+def _size_error(image: Path, size: tuple[int, int], mask: Path, mask_size: tuple[int, int]) -> LongtailError:
     return LongtailError(
-        f"{mask}: has {shape[1]} × {shape[0]} pixels, its image {image} {size[0]} × {size[1]}; expected the same"
+        f"{mask}: has {mask_size[0]} × {mask_size[1]} pixels, its image {image} {size[0]} × {size[1]}; "
+        "expected the same"
     )
 
 

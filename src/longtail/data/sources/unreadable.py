@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longtail.config import Data
 from longtail.data.dataset import LongTailedData
+from longtail.data.image_io import StorageError
 from longtail.data.images import LazyImages
 from longtail.errors import LongtailError
 from longtail.registry import SOURCES
@@ -59,10 +60,11 @@ class Unreadable:
 
 
 def log_unreadable(data: LongTailedData) -> None:
-    """Log how many images were left out of a set, and why the first one was."""
-    if data.unreadable:
-        count = f"{len(data.unreadable):,} images" if len(data.unreadable) > 1 else "1 image"
-        logger.info("%s cannot be read, and left out; the first: %s", count, data.unreadable[0][1])
+    """Log how many images of a set could not be read so far, and are left out, and why the first one is."""
+    reasons = list(data.all_unreadable().values())
+    if reasons:
+        count = f"{len(reasons):,} images" if len(reasons) > 1 else "1 image"
+        logger.info("%s cannot be read, and left out; the first: %s", count, reasons[0])
 
 
 def refusal(config: Data, reasons: Collection[str], total: int, least: bool = False) -> str | None:
@@ -95,11 +97,16 @@ def decode_readable(images: LazyImages, positions: Tensor) -> tuple[Tensor, dict
 
     Returns:
         (M, S, S, channels) uint8 of those that can be read, in order, and the reasons for the others by position.
+
+    Raises:
+        StorageError: one cannot be read for another reason than the image.
     """
 
     def decode(index: int) -> Tensor | str:
         try:
             square = images.open_square(index)
+        except StorageError:
+            raise
         except LongtailError as error:
             return str(error)
         return torch.from_numpy(np.array(square)).view(images.size, images.size, images.channels)

@@ -30,7 +30,7 @@ from longtail.tasks.base import Evaluator, ImageResults, Metrics
 def predict_split(model: Recognizer, images: ImageSet, tta: TTA = "none") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield positions, prior-free scores and labels of this process's part of a split."""
     model.encoder.eval()
-    positions, done = torch.arange(rank(), len(images), world_size()), 0
+    positions, done = torch.arange(len(images))[rank() :: world_size()], 0
     side = model.input_size(tta)
     batch_size = evaluation_batch_size(max(side, model.encoder.resize or 0))
     batches = evaluation_batches(images, side, batch_size, rank(), world_size())
@@ -86,7 +86,8 @@ class ClassificationEvaluator(Evaluator):
             log_p = posterior(scores, log_prior)
             self._add_reliability(name, reliability(log_p, labels, self.groups.to(scores.device)))
             best = log_p.max(dim=1)
-            values = torch.stack([best.values.exp(), best.indices == labels, best.indices])
+            predicted = best.indices.masked_fill(best.values.isnan(), -1)  # which is wrong, not the first class
+            values = torch.stack([best.values.exp(), predicted == labels, predicted])
             self.predictions[name][:, positions] = values.cpu().double()
 
     def _add_counts(self, name: str, counts: Tensor) -> None:
@@ -117,7 +118,7 @@ class ClassificationEvaluator(Evaluator):
         return metrics
 
     def image_results(self) -> ImageResults:
-        """Return ``labels``, and the predicted class numbers under every prior, by its name."""
+        """Return ``labels``, and the predicted class numbers under every prior by its name; −1 where scores are NaN."""
         predicted = {name: self._gathered(values)[2] for name, values in self.predictions.items()}
         return {name: values.int().numpy() for name, values in {"labels": self.images.labels, **predicted}.items()}
 

@@ -119,8 +119,11 @@ class Classification(Task[Recognizer]):
         self, metric: str, ours: Sequence[ImageResults], theirs: Sequence[ImageResults]
     ) -> float | None:
         """Return the half width of a difference's 95 % interval over test images."""
+        runs = (*ours, *theirs)
+        if metric != "balanced_accuracy" or any(run.keys() < {"labels", "predicted"} for run in runs):
+            return None
         labels = ours[0]["labels"]
-        if metric != "balanced_accuracy" or any((run["labels"] != labels).any() for run in (*ours, *theirs)):
+        if any((run["labels"] != labels).any() for run in (*ours, *theirs)):
             return None
         right = [[run["predicted"] == labels for run in runs] for runs in (ours, theirs)]
         return paired_half_width(labels, *right)

@@ -23,6 +23,7 @@ from longtail.data.letterbox import boxes_in_image, letterbox, size_in_square
 from longtail.inference.model import Classifier, Prior, TrainedModel
 from longtail.inference.model_card import ModelCardText
 from longtail.inference.model_config import ModelConfig
+from longtail.inference.options import check_batch_size
 from longtail.inference.recognizer import ImageLike, to_pillow
 from longtail.losses.regions import relative_log_odds, relative_log_prior
 from longtail.nn import Encoder, RegionClassifier
@@ -67,6 +68,7 @@ class Detector(TrainedModel):
         counted="objects",
         metrics={"ap": "AP", "ap50": "AP50", "ap75": "AP75", "frequent": "AP f", "common": "AP c", "rare": "AP r"},
         usage='list(model.find(["image.png"]))',
+        calibrates=False,
     )
 
     @property
@@ -209,7 +211,7 @@ class Detector(TrainedModel):
             batch_size: images of a pass.
 
         Raises:
-            LongtailError: a file cannot be read, or the prior does not fit.
+            LongtailError: a file cannot be read, the prior does not fit, or there are no images in a batch.
         """
         for squares, sizes in self._batches(images, batch_size):
             found = self.detect(squares, post_processing, prior, sizes)
@@ -233,7 +235,7 @@ class Detector(TrainedModel):
             batch_size: images of a pass.
 
         Raises:
-            LongtailError: a file cannot be read.
+            LongtailError: a file cannot be read, or there are no images in a batch.
         """
         for squares, sizes in self._batches(images, batch_size):
             raw, found = self._raw_regions(squares), []
@@ -255,6 +257,7 @@ class Detector(TrainedModel):
             isinstance(images, Tensor) and images.ndim == 3
         ):
             images = [images]
+        check_batch_size(batch_size)
         remaining = iter(images)
         while group := list(itertools.islice(remaining, batch_size)):
             shown = [to_rgb(to_pillow(image)) for image in group]

@@ -119,7 +119,7 @@ def _fixed_shapes(module: _ExportModule) -> Iterator[None]:
             del each.__dict__[name]
 
 
-def export_onnx(model: Detector, path: Path, prior: Prior, images: Sequence[Path], tta: TTA) -> Exported:
+def export_onnx(model: Detector, path: Path | str, prior: Prior, images: Sequence[Path | str], tta: TTA) -> Exported:
     """Write a detector as an ONNX file, and compare it with PyTorch.
 
     The file takes ``images``, (1, S, S, channels) uint8: one image, scaled to fit the square and placed in its upper
@@ -144,6 +144,7 @@ def export_onnx(model: Detector, path: Path, prior: Prior, images: Sequence[Path
         import onnxscript  # noqa: F401
     except ImportError:
         raise LongtailError("export: needs the extra onnx: pip install 'longtail[onnx]'") from None
+    path = Path(path)
     if tta != "none":
         raise LongtailError(f"export: --tta {tta} is for models that classify whole images")
     config, log_prior = model.config, model.log_prior(prior)
@@ -215,10 +216,10 @@ def detection_difference(one: Found, other: Found, side: int) -> float:
     return largest
 
 
-def _example_inputs(model: Detector, files: Sequence[Path]) -> Tensor:
+def _example_inputs(model: Detector, files: Sequence[Path | str]) -> Tensor:
     """Return (M, S, S, channels) uint8 images to compare on."""
     side = model.config.image_size
     if files:
-        return torch.stack([model.export_input(open_image(file), (side, side)) for file in files[:_EXAMPLES]])
+        return torch.stack([model.export_input(open_image(Path(file)), (side, side)) for file in files[:_EXAMPLES]])
     drawn = torch.rand(_EXAMPLES, side, side, model.config.channels, generator=torch.Generator().manual_seed(0))
     return (drawn * 255).to(torch.uint8)

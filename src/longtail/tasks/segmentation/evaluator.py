@@ -85,12 +85,13 @@ class SegmentationEvaluator(Evaluator):
         return metrics
 
     def _worst(self, iou: list[float | None], errors: Tensor) -> list[dict[str, int]]:
-        """Return the classes of lowest IoU, each with the image of its most wrong pixels; no image twice."""
+        """Return the classes of lowest IoU that have wrong pixels, each with the image of most; no image twice."""
         worst: list[dict[str, int]] = []
         values = [100.0 if value is None else value for value in iou]
         for index in sorted(range(self.num_classes), key=values.__getitem__):
             used = {entry["image"] for entry in worst}
-            unused = [image for image in errors[:, index].argsort(descending=True).tolist() if image not in used]
+            order = errors[:, index].argsort(descending=True).tolist()
+            unused = [image for image in order if image not in used and errors[image, index] > 0]
             if len(worst) < _WORST_CLASSES and unused and iou[index] is not None:
                 worst.append({"class": index, "image": unused[0]})
         return worst

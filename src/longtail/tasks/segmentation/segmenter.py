@@ -21,8 +21,10 @@ from longtail.inference.model import Prior, TrainedModel
 from longtail.inference.model_card import ModelCardText
 from longtail.inference.options import InferenceOptions
 from longtail.inference.recognizer import ImageLike, to_pillow
-from longtail.losses import posterior
+from longtail.losses.score_loss import broadcast_to_classes
 from longtail.nn.segmentation import build_segmentation_backbone, upsample_scores
+
+_ROWS = 256  # of scores that are freed of the prior at once
 
 
 class Segmenter(TrainedModel):
@@ -54,6 +56,7 @@ class Segmenter(TrainedModel):
             "top1": "pixel accuracy",
         },
         usage='list(model.segment(["image.png"]))',
+        calibrates=False,
     )
 
     @torch.no_grad()
@@ -78,9 +81,13 @@ class Segmenter(TrainedModel):
                 scores = scores.flip(-1) if mirrored else scores
                 if scale != 1:
                     scores = F.interpolate(scores, (height, width), mode="bilinear")
-                total = scores if total is None else total + scores
+                total = scores if total is None else total.add_(scores)
         assert total is not None
-        return self.remove_prior(total / (len(options.tta_scales) * (2 if options.tta_flip else 1)))
+        total.div_(len(options.tta_scales) * (2 if options.tta_flip else 1))
+        for top in range(0, height, _ROWS):  # the scores of a photograph may be gigabytes, which a copy would double
+            rows = total[..., top : top + _ROWS, :]
+            rows.copy_(self.remove_prior(rows))
+        return total
 
     def _sliding_window(self, images: Tensor, window: int | None) -> Tensor:
         """Return the scores of an image, averaged over the windows that contain a pixel."""
@@ -94,7 +101,7 @@ class Segmenter(TrainedModel):
                 part = (..., slice(top, top + window), slice(left, left + window))
                 sums[part] += self.raw_scores(images[part])
                 counts[part] += 1
-        return sums / counts
+        return sums.div_(counts)
 
     def raw_scores(self, images: Tensor) -> Tensor:
         """Return the classifier's scores of every pixel in one pass."""
@@ -124,12 +131,14 @@ class Segmenter(TrainedModel):
             images = [images]
         for image in images:
             scores = self.scores(self.preprocess(to_pillow(image)), options)
-            yield posterior(scores, None if log_prior is None else log_prior.to(scores)).argmax(dim=1)[0].cpu()
+            if log_prior is not None:
+                scores += broadcast_to_classes(log_prior.to(scores), scores)
+            yield scores.argmax(dim=1)[0].cpu()
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """Return an image as (1, channels, H, W) in [0, 1]."""
         pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-        return (pixels.float() / 255)[None].to(self.device)
+        return pixels.float().div_(255)[None].to(self.device)
 
     def export_input(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
         """Return an image resized to (H, W), as (H, W, channels) uint8."""
