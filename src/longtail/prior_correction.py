@@ -293,8 +293,8 @@ class PriorCorrectedClassifier(_ProbabilityClassifier):
 
     def predict(self, X: Any) -> Array:  # noqa: N803
         """Return the most probable class of each sample under ``target``, (N,)."""
-        predicted: Array = self.classes_[self.predict_proba(X).argmax(axis=1)]
-        return predicted
+        best: Array = self.predict_proba(X).argmax(axis=1)
+        return np.take(self.classes_, best)
 
 
 class TunedThresholdsClassifierCV(_ProbabilityClassifier):

@@ -184,7 +184,7 @@ def test_the_same_test_images_with_every_seed(tiny: Config, photos: Path, tmp_pa
     assert 0 < records[0].half_widths["balanced_accuracy"] < 60
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "over 2 seeds on the same 21 test images, over other test images too " in text
-    assert "an interval is of other seeds on these images" in text
+    assert "an interval over seeds is of other seeds on these images" in text
     for record, folder in zip(records, folders, strict=True):
         assert record.image_results is not None
         labels, predicted = (record.image_results[name] for name in ("labels", "predicted"))

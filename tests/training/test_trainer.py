@@ -34,7 +34,7 @@ def test_the_files_and_metrics_of_a_run(tiny: Config, tmp_path: Path, method: st
     config = tiny.replace(method=method, gml={"distillation_weight": 1.0})
     run = fit(config, tmp_path / "run", quiet=True)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "last.ckpt", "recognizer", "errors"}
+    assert names == {"config.yaml", "metrics.jsonl", "last.ckpt", "recognizer", "errors", "test_predictions.npz"}
     assert {path.name for path in (tmp_path / "run" / "recognizer").iterdir()} == {
         "model.safetensors",
         "config.json",

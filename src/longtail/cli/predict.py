@@ -124,7 +124,7 @@ def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOut
     from longtail.tasks.base import PredictionRequest, check_inference_options
     from longtail.tasks.loading import load_model
 
-    model = load_model(options.run).to(select_device())
+    model = load_model(options.run)
     request = PredictionRequest(
         prior=options.prior or "uniform",
         options=inference,
@@ -139,7 +139,7 @@ def _predict_run(options: Predict, inference: InferenceOptions) -> PredictionOut
     if task.label_kind == "pixels":
         _refuse_csv(options)
     out = options.out or (SEGMENTED if task.label_kind == "pixels" else None)
-    return task.predict_files(model, _find_images(options, out), request)
+    return task.predict_files(model.to(select_device()), _find_images(options, out), request)
 
 
 def _predict_onnx(options: Predict, inference: InferenceOptions) -> PredictionOutput:
